@@ -1,0 +1,23 @@
+# make demo | test | lint: each sets up .venv itself; nothing is installed on a second run.
+PYTHON ?= python3.11
+BIN := .venv/bin
+# DGL and torch lose most of their speed when threads outnumber cores; one thread per process is the rule here.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup demo test lint clean
+setup:
+	@PYTHON="$(PYTHON)" sh tools/setup.sh
+
+demo: setup
+	@$(BIN)/python tools/demo.py
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv runs build *.egg-info

@@ -1,0 +1,115 @@
+"""Sums over partitions. A layer says ``comm.sum(t)`` and never asks how many processes there are.
+
+This module and halo.py hold every collective of the package, and this one makes the process group.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Comm(Protocol):
+    """What a step may ask of the other partitions."""
+
+    rank: int
+    size: int
+
+    def sum(self, t: Tensor) -> Tensor:
+        """The sum of t over all partitions, on every one of them; differentiable."""
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Replace every gradient by its sum over the partitions (parameters without one get zeros)."""
+
+    def max(self, value: float) -> float:
+        """The largest value over the partitions."""
+
+
+def _fill(parameters: Iterable[torch.nn.Parameter]) -> list[Tensor]:
+    # A parameter that nothing used has no gradient; zeros make the optimiser treat it alike for any number of parts.
+    grads = []
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        grads.append(parameter.grad)
+    return grads
+
+
+class Alone:
+    """One process: every sum is its own operand."""
+
+    rank, size = 0, 1
+
+    def sum(self, t: Tensor) -> Tensor:
+        return t
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        _fill(parameters)
+
+    def max(self, value: float) -> float:
+        return value
+
+
+class _Sum(torch.autograd.Function):
+    """y = Σ_p x_p. Every rank's loss depends on y, so ∂L/∂x_p = Σ_r ∂L_r/∂y: the backward pass is a sum as well."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        total = t.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad
+
+
+class Group:
+    """The processes of torch's default group, one partition each."""
+
+    def __init__(self) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+
+    def sum(self, t: Tensor) -> Tensor:
+        return _Sum.apply(t)
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        grads = _fill(parameters)
+        bucket = torch.cat([g.reshape(-1) for g in grads])
+        dist.all_reduce(bucket)
+        for grad, total in zip(grads, bucket.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(total.view_as(grad))
+
+    def max(self, value: float) -> float:
+        t = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(t, op=dist.ReduceOp.MAX)
+        return float(t)
+
+
+def join(rank: int, size: int, rendezvous: str, timeout_s: float) -> Comm:
+    """Join the group of ``size`` local processes that meet at ``rendezvous`` (a file that none of them has made yet)."""
+    if size == 1:
+        return Alone()
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=size,
+        timeout=datetime.timedelta(seconds=timeout_s),
+    )
+    return Group()
+
+
+def leave() -> None:
+    """Leave the group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,227 @@
+"""The configuration: typed, commented, strict. Every key's comment is its help; unknown keys and wrong types are errors."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from .errors import Failure
+
+
+def _key(default: Any, comment: str) -> Any:
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"comment": comment})
+    return field(default=default, metadata={"comment": comment})
+
+
+@dataclass
+class Data:
+    """How frames become samples. A store was made with such settings; a config that names others is refused."""
+
+    path: str = _key("", "trajectories.h5, or a store that `distegnn partition` wrote")
+    radius: float = _key(math.inf, "edges join nodes up to this distance; .inf for the complete graph")
+    horizon: int = _key(10, "frames from input to target (Δt)")
+    features: list[str] | None = _key(
+        None, "node attributes by name, 'speed', 'NAME/max'; null: all attributes and speed"
+    )
+    node_attributes: list[str] = _key([], "node attributes that every layer reads (a)")
+    edge_drop: float = _key(0.0, "share p of the longest edges to drop, 0 … 1")
+    frames: int = _key(0, "random input frames per trajectory; 0: all")
+    first_frame: int = _key(0, "first frame that may be an input")
+    last_frame: int = _key(-1, "last frame that may be an input; -1: as far as targets exist")
+    frame_seed: int = _key(0, "seed of the choice of frames")
+
+
+@dataclass
+class Partition:
+    """How one graph is shared by several processes."""
+
+    parts: int = _key(0, "processes that share each graph; 0: as many as the store has parts, 1 for trajectories.h5")
+    method: str = _key(
+        "metis", "metis, random, kmeans, spectral, bisection or morton (used when data.path is no store)"
+    )
+    seed: int = _key(0, "seed of the methods that draw")
+
+
+@dataclass
+class Model:
+    """The network."""
+
+    name: str = _key("FastEGNN", "Linear, EGNN or FastEGNN (on several parts: DistEGNN)")
+    hidden: int = _key(64, "width H of the hidden features")
+    layers: int = _key(4, "layers L")
+    virtual_nodes: int = _key(3, "virtual nodes C of FastEGNN")
+    normalize: bool = _key(False, "divide x_i - x_j by its length")
+    attention: bool = _key(False, "weigh messages by a learned gate")
+    tanh: bool = _key(False, "bound φ_x by tanh")
+    gravity: list[float] | None = _key(None, "a constant vector g; adds φ_g(h) g: equivariance then holds about g only")
+    engine: str = _key("auto", "dgl, torch or auto: what runs the messages")
+    tile: int = _key(8192, "rows of a tile; smaller takes less memory")
+
+
+@dataclass
+class Loss:
+    """MSE + mmd · MMD."""
+
+    mmd: float = _key(0.01, "weight λ of the MMD of virtual nodes and targets; 0: none")
+    sigma: float = _key(1.5, "its kernel's width σ")
+    samples: int = _key(3, "targets sampled for it, per virtual node")
+    kernel: str = _key("laplacian", "laplacian (the authors' runs) or gaussian (the paper's formula)")
+
+
+@dataclass
+class Train:
+    """The optimisation."""
+
+    epochs: int = _key(100, "passes over the training split")
+    batch_size: int = _key(1, "snapshots a batch")
+    accumulate: int = _key(1, "batches a step of the optimiser")
+    lr: float = _key(5e-4, "learning rate of Adam")
+    schedule: str = _key("constant", "constant, or cosine: to zero over the epochs")
+    weight_decay: float = _key(1e-12, "Adam's weight decay")
+    clip: float = _key(0.0, "largest norm of the gradient; 0: no clipping")
+    patience: int = _key(0, "epochs without a better validation MSE before training stops; 0: never")
+    seed: int = _key(0, "seed of weights, order and sampling")
+    timeout_s: float = _key(300.0, "how long a process waits for the others before it gives up")
+
+
+@dataclass
+class Run:
+    """Where results go."""
+
+    dir: str = _key("runs/run", "folder of checkpoints, metrics.csv, TensorBoard events and config.yaml")
+
+
+@dataclass
+class Config:
+    """All of it."""
+
+    data: Data = field(default_factory=Data)
+    partition: Partition = field(default_factory=Partition)
+    model: Model = field(default_factory=Model)
+    loss: Loss = field(default_factory=Loss)
+    train: Train = field(default_factory=Train)
+    run: Run = field(default_factory=Run)
+
+
+SECTIONS: dict[str, Any] = {f.name: f.default_factory for f in fields(Config)}
+
+
+def keys() -> list[str]:
+    """Every key in dotted form."""
+    return [f"{section}.{f.name}" for section, kind in SECTIONS.items() for f in fields(kind)]
+
+
+def _unknown(key: str, where: str) -> Failure:
+    known = keys()
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    leaf = key.rsplit(".", 1)[-1]
+    near = near or [k for k in known if k.rsplit(".", 1)[-1] == leaf]
+    hint = f"did you mean {near[0]}?" if near else "see `distegnn config` for all keys"
+    return Failure(f"{where}: unknown key '{key}'; {hint}")
+
+
+def _merge(config: Any, given: Any, where: str) -> Any:
+    """Merge one layer in, key by key, so that an error names the key."""
+    try:
+        plain = OmegaConf.to_container(given, resolve=True)
+    except OmegaConfBaseException as error:
+        raise Failure(f"{where}: {str(error).splitlines()[0]}") from error
+    if not isinstance(plain, dict):
+        raise Failure(f"{where}: a config is a mapping of sections, see `distegnn config`")
+    known = set(keys())
+    for section, entries in plain.items():
+        if section not in SECTIONS:
+            raise _unknown(str(section), where)
+        if not isinstance(entries, dict):
+            raise Failure(f"{where}: '{section}' is a section; name a key in it: {section}.KEY=VALUE")
+        for name, value in entries.items():
+            key = f"{section}.{name}"
+            if key not in known:
+                raise _unknown(key, where)
+            try:
+                OmegaConf.update(config, key, value)
+            except OmegaConfBaseException as error:
+                reason = str(error).splitlines()[0]
+                raise Failure(f"{where}: {key}={value!r}: {reason}") from error
+    return config
+
+
+def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """The defaults, then the YAML file, then key=value overrides. Raises Failure naming the file or override and the key."""
+    config = OmegaConf.structured(Config)
+    if path is not None:
+        if not Path(path).is_file():
+            raise Failure(f"{path}: no such config file; `distegnn config > my.yaml` writes one to start from")
+        try:
+            given = OmegaConf.load(path)
+        except Exception as error:  # whatever the YAML reader raises
+            raise Failure(f"{path}: not readable as YAML ({str(error).splitlines()[0]})") from error
+        config = _merge(config, given, str(path))
+    for override in overrides:
+        if "=" not in override:
+            raise Failure(f"override '{override}': write key=value, for example train.epochs=10")
+        config = _merge(config, OmegaConf.from_dotlist([override]), f"override '{override}'")
+    result = OmegaConf.to_object(config)
+    assert isinstance(result, Config)
+    _check(result)
+    return result
+
+
+def _check(config: Config) -> None:
+    """Ranges; what a section alone cannot know is checked where it is used."""
+    from . import losses
+
+    losses.check(config.loss.kernel, config.loss.sigma)
+    low = {
+        "data.horizon": 1,
+        "data.edge_drop": 0,
+        "data.frames": 0,
+        "partition.parts": 0,
+        "model.hidden": 1,
+        "model.layers": 1,
+        "model.virtual_nodes": 1,
+        "model.tile": 1,
+        "loss.mmd": 0,
+        "loss.samples": 1,
+        "train.epochs": 1,
+        "train.batch_size": 1,
+        "train.accumulate": 1,
+        "train.lr": 0,
+        "train.weight_decay": 0,
+        "train.clip": 0,
+        "train.patience": 0,
+        "train.timeout_s": 1,
+    }
+    for key, least in low.items():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if not value >= least:
+            raise Failure(f"{key}={value}: must be at least {least}")
+    if config.data.edge_drop > 1:
+        raise Failure(f"data.edge_drop={config.data.edge_drop}: must lie in 0 … 1")
+    if config.train.schedule not in ("constant", "cosine"):
+        raise Failure(f"train.schedule={config.train.schedule}: unknown; use constant or cosine")
+    if config.model.gravity is not None and len(config.model.gravity) != 3:
+        raise Failure(f"model.gravity={config.model.gravity}: must be a vector of 3 numbers, or null")
+
+
+def to_yaml(config: Config) -> str:
+    """The configuration as YAML, every key with its comment."""
+    lines = []
+    for section, kind in SECTIONS.items():
+        lines.append(f"{section}:  # {(kind.__doc__ or '').splitlines()[0]}")
+        part = getattr(config, section)
+        for f in fields(part):
+            # flow style keeps a list on its line, before the comment
+            value = yaml.safe_dump({f.name: getattr(part, f.name)}, default_flow_style=True, width=10**6).strip()[1:-1]
+            lines.append(f"  {value}  # {f.metadata['comment']}")
+    return "\n".join(lines) + "\n"

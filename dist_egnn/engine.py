@@ -1,0 +1,117 @@
+"""Two engines that run a message UDF on a block: DGL's own kernels, and plain torch for devices DGL has no build for.
+
+A *message UDF* takes edges (``edges.src``, ``edges.dst``, ``edges.data``) and returns fields per edge; a *node UDF* takes
+nodes (``nodes.data``) and returns fields per node: DGL's vocabulary, the same for both engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import dgl
+import dgl.function as fn
+import torch
+from torch import Tensor
+
+from .errors import Failure
+
+Fields = dict[str, Tensor]
+UDF = Callable[[Any], Fields]
+
+
+class Nodes:
+    """What a node UDF sees: ``data``. Its work is row by row, so it needs no kernel of either engine."""
+
+    def __init__(self, data: Fields) -> None:
+        self.data = data
+
+
+class Engine(Protocol):
+    name: str
+
+    def block(self, src: Tensor, dst: Tensor, n_src: int, n_dst: int) -> Any:
+        """Edges src[k]→dst[k] (int32, sorted by dst) between n_src source rows and n_dst destination rows."""
+
+    def mean(self, block: Any, message: UDF, src: Fields, dst: Fields, edge: Fields) -> Fields:
+        """The mean over in-edges of every field that ``message`` returns; zero where there are none."""
+
+
+class DGLEngine:
+    """Message passing by DGL: ``apply_edges`` with the UDF, then the ``copy_e``/``mean`` kernel."""
+
+    name = "dgl"
+
+    def block(self, src: Tensor, dst: Tensor, n_src: int, n_dst: int) -> Any:
+        return dgl.create_block((src, dst), num_src_nodes=n_src, num_dst_nodes=n_dst)
+
+    def mean(self, block: Any, message: UDF, src: Fields, dst: Fields, edge: Fields) -> Fields:
+        with block.local_scope():
+            block.srcdata.update(src)
+            block.dstdata.update(dst)
+            block.edata.update(edge)
+            sent: list[str] = []
+
+            def udf(edges: Any) -> Fields:
+                out = message(edges)
+                sent.extend(out)
+                return {f"sent_{name}": value for name, value in out.items()}
+
+            block.apply_edges(udf)
+            for name in sent:
+                block.update_all(fn.copy_e(f"sent_{name}", "m"), fn.mean("m", f"mean_{name}"))
+            return {name: block.dstdata[f"mean_{name}"] for name in sent}
+
+
+class _Rows(Mapping[str, Tensor]):
+    """Fields of the edges' ends, gathered when asked for."""
+
+    def __init__(self, fields: Fields, index: Tensor) -> None:
+        self.fields, self.index = fields, index
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.fields[name].index_select(0, self.index)
+
+    def __iter__(self):
+        return iter(self.fields)
+
+    def __len__(self) -> int:
+        return len(self.fields)
+
+
+class _Edges:
+    def __init__(self, src: Mapping[str, Tensor], dst: Mapping[str, Tensor], data: Fields) -> None:
+        self.src, self.dst, self.data = src, dst, data
+
+
+class TorchEngine:
+    """The same in plain torch, on any device."""
+
+    name = "torch"
+
+    def block(self, src: Tensor, dst: Tensor, n_src: int, n_dst: int) -> Any:
+        return src, dst, torch.bincount(dst, minlength=n_dst).clamp(min=1).unsqueeze(1)
+
+    def mean(self, block: Any, message: UDF, src: Fields, dst: Fields, edge: Fields) -> Fields:
+        src_index, dst_index, degree = block
+        sent = message(_Edges(_Rows(src, src_index), _Rows(dst, dst_index), edge))
+        return {
+            name: value.new_zeros(len(degree), *value.shape[1:]).index_add(0, dst_index, value) / degree
+            for name, value in sent.items()
+        }
+
+
+def choose(name: str, device: torch.device | str = "cpu") -> Engine:
+    """The engine called ``name``: dgl, torch, or auto (DGL where it has kernels for the device, else torch)."""
+    device = torch.device(device)
+    if name not in ("auto", "dgl", "torch"):
+        raise Failure(f"model.engine={name}: unknown; use auto, dgl or torch")
+    if name == "torch":
+        return TorchEngine()
+    try:
+        dgl.graph(([0], [0])).to(device)
+    except dgl.DGLError as error:
+        if name == "dgl":
+            raise Failure(f"model.engine=dgl: this DGL has no build for {device}; use model.engine=torch") from error
+        return TorchEngine()
+    return DGLEngine()

@@ -1,0 +1,97 @@
+"""Positions → edges: radius graph, complete graph, edge dropping, edge attributes; and what follows from edges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import dgl
+import numpy as np
+import torch
+from dgl import DGLGraph
+from scipy.sparse import csr_array
+from scipy.spatial import KDTree
+from torch import Tensor
+
+from .errors import Failure
+
+
+def radius_edges(x: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
+    """Every ordered pair j→i with ‖x_i − x_j‖ ≤ radius and i ≠ j; an infinite radius gives the complete graph.
+
+    x: (N, 3). Distances are compared in float64. Returns (source, destination), int64 (E,), sorted by destination, then
+    source. Raises Failure for a radius that is not positive or positions that are not finite.
+    """
+    if not radius > 0:
+        raise Failure(f"radius={radius}: must be positive (inf for the complete graph)")
+    x = np.asarray(x, dtype=np.float64)
+    n = len(x)
+    if not np.isfinite(x).all():
+        raise Failure("positions are NaN or infinite: no radius graph can be built; mend the source data")
+    if math.isinf(radius):
+        dst, src = np.divmod(np.arange(n * max(n - 1, 0)), max(n - 1, 1))
+        return src + (src >= dst), dst
+    i, j = KDTree(x).query_pairs(radius, output_type="ndarray").astype(np.int64).T
+    pairs = csr_array((np.ones(2 * len(i), np.int8), (np.r_[j, i], np.r_[i, j])), shape=(n, n))
+    pairs.sort_indices()
+    return pairs.indices.astype(np.int64), np.repeat(np.arange(n), np.diff(pairs.indptr))
+
+
+def drop_longest(x: np.ndarray, src: np.ndarray, dst: np.ndarray, p: float) -> tuple[np.ndarray, np.ndarray]:
+    """Keep the shortest (1 − p) share of the edges (FastEGNN's edge dropping); p = 1 keeps none. Order is kept."""
+    if not 0 <= p <= 1:
+        raise Failure(f"edge_drop={p}: must lie in [0, 1]")
+    if p == 0:
+        return src, dst
+    x = np.asarray(x, dtype=np.float64)
+    squared = ((x[src] - x[dst]) ** 2).sum(1)
+    kept = np.sort(np.argsort(squared, kind="stable")[: round((1 - p) * len(src))])
+    return src[kept], dst[kept]
+
+
+def build(src: np.ndarray, dst: np.ndarray, nodes: Mapping[str, np.ndarray | Tensor]) -> DGLGraph:
+    """A DGLGraph with the node fields and the edge attributes e = (length, length), the benchmarks' A = 2."""
+    graph = dgl.graph((torch.from_numpy(src), torch.from_numpy(dst)), num_nodes=len(nodes["x"]))
+    for name, value in nodes.items():
+        graph.ndata[name] = torch.as_tensor(value)
+    set_edge_lengths(graph)
+    return graph
+
+
+def set_edge_lengths(graph: DGLGraph) -> None:
+    """Set the edge field e (E, 2): the length of the edge, twice, from the node field x."""
+    src, dst = graph.edges()
+    x = graph.ndata["x"]
+    graph.edata["e"] = torch.linalg.vector_norm(x[src] - x[dst], dim=1, keepdim=True).expand(-1, 2).contiguous()
+
+
+def morton_order(x: np.ndarray, group: np.ndarray | None = None) -> np.ndarray:
+    """The nodes along a Z-order curve (Morton 1966), so that ranges of them are compact in space: (N,) int64.
+
+    group: (N,) graph of each node; graphs then follow one another, each in its own Z-order.
+    """
+    x = np.asarray(x, dtype=np.float64)
+    if not len(x):
+        return np.zeros(0, np.int64)
+    low = x.min(0)
+    side = float((x.max(0) - low).max())
+    cell = ((x - low) * ((2**21 - 1) / side if side > 0 else 0.0)).astype(np.uint64)
+    # spread the 21 bits of each axis three apart
+    for shift, mask in (
+        (32, 0x1F00000000FFFF),
+        (16, 0x1F0000FF0000FF),
+        (8, 0x100F00F00F00F00F),
+        (4, 0x10C30C30C30C30C3),
+        (2, 0x1249249249249249),
+    ):
+        cell = (cell | (cell << np.uint64(shift))) & np.uint64(mask)
+    key = cell[:, 0] | (cell[:, 1] << np.uint64(1)) | (cell[:, 2] << np.uint64(2))
+    return np.argsort(key, kind="stable") if group is None else np.lexsort((key, group))
+
+
+def in_edges(indptr: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Reorder destinations: given edges sorted by destination (indptr (N+1,)), the indptr of the nodes taken in ``order``
+    and the edges (E,) in that order."""
+    start, degree = indptr[:-1][order], np.diff(indptr)[order]
+    ends = np.concatenate([[0], np.cumsum(degree)])
+    return ends, np.repeat(start - ends[:-1], degree) + np.arange(ends[-1])

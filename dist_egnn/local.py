@@ -1,0 +1,132 @@
+"""Run a function in several processes of this machine, one thread each, and leave none behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from .errors import Failure
+
+
+def _watch(pid: int) -> None:
+    """End this process when the one that launched it is gone: a killed run leaves no trainers."""
+
+    def look() -> None:
+        while True:
+            try:
+                os.kill(pid, 0)
+            except ProcessLookupError:
+                os._exit(1)
+            time.sleep(0.5)
+
+    threading.Thread(target=look, daemon=True).start()
+
+
+def _worker(
+    function: Callable[..., Any],
+    rank: int,
+    size: int,
+    rendezvous: str,
+    timeout_s: float,
+    launcher: int,
+    out: Connection,
+    args: tuple,
+) -> None:
+    import torch
+
+    from . import comm
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+    _watch(launcher)
+    torch.set_num_threads(1)
+    try:
+        result = function(comm.join(rank, size, rendezvous, timeout_s), *args)
+        out.send(("done", result))
+        comm.leave()
+    except BaseException as error:
+        # a peer that lost us raises an error of its own; the parent reports the first that is a Failure
+        out.send(("failure" if isinstance(error, Failure) else "error", str(error), traceback.format_exc()))
+        out.close()
+        os._exit(1)  # leaving in order would wait for the peers
+
+
+def run(function: Callable[..., Any], size: int, *args: Any, timeout_s: float = 300.0) -> list[Any]:
+    """function(comm, *args) on ``size`` ranks; what each returned. One rank runs in this process.
+
+    Raises Failure with the first rank's own line if one raised it, or naming the rank that died.
+    """
+    if size == 1:
+        from . import comm
+
+        return [function(comm.Alone(), *args)]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dist_egnn.train"])  # torch and DGL are imported once, not once a rank
+    with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
+        rendezvous = str(Path(folder) / "rendezvous")
+        pipes, processes = [], []
+        for rank in range(size):
+            here, there = context.Pipe(duplex=False)
+            process = context.Process(
+                target=_worker,
+                args=(function, rank, size, rendezvous, timeout_s, os.getpid(), there, args),
+                daemon=True,
+            )
+            process.start()
+            there.close()
+            pipes.append(here)
+            processes.append(process)
+        try:
+            return _collect(pipes, processes)
+        finally:
+            for process in processes:
+                process.join(5)
+                if process.is_alive():
+                    process.kill()
+                    process.join()
+
+
+def _collect(pipes: list[Connection], processes: list[Any]) -> list[Any]:
+    """Every rank's result, or the failure of the first that failed; then the others are ended."""
+    results: dict[int, Any] = {}
+    problems: list[tuple[int, tuple[Any, ...]]] = []
+    waiting = dict(enumerate(pipes))
+    give_up = None
+    try:
+        while waiting and (give_up is None or time.monotonic() < give_up):
+            for pipe in wait(list(waiting.values()), timeout=0.2):
+                rank = next(r for r, p in waiting.items() if p is pipe)
+                try:
+                    message = waiting.pop(rank).recv()
+                except EOFError:
+                    processes[rank].join(5)
+                    message = ("died", f"exit code {processes[rank].exitcode}", "")
+                if message[0] == "done":
+                    results[rank] = message[1]
+                else:
+                    problems.append((rank, message))
+                    # the others notice within a second; the cause may be among their messages
+                    give_up = give_up or time.monotonic() + 3
+    finally:
+        if problems or waiting:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+    if not problems:
+        return [results[rank] for rank in range(len(pipes))]
+    order = {"failure": 0, "died": 1, "error": 2}
+    rank, (kind, text, trace) = min(problems, key=lambda p: order[p[1][0]])
+    if kind == "failure":
+        raise Failure(text)
+    if kind == "died":
+        raise Failure(f"process {rank} of {len(pipes)} died ({text}); was it killed, or short of memory?")
+    raise RuntimeError(f"process {rank} of {len(pipes)}: {text}\n{trace}")

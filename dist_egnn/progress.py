@@ -1,0 +1,51 @@
+"""One progress display for all long work: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+LINE_EVERY_S = 5.0
+
+
+@contextmanager
+def bar(title: str, total: int, *, shown: bool = True, done: int = 0) -> Iterator[Callable[..., None]]:
+    """Yields tick(note="", to=None): one more of ``total`` done, or ``to`` of them, with a note to show beside it."""
+    count = done
+    if not shown:
+        yield lambda note="", to=None: None
+        return
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        columns = (TextColumn(title), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True)) as progress:
+            task = progress.add_task(title, total=total, completed=done, note="")
+
+            def on_terminal(note: str = "", to: int | None = None) -> None:
+                progress.update(task, note=note, advance=1 if to is None else None, completed=to)
+
+            yield on_terminal
+        return
+    started = spoken = time.monotonic()
+
+    def plainly(note: str = "", to: int | None = None) -> None:
+        nonlocal count, spoken
+        count = count + 1 if to is None else to
+        now = time.monotonic()
+        if now - spoken >= LINE_EVERY_S or (count == total and now - started >= LINE_EVERY_S):
+            spoken = now
+            left = (now - started) / max(count - done, 1) * (total - count)
+            print(f"{title}: {count}/{total}, {left:.0f} s left  {note}".rstrip(), file=sys.stderr, flush=True)
+
+    yield plainly

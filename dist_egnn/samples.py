@@ -1,0 +1,107 @@
+"""The samples of a run by split, whatever they come from: a trajectories file, or a process's part of a store."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+
+from dgl import DGLGraph
+
+from .config import Config, Data
+from .errors import Failure
+from .store import Store
+from .trajectories import SPLITS, SampleSpec, Trajectories, sample, snapshots
+
+CACHE_BYTES = 2 << 30  # graphs kept ready by all processes of a machine together
+
+
+class Samples:
+    """Samples by number; the latest ones stay in memory, ready for use.
+
+    splits: name → numbers; widths: F and K of the fields f and a; step: time from input to target, in units of v.
+    """
+
+    def __init__(
+        self, read: Callable[[int], DGLGraph], splits: dict[str, list[int]], widths: tuple[int, int], budget: int
+    ) -> None:
+        self._read, self.splits, self.widths = read, splits, widths
+        self._budget, self._held = budget, 0
+        self._kept: OrderedDict[int, tuple[DGLGraph, int]] = OrderedDict()
+
+    def __getitem__(self, number: int) -> DGLGraph:
+        if number in self._kept:
+            self._kept.move_to_end(number)
+            return self._kept[number][0]
+        graph = self._read(number)
+        size = 64 * graph.num_edges() + 256 * graph.num_nodes()  # fields, structure and tiles, roughly
+        self._kept[number] = graph, size
+        self._held += size
+        while self._held > self._budget and len(self._kept) > 1:
+            self._held -= self._kept.popitem(last=False)[1][1]
+        return graph
+
+
+def is_store(path: str) -> bool:
+    """Whether data.path means a store (a folder) rather than a trajectories file."""
+    if not path:
+        raise Failure(
+            "data.path is not set: name a trajectories.h5 or a store, for example data.path=recipes/fluid113k/sample.h5"
+        )
+    if not Path(path).exists() and not path.endswith((".h5", ".hdf5")):
+        Store(path)  # says what is missing
+    return Path(path).is_dir()
+
+
+def parts(config: Config) -> int:
+    """How many processes share each graph. Raises Failure where the config and the store disagree."""
+    wanted = config.partition.parts
+    if not is_store(config.data.path):
+        return wanted or 1
+    store = Store(config.data.path)
+    if wanted not in (0, store.parts):
+        raise Failure(
+            f"partition.parts={wanted}, but {config.data.path} was made for {store.parts}; partition again or leave it out"
+        )
+    return store.parts
+
+
+def same_settings(store: Store, data: Data) -> None:
+    """Raise Failure where the config names other data settings than the store was made with."""
+    for name in (
+        "radius",
+        "horizon",
+        "features",
+        "node_attributes",
+        "edge_drop",
+        "frames",
+        "first_frame",
+        "last_frame",
+        "frame_seed",
+    ):
+        wanted, found = getattr(data, name), store.inputs[name]
+        if wanted != found and not (name == "features" and wanted is None):
+            raise Failure(
+                f"data.{name}={wanted} in the config, but {store.path} was made with {found}; "
+                f"set data.{name} to that or partition again"
+            )
+
+
+def open_samples(config: Config, part: int, count: int) -> Samples:
+    """The samples of a config: this process's part of each snapshot in a store, or whole ones of a trajectories file."""
+    budget = CACHE_BYTES // count
+    if is_store(config.data.path):
+        store = Store(config.data.path)
+        same_settings(store, config.data)
+        splits = {name: store.split(name) for name in SPLITS}
+        widths = len(store.inputs["features"]), len(store.inputs["node_attributes"])
+        return Samples(lambda number: store.read(number, part), splits, widths, budget)
+    d = config.data
+    file = Trajectories(d.path)
+    features = tuple(d.features) if d.features is not None else (*file[0].attributes, "speed")
+    spec = SampleSpec(d.radius, d.horizon, features, tuple(d.node_attributes), d.edge_drop)
+    listed = list(snapshots(file, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed))
+    splits = {name: [i for i, s in enumerate(listed) if s.split == name] for name in SPLITS}
+    return Samples(
+        lambda number: sample(file, listed[number], spec), splits, (len(features), len(d.node_attributes)), budget
+    )

@@ -1,0 +1,182 @@
+"""A store that `distegnn partition` wrote: one partition of one snapshot as a DGLGraph, from disk, without servers.
+
+A ``Source`` hands out a part of a shard; ``FromDisk`` is one. A DistDGL server is another (its door is ``Store``'s
+``source`` argument), and what is cut out of a part is the same for both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import dgl
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from dgl import DGLGraph
+from torch import Tensor
+
+from . import fields, graphs
+from .errors import Failure
+
+FORMAT, VERSION, GRAPH = "dist_egnn.store", 1, "dist_egnn"
+
+
+@dataclass
+class Part:
+    """A part of a shard: all its snapshots side by side. Inner nodes come first, then halo nodes."""
+
+    src: Tensor  # (E,) local numbers, sorted by snapshot, then destination
+    dst: Tensor
+    inner: int
+    nodes: dict[str, Tensor]  # fields of the inner nodes
+
+
+class Source(Protocol):
+    """Where parts come from."""
+
+    def part(self, shard: str, part: int) -> Part: ...
+
+
+class FromDisk:
+    """Parts by DGL's own loader, each file's hash checked before it is first read; the last few stay in memory."""
+
+    def __init__(self, folder: Path, hashes: dict[str, str], keep: int = 2) -> None:
+        self.folder, self.hashes, self.keep = folder, hashes, keep
+        self._kept: OrderedDict[tuple[str, int], Part] = OrderedDict()
+        self._checked: set[str] = set()
+
+    def check(self, name: str) -> None:
+        """Raise Failure unless the file is the one that the manifest names."""
+        if name in self._checked:
+            return
+        path = self.folder / name
+        if not path.is_file():
+            raise Failure(f"{path}: missing from the store; partition again")
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != self.hashes.get(name):
+                raise Failure(f"{path}: its sha256 is not the manifest's: damaged or changed; partition again")
+        self._checked.add(name)
+
+    def part(self, shard: str, part: int) -> Part:
+        key = (shard, part)
+        if key not in self._kept:
+            for name in (
+                f"{GRAPH}.json",
+                f"part{part}/graph.dgl",
+                f"part{part}/node_feat.dgl",
+                f"part{part}/edge_feat.dgl",
+            ):
+                self.check(f"{shard}/{name}")
+            config = str(self.folder / shard / f"{GRAPH}.json")
+            graph, node_feats, *_ = dgl.distributed.load_partition(config, part)
+            src, dst = graph.edges(order="eid")
+            inner = int(graph.ndata["inner_node"].sum())
+            self._kept[key] = Part(src, dst, inner, {k.removeprefix("_N/"): t for k, t in node_feats.items()})
+            while len(self._kept) > self.keep:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+
+class Store:
+    """A complete store. Raises Failure for a folder that is none, is unfinished, or is of another version."""
+
+    def __init__(self, path: str | Path, source: Source | None = None) -> None:
+        self.path = Path(path)
+        manifest = self.path / "manifest.yaml"
+        if not manifest.is_file():
+            unfinished = self.path.with_name(self.path.name + ".partial")
+            if unfinished.exists() or self.path.name.endswith(".partial"):
+                raise Failure(
+                    f"{unfinished}: a partition that was not finished; run the same `distegnn partition` again"
+                )
+            raise Failure(f"{path}: not a store (no manifest.yaml); make one with `distegnn partition`")
+        try:
+            self.manifest: dict[str, Any] = yaml.safe_load(manifest.read_text())
+            found = self.manifest["format"], self.manifest["version"]
+        except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise Failure(f"{manifest}: damaged ({type(error).__name__}); partition again") from error
+        if found != (FORMAT, VERSION):
+            raise Failure(
+                f"{manifest}: {found[0]} version {found[1]}, this program reads {FORMAT} {VERSION}; partition again"
+            )
+        self.inputs: dict[str, Any] = self.manifest["inputs"]
+        self.parts: int = self.inputs["parts"]
+        self.disk = FromDisk(self.path, self.manifest["files"])
+        self.source: Source = source or self.disk
+        for name in ("snapshots.csv", "parts.csv"):
+            self.disk.check(name)
+        self.snapshots = pd.read_csv(self.path / "snapshots.csv", float_precision="round_trip")
+        self.parts_table = pd.read_csv(self.path / "parts.csv")
+
+    @cached_property
+    def _ranges(self) -> np.ndarray:
+        """(snapshots, parts, 4): first and last inner node, first and last edge, within the part of the shard."""
+        counts = self.parts_table[["nodes", "edges"]].to_numpy().reshape(len(self.snapshots), self.parts, 2)
+        ranges = np.empty((len(self.snapshots), self.parts, 4), np.int64)
+        for rows in self.snapshots.groupby("shard", sort=False).indices.values():
+            ends = np.cumsum(counts[rows], 0)
+            ranges[rows, :, 0::2], ranges[rows, :, 1::2] = ends - counts[rows], ends
+        return ranges
+
+    def split(self, name: str) -> list[int]:
+        """The snapshots of train, valid or test."""
+        return self.snapshots.index[self.snapshots["split"] == name].tolist()
+
+    def read(self, snapshot: int, part: int) -> DGLGraph:
+        """A part of a snapshot as the bridge mode sees it: its nodes, and the edges among them.
+
+        Node fields x, v, f, a, y, gid and the whole graph's total and centroid; edge field e.
+        """
+        row = self.snapshots.loc[snapshot]
+        held = self.source.part(row["shard"], part)
+        lo, hi, elo, ehi = self._ranges[snapshot, part].tolist()
+        src, dst = held.src[elo:ehi], held.dst[elo:ehi]
+        own = src < held.inner
+        graph = dgl.graph((src[own] - lo, dst[own] - lo), num_nodes=hi - lo)
+        for name in ("x", "v", "f", "a", "y", "gid"):
+            if name not in held.nodes:
+                raise Failure(f"{self.path}/{row['shard']}/part{part}: node field '{name}' is missing; partition again")
+            graph.ndata[name] = held.nodes[name][lo:hi]
+        self._mark(graph, row)
+        return graph
+
+    def whole(self, snapshot: int) -> DGLGraph:
+        """The same cut graph in one piece: all parts side by side, in the snapshot's own node order."""
+        pieces = [self.read(snapshot, p) for p in range(self.parts)]
+        gid = torch.cat([g.ndata["gid"] for g in pieces])
+        joined = dgl.batch(pieces)
+        src, dst = joined.edges()
+        graph = dgl.graph((gid[src], gid[dst]), num_nodes=len(gid))
+        back = gid.argsort()
+        for name in ("x", "v", "f", "a", "y", "gid"):
+            graph.ndata[name] = joined.ndata[name][back]
+        self._mark(graph, self.snapshots.loc[snapshot])
+        return graph
+
+    def _mark(self, graph: DGLGraph, row: Any) -> None:
+        """Give a part what it must know of the whole graph, so that no step has to ask."""
+        n = graph.num_nodes()
+        graph.ndata["total"] = torch.full((n,), int(row["nodes"]))
+        centroid = torch.tensor([row["centroid_x"], row["centroid_y"], row["centroid_z"]], dtype=torch.float64)
+        graph.ndata["centroid"] = centroid.expand(n, 3).contiguous()
+        graphs.set_edge_lengths(graph)
+        fields.check(graph, f"{self.path}: snapshot {row['snapshot']}", target=True)
+
+    def summary(self) -> dict[str, float]:
+        """Means over snapshots: share of edges cut, largest part / mean part, halo nodes / nodes."""
+        table = self.parts_table.groupby("snapshot")
+        nodes = self.snapshots["nodes"].to_numpy()
+        return {
+            "edge_cut": float(
+                (table["cut_edges"].sum().to_numpy() / np.maximum(self.snapshots["edges"].to_numpy(), 1)).mean()
+            ),
+            "balance": float((table["nodes"].max().to_numpy() * self.parts / nodes).mean()),
+            "halo": float((table["halo"].sum().to_numpy() / nodes).mean()),
+        }

@@ -1,0 +1,263 @@
+"""Read and write trajectories.h5, the one format of every source; turn its frames into samples. See docs/formats.md."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import h5py
+import numpy as np
+
+from .errors import Failure
+
+if TYPE_CHECKING:
+    from dgl import DGLGraph
+
+FORMAT, VERSION = "dist_egnn.trajectories", 1
+SPLITS = ("train", "valid", "test")
+
+
+class Writer:
+    """Write a trajectories file completely or not at all: into PATH.partial, renamed when the block ends without error.
+
+    >>> with Writer("out.h5", {"command": "prepare.py --seed 1", "seed": 1}) as out:
+    ...     out.add(position, split="train", dt=0.02, source="SPlisHSPlasH 2.19.0", attributes={"mass": mass})
+    """
+
+    def __init__(self, path: str | Path, meta: Mapping[str, Any]) -> None:
+        """meta: what made the file (command, seed, versions, …), stored as JSON in the file's attributes."""
+        self.path = Path(path)
+        self.partial = self.path.with_name(self.path.name + ".partial")
+        self.meta = dict(meta)
+
+    def __enter__(self) -> Writer:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = h5py.File(self.partial, "w")
+        self.file.attrs.update(format=FORMAT, version=VERSION, meta=json.dumps(self.meta, sort_keys=True))
+        self.group = self.file.create_group("trajectories")
+        return self
+
+    def add(
+        self,
+        position: np.ndarray,
+        *,
+        split: str,
+        dt: float,
+        source: str,
+        velocity: np.ndarray | None = None,
+        attributes: Mapping[str, np.ndarray] | None = None,
+        box: np.ndarray | None = None,
+        periodic: bool = False,
+    ) -> None:
+        """Append a trajectory.
+
+        position, velocity: (T, N, 3); attributes: name → (N,); box: (2, 3) low and high corner; dt: time from frame to
+        frame. Raises Failure for a wrong shape, an unknown split or a value that is not finite.
+        """
+        name = f"{len(self.group):06d}"
+        if split not in SPLITS:
+            raise Failure(f"{self.path}: trajectory {name}: split '{split}' is none of {', '.join(SPLITS)}")
+        if position.ndim != 3 or position.shape[2] != 3:
+            raise Failure(f"{self.path}: trajectory {name}: position has shape {position.shape}, expected (T, N, 3)")
+        arrays: dict[str, tuple[np.ndarray, tuple[int, ...]]] = {"position": (position, position.shape)}
+        if velocity is not None:
+            arrays["velocity"] = (velocity, position.shape)
+        for key, value in (attributes or {}).items():
+            arrays[f"attributes/{key}"] = (value, position.shape[1:2])
+        if box is not None:
+            arrays["box"] = (box, (2, 3))
+        group = self.group.create_group(name)
+        group.attrs.update(split=split, dt=float(dt), source=source, periodic=bool(periodic))
+        for key, (value, shape) in arrays.items():
+            value = np.asarray(value, dtype=np.float32)
+            if value.shape != shape:
+                raise Failure(f"{self.path}: trajectory {name}: {key} has shape {value.shape}, expected {shape}")
+            if not np.isfinite(value).all():
+                raise Failure(f"{self.path}: trajectory {name}: {key} holds NaN or infinite values")
+            # one chunk a frame: reading a frame touches nothing else
+            chunks = (1, *shape[1:]) if len(shape) == 3 and shape[1] else None
+            group.create_dataset(
+                key, data=value, chunks=chunks, shuffle=bool(chunks), compression="gzip" if chunks else None
+            )
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.file.close()
+        if kind is None:
+            os.replace(self.partial, self.path)
+        else:
+            self.partial.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What is known of one trajectory without reading its frames."""
+
+    name: str
+    split: str
+    frames: int
+    nodes: int
+    dt: float
+    source: str
+    velocity: bool
+    attributes: tuple[str, ...]
+    periodic: bool
+
+
+class Trajectories(Sequence[Trajectory]):
+    """A trajectories file, read lazily: one frame at a time. Raises Failure for a file that is not whole or not ours."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise Failure(f"{path}: no such file; make one with a recipe's prepare.py")
+        try:
+            self.file = h5py.File(self.path, "r")
+        except OSError as error:
+            raise Failure(f"{path}: not a readable HDF5 file ({error}); fetch or prepare it again") from error
+        if self.file.attrs.get("format") != FORMAT:
+            raise Failure(f"{path}: not a trajectories file (attribute format is not '{FORMAT}'); see docs/formats.md")
+        if self.file.attrs["version"] != VERSION:
+            raise Failure(
+                f"{path}: format version {self.file.attrs['version']}, this program reads {VERSION}; prepare it again"
+            )
+        self.meta: dict[str, Any] = json.loads(self.file.attrs["meta"])
+        self._all = [self._describe(name) for name in sorted(self.file["trajectories"])]
+        if not self._all:
+            raise Failure(f"{path}: holds no trajectory; prepare it again")
+
+    def _describe(self, name: str) -> Trajectory:
+        group = self.file["trajectories"][name]
+        if "position" not in group or group["position"].ndim != 3 or group["position"].shape[2] != 3:
+            raise Failure(f"{self.path}: trajectory {name}: dataset 'position' (T, N, 3) is missing or misshapen")
+        missing = {"split", "dt", "source", "periodic"} - set(group.attrs)
+        if missing or group.attrs["split"] not in SPLITS:
+            raise Failure(f"{self.path}: trajectory {name}: attribute {sorted(missing) or 'split'} is missing or wrong")
+        frames, nodes, _ = group["position"].shape
+        return Trajectory(
+            name,
+            str(group.attrs["split"]),
+            frames,
+            nodes,
+            float(group.attrs["dt"]),
+            str(group.attrs["source"]),
+            "velocity" in group,
+            tuple(sorted(group.get("attributes", {}))),
+            bool(group.attrs["periodic"]),
+        )
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __getitem__(self, k):
+        return self._all[k]
+
+    def _read(self, k: int, key: str, frame: int | None = None) -> np.ndarray:
+        try:
+            dataset = self.file["trajectories"][self._all[k].name][key]
+            return dataset[()] if frame is None else dataset[frame]
+        except (OSError, KeyError) as error:
+            raise Failure(
+                f"{self.path}: trajectory {k}: cannot read '{key}' ({error}); the file is damaged, prepare it again"
+            ) from error
+
+    def position(self, k: int, t: int) -> np.ndarray:
+        """Positions (N, 3) float32 at frame t."""
+        return self._read(k, "position", t)
+
+    def velocity(self, k: int, t: int) -> np.ndarray:
+        """Velocities (N, 3): as stored, else the forward difference x(t+1) − x(t), in length per frame."""
+        return self._read(k, "velocity", t) if self._all[k].velocity else self.position(k, t + 1) - self.position(k, t)
+
+    def attribute(self, k: int, name: str) -> np.ndarray:
+        """A node attribute (N,)."""
+        if name not in self._all[k].attributes:
+            have = ", ".join(self._all[k].attributes) or "none"
+            raise Failure(f"{self.path}: trajectory {k} has no node attribute '{name}' (it has: {have})")
+        return self._read(k, f"attributes/{name}")
+
+    def box(self, k: int) -> np.ndarray | None:
+        """Low and high corner (2, 3) of the container, if the source has one."""
+        return self._read(k, "box") if "box" in self.file["trajectories"][self._all[k].name] else None
+
+    def close(self) -> None:
+        self.file.close()
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """How a frame becomes a sample. Features are node attributes by name, 'speed' for ‖v‖, and 'name/max' for a
+    feature divided by its largest magnitude in the snapshot."""
+
+    radius: float
+    horizon: int
+    features: tuple[str, ...]
+    node_attributes: tuple[str, ...] = ()
+    edge_drop: float = 0.0
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A frame pair of a trajectory: input at ``frame``, target at ``frame + horizon``."""
+
+    split: str
+    trajectory: int
+    frame: int
+
+
+def snapshots(data: Trajectories, horizon: int, count: int, first: int, last: int, seed: int) -> Iterator[Snapshot]:
+    """Up to ``count`` frames of every trajectory among first…last (0: all of them; last = −1: as far as the target
+    exists), drawn without replacement from (seed, trajectory), in order of time."""
+    if horizon < 1:
+        raise Failure(f"data.horizon={horizon}: must be at least 1 frame")
+    for k, trajectory in enumerate(data):
+        end = trajectory.frames - 1 - horizon
+        frames = np.arange(max(first, 0), 1 + (end if last < 0 else min(last, end)))
+        if not len(frames):
+            raise Failure(
+                f"{data.path}: trajectory {k} has {trajectory.frames} frames: none in {first}…{last} has a target "
+                f"{horizon} frames ahead; lower data.horizon or data.first_frame"
+            )
+        if 0 < count < len(frames):
+            frames = np.sort(np.random.default_rng([seed, k]).choice(frames, count, replace=False))
+        for frame in frames:
+            yield Snapshot(trajectory.split, k, int(frame))
+
+
+def node_fields(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> dict[str, np.ndarray]:
+    """The node fields x, v, f, a, y (float32) and gid of a snapshot."""
+    k, t = snapshot.trajectory, snapshot.frame
+    fields = {"x": data.position(k, t), "v": data.velocity(k, t), "y": data.position(k, t + spec.horizon)}
+
+    def column(name: str) -> np.ndarray:
+        base, _, scale = name.partition("/")
+        value = np.linalg.norm(fields["v"], axis=1) if base == "speed" else data.attribute(k, base)
+        if scale not in ("", "max"):
+            raise Failure(f"feature '{name}': the only scaling is '/max'")
+        return value / max(float(np.abs(value).max()), 1e-30) if scale else value
+
+    n = len(fields["x"])
+    for field, names in (("f", spec.features), ("a", spec.node_attributes)):
+        fields[field] = (
+            np.stack([column(c) for c in names], 1).astype(np.float32) if names else np.zeros((n, 0), np.float32)
+        )
+    fields["gid"] = np.arange(n)
+    for name, value in fields.items():
+        if not np.isfinite(value).all():
+            row = int(np.argwhere(~np.isfinite(value))[0][0])
+            raise Failure(
+                f"{data.path}: trajectory {k}, frame {t}: field '{name}' is NaN or infinite at node {row}; mend the source data"
+            )
+    return fields
+
+
+def sample(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> DGLGraph:
+    """The snapshot as a DGLGraph with the fields of fields.py."""
+    from . import graphs
+
+    fields = node_fields(data, snapshot, spec)
+    src, dst = graphs.radius_edges(fields["x"], spec.radius)
+    return graphs.build(*graphs.drop_longest(fields["x"], src, dst, spec.edge_drop), fields)

@@ -1,0 +1,334 @@
+"""Write a store: DistDGL partitions of every snapshot, snapshots.csv, parts.csv and manifest.yaml. See docs/formats.md.
+
+A store is a row of *shards*, each one graph in DistDGL's own on-disk format that holds several snapshots side by side, so
+that DGL's loaders and servers accept it. Memory stays within one snapshot's graph plus one part's output: the pieces of
+each snapshot are spooled to disk, then put together part by part. Everything is written under OUT.partial and renamed at
+the end; a run that was killed goes on from the last complete snapshot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import dgl
+import numpy as np
+import pandas as pd
+import torch
+import yaml
+from dist_egnn.partition import methods
+
+from dist_egnn import __version__, graphs
+from dist_egnn.errors import Failure
+from dist_egnn.store import FORMAT, GRAPH, VERSION
+from dist_egnn.trajectories import SampleSpec, Snapshot, Trajectories, node_fields, snapshots
+
+SHARD_NODES = 262_144  # small enough that loading a part costs little beside a step, large enough to keep files few
+NODE_FIELDS = ("x", "v", "f", "a", "y", "gid", "snapshot")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """All that decides what a store holds; two runs with equal inputs write equal stores."""
+
+    source: str
+    source_sha256: str
+    parts: int
+    method: str
+    method_seed: int
+    radius: float
+    horizon: int
+    features: tuple[str, ...]
+    node_attributes: tuple[str, ...]
+    edge_drop: float
+    frames: int
+    first_frame: int
+    last_frame: int
+    frame_seed: int
+    shard_nodes: int
+
+    @property
+    def sample(self) -> SampleSpec:
+        return SampleSpec(self.radius, self.horizon, self.features, self.node_attributes, self.edge_drop)
+
+    def plain(self) -> dict[str, Any]:
+        """As YAML and JSON give it back."""
+        return json.loads(json.dumps(asdict(self)))
+
+
+def sha256(path: Path) -> str:
+    """The hash of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def inputs_of(
+    data: Trajectories, *, parts: int, method: str, method_seed: int, settings: Any, shard_nodes: int
+) -> Inputs:
+    """The inputs of a store from a config's data section. ``features: null`` means every node attribute, then speed."""
+    methods.check(method, parts)
+    features = settings.features
+    if features is None:
+        features = [*data[0].attributes, "speed"]
+    return Inputs(
+        source=data.path.name,
+        source_sha256=sha256(data.path),
+        parts=parts,
+        method=method,
+        method_seed=method_seed,
+        radius=float(settings.radius),
+        horizon=settings.horizon,
+        features=tuple(features),
+        node_attributes=tuple(settings.node_attributes),
+        edge_drop=float(settings.edge_drop),
+        frames=settings.frames,
+        first_frame=settings.first_frame,
+        last_frame=settings.last_frame,
+        frame_seed=settings.frame_seed,
+        shard_nodes=shard_nodes,
+    )
+
+
+def listing(data: Trajectories, inputs: Inputs) -> list[Snapshot]:
+    """The snapshots of a store. Raises Failure where one has fewer nodes than parts."""
+    for k, trajectory in enumerate(data):
+        if trajectory.nodes < inputs.parts:
+            raise Failure(
+                f"{data.path}: trajectory {k} has {trajectory.nodes} nodes, fewer than {inputs.parts} parts; lower --parts"
+            )
+    return list(
+        snapshots(data, inputs.horizon, inputs.frames, inputs.first_frame, inputs.last_frame, inputs.frame_seed)
+    )
+
+
+def _shards(data: Trajectories, listed: list[Snapshot], limit: int) -> Iterator[range]:
+    """Consecutive snapshots that share a graph: up to ``limit`` nodes, at least one snapshot; 0: all in one."""
+    first, nodes = 0, 0
+    for index, snapshot in enumerate(listed):
+        size = data[snapshot.trajectory].nodes
+        if limit and index > first and nodes + size > limit:
+            yield range(first, index)
+            first, nodes = index, 0
+        nodes += size
+    yield range(first, len(listed))
+
+
+def _spool(data: Trajectories, snapshot: Snapshot, index: int, inputs: Inputs, folder: Path) -> dict[str, Any]:
+    """Partition one snapshot and write its pieces to folder/INDEX-PART.npz. Returns its row and its parts' rows.
+
+    A piece holds the node fields of its inner nodes, its edges in local numbers (inner nodes first, then halo nodes) and
+    the halo nodes' ranks in the snapshot, nodes being ranked by part, then along a Z-order curve.
+    """
+    fields = node_fields(data, snapshot, inputs.sample)
+    x = fields["x"]
+    n = len(x)
+    src, dst = graphs.drop_longest(x, *graphs.radius_edges(x, inputs.radius), inputs.edge_drop)
+    part = methods.assign(inputs.method, x, src, dst, inputs.parts, inputs.method_seed)
+    order = graphs.morton_order(x, part)
+    rank = np.empty(n, np.int64)
+    rank[order] = np.arange(n)
+    start = np.concatenate([[0], np.cumsum(np.bincount(part, minlength=inputs.parts))])
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(dst, minlength=n))])
+    ends, pick = graphs.in_edges(indptr, order)
+    src, dst = rank[src[pick]], np.repeat(np.arange(n), np.diff(ends))
+
+    parts_rows = []
+    for p in range(inputs.parts):
+        lo, hi = start[p], start[p + 1]
+        from_, to = src[ends[lo] : ends[hi]], dst[ends[lo] : ends[hi]] - lo
+        remote = (from_ < lo) | (from_ >= hi)
+        halo, place = np.unique(from_[remote], return_inverse=True)
+        local = from_ - lo
+        local[remote] = hi - lo + place
+        rows = {name: value[order[lo:hi]] for name, value in fields.items()}
+        rows["snapshot"] = np.full(hi - lo, index)
+        _save_npz(folder / f"{index:06d}-{p}.npz", src=local, dst=to, halo=halo, **rows)
+        parts_rows.append([int(hi - lo), len(to), int(remote.sum()), len(halo)])
+    row = {
+        "snapshot": index,
+        "split": snapshot.split,
+        "trajectory": snapshot.trajectory,
+        "frame": snapshot.frame,
+        "target_frame": snapshot.frame + inputs.horizon,
+        "nodes": n,
+        "edges": len(src),
+        **dict(zip(("centroid_x", "centroid_y", "centroid_z"), x.astype(np.float64).mean(0).tolist(), strict=True)),
+    }
+    return {"row": row, "parts": parts_rows}
+
+
+def _save_npz(path: Path, **arrays: np.ndarray) -> None:
+    with open(path, "wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def _assemble(folder: Path, spool: Path, indices: range, counts: np.ndarray) -> None:
+    """Put a shard's pieces together: one DistDGL partition after the other. counts: (snapshots, parts, 2) nodes, edges."""
+    parts = counts.shape[1]
+    # global ids: part after part, within a part snapshot after snapshot
+    node_lo = np.concatenate([[0], np.cumsum(counts[:, :, 0].sum(0))])
+    edge_lo = np.concatenate([[0], np.cumsum(counts[:, :, 1].sum(0))])
+    within = np.cumsum(counts[:, :, 0], 0) - counts[:, :, 0]
+    starts = np.concatenate([np.zeros((len(indices), 1), np.int64), np.cumsum(counts[:, :, 0], 1)], 1)
+    meta: dict[str, Any] = {
+        "graph_name": GRAPH,
+        "num_nodes": int(node_lo[-1]),
+        "num_edges": int(edge_lo[-1]),
+        "part_method": "dist_egnn",
+        "num_parts": parts,
+        "halo_hops": 1,
+        "node_map": {"_N": [[int(a), int(b)] for a, b in itertools.pairwise(node_lo)]},
+        "edge_map": {"_N:_E:_N": [[int(a), int(b)] for a, b in itertools.pairwise(edge_lo)]},
+        "ntypes": {"_N": 0},
+        "etypes": {"_N:_E:_N": 0},
+    }
+    for p in range(parts):
+        inner = int(node_lo[p + 1] - node_lo[p])
+        src, dst, halo_ids, halo_seen = [], [], [], 0
+        rows: dict[str, list[np.ndarray]] = {name: [] for name in NODE_FIELDS}
+        for s, index in enumerate(indices):
+            with np.load(spool / f"{index:06d}-{p}.npz") as piece:
+                n, halo, from_ = counts[s, p, 0], piece["halo"], piece["src"]
+                src.append(from_ + np.where(from_ < n, within[s, p], inner + halo_seen - n))
+                dst.append(piece["dst"] + within[s, p])
+                owner = np.searchsorted(starts[s], halo, side="right") - 1
+                halo_ids.append(node_lo[owner] + within[s, owner] + halo - starts[s, owner])
+                halo_seen += len(halo)
+                for name in NODE_FIELDS:
+                    rows[name].append(piece[name])
+        graph = dgl.graph(
+            (torch.from_numpy(np.concatenate(src)), torch.from_numpy(np.concatenate(dst))), num_nodes=inner + halo_seen
+        )
+        ids = np.concatenate([np.arange(node_lo[p], node_lo[p + 1]), *halo_ids])
+        graph.ndata[dgl.NID] = torch.from_numpy(ids)
+        graph.ndata["inner_node"] = (torch.arange(inner + halo_seen) < inner).to(torch.uint8)
+        graph.edata[dgl.EID] = torch.arange(edge_lo[p], edge_lo[p + 1])
+        graph.edata["inner_edge"] = torch.ones(graph.num_edges(), dtype=torch.uint8)
+        target = folder / f"part{p}"
+        target.mkdir(parents=True, exist_ok=True)
+        dgl.save_graphs(str(target / "graph.dgl"), [graph], formats=["coo"])
+        features = {f"_N/{name}": torch.from_numpy(np.concatenate(value)) for name, value in rows.items()}
+        dgl.data.utils.save_tensors(str(target / "node_feat.dgl"), features)
+        dgl.data.utils.save_tensors(str(target / "edge_feat.dgl"), {})
+        meta[f"part-{p}"] = {
+            "node_feats": f"part{p}/node_feat.dgl",
+            "edge_feats": f"part{p}/edge_feat.dgl",
+            "part_graph": f"part{p}/graph.dgl",
+        }
+    (folder / f"{GRAPH}.json").write_text(json.dumps(meta, indent=1))
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    fresh = path.with_name(path.name + ".new")
+    fresh.write_text(text)
+    os.replace(fresh, path)
+
+
+def _begin(out: Path, inputs: Inputs) -> Path | None:
+    """The folder to work in, with what an earlier run of the same inputs left there; None if the store is complete."""
+    if out.exists():
+        manifest = out / "manifest.yaml"
+        if manifest.is_file() and yaml.safe_load(manifest.read_text()).get("inputs") == inputs.plain():
+            return None
+        raise Failure(f"{out}: exists and is not a store of these settings; remove it or choose another --out")
+    work = out.with_name(out.name + ".partial")
+    stamp = work / "inputs.json"
+    if work.exists() and not (stamp.is_file() and json.loads(stamp.read_text()) == inputs.plain()):
+        raise Failure(f"{work}: left by an unfinished run with other settings; remove it or choose another --out")
+    work.mkdir(parents=True, exist_ok=True)
+    _write_atomically(stamp, json.dumps(inputs.plain()))
+    return work
+
+
+def write(data: Trajectories, out: Path, inputs: Inputs, progress: Callable[[int, int], None]) -> bool:
+    """Write the store of a trajectories file to ``out``; False if it stands there complete already.
+
+    progress(done, all) is called after each snapshot. Raises Failure for inputs that cannot be partitioned, and for an
+    ``out`` that holds something else.
+    """
+    listed = listing(data, inputs)
+    work = _begin(out, inputs)
+    if work is None:
+        return False
+    spool = work / "spool"
+    spool.mkdir(exist_ok=True)
+    done: list[dict[str, Any]] = []
+    for k, indices in enumerate(_shards(data, listed, inputs.shard_nodes)):
+        shard = f"shard-{k:05d}"
+        complete = work / f"{shard}.json"  # written last: its shard is whole
+        if not complete.is_file():
+            rows = []
+            for index in indices:
+                mark = spool / f"{index:06d}.json"
+                if not mark.is_file():
+                    _write_atomically(mark, json.dumps(_spool(data, listed[index], index, inputs, spool)))
+                rows.append(json.loads(mark.read_text()))
+                progress(index + 1, len(listed))
+            shutil.rmtree(work / shard, ignore_errors=True)
+            _assemble(work / shard, spool, indices, np.array([r["parts"] for r in rows])[:, :, :2])
+            files = {str(f.relative_to(work)): sha256(f) for f in sorted((work / shard).rglob("*")) if f.is_file()}
+            _write_atomically(complete, json.dumps({"rows": rows, "files": files, "shard": shard}))
+            for index in indices:
+                for piece in spool.glob(f"{index:06d}*"):
+                    piece.unlink()
+        progress(indices.stop, len(listed))
+        done.append(json.loads(complete.read_text()))
+    _finish(work, out, inputs, done)
+    return True
+
+
+def _finish(work: Path, out: Path, inputs: Inputs, done: list[dict[str, Any]]) -> None:
+    """The tables and the manifest, then the rename that makes it a store."""
+    rows = [{**r["row"], "shard": shard["shard"]} for shard in done for r in shard["rows"]]
+    parts = [
+        {
+            "snapshot": r["row"]["snapshot"],
+            "part": p,
+            **dict(zip(("nodes", "edges", "cut_edges", "halo"), one, strict=True)),
+        }
+        for shard in done
+        for r in shard["rows"]
+        for p, one in enumerate(r["parts"])
+    ]
+    pd.DataFrame(rows).to_csv(work / "snapshots.csv", index=False)
+    pd.DataFrame(parts).to_csv(work / "parts.csv", index=False)
+    files = {name: digest for shard in done for name, digest in shard["files"].items()}
+    files.update({name: sha256(work / name) for name in ("snapshots.csv", "parts.csv")})
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "inputs": inputs.plain(),
+        "versions": {
+            "dist_egnn": __version__,
+            "dgl": dgl.__version__,
+            "torch": str(torch.__version__),
+            "numpy": np.__version__,
+        },
+        "files": files,
+    }
+    (work / "manifest.yaml").write_text(yaml.safe_dump(manifest, sort_keys=False))
+    shutil.rmtree(work / "spool")
+    for leftover in [work / "inputs.json", *work.glob("shard-*.json")]:
+        leftover.unlink()
+    os.replace(work, out)
+
+
+def compare(data: Trajectories, inputs: Inputs) -> list[tuple[str, methods.Quality, float]]:
+    """Every method on the first snapshot: its name, what its cut costs, and the seconds it took."""
+    fields = node_fields(data, listing(data, inputs)[0], inputs.sample)
+    x = fields["x"]
+    src, dst = graphs.drop_longest(x, *graphs.radius_edges(x, inputs.radius), inputs.edge_drop)
+    rows = []
+    for name in methods.METHODS:
+        started = time.perf_counter()
+        part = methods.assign(name, x, src, dst, inputs.parts, inputs.method_seed)
+        rows.append((name, methods.quality(part, src, dst, inputs.parts), time.perf_counter() - started))
+    return rows

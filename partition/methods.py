@@ -1,0 +1,259 @@
+"""Positions and edges → the part of every node: six methods behind `assign`, and what an assignment costs (`quality`).
+
+Shapes: x (N, 3); src, dst (E,), an edge runs src→dst; a part vector (N,) int64 with values in 0…parts−1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import difflib
+import math
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import dgl
+import numpy as np
+import torch
+from scipy.spatial import KDTree
+
+from dist_egnn.errors import Failure
+from dist_egnn.graphs import morton_order
+
+SLACK = 1.05  # the largest part of a balanced method, in mean parts
+M_PERTURB = -6  # <malloc.h>: fill memory on malloc (with the value's complement) and on free
+LANDMARKS = 2000  # nodes that spectral clustering itself sees; its eigenvectors cost far more than the rest
+
+
+class Method(NamedTuple):
+    """One way to partition: its function (x, src, dst, parts, seed) → part, whether balance is forced, a help line."""
+
+    run: Callable[[np.ndarray, np.ndarray, np.ndarray, int, int], np.ndarray]
+    balanced: bool
+    help: str
+
+
+def check(method: str, parts: int) -> None:
+    """Raise Failure for an unknown method or parts < 1: what can be told before there are positions."""
+    if method not in METHODS:
+        near = difflib.get_close_matches(method, METHODS, n=1, cutoff=0.0)[0]
+        raise Failure(f"partition method={method!r}: unknown; did you mean {near}? (one of {', '.join(METHODS)})")
+    if parts < 1:
+        raise Failure(f"parts={parts}: must be at least 1")
+
+
+def assign(method: str, x: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: int, seed: int = 0) -> np.ndarray:
+    """The part of every node, (N,) int64; no part is empty, and the same arguments give the same answer.
+
+    The largest part of a balanced method (METHODS) has at most ⌈1.05·N/parts⌉ nodes. Raises Failure where `check`
+    does, for N < parts and for positions that are not finite.
+    """
+    check(method, parts)
+    x = np.asarray(x, dtype=np.float64)
+    if len(x) < parts:
+        raise Failure(f"parts={parts}: more parts than the {len(x)} nodes; use parts={len(x)} or fewer")
+    if not np.isfinite(x).all():
+        raise Failure("positions are NaN or infinite: no partition can be made; mend the source data")
+    if parts == 1:  # METIS kills the process (SIGFPE) here
+        return np.zeros(len(x), np.int64)
+    part = METHODS[method].run(x, src, dst, parts, seed).astype(np.int64)
+    fill_empty(x, part, parts)
+    if METHODS[method].balanced:
+        level(x, part, parts, math.ceil(SLACK * len(x) / parts))
+    return part
+
+
+def fill_empty(x: np.ndarray, part: np.ndarray, parts: int) -> None:
+    """Give each empty part half of the part that is largest by then, cut across its longest axis; in place."""
+    counts = np.bincount(part, minlength=parts)
+    for empty in np.flatnonzero(counts == 0):
+        largest = counts.argmax()
+        _, given = _halves(x, np.flatnonzero(part == largest), counts[largest] // 2)
+        part[given] = empty
+        counts[largest] -= len(given)
+        counts[empty] = len(given)
+
+
+def level(x: np.ndarray, part: np.ndarray, parts: int, cap: int) -> None:
+    """Move nodes out of parts larger than cap until none is, in place; given parts · cap ≥ N and no empty part.
+
+    Each round takes the largest part and the nearest one with room, and moves the nodes nearest to the latter's
+    centroid. A round mends its part or fills its neighbour, so there are fewer than 2 · parts rounds.
+    """
+    counts = np.bincount(part, minlength=parts)
+    while counts.max() > cap:
+        centroid = np.stack([np.bincount(part, axis, parts) for axis in x.T], 1) / counts[:, None]
+        largest, room = counts.argmax(), np.flatnonzero(counts < cap)
+        to = room[((centroid[room] - centroid[largest]) ** 2).sum(1).argmin()]
+        moved = min(counts[largest] - cap, cap - counts[to])
+        nodes = np.flatnonzero(part == largest)
+        distance = ((x[nodes] - centroid[to]) ** 2).sum(1)
+        part[nodes[np.argsort(distance, kind="stable")[:moved]]] = to
+        counts[largest] -= moved
+        counts[to] += moved
+
+
+def _halves(x: np.ndarray, nodes: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut the nodes across their longest axis: the first `first` along it, and the rest.
+
+    Nodes level with the cut (a lattice plane) are taken in the order of the other axes, then of their ids, so that
+    the cut stays straight and the sizes exact.
+    """
+    box = x[nodes]
+    axis = int(np.ptp(box, 0).argmax())
+    along = box[:, axis]
+    cut = np.partition(along, first)[first]
+    left = along < cut
+    tied = np.flatnonzero(along == cut)
+    order = np.lexsort((box[tied, axis - 2], box[tied, axis - 1]))
+    left[tied[order[: first - np.count_nonzero(left)]]] = True
+    return nodes[left], nodes[~left]
+
+
+def _bisection(x: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: int, seed: int) -> np.ndarray:
+    """Recursive coordinate bisection; part sizes differ by at most one node for any number of parts. No seed."""
+    part = np.empty(len(x), np.int64)
+    pending = [(np.arange(len(x)), 0, parts)]
+    while pending:
+        nodes, first, count = pending.pop()
+        if count == 1:
+            part[nodes] = first
+            continue
+        half = count // 2
+        low, high = _halves(x, nodes, len(nodes) * half // count)
+        pending += [(low, first, half), (high, first + half, count - half)]
+    return part
+
+
+def _metis(x: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: int, seed: int) -> np.ndarray:
+    """METIS recursive bisection of the graph, least edge cut. METIS takes no seed here.
+
+    Without edges (edge dropping p = 1) METIS would scatter nodes regardless of place: bisection stands in.
+    """
+    if not len(src):
+        return _bisection(x, src, dst, parts, seed)
+    graph = dgl.graph((torch.from_numpy(src), torch.from_numpy(dst)), num_nodes=len(x), idtype=torch.int64)
+    try:
+        # not k-way: that halves the time, cuts up to a quarter more edges of small graphs and is harder to repeat
+        with _silence(), _clean_heap(), ThreadPoolExecutor(1) as fresh:
+            return fresh.submit(dgl.metis_partition_assignment, graph, parts, mode="recursive").result().numpy()
+    except dgl.DGLError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise Failure(f"METIS could not partition {len(x)} nodes into {parts} ({reason}); use bisection") from error
+
+
+@contextlib.contextmanager
+def _clean_heap() -> Iterator[None]:
+    """Let malloc zero what it hands out (glibc only).
+
+    With DGL's options METIS reads words that it never wrote, so that its answer would depend on what the heap held
+    before. A new thread is needed besides: the small blocks that a thread recycles are handed out as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)
+    mallopt(M_PERTURB, 255)
+    try:
+        yield
+    finally:
+        mallopt(M_PERTURB, 0)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Drop what Python prints to standard output and what C writes to standard error (the whole process's, briefly)."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
+            os.dup2(sink.fileno(), 2)
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _random(x: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: int, seed: int) -> np.ndarray:
+    """Parts of equal size (to one node) drawn at random."""
+    return np.random.default_rng(seed).permutation(np.arange(len(x)) % parts)
+
+
+def _morton(x: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: int, seed: int) -> np.ndarray:
+    """Equal ranges (to one node) along a Z-order curve. No seed."""
+    part = np.empty(len(x), np.int64)
+    part[morton_order(x)] = np.arange(len(x)) * parts // len(x)
+    return part
+
+
+def _kmeans(x: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: int, seed: int) -> np.ndarray:
+    """Lloyd's k-means on the positions; mini-batches would be slower and worse at 10⁵ to 10⁶ nodes in 8 parts."""
+    from sklearn.cluster import KMeans
+
+    with warnings.catch_warnings(), _one_thread():
+        warnings.simplefilter("ignore")  # fewer distinct points than parts: fill_empty's business
+        return KMeans(parts, n_init=1, max_iter=50, random_state=seed).fit_predict(x)
+
+
+def _spectral(x: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: int, seed: int) -> np.ndarray:
+    """Spectral clustering of landmarks (all nodes, or LANDMARKS of them at random); others join their nearest one."""
+    from sklearn.cluster import SpectralClustering
+
+    size = min(len(x), max(LANDMARKS, 10 * parts))
+    if size == parts:  # as many eigenvectors as nodes: ARPACK refuses, and any answer is one node a part
+        return np.arange(size)
+    landmarks = x[np.sort(np.random.default_rng(seed).choice(len(x), size, replace=False))]
+    model = SpectralClustering(
+        parts,
+        affinity="nearest_neighbors",
+        n_neighbors=min(10, size),
+        assign_labels="cluster_qr",  # better balanced than k-means on the eigenvectors, and draws nothing at random
+        random_state=seed,
+    )
+    with warnings.catch_warnings(), _one_thread():
+        warnings.simplefilter("ignore")  # landmarks in several components: clustered all the same
+        label = model.fit_predict(landmarks)
+    return label[KDTree(landmarks).query(x)[1]]
+
+
+def _one_thread() -> contextlib.AbstractContextManager:
+    """scikit-learn sums in the order in which its threads finish: one thread gives the same answer every time."""
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    return threadpool_limits(1)
+
+
+METHODS: dict[str, Method] = {
+    "metis": Method(_metis, True, "METIS on the edges: fewest cut edges; bisection where there are no edges"),
+    "random": Method(_random, True, "balanced random parts: the worst case, cuts nearly every edge"),
+    "kmeans": Method(_kmeans, False, "k-means on the positions: round parts, balance not forced"),
+    "spectral": Method(
+        _spectral,
+        False,
+        f"spectral clustering of {LANDMARKS} landmarks (more beyond {LANDMARKS // 10} parts), every other node takes "
+        "its nearest landmark's part; balance not forced",
+    ),
+    "bisection": Method(_bisection, True, "recursive coordinate bisection: boxes of equal size, no edges needed"),
+    "morton": Method(_morton, True, "equal ranges along a Z-order curve: the fastest, no edges needed"),
+}
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What an assignment costs."""
+
+    edge_cut: float  # share of directed edges whose ends lie in different parts; 0 without edges
+    balance: float  # nodes of the largest part / mean
+    halo: int  # (part, source node elsewhere) pairs: the nodes that all parts together must receive
+    halo_share: float  # halo / N
+
+
+def quality(part: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: int) -> Quality:
+    """Edge cut, balance and halo of a part vector (N,) under the edges src→dst (E,)."""
+    n = len(part)
+    cut = part[src] != part[dst]
+    halo = len(np.unique(part[dst[cut]] * n + src[cut]))
+    largest = int(np.bincount(part, minlength=parts).max())
+    return Quality(float(cut.mean()) if len(cut) else 0.0, largest * parts / n, halo, halo / n)

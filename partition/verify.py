@@ -1,0 +1,81 @@
+"""Check a store against itself and against its own positions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import dgl
+import numpy as np
+
+from dist_egnn import graphs
+from dist_egnn.errors import Failure
+from dist_egnn.store import GRAPH, Store
+
+
+def verify(store: Store, progress: Callable[[int, int], None]) -> dict[str, int]:
+    """Re-check every file and every snapshot; returns what was counted. Raises Failure at the first thing that is wrong.
+
+    Hashes; the same snapshots in every part; every node in exactly one part; every edge that the positions and the radius
+    ask for in exactly one part, and no other; no value that is not finite; DGL's own loader with its own checks on.
+    """
+    listed = {str(f.relative_to(store.path)) for f in store.path.rglob("*") if f.is_file()} - {"manifest.yaml"}
+    if extra := sorted(listed - set(store.manifest["files"])):
+        raise Failure(f"{store.path / extra[0]}: not in the manifest; remove it or partition again")
+    for name in store.manifest["files"]:
+        store.disk.check(name)
+    nodes = edges = 0
+    for shard, rows in store.snapshots.groupby("shard", sort=False).indices.items():
+        config = str(store.path / shard / f"{GRAPH}.json")
+        held = [_load(config, p) for p in range(store.parts)]
+        # global id → (node of the snapshot), for the sources that live elsewhere
+        gid_of = np.concatenate([feats["_N/gid"].numpy() for _, feats in held])
+        snapshot_of = np.concatenate([feats["_N/snapshot"].numpy() for _, feats in held])
+        for snapshot in rows:
+            row = store.snapshots.loc[snapshot]
+            where = f"{store.path}: snapshot {snapshot}"
+            for p, (_, feats) in enumerate(held):
+                mine = int((feats["_N/snapshot"] == snapshot).sum())
+                wanted = store.parts_table.query("snapshot == @snapshot and part == @p")["nodes"].item()
+                if mine != wanted:
+                    raise Failure(
+                        f"{where}: part {p} holds {mine} nodes of it, parts.csv says {wanted}; partition again"
+                    )
+            own = snapshot_of == snapshot
+            gid = gid_of[own]
+            n = int(row["nodes"])
+            if len(gid) != n or len(np.unique(gid)) != n or gid.min() != 0 or gid.max() != n - 1:
+                raise Failure(f"{where}: its {n} nodes are not each in exactly one part; partition again")
+            whole = store.whole(int(snapshot))  # also checks fields, shapes and NaN
+            found = []
+            for graph, feats in held:
+                src, dst = (t.numpy() for t in graph.edges(order="eid"))
+                inner = feats["_N/snapshot"].numpy()[dst] == snapshot
+                ids = graph.ndata[dgl.NID].numpy()
+                if (snapshot_of[ids[src[inner]]] != snapshot).any():
+                    raise Failure(f"{where}: an edge joins two snapshots; partition again")
+                found.append(gid_of[ids[src[inner]]] * n + gid_of[ids[dst[inner]]])
+            x = whole.ndata["x"].numpy()
+            src, dst = graphs.radius_edges(x, store.inputs["radius"])
+            src, dst = graphs.drop_longest(x, src, dst, store.inputs["edge_drop"])
+            if not np.array_equal(np.sort(np.concatenate(found)), np.sort(src * n + dst)):
+                raise Failure(f"{where}: its edges are not those of its positions, each once; partition again")
+            nodes, edges = nodes + n, edges + len(src)
+            progress(int(snapshot) + 1, len(store.snapshots))
+    return {"files": len(store.manifest["files"]), "snapshots": len(store.snapshots), "nodes": nodes, "edges": edges}
+
+
+def _load(config: str, part: int):
+    """A part by DGL's loader, its own assertions switched on."""
+    before = os.environ.get("DGL_DIST_DEBUG")
+    os.environ["DGL_DIST_DEBUG"] = "1"
+    try:
+        graph, feats, *_ = dgl.distributed.load_partition(config, part)
+    except AssertionError as error:
+        raise Failure(f"{config}: part {part} does not pass DGL's own checks ({error}); partition again") from error
+    finally:
+        if before is None:
+            del os.environ["DGL_DIST_DEBUG"]
+        else:
+            os.environ["DGL_DIST_DEBUG"] = before
+    return graph, feats

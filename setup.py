@@ -1,0 +1,42 @@
+"""Package metadata; `make setup` installs it (torch first and alone, see Makefile)."""
+
+from setuptools import setup
+
+VIZ = ["matplotlib>=3.8,<4"]
+
+setup(
+    name="dist_egnn",
+    version="0.1.0",
+    description="Equivariant graph networks on geometric graphs too large for one device",
+    python_requires=">=3.10,<3.12",  # DGL 1.1.3 has no wheel for 3.12
+    packages=["dist_egnn", "dist_egnn.nn", "dist_egnn.partition"],
+    package_dir={"dist_egnn.partition": "partition"},
+    install_requires=[
+        "torch>=2.1,<2.14",
+        "dgl==1.1.3",
+        "packaging>=23",  # DGL needs it and does not say so
+        "numpy>=1.26,<3",
+        "scipy>=1.11,<2",
+        "scikit-learn>=1.4,<2",
+        "h5py>=3.10,<4",
+        "pandas>=2.1,<4",
+        "omegaconf>=2.3,<3",
+        "tensorboard>=2.15,<3",
+        "typer>=0.12,<1",
+        "rich>=13,<16",
+    ],
+    extras_require={
+        "fluid": ["pysplishsplash==2.19.0"],
+        "protein": ["MDAnalysis>=2.7,<3", "MDAnalysisTests>=2.7,<3", "MDAnalysisData>=0.9,<1"],
+        "tfn": ["e3nn>=0.5,<0.6"],
+        "viz": VIZ,
+        "dev": [
+            *VIZ,
+            "pytest>=8,<10",
+            "hypothesis>=6.100,<7",
+            "ruff==0.17.5",
+            "mypy==2.4.1",
+        ],
+    },
+    entry_points={"console_scripts": ["distegnn = dist_egnn.cli:main"]},
+)

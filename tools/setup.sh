@@ -1,0 +1,34 @@
+#!/bin/sh
+# Make .venv and install everything into it: torch first and alone (a range may pull gigabytes of CUDA), then the rest.
+# Installs nothing when setup.py has not changed since the last complete run. PYTHON= chooses the interpreter.
+set -eu
+python=${PYTHON:-python3.11}
+fail() { echo "error: $*" >&2; exit 1; }
+
+command -v "$python" >/dev/null 2>&1 || fail "$python not found; install Python 3.11 or name one: make PYTHON=/path/to/python3.11 setup"
+version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || fail "$python does not run"
+case "$version" in
+3.10 | 3.11) ;;
+*) fail "$python is Python $version, but DGL 1.1.3 has wheels for 3.10 and 3.11 only; use make PYTHON=python3.11 setup" ;;
+esac
+
+want="$version $(cat setup.py tools/setup.sh | cksum)"
+[ "$(cat .venv/.complete 2>/dev/null || true)" = "$want" ] && exit 0
+
+echo "setup: making .venv (Python $version); about a minute and 1.6 GB"
+[ -x .venv/bin/python ] && [ "$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')" = "$version" ] || {
+	rm -rf .venv
+	"$python" -m venv .venv || fail "could not make .venv with $python; is its venv module installed (python3.11-venv)?"
+}
+rm -f .venv/.complete
+log=.venv/setup.log
+: >"$log"
+pip() {
+	.venv/bin/python -m pip install --disable-pip-version-check --only-binary=:all: --no-input "$@" >>"$log" 2>&1 ||
+		fail "pip could not install '$*': $(grep -i '^error' "$log" | tail -n 1) (whole log: $log)"
+}
+pip "torch==2.13.0"
+pip "setuptools<81" wheel
+pip --no-build-isolation -e ".[dev]"
+printf '%s' "$want" >.venv/.complete
+echo "setup: done"
