@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 import time
@@ -11,6 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from .errors import Failure
+
+# one thread a process unless the user says otherwise: DGL's kernels lose most of their speed when threads outnumber cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 app = typer.Typer(
     help="Train equivariant graph networks on geometric graphs too large for one device.",
@@ -29,7 +33,7 @@ def main_options(
     """Options before the command."""
 
 
-def _table(title: str, header: list[str], rows: list[list[Any]]) -> None:
+def print_table(title: str, header: list[str], rows: list[list[Any]]) -> None:
     """A table that reads well on a terminal and in a pipe."""
     cells = [header, *[[str(c) for c in row] for row in rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
@@ -108,7 +112,7 @@ def partition(
     )
     if compare:
         rows = build.compare(file, inputs)
-        _table(
+        print_table(
             f"first snapshot of {data}, {parts} parts",
             ["method", "edges cut", "largest/mean", "halo/nodes", "seconds"],
             [[name, f"{q.edge_cut:.1%}", f"{q.balance:.3f}", f"{q.halo_share:.1%}", f"{s:.2f}"] for name, q, s in rows],
@@ -132,7 +136,7 @@ def make_store(file: Any, out: Path, inputs: Any) -> None:
     if not fresh:
         print(f"{out}: complete already, nothing to do")
     found = store.summary()
-    _table(
+    print_table(
         f"{out}: {len(store.snapshots)} snapshots in {store.parts} parts, {time.perf_counter() - started:.1f} s",
         ["method", "edges cut", "largest/mean", "halo/nodes"],
         [[store.inputs["method"], f"{found['edge_cut']:.1%}", f"{found['balance']:.3f}", f"{found['halo']:.1%}"]],
@@ -149,35 +153,40 @@ def verify(
     snapshot: Annotated[int, typer.Option(help="snapshot that the model is compared on")] = 0,
 ) -> None:
     """Re-check a store: hashes, every node and edge exactly once; with --model, that P processes equal one."""
+    from . import config as configs
+
+    run_verification(store, configs.load(model, overrides or ()) if model else None, snapshot)
+
+
+def run_verification(path: Path, config: Any, snapshot: int = 0) -> None:
+    """Check a store and, with a config, its model's exactness over partitions; prints what was found."""
     from .partition.verify import verify as check
     from .progress import bar
     from .store import Store
 
-    opened = Store(store)
-    if not 0 <= snapshot < len(opened.snapshots):
-        raise Failure(f"--snapshot {snapshot}: {store} has snapshots 0 to {len(opened.snapshots) - 1}")
-    with bar("verifying", len(opened.snapshots)) as tick:
-        counted = check(opened, lambda done, _all: tick(to=done))
-    print(f"{store}: whole: " + ", ".join(f"{n:,} {what}" for what, n in counted.items()))
-    if model is None:
+    store = Store(path)
+    if not 0 <= snapshot < len(store.snapshots):
+        raise Failure(f"--snapshot {snapshot}: {path} has snapshots 0 to {len(store.snapshots) - 1}")
+    with bar("verifying", len(store.snapshots)) as tick:
+        counted = check(store, lambda done, _all: tick(to=done))
+    print(f"{path}: whole: " + ", ".join(f"{n:,} {what}" for what, n in counted.items()))
+    if config is None:
         return
-    from . import config as configs
     from . import exactness
 
-    loaded = configs.load(model, overrides or ())
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
-        found = exactness.compare(loaded, opened, snapshot, Path(folder))
+        found = exactness.compare(config, store, snapshot, Path(folder))
     gradients = {k: v for k, v in found.items() if k.startswith("gradient")}
     worst = max(gradients, key=lambda k: gradients[k])
     rows = [[k, f"{v:.1e}"] for k, v in found.items() if k not in gradients]
-    _table(
-        f"{opened.parts} processes against one on the same cut graph, float64, snapshot {snapshot}",
+    print_table(
+        f"{store.parts} processes against one on the same cut graph, float64, snapshot {snapshot}",
         ["compared", "largest relative error"],
         [*rows, [f"{len(gradients)} gradients, worst {worst.removeprefix('gradient ')}", f"{gradients[worst]:.1e}"]],
     )
     if not max(found.values()) <= exactness.TOLERANCE:
         raise Failure(
-            f"{store}: {max(found, key=lambda k: found[k])} differs by {max(found.values()):.1e}, more than "
+            f"{path}: {max(found, key=lambda k: found[k])} differs by {max(found.values()):.1e}, more than "
             f"{exactness.TOLERANCE:.0e}: P processes do not compute what one does; please report this"
         )
 
@@ -236,7 +245,7 @@ def evaluate(
     """The best checkpoint's error on every test sample, beside the static and the linear prediction."""
     found = run_evaluation(run, split)
     rows = [[name, f"{value:.4e}", f"{value / found['linear']:.3f}"] for name, value in found.items()]
-    _table(f"{run}: mean squared error, split {split}", ["prediction", "MSE", "of linear"], rows)
+    print_table(f"{run}: mean squared error, split {split}", ["prediction", "MSE", "of linear"], rows)
 
 
 def run_evaluation(run: Path, split: str = "test") -> dict[str, float]:
@@ -273,6 +282,8 @@ def show_config(overrides: Overrides = None) -> None:
 def main() -> None:
     """The console script: 0 done, 2 something the user can mend, 130 interrupted."""
     debug = "--debug" in sys.argv
+    if len(sys.argv) == 1:  # not an error
+        sys.argv.append("--help")
     try:
         app(standalone_mode=False)
     except Failure as failure:

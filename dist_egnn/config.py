@@ -169,7 +169,12 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         if "=" not in override:
             raise Failure(f"override '{override}': write key=value, for example train.epochs=10")
-        config = _merge(config, OmegaConf.from_dotlist([override]), f"override '{override}'")
+        where = f"override '{override}'"
+        try:
+            given = OmegaConf.from_dotlist([override])
+        except Exception as error:  # the value is YAML too
+            raise Failure(f"{where}: not readable as YAML ({str(error).splitlines()[0]})") from error
+        config = _merge(config, given, where)
     result = OmegaConf.to_object(config)
     assert isinstance(result, Config)
     _check(result)
@@ -206,6 +211,8 @@ def _check(config: Config) -> None:
         value = getattr(getattr(config, section), name)
         if not value >= least:
             raise Failure(f"{key}={value}: must be at least {least}")
+    if not config.data.radius > 0:
+        raise Failure(f"data.radius={config.data.radius}: must be positive (.inf for the complete graph)")
     if config.data.edge_drop > 1:
         raise Failure(f"data.edge_drop={config.data.edge_drop}: must lie in 0 … 1")
     if config.train.schedule not in ("constant", "cosine"):

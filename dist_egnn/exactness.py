@@ -58,14 +58,18 @@ def _partitioned(comm: Comm, config: Config, path: str, snapshot: int, folder: s
     torch.save(result, Path(folder) / f"{comm.rank}.pt")
 
 
-def _apart(a: Tensor, b: Tensor) -> float:
-    """The largest difference relative to the largest value; two zeros agree."""
+def _apart(a: Tensor, b: Tensor, least: float = 0.0) -> float:
+    """The largest difference relative to the largest value of b, or to ``least`` if that is larger; two zeros agree."""
     difference = float((a - b).abs().max()) if a.numel() else 0.0
-    return difference / float(b.abs().max()) if difference else 0.0
+    return difference / max(float(b.abs().max()), least) if difference else 0.0
 
 
 def compare(config: Config, store: Store, snapshot: int, folder: Path) -> dict[str, float]:
-    """Relative differences of P processes from one on the same cut graph, by what was compared."""
+    """Relative differences of P processes from one on the same cut graph, by what was compared.
+
+    A gradient that symmetry makes zero (φ_z's on a block of fluid at rest, say) is nothing but rounding, and cannot be held
+    against its own size: a gradient's scale is at least a thousandth of the largest gradient of the model.
+    """
     config = copy.deepcopy(config)
     one = _step(Alone(), config, store, store.whole(snapshot))
     local.run(
@@ -78,6 +82,7 @@ def compare(config: Config, store: Store, snapshot: int, folder: Path) -> dict[s
         "virtual nodes z": _apart(ranks[0]["virtual"], one.virtual),
         "loss": _apart(ranks[0]["loss"], one.loss),
     }
+    least = 1e-3 * max((float(g.abs().max()) for g in one.gradients.values()), default=0.0)
     for name, gradient in one.gradients.items():
-        found[f"gradient {name}"] = _apart(ranks[0][f"gradient {name}"], gradient)
+        found[f"gradient {name}"] = _apart(ranks[0][f"gradient {name}"], gradient, least)
     return found

@@ -19,8 +19,8 @@ from .errors import Failure
 def radius_edges(x: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
     """Every ordered pair j→i with ‖x_i − x_j‖ ≤ radius and i ≠ j; an infinite radius gives the complete graph.
 
-    x: (N, 3). Distances are compared in float64. Returns (source, destination), int64 (E,), sorted by destination, then
-    source. Raises Failure for a radius that is not positive or positions that are not finite.
+    x: (N, 3). Squared distances are compared, in float64. Returns (source, destination), int64 (E,), sorted by
+    destination, then source. Raises Failure for a radius that is not positive or positions that are not finite.
     """
     if not radius > 0:
         raise Failure(f"radius={radius}: must be positive (inf for the complete graph)")

@@ -118,6 +118,7 @@ class EGNN(nn.Module):
         return node, {"e": e.index_select(0, cut.edge_order).to(like)}
 
     def forward(self, graph: DGLGraph) -> tuple[Tensor, Tensor]:
+        field(graph, "x", 3)
         engine = engines.choose(self.engine, graph.device)
         cut = tiles.of(graph, engine, self.tile)
         node, edge = self._inputs(graph, cut)

@@ -91,8 +91,8 @@ class Store:
         self.path = Path(path)
         manifest = self.path / "manifest.yaml"
         if not manifest.is_file():
-            unfinished = self.path.with_name(self.path.name + ".partial")
-            if unfinished.exists() or self.path.name.endswith(".partial"):
+            unfinished = self.path.with_name(self.path.name.removesuffix(".partial") + ".partial")
+            if unfinished.exists():
                 raise Failure(
                     f"{unfinished}: a partition that was not finished; run the same `distegnn partition` again"
                 )
@@ -100,15 +100,16 @@ class Store:
         try:
             self.manifest: dict[str, Any] = yaml.safe_load(manifest.read_text())
             found = self.manifest["format"], self.manifest["version"]
-        except (yaml.YAMLError, KeyError, TypeError, UnicodeDecodeError) as error:
+            if found == (FORMAT, VERSION):
+                self.inputs: dict[str, Any] = dict(self.manifest["inputs"])
+                self.parts: int = self.inputs["parts"]
+                self.disk = FromDisk(self.path, dict(self.manifest["files"]))
+        except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
             raise Failure(f"{manifest}: damaged ({type(error).__name__}); partition again") from error
         if found != (FORMAT, VERSION):
             raise Failure(
                 f"{manifest}: {found[0]} version {found[1]}, this program reads {FORMAT} {VERSION}; partition again"
             )
-        self.inputs: dict[str, Any] = self.manifest["inputs"]
-        self.parts: int = self.inputs["parts"]
-        self.disk = FromDisk(self.path, self.manifest["files"])
         self.source: Source = source or self.disk
         for name in ("snapshots.csv", "parts.csv"):
             self.disk.check(name)

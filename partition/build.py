@@ -232,16 +232,27 @@ def _write_atomically(path: Path, text: str) -> None:
     os.replace(fresh, path)
 
 
+def _made_with(inputs: Inputs, file: Path) -> bool:
+    """Whether a manifest or an unfinished run's stamp is there and names these inputs."""
+    try:
+        found = yaml.safe_load(file.read_text()) if file.suffix == ".yaml" else {"inputs": json.loads(file.read_text())}
+        return found["inputs"] == inputs.plain()
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return False
+
+
 def _begin(out: Path, inputs: Inputs) -> Path | None:
     """The folder to work in, with what an earlier run of the same inputs left there; None if the store is complete."""
     if out.exists():
-        manifest = out / "manifest.yaml"
-        if manifest.is_file() and yaml.safe_load(manifest.read_text()).get("inputs") == inputs.plain():
+        if _made_with(inputs, out / "manifest.yaml"):
             return None
         raise Failure(f"{out}: exists and is not a store of these settings; remove it or choose another --out")
     work = out.with_name(out.name + ".partial")
     stamp = work / "inputs.json"
-    if work.exists() and not (stamp.is_file() and json.loads(stamp.read_text()) == inputs.plain()):
+    if not stamp.exists() and _made_with(inputs, work / "manifest.yaml"):  # only the last rename was missing
+        os.replace(work, out)
+        return None
+    if work.exists() and not _made_with(inputs, stamp):
         raise Failure(f"{work}: left by an unfinished run with other settings; remove it or choose another --out")
     work.mkdir(parents=True, exist_ok=True)
     _write_atomically(stamp, json.dumps(inputs.plain()))
@@ -316,7 +327,7 @@ def _finish(work: Path, out: Path, inputs: Inputs, done: list[dict[str, Any]]) -
     }
     (work / "manifest.yaml").write_text(yaml.safe_dump(manifest, sort_keys=False))
     shutil.rmtree(work / "spool")
-    for leftover in [work / "inputs.json", *work.glob("shard-*.json")]:
+    for leftover in [*work.glob("shard-*.json"), work / "inputs.json"]:  # the stamp last, see _begin
         leftover.unlink()
     os.replace(work, out)
 

@@ -31,6 +31,8 @@ def verify(store: Store, progress: Callable[[int, int], None]) -> dict[str, int]
         # global id → (node of the snapshot), for the sources that live elsewhere
         gid_of = np.concatenate([feats["_N/gid"].numpy() for _, feats in held])
         snapshot_of = np.concatenate([feats["_N/snapshot"].numpy() for _, feats in held])
+        if extra := sorted(set(snapshot_of.tolist()) - set(rows.tolist())):
+            raise Failure(f"{config}: holds snapshot {extra[0]}, snapshots.csv does not list it there; partition again")
         for snapshot in rows:
             row = store.snapshots.loc[snapshot]
             where = f"{store.path}: snapshot {snapshot}"
@@ -46,7 +48,6 @@ def verify(store: Store, progress: Callable[[int, int], None]) -> dict[str, int]
             n = int(row["nodes"])
             if len(gid) != n or len(np.unique(gid)) != n or gid.min() != 0 or gid.max() != n - 1:
                 raise Failure(f"{where}: its {n} nodes are not each in exactly one part; partition again")
-            whole = store.whole(int(snapshot))  # also checks fields, shapes and NaN
             found = []
             for graph, feats in held:
                 src, dst = (t.numpy() for t in graph.edges(order="eid"))
@@ -55,7 +56,7 @@ def verify(store: Store, progress: Callable[[int, int], None]) -> dict[str, int]
                 if (snapshot_of[ids[src[inner]]] != snapshot).any():
                     raise Failure(f"{where}: an edge joins two snapshots; partition again")
                 found.append(gid_of[ids[src[inner]]] * n + gid_of[ids[dst[inner]]])
-            x = whole.ndata["x"].numpy()
+            x = store.whole(int(snapshot)).ndata["x"].numpy()  # also checks fields, shapes and NaN
             src, dst = graphs.radius_edges(x, store.inputs["radius"])
             src, dst = graphs.drop_longest(x, src, dst, store.inputs["edge_drop"])
             if not np.array_equal(np.sort(np.concatenate(found)), np.sort(src * n + dst)):
@@ -78,4 +79,7 @@ def _load(config: str, part: int):
             del os.environ["DGL_DIST_DEBUG"]
         else:
             os.environ["DGL_DIST_DEBUG"] = before
+    for name in ("gid", "snapshot"):
+        if f"_N/{name}" not in feats:
+            raise Failure(f"{config}: part {part}: node field '{name}' is missing; partition again")
     return graph, feats

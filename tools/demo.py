@@ -1,1 +1,142 @@
-"""The demo: see main()."""
+"""The whole road on a real fluid: partition, verify, train EGNN and DistEGNN on two processes, evaluate, show.
+
+Run by `make demo`; writes everything to runs/demo. Example: .venv/bin/python tools/demo.py --epochs 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a process; before torch is imported
+
+import numpy as np
+import pandas as pd
+import torch
+from dist_egnn.partition import build
+
+from dist_egnn import checkpoint, cli, config, plots, train
+from dist_egnn.comm import Alone
+from dist_egnn.errors import Failure
+from dist_egnn.metrics import fitted_time, mean_squared_error
+from dist_egnn.store import Store
+from dist_egnn.trajectories import Trajectories
+
+HERE = Path(__file__).resolve().parent.parent
+RECIPE = HERE / "recipes" / "fluid113k"
+MODELS = {"EGNN": "EGNN", "DistEGNN": "FastEGNN"}
+
+
+def settings(out: Path, name: str, epochs: int) -> config.Config:
+    """The recipe's config, shortened: fewer frames and epochs, a step after every snapshot, a larger rate."""
+    return config.load(
+        RECIPE / "config.yaml",
+        [
+            f"data.path={out / 'store'}",
+            f"run.dir={out / name}",
+            f"model.name={MODELS[name]}",
+            "train.accumulate=1",
+            "train.lr=2e-3",
+            "train.schedule=cosine",
+            f"train.epochs={epochs}",
+        ],
+    )
+
+
+def picture(out: Path, store: Store, found: dict[str, dict[str, float]], epochs: int) -> None:
+    """runs/demo/report.png from the best checkpoints and one test snapshot."""
+    number = store.split("test")[len(store.split("test")) // 2]
+    row = store.snapshots.loc[number]
+    pieces = [store.read(number, p).ndata["gid"] for p in range(store.parts)]
+    part = torch.zeros(int(row["nodes"]), dtype=torch.int64)
+    for p, gid in enumerate(pieces):
+        part[gid] = p
+    graph = store.whole(number)
+    predicted, virtual = {}, np.zeros((0, 3))
+    widths = len(store.inputs["features"]), len(store.inputs["node_attributes"])
+    for name in MODELS:
+        model = train.build_model(settings(out, name, epochs), widths, Alone())
+        path = out / name / "best.pt"
+        checkpoint.load_weights(model, checkpoint.load(path), path)
+        with torch.no_grad():
+            x, z = model(graph)
+        predicted[name], virtual = x.numpy(), z[0].numpy()
+    t = fitted_time((store.whole(n) for n in store.split("train")), Alone())
+    valid = [store.whole(n) for n in store.split("valid")]
+    baselines = {
+        name: mean_squared_error(((g.ndata["x"] + s * g.ndata["v"], g.ndata["y"]) for g in valid), Alone())
+        for name, s in (("static", 0.0), ("linear", t))
+    }
+    plots.report(
+        out / "report.png",
+        x=graph.ndata["x"].numpy(),
+        y=graph.ndata["y"].numpy(),
+        part=part.numpy(),
+        box=Trajectories(RECIPE / "sample.h5").box(int(row["trajectory"])),
+        predicted=predicted,
+        virtual=virtual,
+        curves={name: pd.read_csv(out / name / "metrics.csv")["valid_mse"].tolist() for name in MODELS},
+        baselines=baselines,
+        title=f"Fluid, {int(row['nodes']):,} particles, {store.inputs['horizon']} frames ahead: two processes, METIS",
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--epochs", type=int, default=20, help="passes over the training split for each model (default 20)"
+    )
+    parser.add_argument("--out", type=Path, default=HERE / "runs" / "demo", help="folder that is made anew")
+    options = parser.parse_args()
+    out: Path = options.out
+    if out.exists():
+        # only ever a folder that an earlier demo made
+        if not (out / "store.partial").exists() and not (out / "store" / "manifest.yaml").is_file():
+            raise Failure(f"{out}: exists and is no earlier demo; name another with --out")
+        shutil.rmtree(out)
+    started = time.perf_counter()
+
+    print("1. Partition the fluid into 2 parts with METIS")
+    file = Trajectories(RECIPE / "sample.h5")
+    data = config.load(RECIPE / "config.yaml").data
+    inputs = build.inputs_of(file, parts=2, method="metis", method_seed=0, settings=data, shard_nodes=build.SHARD_NODES)
+    cli.make_store(file, out / "store", inputs)
+    store = Store(out / "store")
+
+    print("\n2. Check the store, and that two processes compute what one does")
+    cli.run_verification(out / "store", settings(out, "DistEGNN", 1), snapshot=0)
+
+    print(f"\n3. Train on two processes, {options.epochs} epochs each")
+    found, numbers = {}, {}
+    for name in MODELS:
+        numbers[name] = cli.run_training(settings(out, name, options.epochs))
+        found[name] = cli.run_evaluation(out / name)
+
+    rows = [[name, f"{found['EGNN'][name]:.3e}", "", ""] for name in ("static", "linear")]
+    for name, model in MODELS.items():
+        last = numbers[name]
+        rows.append([name, f"{found[name][model]:.3e}", f"{last['step_s']:.3f}", f"{last['peak_gb']:.2f}"])
+    print("\n4. Error on the test trajectory, 20 frames ahead")
+    cli.print_table(
+        f"edges cut by the partition: {store.summary()['edge_cut']:.1%}; linear: x + t v, t fitted on the training split",
+        ["prediction", "test MSE [m²]", "s/step", "GB/process"],
+        rows,
+    )
+    picture(out, store, found, options.epochs)
+    shown = out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out
+    print(f"\nPicture: {shown / 'report.png'}   everything else: {shown}   {time.perf_counter() - started:.0f} s")
+    worse = [name for name, model in MODELS.items() if not found[name][model] < found[name]["linear"]]
+    if worse:
+        raise Failure(f"{', '.join(worse)} did not beat linear extrapolation; train longer (--epochs) or report this")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Failure as failure:
+        print(f"error: {failure}", file=sys.stderr)
+        sys.exit(2)

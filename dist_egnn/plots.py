@@ -1,0 +1,98 @@
+"""Pictures of runs and data. matplotlib is an extra (viz); whoever asks for a picture without it is told so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import Failure
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise Failure("pictures need matplotlib: pip install 'dist_egnn[viz]'") from error
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _scene(axes: Any, box: np.ndarray | None, x: np.ndarray) -> None:
+    """A 3-D view with y up: data (x, y, z) is drawn at (x, z, y), with equal scales."""
+    low, high = (box[0], box[1]) if box is not None else (x.min(0), x.max(0))
+    high = np.array([high[0], min(high[1], low[1] + 1.15 * (x[:, 1].max() - low[1])), high[2]])
+    axes.set(xlim=(low[0], high[0]), ylim=(low[2], high[2]), zlim=(low[1], high[1]))
+    axes.set_box_aspect((high - low)[[0, 2, 1]])
+    axes.set(xlabel="x", ylabel="z", zlabel="y")
+    axes.tick_params(labelsize=6, pad=-2)
+    axes.view_init(elev=18, azim=-60)
+
+
+def report(
+    path: Path,
+    *,
+    x: np.ndarray,
+    y: np.ndarray,
+    part: np.ndarray,
+    box: np.ndarray | None,
+    predicted: Mapping[str, np.ndarray],
+    virtual: np.ndarray,
+    curves: Mapping[str, Sequence[float]],
+    baselines: Mapping[str, float],
+    title: str,
+) -> None:
+    """A run on one page: the fluid by partition with the virtual nodes, displacements, errors over the epochs.
+
+    x, y: (N, 3) input and target; part: (N,); predicted: model → (N, 3); virtual: (C, 3) final virtual nodes of the last
+    model; curves: model → validation MSE by epoch; baselines: name → MSE on the same split.
+    """
+    plt = _pyplot()
+    figure = plt.figure(figsize=(13, 9.5), layout="constrained")
+    figure.suptitle(title)
+    grid = figure.add_gridspec(2, 2)
+    colours = plt.get_cmap("tab10")(np.arange(part.max() + 1) % 10)
+    rank = np.random.default_rng(0).permutation(len(x))[:6000]  # more would only paint over one another
+
+    axes = figure.add_subplot(grid[0, 0], projection="3d")
+    axes.scatter(*x[rank][:, [0, 2, 1]].T, c=colours[part[rank]], s=4, linewidths=0, alpha=0.7)
+    _scene(axes, box, x)
+    axes.set_title(f"input, coloured by partition ({part.max() + 1} parts)")
+
+    axes = figure.add_subplot(grid[0, 1], projection="3d")
+    axes.scatter(*y[rank][:, [0, 2, 1]].T, c=colours[part[rank]], s=4, linewidths=0, alpha=0.25)
+    axes.scatter(
+        *virtual[:, [0, 2, 1]].T, marker="*", s=260, c="black", edgecolors="white", label="virtual nodes z", zorder=9
+    )
+    axes.legend(loc="upper right")
+    _scene(axes, box, np.concatenate([x, y, virtual]))
+    axes.set_title("true target, with the virtual nodes where the last layer left them")
+
+    axes = figure.add_subplot(grid[1, 0])
+    true = np.linalg.norm(y - x, axis=1)
+    top = 1.05 * true.max()
+    for k, (name, guess) in enumerate(predicted.items()):
+        moved = np.linalg.norm(guess - x, axis=1)
+        axes.plot(true[rank], moved[rank], ".", ms=2.5, alpha=0.35, color=f"C{k}", rasterized=True)
+        axes.plot([], [], "o", color=f"C{k}", label=name)
+    axes.plot([0, top], [0, top], "k--", lw=1, label="exact")
+    axes.set(xlabel="true displacement ‖y − x‖ [m]", ylabel="predicted displacement [m]", xlim=(0, top), ylim=(0, top))
+    axes.set_title("displacement over the horizon, each particle of one test snapshot")
+    axes.legend()
+
+    axes = figure.add_subplot(grid[1, 1])
+    for k, (name, values) in enumerate(curves.items()):
+        axes.semilogy(np.arange(1, len(values) + 1), values, color=f"C{k}", label=name)
+    for k, (name, value) in enumerate(baselines.items()):
+        axes.axhline(value, color="0.4", ls=(":", "--")[k % 2], label=name)
+    axes.set(xlabel="epoch", ylabel="validation MSE [m²]", title="validation error")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    fresh = path.with_name(path.stem + ".partial.png")
+    figure.savefig(fresh, dpi=110)
+    plt.close(figure)
+    fresh.replace(path)

@@ -1,0 +1,153 @@
+"""Run one SPlisHSPlasH scene in this process and keep its frames: ``python engine.py DIR``.
+
+Reads DIR/job.npz (position (N, 3), velocity (3,), box (2, 3), radius, dt, frames); writes DIR/position.npy and
+DIR/velocity.npy (frames, N, 3), DIR/mass.npy and DIR/viscosity.npy (N,). prepare.py starts one such process for every
+trajectory, because the engine keeps global state and a crash in it ends its process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CONFIGURATION = {
+    "simulationMethod": 4,  # DFSPH
+    "boundaryHandlingMethod": 0,  # walls of particles (Akinci et al. 2012)
+    "gravitation": [0, -9.81, 0],
+    "cflMethod": 1,
+    "cflFactor": 1,
+    "maxIterations": 100,
+    "maxError": 0.01,
+    "maxIterationsV": 100,
+    "maxErrorV": 0.1,
+    "enableDivergenceSolver": True,
+}
+FLUID = {
+    "id": "Fluid",
+    "density0": 1000,
+    "viscosity": 0.01,
+    "viscosityMethod": 2,  # Bender and Koschier 2017; it was number 3 in the engine of the original data
+    "viscoMaxIter": 200,
+    "viscoMaxError": 0.05,
+    "surfaceTension": 0.2,
+    "surfaceTensionMethod": 0,  # none: the original names a coefficient and switches the force off
+    "maxEmitterParticles": 0,
+}
+LIBRARIES = "on Debian: apt-get install libgl1 libglu1-mesa libopengl0"
+
+
+def load_engine() -> Any:
+    """The module pysplishsplash. It links OpenGL even where it draws nothing."""
+    try:
+        # the copy of libGLdispatch in the wheel crashes at import unless the system's own is there first
+        ctypes.CDLL("libGLdispatch.so.0", mode=ctypes.RTLD_GLOBAL)
+        import pysplishsplash
+    except (OSError, ImportError) as error:
+        raise SystemExit(f"SPlisHSPlasH does not load ({error}); {LIBRARIES}") from None
+    return pysplishsplash
+
+
+def write_scene(directory: Path, job: Mapping[str, np.ndarray]) -> None:
+    """scene.json and the files it names, in the formats of the engine."""
+    rows = job["position"]
+    header = f"ATTRIBUTES\nposition\nTYPES\nV\nNUMBER_OF_PARTICLES: {len(rows)}\nBEGIN DATA"
+    np.savetxt(directory / "fluid.pda", rows, fmt="%.8g", header=header, comments="")
+    lines = ["v {:.8g} {:.8g} {:.8g}".format(*corner) for corner in itertools.product(*job["box"].T)]
+    for a, b, c, d in ("1243", "5786", "1562", "3487", "1375", "2684"):
+        lines += [f"f {a} {b} {c}", f"f {a} {c} {d}"]
+    (directory / "box.obj").write_text("\n".join(lines) + "\n")
+    dt, frames = float(job["dt"]), int(job["frames"])
+    configuration = CONFIGURATION | {
+        "particleRadius": float(job["radius"]),
+        "timeStepSize": dt / 4,
+        "cflMaxTimeStepSize": dt / 4,  # 5 ms at full size
+        "stopAt": (frames - 1) * dt * 1.0001,  # the engine counts in float32
+    }
+    content = {
+        "Configuration": configuration,
+        "Materials": [FLUID],
+        "RigidBodies": [{"geometryFile": "box.obj", "isDynamic": False, "isWall": True, "samplingMode": 1}],
+        "FluidModels": [{"id": FLUID["id"], "particleFile": "fluid.pda", "initialVelocity": job["velocity"].tolist()}],
+    }
+    (directory / "scene.json").write_text(json.dumps(content, indent=1))
+
+
+class Recorder:
+    """Called after every step of the engine; fills the frames at exact multiples of dt.
+
+    The engine chooses its steps by the CFL condition and so steps over the frame times. Its update is x += h v with the
+    new v, so between two steps the motion is a straight line and linear interpolation of x is exact; v is
+    interpolated too. (Bending the steps to the frame times instead makes tiny steps, and the pressure solver, which
+    divides by h², then adds energy.)
+    """
+
+    def __init__(self, fluid: Any, clock: Any, dt: float, frames: int) -> None:
+        self.fluid, self.clock, self.dt = fluid, clock, dt
+        self.nodes = fluid.numActiveParticles()
+        self.frames = np.empty((2, frames, self.nodes, 3), np.float32)
+        self.time, self.state = 0.0, self.read()
+        self.frames[:, 0] = self.state
+        self.done = 1
+
+    def read(self) -> np.ndarray:
+        """Position and velocity (2, N, 3), by particle id: the engine re-sorts its particles now and then."""
+
+        def field(name: str) -> np.ndarray:
+            # the engine's buffers are longer than the fluid
+            return np.array(self.fluid.getFieldBuffer(name))[: self.nodes]
+
+        state = np.empty((2, self.nodes, 3), np.float32)
+        state[:, field("id").ravel()] = field("position"), field("velocity")
+        return state
+
+    def __call__(self) -> None:
+        time, state = self.clock.getTime(), self.read()
+        while self.done < self.frames.shape[1] and self.done * self.dt <= time:
+            part = (self.done * self.dt - self.time) / (time - self.time)
+            self.frames[:, self.done] = (1 - part) * self.state + part * state
+            self.done += 1
+        self.time, self.state = time, state
+
+
+def run(directory: Path) -> None:
+    """Simulate DIR/job.npz and write its frames."""
+    job = np.load(directory / "job.npz")
+    write_scene(directory, job)
+    engine = load_engine()
+    # the engine logs to standard output as it pleases
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    base = engine.Exec.SimulatorBase()
+    base.init(
+        useGui=False,
+        sceneFile=str(directory / "scene.json"),
+        outputDir=str(directory / "log"),
+        useCache=False,
+        initialPause=False,
+    )
+    base.initSimulation()
+    fluid = engine.Simulation.getCurrent().getFluidModel(0)
+    record = Recorder(fluid, engine.TimeManager.getCurrent(), float(job["dt"]), int(job["frames"]))
+    mass = np.array([fluid.getMass(node) for node in range(record.nodes)], np.float32)
+    base.setTimeStepCB(record)
+    base.runSimulation()
+    if record.done < job["frames"]:
+        raise SystemExit(f"SPlisHSPlasH stopped at {record.time:.3f} s, after {record.done} of {job['frames']} frames")
+    position, velocity = record.frames
+    viscosity = np.full_like(mass, FLUID["viscosity"])
+    results = {"position": position, "velocity": velocity, "mass": mass, "viscosity": viscosity}
+    for name, value in results.items():
+        np.save(directory / f"{name}.npy", value)
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]).resolve())
+    # the engine's destructors crash at times; everything is written by now
+    os._exit(0)

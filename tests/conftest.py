@@ -1,0 +1,96 @@
+"""What tests share: a small trajectories file, and stores made from it. Both are read only; copy what you damage."""
+
+from __future__ import annotations
+
+import functools
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import numpy as np
+import pytest
+
+hypothesis.settings.register_profile("ours", deadline=None)  # machines differ, and are shared
+hypothesis.settings.load_profile("ours")
+
+# how the tests turn `small` into samples, where they have no reason to differ: 10 to 15 neighbours, 3 frames each
+DATA = {"radius": 0.27, "horizon": 3, "frames": 3, "features": ["mass", "viscosity/max", "speed"]}
+DATA["node_attributes"] = ["mass"]
+SIZES = (200, 250, 220, 210)
+SPLITS = ("train", "train", "valid", "test")
+FRAMES = 14
+
+
+def falling_swirl(nodes: int, seed: int) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Nodes of a unit cube that turn about its axis, spread, and fall: position, velocity (T, N, 3), attributes (N,)."""
+    draw = np.random.default_rng(seed)
+    start = draw.uniform(size=(nodes, 3))
+    mass = draw.uniform(0.5, 2.0, nodes)
+    viscosity = np.full(nodes, 0.01 * (seed + 1))
+    swirl = 0.03 * np.stack([0.5 - start[:, 1], start[:, 0] - 0.5, 0.2 * draw.normal(size=nodes)], 1)
+    gravity = np.array([0.0, 0.0, -0.002])
+    t = np.arange(FRAMES)[:, None, None]
+    position = start + swirl * t + gravity * t**2 / 2 * mass[:, None]
+    velocity = swirl + gravity * t * mass[:, None]
+    return position, velocity, {"mass": mass, "viscosity": viscosity}
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """trajectories.h5: four trajectories of 200 to 250 nodes and 14 frames; two train, one valid, one test."""
+    from dist_egnn.trajectories import Writer
+
+    path = tmp_path_factory.mktemp("small") / "small.h5"
+    with Writer(path, {"command": "tests/conftest.py"}) as out:
+        for seed, (nodes, split) in enumerate(zip(SIZES, SPLITS, strict=True)):
+            position, velocity, attributes = falling_swirl(nodes, seed)
+            out.add(position, split=split, dt=1.0, source="test", velocity=velocity, attributes=attributes)
+    return path
+
+
+def _inputs(path: Path, parts: int, method: str = "metis", shard_nodes: int = 1500, **data: Any) -> Any:
+    """The inputs of a store of ``path`` under DATA, other settings by name."""
+    from dist_egnn.partition import build
+
+    from dist_egnn.config import Data
+    from dist_egnn.trajectories import Trajectories
+
+    return build.inputs_of(
+        Trajectories(path),
+        parts=parts,
+        method=method,
+        method_seed=0,
+        settings=Data(**{**DATA, **data}),
+        shard_nodes=shard_nodes,
+    )
+
+
+@pytest.fixture(scope="session")
+def make_inputs(small: Path) -> Callable[..., Any]:
+    """make_inputs(parts, method="metis", shard_nodes=1500, **data settings): the inputs of such a store of ``small``."""
+    return functools.partial(_inputs, small)
+
+
+@pytest.fixture(scope="session")
+def make_store(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """make_store(parts, method="metis", shard_nodes=1500, **data settings): the store of ``small``, made once a session."""
+    from dist_egnn.partition import build
+
+    from dist_egnn.trajectories import Trajectories
+
+    made: dict[str, Path] = {}
+
+    def make(parts: int, method: str = "metis", shard_nodes: int = 1500, **data: Any) -> Path:
+        key = repr((parts, method, shard_nodes, sorted(data.items())))
+        if key not in made:
+            out = tmp_path_factory.mktemp("store") / "store"
+            build.write(Trajectories(small), out, _inputs(small, parts, method, shard_nodes, **data), lambda *_: None)
+            made[key] = out
+        return made[key]
+
+    return make

@@ -1,0 +1,152 @@
+"""P real processes compute what one does on the same cut graph: outputs, loss, every gradient (float64, 1e-10)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import dgl
+import pytest
+import torch
+import torch.distributed as dist
+
+from dist_egnn import comm, config, exactness, local, train
+from dist_egnn.errors import Failure
+from dist_egnn.store import Store
+
+SETTINGS = ["model.hidden=16", "model.layers=3", "loss.samples=4"]
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.name=FastEGNN"],
+        ["model.name=FastEGNN", "model.attention=true", "model.normalize=true", "model.tile=300", "model.engine=torch"],
+        ["model.name=EGNN", "loss.mmd=0"],
+        ["model.name=Linear", "loss.mmd=0"],
+    ],
+    ids=["FastEGNN", "options", "EGNN", "Linear"],
+)
+def test_many_processes_equal_one(
+    make_store: Callable[..., Path], tmp_path: Path, parts: int, overrides: list[str]
+) -> None:
+    store = Store(make_store(parts, "metis"))
+    found = exactness.compare(config.load(None, [*SETTINGS, *overrides]), store, 1, tmp_path)
+    assert max(found.values()) <= exactness.TOLERANCE, found
+    if "model.name=Linear" not in overrides:
+        assert sum(name.startswith("gradient") for name in found) > 40
+
+
+@pytest.mark.parametrize("method", ["random", "morton"])
+def test_the_partition_does_not_matter_to_exactness(
+    make_store: Callable[..., Path], tmp_path: Path, method: str
+) -> None:
+    found = exactness.compare(config.load(None, SETTINGS), Store(make_store(2, method)), 0, tmp_path)
+    assert max(found.values()) <= exactness.TOLERANCE, found
+
+
+def _lamed(group: comm.Comm, lame: str, *args: object) -> None:
+    """The same with one all-reduce missing."""
+    if lame == "forward":
+        comm._Sum.forward = staticmethod(lambda ctx, t: t.detach().clone())  # type: ignore[method-assign]
+    elif lame == "backward":
+        comm._Sum.backward = staticmethod(lambda ctx, grad: grad)  # type: ignore[method-assign]
+    elif lame == "gradients":
+        comm.Group.sum_gradients = lambda self, parameters: comm.Alone().sum_gradients(parameters)  # type: ignore[method-assign]
+    exactness._partitioned(group, *args)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("lame", ["forward", "backward", "gradients"])
+def test_the_comparison_fails_without_any_one_all_reduce(
+    make_store: Callable[..., Path], tmp_path: Path, lame: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = local.run
+    monkeypatch.setattr(local, "run", lambda f, size, *args, **options: run(_lamed, size, lame, *args, **options))
+    found = exactness.compare(config.load(None, SETTINGS), Store(make_store(2, "metis")), 0, tmp_path)
+    assert max(found.values()) > 1e-6
+
+
+def _calls(group: comm.Comm, settings: config.Config, path: str) -> tuple[list[int], list[int]]:
+    """Numbers per all-reduce in a forward and in a backward pass."""
+    sent: list[int] = []
+    plain = dist.all_reduce
+
+    def counted(t: torch.Tensor, *args: object, **options: object) -> object:
+        sent.append(t.numel())
+        return plain(t, *args, **options)
+
+    dist.all_reduce = counted
+    store = Store(path)
+    graph = dgl.batch([store.read(n, group.rank) for n in (0, 1)])
+    model = train.build_model(settings, (3, 2), group)
+    loss, _ = train.loss_of(settings, model, graph, group, torch.Generator().manual_seed(0))
+    forward = list(sent)
+    loss.backward()
+    return forward, sent[len(forward) :]
+
+
+def test_a_step_sends_one_all_reduce_a_layer_and_direction(make_store: Callable[..., Path]) -> None:
+    settings = config.load(None, SETTINGS)
+    path = make_store(2, "metis", features=["viscosity", "mass", "speed"], node_attributes=["viscosity", "mass"])
+    for forward, backward in local.run(_calls, 2, settings, str(path)):
+        # 3 + 3C + HC numbers a graph, two graphs
+        assert forward == backward == [2 * (3 + 9 + 48)] * 3
+
+
+def _losses(group: comm.Comm, settings: config.Config, path: str) -> list[float]:
+    """Two optimiser steps on batches of two snapshots."""
+    store = Store(path)
+    model = train.build_model(settings, (len(store.inputs["features"]), len(store.inputs["node_attributes"])), group)
+    model.double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    found = []
+    for step in range(3):
+        read = (lambda n: store.read(n, group.rank)) if group.size > 1 else store.whole
+        graph = dgl.batch([read(n) for n in (step, step + 1)])
+        optimizer.zero_grad()
+        loss, _ = train.loss_of(settings, model, graph, group, torch.Generator().manual_seed(step))
+        loss.backward()
+        group.sum_gradients(model.parameters())
+        optimizer.step()
+        found.append(float(group.sum(loss.detach())))
+    return found
+
+
+def test_training_on_batches_equals_one_process(make_store: Callable[..., Path]) -> None:
+    settings, path = config.load(None, SETTINGS), str(make_store(4, "metis"))
+    one = _losses(comm.Alone(), settings, path)
+    for many in local.run(_losses, 4, settings, path):
+        assert many == pytest.approx(one, rel=1e-9)
+
+
+def _dies(group: comm.Comm, folder: str) -> None:
+    Path(folder, str(os.getpid())).touch()
+    if group.rank == 1:
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGKILL)
+    for _ in range(10**6):
+        group.sum(torch.ones(3))
+
+
+def test_a_killed_process_ends_the_run_and_leaves_none(tmp_path: Path) -> None:
+    started = time.monotonic()
+    with pytest.raises(Failure, match="process 1 of 3 died"):
+        local.run(_dies, 3, str(tmp_path))
+    assert time.monotonic() - started < 30
+    for pid in (int(f.name) for f in tmp_path.iterdir()):
+        assert not Path(f"/proc/{pid}").exists() or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+
+
+def _refuses(group: comm.Comm) -> None:
+    if group.rank == 1:
+        raise Failure("this file: that key: do this")
+    group.sum(torch.ones(1))
+
+
+def test_the_first_cause_is_what_is_reported() -> None:
+    with pytest.raises(Failure, match="this file: that key: do this"):
+        local.run(_refuses, 2)

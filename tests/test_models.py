@@ -1,0 +1,302 @@
+"""One suite that every model passes; a new model inherits it in three lines. And a control: it fails where it must."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import dgl
+import numpy as np
+import pytest
+import reference
+import torch
+from dgl import DGLGraph
+from torch import Tensor
+
+from dist_egnn import engine, graphs, models, tiles
+from dist_egnn.errors import Failure
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
+
+
+def make_graph(n: int, seed: int, dtype: torch.dtype = torch.float64, radius: float = 0.35) -> DGLGraph:
+    rng = np.random.default_rng(seed)
+    x = rng.random((n, 3))
+    fields = {"x": x, "v": rng.normal(0, 0.3, (n, 3)), "f": rng.random((n, 3)), "a": rng.random((n, 2)), "y": x}
+    nodes = {name: torch.from_numpy(value).to(dtype) for name, value in fields.items()}
+    return graphs.build(*graphs.radius_edges(x, radius), nodes)
+
+
+def moved(graph: DGLGraph, rotation: Tensor, shift: Tensor) -> DGLGraph:
+    """The same sample seen from elsewhere."""
+    other = graph.clone()
+    other.ndata["x"] = graph.ndata["x"] @ rotation.T + shift
+    other.ndata["v"] = graph.ndata["v"] @ rotation.T
+    return other
+
+
+def equivariance_error(model: torch.nn.Module, graph: DGLGraph, rotation: Tensor, shift: Tensor) -> float:
+    """The largest |f(Rx + t) − (R f(x) + t)| over real and virtual nodes."""
+    with torch.no_grad():
+        x, z = model(graph)
+        x_moved, z_moved = model(moved(graph, rotation, shift))
+        pairs = ((x_moved, x), (z_moved.flatten(0, 1), z.flatten(0, 1)))
+        return max(float((a - b @ rotation.T - shift).abs().max()) if len(a) else 0.0 for a, b in pairs)
+
+
+def orthogonal(seed: int, dtype: torch.dtype, determinant: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    q, _ = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64))
+    return (q * q.det().sign() * determinant).to(dtype)
+
+
+def gradients(model: torch.nn.Module, graph: DGLGraph) -> dict[str, Tensor]:
+    """Gradients of a scalar that weighs every output differently."""
+    model.zero_grad()
+    x, z = model(graph)
+    weight = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
+    ((x * weight).sum() + z.pow(3).sum()).backward()
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> None:
+    scale = max(float(value.abs().max()) for value in b.values())
+    for name, value in b.items():
+        assert float((a[name] - value).abs().max()) <= tolerance * scale, name
+
+
+class ModelSuite:
+    """What every model must do. Subclasses say which model."""
+
+    name: ClassVar[str]
+    options: ClassVar[dict[str, Any]] = {}
+
+    def model(self, dtype: torch.dtype = torch.float64, **options: Any) -> torch.nn.Module:
+        torch.manual_seed(3)
+        model = models.named(self.name)(features=3, node_attributes=2, **{**self.options, **options}).to(dtype)
+        for key, parameter in model.named_parameters():
+            if key.endswith(("phi_x.2.weight", "phi_xv.2.weight", "phi_z.2.weight")):
+                torch.nn.init.normal_(parameter, std=0.2)  # not nearly zero, as it starts
+        if isinstance(model, models.Linear):
+            torch.nn.init.constant_(model.t, 0.7)
+        return model
+
+    def rotation(self, seed: int, dtype: torch.dtype, determinant: int) -> Tensor:
+        return orthogonal(seed, dtype, determinant)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    @pytest.mark.parametrize("determinant", [1, -1])
+    def test_rotation_reflection_translation(self, dtype: torch.dtype, determinant: int) -> None:
+        graph = dgl.batch([make_graph(40, 1, dtype), make_graph(25, 2, dtype)])
+        shift = torch.tensor([0.3, -1.2, 2.0], dtype=dtype)
+        error = equivariance_error(self.model(dtype), graph, self.rotation(4, dtype, determinant), shift)
+        assert error <= 10 * TOLERANCE[dtype]
+
+    def test_translation_alone_moves_nothing_else(self) -> None:
+        graph, model = make_graph(30, 5), self.model()
+        shift = torch.tensor([5.0, 0.0, -3.0], dtype=torch.float64)
+        assert equivariance_error(model, graph, torch.eye(3, dtype=torch.float64), shift) <= 1e-12
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_node_and_edge_order_do_not_matter(self, dtype: torch.dtype) -> None:
+        graph, model = make_graph(50, 6, dtype), self.model(dtype)
+        order, edge_order = torch.randperm(50), torch.randperm(graph.num_edges())
+        inverse = order.argsort()
+        src, dst = graph.edges()
+        other = dgl.graph((inverse[src[edge_order]], inverse[dst[edge_order]]), num_nodes=50)
+        for name, value in graph.ndata.items():
+            other.ndata[name] = value[order]
+        other.edata["e"] = graph.edata["e"][edge_order]
+        x, z = model(graph)
+        x_other, z_other = model(other)
+        assert torch.allclose(x_other, x[order], atol=TOLERANCE[dtype])
+        assert torch.allclose(z_other, z, atol=TOLERANCE[dtype])
+
+    @pytest.mark.parametrize("tile", [60, 10**9])
+    def test_a_batch_is_its_graphs(self, tile: int) -> None:
+        model = self.model(**({} if self.name == "Linear" else {"tile": tile}))
+        alone = [make_graph(n, seed) for n, seed in ((30, 1), (1, 2), (45, 3))]
+        x, z = model(dgl.batch(alone))
+        for k, graph in enumerate(alone):
+            x_alone, z_alone = model(graph)
+            lo = sum(g.num_nodes() for g in alone[:k])
+            assert torch.allclose(x[lo : lo + len(x_alone)], x_alone, atol=1e-12)
+            assert torch.allclose(z[k], z_alone[0], atol=1e-12)
+
+    def test_float32_is_float64_rounded(self) -> None:
+        x64, z64 = self.model()(make_graph(60, 7))
+        x32, z32 = self.model(torch.float32)(make_graph(60, 7, torch.float32))
+        assert torch.allclose(x32.double(), x64, atol=2e-5)
+        assert torch.allclose(z32.double(), z64, atol=2e-5)
+
+    def test_every_case_has_finite_gradients(self) -> None:
+        coincident = make_graph(12, 8)
+        coincident.ndata["x"][3:7] = coincident.ndata["x"][2]
+        graphs.set_edge_lengths(coincident)
+        no_edges = dgl.remove_edges(make_graph(10, 9), torch.arange(make_graph(10, 9).num_edges()))
+        for graph in (coincident, no_edges, make_graph(1, 10), dgl.batch([make_graph(1, 11), coincident])):
+            for name, gradient in gradients(self.model(), graph).items():
+                assert gradient.isfinite().all(), name
+
+
+class MessagePassingSuite(ModelSuite):
+    """What every model with layers must do besides."""
+
+    def reference(self, model: torch.nn.Module, graph: DGLGraph) -> tuple[Tensor, Tensor]:
+        return reference.egnn(model, graph)
+
+    @pytest.mark.parametrize("engine_name", ["dgl", "torch"])
+    @pytest.mark.parametrize("tile", [1, 70, 300, 10**9])
+    def test_tiles_and_engine_do_not_matter(self, engine_name: str, tile: int) -> None:
+        graph = dgl.batch([make_graph(50, 1), make_graph(20, 2), make_graph(35, 3)])
+        model = self.model(engine=engine_name, tile=tile)
+        count = len(tiles.of(graph, engine.choose(engine_name), tile).tiles)
+        assert count == 1 if tile == 10**9 else count > 3
+        x, z = model(graph)
+        x_plain, z_plain = self.reference(model, graph)
+        assert torch.allclose(x, x_plain, atol=1e-12)
+        assert torch.allclose(z, z_plain, atol=1e-12)
+        found = gradients(model, graph)
+        model.forward = lambda g: self.reference(model, g)
+        assert_close(found, gradients(model, graph), 1e-12)
+
+    @pytest.mark.parametrize("tile", [50, 10**9])
+    def test_gradients_are_those_of_differences(self, tile: int) -> None:
+        # without `normalize`, whose divisor is no part of the gradient by definition
+        graph, model = make_graph(14, 4, radius=0.6), self.model(hidden=4, layers=2, tile=tile, normalize=False)
+        x = graph.ndata["x"].clone().requires_grad_()
+
+        def through(x: Tensor) -> tuple[Tensor, Tensor]:
+            seen = graph.clone()
+            seen.ndata["x"] = x
+            return model(seen)
+
+        assert torch.autograd.gradcheck(through, (x,), atol=1e-6)
+
+    def test_missing_and_misshapen_fields_are_named(self) -> None:
+        graph = make_graph(10, 1)
+        for name, value in (("v", None), ("f", torch.zeros(10, 5)), ("x", torch.zeros(10, 2))):
+            broken = graph.clone()
+            broken.ndata.pop(name)
+            if value is not None:
+                broken.ndata[name] = value
+            with pytest.raises(Failure, match=f"'{name}'"):
+                self.model()(broken)
+        broken = graph.clone()
+        broken.edata.pop("e")
+        with pytest.raises(Failure, match="'e'"):
+            self.model()(broken)
+
+
+class TestLinear(ModelSuite):
+    name = "Linear"
+
+
+class TestEGNN(MessagePassingSuite):
+    name = "EGNN"
+    options: ClassVar = {"hidden": 8, "layers": 3}
+
+
+class TestFastEGNN(MessagePassingSuite):
+    name = "FastEGNN"
+    options: ClassVar = {"hidden": 8, "layers": 3}
+
+
+class TestFastEGNNWithOneVirtualNode(MessagePassingSuite):
+    name = "FastEGNN"
+    options: ClassVar = {"hidden": 8, "layers": 2, "virtual_nodes": 1, "normalize": True}
+
+
+class TestFastEGNNWithEveryOption(MessagePassingSuite):
+    name = "FastEGNN"
+    options: ClassVar = {
+        "hidden": 8,
+        "layers": 2,
+        "virtual_nodes": 5,
+        "normalize": True,
+        "attention": True,
+        "tanh": True,
+        "gravity": [0.0, -9.81, 0.0],
+    }
+
+    def rotation(self, seed: int, dtype: torch.dtype, determinant: int) -> Tensor:
+        # gravity leaves the rotations about it, and reflections that keep it
+        angle = torch.tensor(1.1, dtype=dtype)
+        c, s = angle.cos(), angle.sin()
+        zero, one = torch.zeros_like(c), torch.ones_like(c)
+        return torch.stack([c, zero, s, zero, one, zero, -s * determinant, zero, c * determinant]).view(3, 3)
+
+
+class NotEquivariant(models.FastEGNN):
+    """A control: the first coordinate is special, ever so slightly."""
+
+    def forward(self, graph: DGLGraph) -> tuple[Tensor, Tensor]:
+        x, z = super().forward(graph)
+        return x * torch.tensor([1.001, 1.0, 1.0], dtype=x.dtype), z
+
+
+def test_the_equivariance_check_fails_on_a_model_that_is_not() -> None:
+    torch.manual_seed(0)
+    model = NotEquivariant(3, 2, hidden=8).double()
+    zero = torch.zeros(3, dtype=torch.float64)
+    assert equivariance_error(model, make_graph(30, 1), orthogonal(1, torch.float64, 1), zero) > 1e-5
+
+
+def test_gravity_breaks_what_it_must() -> None:
+    suite = TestFastEGNNWithEveryOption()
+    zero = torch.zeros(3, dtype=torch.float64)
+    assert equivariance_error(suite.model(), make_graph(30, 1), orthogonal(1, torch.float64, 1), zero) > 1e-3
+
+
+def test_parameters_have_the_papers_names_and_input_order() -> None:
+    h, c, a, k = 8, 5, 2, 2
+    shapes = {name: tuple(p.shape) for name, p in TestFastEGNNWithEveryOption().model().named_parameters()}
+    expected = {
+        "phi_e.0.weight": (h, 2 * h + 1 + a),
+        "phi_x.2.weight": (1, h),
+        "phi_v.2.weight": (1, h),
+        "phi_h.0.weight": (h, 3 * h + k),
+        "virtual.phi_ev.0.weight": (h, 2 * h + 1 + c),
+        "virtual.phi_xv.2.weight": (1, h),
+        "virtual.phi_z.2.weight": (1, h),
+        "virtual.phi_s.0.weight": (h, 2 * h),
+    }
+    for name, shape in expected.items():
+        assert shapes[f"layers.0.{name}"] == shape
+    assert not any(name.endswith(("phi_x.2.bias", "phi_xv.2.bias", "phi_z.2.bias")) for name in shapes)
+    assert "layers.0.phi_v.2.bias" in shapes
+
+
+def test_tiles_are_cut_again_when_edges_change() -> None:
+    graph, model = make_graph(40, 1), models.EGNN(3, 2, hidden=8, tile=50).double()
+    model(graph)
+    graph.remove_edges(torch.arange(0, graph.num_edges(), 2))
+    x, _ = model(graph)
+    assert torch.allclose(x, reference.egnn(model, graph)[0], atol=1e-12)
+
+
+def test_memory_of_a_backward_pass_is_one_tile() -> None:
+    """Tiled, autograd keeps a layer's inputs; untiled, arrays of E rows."""
+    graph = make_graph(400, 1, radius=0.3)
+
+    def kept(tile: int) -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            models.FastEGNN(3, 2, hidden=16, tile=tile).double()(graph)
+        return sum(sizes.values())
+
+    assert graph.num_edges() > 20 * graph.num_nodes()
+    assert kept(500) < kept(10**9) / 8
+
+
+def test_unknown_names_are_refused_with_the_nearest() -> None:
+    with pytest.raises(Failure, match="did you mean FastEGNN"):
+        models.named("FastEgnn")
+    with pytest.raises(Failure, match="auto, dgl or torch"):
+        engine.choose("numpy")
+    with pytest.raises(Failure, match="tile"):
+        models.EGNN(3, 2, tile=0)(make_graph(5, 1).to("cpu"))
