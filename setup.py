@@ -8,7 +8,7 @@ setup(
     name="dist_egnn",
     version="0.1.0",
     description="Equivariant graph networks on geometric graphs too large for one device",
-    python_requires=">=3.10,<3.12",  # DGL 1.1.3 has no wheel for 3.12
+    python_requires=">=3.11,<3.12",  # hashlib.file_digest came with 3.11; DGL 1.1.3 has no wheel for 3.12
     packages=["dist_egnn", "dist_egnn.nn", "dist_egnn.partition"],
     package_dir={"dist_egnn.partition": "partition"},
     install_requires=[
@@ -21,6 +21,8 @@ setup(
         "h5py>=3.10,<4",
         "pandas>=2.1,<4",
         "omegaconf>=2.3,<3",
+        "pyyaml>=6,<7",
+        "threadpoolctl>=3,<4",
         "tensorboard>=2.15,<3",
         "typer>=0.12,<1",
         "rich>=13,<16",

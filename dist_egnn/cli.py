@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from . import bench
 from .errors import Failure
 
 # one thread a process unless the user says otherwise: DGL's kernels lose most of their speed when threads outnumber cores
@@ -51,6 +53,7 @@ def print_table(title: str, header: list[str], rows: list[list[Any]]) -> None:
 @app.command(epilog="Example: distegnn partition recipes/fluid113k/sample.h5 --parts 8 --radius 0.075 --out store")
 def partition(
     data: Annotated[Path, typer.Argument(help="trajectories.h5, as a recipe's prepare.py writes it")],
+    overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="folder of the store (needed unless --compare)")] = None,
     parts: Annotated[int, typer.Option(help="parts of each graph: one process each in training")] = 2,
     method: Annotated[
@@ -80,7 +83,7 @@ def partition(
     shard_nodes: Annotated[
         int | None,
         typer.Option(
-            help="nodes per DistDGL graph; 0: all snapshots in one, as a graph server needs it", show_default="262144"
+            help="nodes per DistDGL graph; 0: all snapshots in one, as a graph server needs it", show_default="262,144"
         ),
     ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="only show all methods on the first snapshot")] = False,
@@ -88,7 +91,7 @@ def partition(
     """Cut every snapshot into parts and write a store that DistDGL reads too."""
     from . import config as configs
 
-    overrides = {
+    options = {
         "radius": radius,
         "horizon": horizon,
         "features": f"[{features}]" if features is not None else None,
@@ -97,7 +100,10 @@ def partition(
         "frames": frames,
         "last_frame": last_frame,
     }
-    settings = configs.load(config, [f"data.{k}={v}" for k, v in overrides.items() if v is not None]).data
+    if config is None and radius is None:
+        raise Failure("--radius is missing: name it (inf joins every pair of nodes), or give a --config")
+    given = [f"data.{k}={v}" for k, v in options.items() if v is not None]
+    settings = configs.load(config, [*given, *(overrides or ())]).data
     from .partition import build
     from .trajectories import Trajectories
 
@@ -150,21 +156,27 @@ def verify(
         Path | None, typer.Option(help="config whose model is run on P processes and on one, and compared in float64")
     ] = None,
     overrides: Overrides = None,
-    snapshot: Annotated[int, typer.Option(help="snapshot that the model is compared on")] = 0,
+    snapshot: Annotated[
+        int | None, typer.Option(help="snapshot that the model is compared on", show_default="the middle one")
+    ] = None,
 ) -> None:
     """Re-check a store: hashes, every node and edge exactly once; with --model, that P processes equal one."""
     from . import config as configs
 
+    if model is None and (overrides or snapshot is not None):
+        raise Failure("--snapshot and config keys are for the comparison of a model: name its config with --model")
     run_verification(store, configs.load(model, overrides or ()) if model else None, snapshot)
 
 
-def run_verification(path: Path, config: Any, snapshot: int = 0) -> None:
+def run_verification(path: Path, config: Any, snapshot: int | None = None) -> None:
     """Check a store and, with a config, its model's exactness over partitions; prints what was found."""
     from .partition.verify import verify as check
     from .progress import bar
     from .store import Store
 
     store = Store(path)
+    if snapshot is None:
+        snapshot = len(store.snapshots) // 2  # the first may be more symmetric than most: a weaker test
     if not 0 <= snapshot < len(store.snapshots):
         raise Failure(f"--snapshot {snapshot}: {path} has snapshots 0 to {len(store.snapshots) - 1}")
     with bar("verifying", len(store.snapshots)) as tick:
@@ -184,9 +196,11 @@ def run_verification(path: Path, config: Any, snapshot: int = 0) -> None:
         ["compared", "largest relative error"],
         [*rows, [f"{len(gradients)} gradients, worst {worst.removeprefix('gradient ')}", f"{gradients[worst]:.1e}"]],
     )
-    if not max(found.values()) <= exactness.TOLERANCE:
+    # not `max(…) > …`: what is NaN is wrong too
+    wrong = [k for k, v in found.items() if not v <= exactness.TOLERANCE]
+    if wrong:
         raise Failure(
-            f"{path}: {max(found, key=lambda k: found[k])} differs by {max(found.values()):.1e}, more than "
+            f"{path}: {wrong[0]} differs by {found[wrong[0]]:.1e}, more than "
             f"{exactness.TOLERANCE:.0e}: P processes do not compute what one does; please report this"
         )
 
@@ -212,6 +226,8 @@ def run_training(config: Any, resume: bool = False) -> dict[str, float]:
 
     models.named(config.model.name)
     folder = Path(config.run.dir)
+    if config.data.path:
+        config.data.path = str(Path(config.data.path).absolute())  # the run is evaluated from anywhere
     if (folder / "config.yaml").exists() and not resume:
         raise Failure(f"{folder}: holds a run already; choose another run.dir, or --resume it")
     parts = samples.parts(config)
@@ -229,11 +245,10 @@ def run_training(config: Any, resume: bool = False) -> dict[str, float]:
             shard_nodes=build.SHARD_NODES,
         )
         make_store(file, folder / "store", inputs)
-        config.data.path = str(folder / "store")
+        config.data.path = str((folder / "store").absolute())
     last = local.run(training.train, parts, config, resume, timeout_s=config.train.timeout_s)[0]
-    print(
-        f"{folder}: best validation MSE {last['best_valid_mse']:.4e}, {last.get('step_s', 0):.3f} s a step on {parts} processes"
-    )
+    on = "1 process" if parts == 1 else f"{parts} processes"
+    print(f"{folder}: best validation MSE {last['best_valid_mse']:.4e}, {last.get('step_s', 0):.3f} s a step on {on}")
     return last
 
 
@@ -265,9 +280,14 @@ def run_evaluation(run: Path, split: str = "test") -> dict[str, float]:
     config.run.dir = str(run)
     parts = samples.parts(config)
     found = local.run(training.evaluate, parts, config, run / "best.pt", split, timeout_s=config.train.timeout_s)[0]
-    pd.DataFrame([{"split": split, "prediction": k, "mse": v} for k, v in found.items()]).to_csv(
-        run / "evaluate.csv", index=False
+    table, path = (
+        pd.DataFrame([{"split": split, "prediction": k, "mse": v} for k, v in found.items()]),
+        run / "evaluate.csv",
     )
+    if path.is_file():
+        before = pd.read_csv(path)
+        table = pd.concat([before[before["split"] != split], table])
+    table.to_csv(path, index=False)
     return found
 
 
@@ -277,6 +297,21 @@ def show_config(overrides: Overrides = None) -> None:
     from . import config as configs
 
     print(configs.to_yaml(configs.load(None, overrides or ())), end="")
+
+
+def show_report(report: bench.Report | None, **_: Any) -> None:
+    """Print what a benchmark returned."""
+    if report is None:  # only help was asked for
+        return
+    for table in report.tables:
+        print_table(table.title, table.header, table.rows)
+    for note in report.notes:
+        print(note)
+    if report.as_json:
+        print(json.dumps(report.numbers))
+
+
+app.add_typer(bench.app, name="bench", result_callback=show_report)
 
 
 def main() -> None:

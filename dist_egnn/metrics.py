@@ -17,6 +17,10 @@ from .comm import Comm
 
 def peak_memory_gb() -> float:
     """The largest resident memory this process has had, in GB (10⁹ bytes)."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # ru_maxrss outlives exec on Linux: it would count what started us
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024 / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 

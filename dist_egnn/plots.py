@@ -15,7 +15,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise Failure("pictures need matplotlib: pip install 'dist_egnn[viz]'") from error
+        raise Failure("pictures need matplotlib: pip install -e '.[viz]'") from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -64,7 +64,7 @@ def report(
     axes.set_title(f"input, coloured by partition ({part.max() + 1} parts)")
 
     axes = figure.add_subplot(grid[0, 1], projection="3d")
-    axes.scatter(*y[rank][:, [0, 2, 1]].T, c=colours[part[rank]], s=4, linewidths=0, alpha=0.25)
+    axes.scatter(*y[rank][:, [0, 2, 1]].T, c=colours[part[rank]], s=5, linewidths=0, alpha=0.5)
     axes.scatter(
         *virtual[:, [0, 2, 1]].T, marker="*", s=260, c="black", edgecolors="white", label="virtual nodes z", zorder=9
     )

@@ -25,6 +25,7 @@ from .errors import Failure
 from .graphs import in_edges, morton_order
 
 SIZE = 8192  # rows of a tile: 2 MB for each float32 array of width 64
+WHOLE = 4  # a graph of up to this many tiles runs as one: keeping so little costs less than computing it twice
 NODE_COST = 4  # a node's update costs about as much as this many messages
 
 
@@ -88,6 +89,8 @@ def cut(graph: DGLGraph, engine: Engine, size: int = SIZE) -> Tiles:
     dst = np.repeat(np.arange(len(order)), degree)
 
     cost = np.cumsum(degree + NODE_COST)
+    if len(cost) and cost[-1] <= WHOLE * size:
+        size = int(cost[-1]) + 1
     bounds = np.searchsorted(cost, np.arange(size, cost[-1] if len(cost) else 0, size), side="left") + 1
     bounds = np.unique(np.concatenate([[0], bounds, [len(order)]]))
     tiles = []

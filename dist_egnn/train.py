@@ -106,7 +106,7 @@ def train(comm: Comm, config: Config, resume: bool = False) -> dict[str, float]:
         scheduler.load_state_dict(state["scheduler"])
         torch.set_rng_state(state["rng"])
         best, waited, first = state["best"], state["waited"], state["epoch"] + 1
-    elif comm.rank == 0:
+    if comm.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(config))
     recorder = metrics.Recorder(folder, first) if comm.rank == 0 else None

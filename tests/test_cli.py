@@ -70,7 +70,7 @@ def test_mistakes_are_one_line(tmp_path, small):
         "train bad.yaml": r"bad\.yaml: unknown key 'train\.epoch'; did you mean train\.epochs\?",
         "train absent.yaml": r"absent\.yaml: no such config file",
         "config train.epoch=1": r"override 'train\.epoch=1': unknown key 'train\.epoch'; did you mean train\.epochs\?",
-        "partition text.h5 --out store": r"text\.h5: not a readable HDF5 file",
+        "partition text.h5 --radius 1 --out store": r"text\.h5: not a readable HDF5 file",
         f"partition {small} --radius 0.27": r"--out is missing",
     }
     before = files(tmp_path)

@@ -36,6 +36,7 @@ def settings(out: Path, name: str, epochs: int) -> config.Config:
     return config.load(
         RECIPE / "config.yaml",
         [
+            "data.frames=10",
             f"data.path={out / 'store'}",
             f"run.dir={out / name}",
             f"model.name={MODELS[name]}",
@@ -88,7 +89,7 @@ def picture(out: Path, store: Store, found: dict[str, dict[str, float]], epochs:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--epochs", type=int, default=20, help="passes over the training split for each model (default 20)"
+        "--epochs", type=int, default=7, help="passes over the training split for each model (default 7)"
     )
     parser.add_argument("--out", type=Path, default=HERE / "runs" / "demo", help="folder that is made anew")
     options = parser.parse_args()
@@ -102,13 +103,13 @@ def main() -> None:
 
     print("1. Partition the fluid into 2 parts with METIS")
     file = Trajectories(RECIPE / "sample.h5")
-    data = config.load(RECIPE / "config.yaml").data
+    data = settings(out, "EGNN", 1).data
     inputs = build.inputs_of(file, parts=2, method="metis", method_seed=0, settings=data, shard_nodes=build.SHARD_NODES)
     cli.make_store(file, out / "store", inputs)
     store = Store(out / "store")
 
     print("\n2. Check the store, and that two processes compute what one does")
-    cli.run_verification(out / "store", settings(out, "DistEGNN", 1), snapshot=0)
+    cli.run_verification(out / "store", settings(out, "DistEGNN", 1))
 
     print(f"\n3. Train on two processes, {options.epochs} epochs each")
     found, numbers = {}, {}

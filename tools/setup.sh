@@ -8,8 +8,8 @@ fail() { echo "error: $*" >&2; exit 1; }
 command -v "$python" >/dev/null 2>&1 || fail "$python not found; install Python 3.11 or name one: make PYTHON=/path/to/python3.11 setup"
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || fail "$python does not run"
 case "$version" in
-3.10 | 3.11) ;;
-*) fail "$python is Python $version, but DGL 1.1.3 has wheels for 3.10 and 3.11 only; use make PYTHON=python3.11 setup" ;;
+3.11) ;;
+*) fail "$python is Python $version, but this needs 3.11 (DGL 1.1.3 has no wheel for later ones); use make PYTHON=python3.11 setup" ;;
 esac
 
 want="$version $(cat setup.py tools/setup.sh | cksum)"

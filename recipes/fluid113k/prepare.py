@@ -41,11 +41,11 @@ DROP = 2.0  # the block's lowest point starts at most this far above its lowest 
 SPEED = np.array([4.0, 1.0, 4.0])
 GAP = 4 * RADIUS  # free space between the block and the walls at the start
 FILL = 0.8586  # mean volume of a unit cube scaled by U(0.9, 1), half the time by axis, half the time as a whole
-INSTALL = "pip install dist_egnn[fluid] (on Debian also: apt-get install libgl1 libglu1-mesa libopengl0)"
+INSTALL = "pip install -e '.[fluid]' (on Debian also: apt-get install libgl1 libglu1-mesa libopengl0)"
 
 EPILOG = """\
 example, the sample of the repository (a minute, 5 MB):
-  python recipes/fluid113k/prepare.py --out recipes/fluid113k/sample.h5 --particles 3200 --trajectories 3 1 1 \\
+  python recipes/fluid113k/prepare.py --out recipes/fluid113k/sample.h5 --particles 3200 --trajectories 4 1 1 \\
       --frames 60 --seed 3 --quantum 0.00048828125 --no-velocity --workers 2
 
 A trajectory of 20,000 particles and 200 frames takes 6 minutes of a core and 73 MB; one of 113,140 takes 1 to 2 hours of

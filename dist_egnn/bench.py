@@ -1,0 +1,228 @@
+"""`distegnn bench …`: what a step, a partition, the communication and the way into a step cost on this machine.
+
+The commands check their options, measure, and return a Report; the command line prints it.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
+
+from .errors import Failure
+
+app = typer.Typer(help="Measure a step, a partition, the communication, the way from a store into a step.")
+
+Nodes = Annotated[int, typer.Option(help="nodes of the graph, particles on a jittered lattice")]
+Degree = Annotated[float, typer.Option(help="in-edges of a node on average; sets the radius")]
+Hidden = Annotated[int, typer.Option(help="width H")]
+Layers = Annotated[int, typer.Option(help="layers L")]
+Virtual = Annotated[int, typer.Option(help="virtual nodes C")]
+Json = Annotated[bool, typer.Option("--json", help="the numbers again, as JSON on the last line")]
+
+
+@dataclass
+class Table:
+    title: str
+    header: list[str]
+    rows: list[list[Any]]
+
+
+@dataclass
+class Report:
+    """What a benchmark found: tables to read, lines below them, and the numbers; as_json: whether these are asked for."""
+
+    tables: list[Table]
+    notes: list[str]
+    numbers: dict[str, Any]
+    as_json: bool
+
+
+def say(line: str) -> None:
+    """Progress, away from the result."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@app.callback(invoke_without_command=True)
+def options(context: typer.Context) -> None:
+    """Options before the benchmark."""
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def check(given: dict[str, float], degree: float) -> None:
+    """Raise Failure for sizes that are none. given: option → value; each is at least 1, nodes at least 2."""
+    for option, value in given.items():
+        if value < (low := 2 if option == "--nodes" else 1):
+            raise Failure(f"{option} {value}: must be at least {low}")
+    from .bench_step import check_degree
+
+    nodes = int(given["--nodes"])
+    check_degree(nodes, degree)
+    if nodes < given.get("--parts", 1):
+        raise Failure(f"--parts {given['--parts']}: more parts than the {nodes} nodes; lower it")
+
+
+@app.command(epilog="Example: distegnn bench step --nodes 113140 --threads 1 --peers --json")
+def step(
+    nodes: Nodes = 113_140,
+    degree: Degree = 14.6,
+    hidden: Hidden = 64,
+    layers: Layers = 4,
+    virtual_nodes: Virtual = 3,
+    threads: Annotated[int, typer.Option(help="threads of the process")] = 1,
+    engine: Annotated[str, typer.Option(help="auto, dgl or torch: what runs the messages")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
+    precision: Annotated[str, typer.Option(help="float32 or bf16-messages")] = "float32",
+    tile: Annotated[int | None, typer.Option(help="rows of a tile", show_default="the model's")] = None,
+    repeats: Annotated[int, typer.Option(help="timed repetitions after a warm-up; the median counts")] = 3,
+    peers: Annotated[
+        bool,
+        typer.Option(
+            "--peers",
+            help="also time the same UDFs untiled, layers of dgl.nn.EGNNConv, and a page of plain PyTorch; with another "
+            "precision or more threads also ours in float32 or on one thread",
+        ),
+    ] = False,
+    json: Json = False,
+) -> Report:
+    """Forward and training step of one snapshot, each variant in a process of its own; peak memory is of its steps."""
+    from . import bench_step
+
+    model = (hidden, layers, virtual_nodes)
+    chosen = bench_step.Options(nodes, degree, *model, threads, engine, device, precision, tile, repeats)
+    return _step_report(bench_step.run(chosen, peers, say), json)
+
+
+def _step_report(found: dict[str, Any], as_json: bool) -> Report:
+    """The numbers of bench_step.run as a table."""
+    rows = [
+        [
+            name,
+            *(f"{row[key]:.3f}" for key in ("forward_s", "step_s", "peak_gb")),
+            *(f"{row[key]:.2f}" if key in row else "" for key in ("forward_ratio", "step_ratio", "peak_ratio")),
+            f"{row['difference']:.0e}" if "difference" in row else "",
+        ]
+        for name, row in {"ours": found, **found["peers"]}.items()
+    ]
+    header = ["variant", "forward [s]", "step [s]", "peak [GB]", "forward/ours", "step/ours", "peak/ours", "differs by"]
+    shown = ("hidden", "layers", "virtual_nodes", "threads", "engine", "device", "precision", "tile", "repeats")
+    settings = ", ".join(f"{key}={found[key]}" for key in shown)
+    table = Table(f"{found['nodes']:,} nodes, {found['edges']:,} edges, {settings}", header, rows)
+    onednn = found.get("machine_gflops_onednn")
+    note = (
+        f"forward: {found['gflops_forward']:.0f} GFLOP/s in products; 64-wide products alone reach "
+        f"{found['machine_gflops']:.0f} here" + (f", {onednn:.0f} by oneDNN" if onednn else "")
+    )
+    return Report([table], [note], found, as_json)
+
+
+@app.command(epilog="Example: distegnn bench partition --nodes 113140 --nodes 1000000 --parts 8")
+def partition(
+    nodes: Annotated[
+        list[int] | None,
+        typer.Option(help="nodes of the graph; may be given several times", show_default="113140"),
+    ] = None,
+    degree: Degree = 14.6,
+    parts: Annotated[int, typer.Option(help="parts")] = 8,
+    json: Json = False,
+) -> Report:
+    """Every method's time and cut, and the time to write a store of one snapshot by METIS."""
+    sizes = nodes or [113_140]
+    for size in sizes:
+        check({"--nodes": size, "--parts": parts}, degree)
+    from . import bench_step
+
+    bench_step.enough_memory(
+        0.5e9 + max(sizes) * (degree * 150 + 500), "cpu", f"a graph of {max(sizes):,} nodes", "lower --nodes"
+    )
+    from . import bench_road
+
+    found = [bench_road.partition(size, degree, parts, say) for size in sizes]
+    header = ["method", "seconds", "edges cut", "largest/mean", "halo/nodes"]
+    tables = [
+        Table(
+            f"{one['nodes']:,} nodes, {one['edges']:,} edges, {parts} parts; store of this snapshot by METIS, "
+            f"from positions to the last file: {one['store_s']:.2f} s",
+            header,
+            [
+                [name, f"{q['seconds']:.3f}", f"{q['edge_cut']:.1%}", f"{q['balance']:.3f}", f"{q['halo']:.1%}"]
+                for name, q in one["methods"].items()
+            ],
+        )
+        for one in found
+    ]
+    return Report(tables, [], {"degree": degree, "sizes": found}, json)
+
+
+@app.command(epilog="Example: distegnn bench comm --parts 4")
+def comm(
+    nodes: Nodes = 2000,
+    degree: Degree = 14.6,
+    parts: Annotated[int, typer.Option(help="processes, at least 2")] = 2,
+    hidden: Hidden = 64,
+    layers: Layers = 4,
+    virtual_nodes: Virtual = 3,
+    json: Json = False,
+) -> Report:
+    """Count the collectives of one training step and what each carries."""
+    model = {"hidden": hidden, "layers": layers, "virtual_nodes": virtual_nodes}
+    sizes = {"--hidden": hidden, "--layers": layers, "--virtual-nodes": virtual_nodes}
+    check({"--nodes": nodes, "--parts": parts, **sizes}, degree)
+    if parts < 2:
+        raise Failure(f"--parts {parts}: must be at least 2: one process sends nothing")
+    from . import bench_road
+
+    found = bench_road.communication(nodes, degree, parts, model)
+    rows = [
+        [phase, one["calls"], " ".join(one["collectives"]), _runs(one["floats"]), f"{one['bytes']:,}"]
+        for phase, one in found["phases"].items()
+    ]
+    header = ["phase", "calls", "collective", "numbers in each", "bytes"]
+    table = Table(f"one training step of one graph on {parts} processes, as each sends it", header, rows)
+    note = f"by the formula {layers} calls of 3 + 3C + HC = {found['formula']} numbers, forward and backward"
+    others = [] if found["alike"] else ["processes differ in what they send: shown is the first"]
+    return Report([table], [note, *others], found, json)
+
+
+def _runs(numbers: list[int]) -> str:
+    """Equal numbers once: 204 204 204 is 204."""
+    return " ".join(f"{n:,}" for n in dict.fromkeys(numbers)) or "-"
+
+
+@app.command(epilog="Example: distegnn bench pipeline --nodes 113140 --repeats 5")
+def pipeline(
+    nodes: Nodes = 113_140,
+    degree: Degree = 14.6,
+    parts: Annotated[int, typer.Option(help="processes, one part each")] = 1,
+    hidden: Hidden = 64,
+    layers: Layers = 4,
+    virtual_nodes: Virtual = 3,
+    repeats: Annotated[int, typer.Option(help="timed steps, each on a snapshot of its own")] = 5,
+    json: Json = False,
+) -> Report:
+    """Steps with a new stored snapshot each, against steps on one fixed graph."""
+    model = {"hidden": hidden, "layers": layers, "virtual_nodes": virtual_nodes}
+    sizes = {"--hidden": hidden, "--layers": layers, "--virtual-nodes": virtual_nodes, "--repeats": repeats}
+    check({"--nodes": nodes, "--parts": parts, **sizes}, degree)
+    from . import bench_step
+
+    needed = bench_step.memory_needed("ours", bench_step.Options(nodes, degree, hidden, layers, virtual_nodes))
+    bench_step.enough_memory(
+        needed + 0.4e9 * parts, "cpu", f"a graph of {nodes:,} nodes", "lower --nodes, --hidden or --layers"
+    )
+    from . import bench_road
+
+    found = bench_road.pipeline(nodes, degree, parts, repeats, model, say)
+    labels = {
+        "fixed_s": "step on a fixed graph",
+        "fresh_s": "step with a new snapshot each time",
+        "read_s": "  read from disk (checked), mean of a snapshot",
+        "graph_s": "  its graph and fields",
+        "tiles_s": "  its tiles",
+    }
+    rows = [[label, f"{found[key]:.3f}"] for key, label in labels.items()]
+    table = Table(f"{nodes:,} nodes, processes: {parts}, mean of {repeats} steps", ["what", "seconds"], rows)
+    return Report([table], [f"new snapshot / fixed graph: {found['ratio']:.3f}"], found, json)

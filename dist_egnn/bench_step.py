@@ -1,0 +1,234 @@
+"""Forward and training step of one snapshot: ours and its peers, each in a fresh process, on the same graph and weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import Failure
+
+PEERS = {"EGNNConv": "egnnconv.py", "plain": "plain.py"}  # files of tools/bench
+ONE_TILE = 10**9
+ENGINES, PRECISIONS = ("auto", "dgl", "torch"), ("float32", "bf16-messages")
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is run: the graph, the model's widths, and how. tile: None for the model's own."""
+
+    nodes: int = 113_140
+    degree: float = 14.6
+    hidden: int = 64
+    layers: int = 4
+    virtual_nodes: int = 3
+    threads: int = 1
+    engine: str = "auto"
+    device: str = "cpu"
+    precision: str = "float32"
+    tile: int | None = None
+    repeats: int = 3
+
+
+def variants(options: Options, peers: bool) -> dict[str, Options]:
+    """What is timed, by name, 'ours' first."""
+    found = {"ours": options}
+    if not peers:
+        return found
+    if options.precision != "float32":
+        found["float32"] = replace(options, precision="float32")
+    if options.threads > 1:
+        found["1-thread"] = replace(options, threads=1)
+    found["untiled"] = replace(options, tile=ONE_TILE)
+    return {**found, **{name: replace(options, precision="float32") for name in PEERS}}
+
+
+def memory_needed(name: str, options: Options) -> float:
+    """About how many bytes the process of a variant takes in a training step, torch and DGL included."""
+    edges, row = options.nodes * options.degree, 4 * options.hidden
+    base = 0.4e9 + options.nodes * (options.layers + 3) * row * 2 + edges * 60
+    if name in PEERS or (options.tile or 0) >= edges:
+        return base + 11 * options.layers * edges * row  # autograd keeps some eleven E×H arrays a layer
+    return base + 12 * (options.tile or 8192) * row
+
+
+def memory_there(device: str) -> float:
+    """Bytes that this machine, or the device, can still give; infinity where it does not say."""
+    if device != "cpu":
+        import torch
+
+        return float(torch.cuda.mem_get_info(device)[0])
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return math.inf
+    limit = Path("/sys/fs/cgroup/memory.max")  # a container may have less than its machine
+    text = limit.read_text().strip() if limit.is_file() else "max"
+    return free if text == "max" else min(free, float(text))
+
+
+def enough_memory(needed: float, device: str, what: str, remedy: str) -> None:
+    """Raise Failure where ``what`` needs more bytes than there are."""
+    if needed > (there := memory_there(device)):
+        raise Failure(f"{what} takes about {needed / 1e9:.1f} GB, {there / 1e9:.1f} GB are free; {remedy}")
+
+
+def check_degree(nodes: int, degree: float) -> None:
+    """Raise Failure for a mean degree that no graph of so many nodes has."""
+    if not 0 < degree <= nodes - 1:
+        raise Failure(f"--degree {degree}: must be above 0 and at most {nodes - 1} for {nodes} nodes")
+
+
+def check(options: Options, peers: bool) -> None:
+    """Raise Failure for what cannot run, before anything does."""
+    least = {"nodes": 2, "hidden": 1, "layers": 1, "virtual_nodes": 0, "threads": 1, "tile": 1, "repeats": 1}
+    for key, low in least.items():
+        value = getattr(options, key)
+        if value is not None and value < low:
+            raise Failure(f"--{key.replace('_', '-')} {value}: must be at least {low}")
+    check_degree(options.nodes, options.degree)
+    for key, known in (("engine", ENGINES), ("precision", PRECISIONS)):
+        if getattr(options, key) not in known:
+            raise Failure(f"--{key} {getattr(options, key)}: unknown; use {', '.join(known[:-1])} or {known[-1]}")
+    if peers:
+        for name in PEERS:
+            peer_file(name)
+    check_device(options)
+    for name, one in variants(options, peers).items():
+        what = f"{options.nodes:,} nodes of degree {options.degree:g}: '{name}'"
+        remedy = "lower --nodes, --hidden or --layers" + ", or leave --peers out" * peers
+        enough_memory(memory_needed(name, one), options.device, what, remedy)
+
+
+def check_device(options: Options) -> None:
+    """Raise Failure for a device that is not there or that the engine has no kernels for."""
+    if options.device == "cpu":
+        return
+    import torch
+
+    kind, _, number = options.device.partition(":")
+    if kind != "cuda" or not (number or "0").isdigit():
+        raise Failure(f"--device {options.device}: unknown; use cpu or cuda")
+    if not torch.cuda.is_available() or int(number or 0) >= torch.cuda.device_count():
+        raise Failure(
+            f"--device {options.device}: not there: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
+        )
+    if options.engine == "dgl" and not dgl_runs_on(options.device):
+        raise Failure(f"--engine dgl: this DGL has no build for {options.device}; use --engine torch")
+
+
+def dgl_runs_on(device: str) -> bool:
+    """Whether DGL has kernels for the device."""
+    from . import engine
+
+    return engine.choose("auto", device).name == "dgl"
+
+
+def peer_file(name: str) -> Path:
+    """Where a peer stands; they belong to the repository and are not installed."""
+    path = Path(__file__).resolve().parent.parent / "tools" / "bench" / PEERS[name]
+    if not path.is_file():
+        raise Failure(f"--peers: {path} is missing: the peers are in the repository's tools/; run this from a checkout")
+    return path
+
+
+def load_peer(name: str) -> Any:
+    """A peer's module. By its path: nothing of the package may import tools/."""
+    spec = importlib.util.spec_from_file_location(f"bench_{name}", peer_file(name))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def products(options: Options, edges: int) -> float:
+    """Operations in the matrix products of a forward pass, first-layer products on nodes; 2 for a multiply and an add."""
+    h, c = options.hidden, options.virtual_nodes
+    on_edge = 3 * h + 2 * h * h + h  # squared length and e; φ_e's and φ_x's inner layers; φ_x's last
+    on_node = 2 * h * h + (h * h + h) + (2 + bool(c)) * h * h + 2 * h + h * h  # φ_e's first; φ_v; φ_h with a
+    on_virtual = h * h * bool(c) + c * (
+        h + 3 * h * h + 2 * h
+    )  # φ_ev's first on h, on the distance; the rest for each c
+    return 2.0 * options.layers * (edges * on_edge + options.nodes * (on_node + on_virtual)) + 6 * options.nodes * h
+
+
+def run(options: Options, peers: bool, say: Say = lambda line: None) -> dict[str, Any]:
+    """Time ours and, if asked, the peers; say(line) as each ends.
+
+    Returns the options, ours' numbers (medians forward_s and step_s, every repetition in …_all_s, peak_gb, products done a
+    second gflops_forward, and what 64-wide products alone reach, machine_gflops…), and peers: name → the same, with …_ratio
+    to ours and ``difference``, the largest from our prediction in units of the farthest that ours moves a node.
+    """
+    check(options, peers)
+    wanted = variants(options, peers)
+    if options.device != "cpu" and peers and not dgl_runs_on(options.device):
+        del wanted["EGNNConv"]
+        say(f"EGNNConv left out: this DGL has no build for {options.device}")
+    with tempfile.TemporaryDirectory(prefix="dist_egnn-") as name:
+        folder = Path(name)
+        edges = _write_graph(options, folder)
+        say(f"{options.nodes:,} nodes, {edges:,} edges")
+        found = {}
+        for variant, one in wanted.items():
+            found[variant] = row = _spawn(variant, one, folder)
+            say(f"{variant}: forward {row['forward_s']:.3f} s, step {row['step_s']:.3f} s, {row['peak_gb']:.2f} GB")
+        apart = _differences(folder, [v for v in wanted if v not in ("ours", "EGNNConv")])
+    ours = found.pop("ours")
+    for variant, row in found.items():
+        ratios = {key.rsplit("_", 1)[0]: row[key] / ours[key] for key in ("forward_s", "step_s", "peak_gb")}
+        row.update({f"{key}_ratio": value for key, value in ratios.items()})
+        row.update({"difference": apart[variant]} if variant in apart else {})
+        row.pop("machine_gflops"), row.pop("machine_gflops_onednn", None)
+    gflops = products(options, edges) / 1e9
+    return {**asdict(options), **ours, "edges": edges, "gflops_forward": gflops / ours["forward_s"], "peers": found}
+
+
+def _write_graph(options: Options, folder: Path) -> int:
+    """The graph for all variants; made here, so that no worker's peak memory counts the making. Returns its edges."""
+    from . import bench_data, graphs
+
+    x = bench_data.block(options.nodes)
+    src, dst = graphs.radius_edges(x, bench_data.radius_for(x, options.degree))
+    np.savez(folder / "graph.npz", src=src, dst=dst, **bench_data.node_fields(x))  # type: ignore[arg-type]
+    return len(src)
+
+
+def _spawn(name: str, options: Options, folder: Path) -> dict[str, Any]:
+    """Run one variant in a fresh process and return what it measured."""
+    threads = str(options.threads)
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_egnn.bench_worker", str(folder), name, json.dumps(asdict(options))],
+        env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},  # read when torch is imported
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode < 0:
+        raise Failure(f"'{name}' was ended by signal {-done.returncode}; short of memory?")
+    if done.returncode:
+        raise Failure(
+            f"'{name}': {(done.stderr.strip() or 'it said nothing').splitlines()[-1].removeprefix('error: ')}"
+        )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _differences(folder: Path, names: list[str]) -> dict[str, float]:
+    """How far predictions lie from ours: the largest difference, relative to how far ours moves a node at most."""
+    with np.load(folder / "graph.npz") as graph:
+        x = graph["x"]
+    ours = np.load(folder / "ours.npy")
+    moved = float(np.abs(ours - x).max())
+    return {name: float(np.abs(np.load(folder / f"{name}.npy") - ours).max()) / moved for name in names}

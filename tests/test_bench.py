@@ -1,0 +1,227 @@
+"""`distegnn bench`: it runs, says what it measured, refuses what it cannot; and the plain peer computes what we do."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import dgl
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from dist_egnn import bench_data, bench_step, cli, graphs, models
+from dist_egnn.errors import Failure
+
+plain = bench_step.load_peer("plain")
+
+
+def bench(*arguments: object, cwd: Path) -> dict[str, Any]:
+    """Run a benchmark as a user does; the JSON on its last line."""
+    command = [sys.executable, "-m", "dist_egnn.cli", "bench", *map(str, arguments), "--json"]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def here(*arguments: object) -> dict[str, Any]:
+    """The same in this process, which has imported what it takes."""
+    ran = CliRunner().invoke(cli.app, ["bench", *map(str, arguments), "--json"])
+    assert ran.exit_code == 0, ran.exception
+    return json.loads(ran.output.splitlines()[-1])
+
+
+def block(nodes: int, degree: float, dtype: torch.dtype = torch.float64) -> dgl.DGLGraph:
+    x = bench_data.block(nodes)
+    graph = graphs.build(*graphs.radius_edges(x, bench_data.radius_for(x, degree)), bench_data.node_fields(x))
+    for data in (graph.ndata, graph.edata):
+        data.update({name: value.to(dtype) for name, value in data.items() if value.is_floating_point()})
+    return graph
+
+
+@pytest.mark.parametrize(("nodes", "degree"), [(2, 1), (9, 8), (400, 14.6), (3000, 3), (2000, 40)])
+def test_the_block_has_the_degree_that_was_asked_for(nodes: int, degree: float) -> None:
+    x = bench_data.block(nodes)
+    assert x.shape == (nodes, 3)
+    assert np.array_equal(x, bench_data.block(nodes))
+    src, _ = graphs.radius_edges(x, bench_data.radius_for(x, degree))
+    assert len(src) / 2 == round(nodes * degree / 2)
+
+
+def outcome(model: nn.Module, predict: Any, y: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    predicted = predict()
+    ((predicted - y) ** 2).mean().backward()
+    gradients = {name.replace(".virtual.", "."): p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return predicted.detach(), gradients
+
+
+@pytest.mark.parametrize("count", [0, 3])
+@pytest.mark.parametrize("tile", [10**9, 500])
+def test_plain_equals_ours(count: int, tile: int) -> None:
+    graph = block(300, 12)
+    torch.manual_seed(1)
+    ours = models.EGNN(3, 2, 2, hidden=16, layers=3, virtual_nodes=count, tile=tile).double()
+    for name, parameter in ours.named_parameters():
+        if name.endswith(("phi_x.2.weight", "phi_xv.2.weight", "phi_z.2.weight")):
+            parameter.data.normal_(0, 0.3)  # near zero at the start; at full size an error cannot hide
+    peer, predict = plain.peer(ours, graph, torch.device("cpu"))
+    x, gradients = outcome(ours, lambda: ours(graph)[0], graph.ndata["y"])
+    plain_x, plain_gradients = outcome(peer, predict, graph.ndata["y"])
+    assert float((x - graph.ndata["x"]).abs().max()) > 1e-3
+    torch.testing.assert_close(plain_x, x, rtol=1e-12, atol=1e-12)
+    # the last layer's φ_h, φ_z and φ_s do not reach the prediction: they may have no gradient, or one of zeros
+    names = set(gradients) | set(plain_gradients)
+    assert len(names) > 30
+    largest = max(float(g.abs().max()) for g in gradients.values())
+    for name in names:
+        shape = dict(peer.named_parameters())[name]
+        a, b = (found.get(name, torch.zeros_like(shape)) for found in (plain_gradients, gradients))
+        assert float((a - b).abs().max()) <= 1e-12 * largest, name
+
+
+def test_plain_takes_every_weight() -> None:
+    ours = models.EGNN(3, 2, 2, hidden=8, layers=2, virtual_nodes=3)
+    state = ours.state_dict()
+    peer, _ = plain.peer(ours, block(20, 5, torch.float32), torch.device("cpu"))
+    assert sum(p.numel() for p in peer.parameters()) == sum(p.numel() for p in ours.parameters())
+    del state["layers.1.phi_x.2.weight"]
+    with pytest.raises(RuntimeError, match=r"layers\.1\.phi_x\.2\.weight"):
+        plain.load(peer, state)
+
+
+@pytest.fixture(scope="module")
+def step(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return bench("step", "--nodes", 400, "--repeats", 1, "--peers", cwd=tmp_path_factory.mktemp("step"))
+
+
+def test_step_reports_what_was_run(step: dict[str, Any]) -> None:
+    wanted = {"nodes": 400, "edges": 5840, "degree": 14.6, "hidden": 64, "layers": 4, "virtual_nodes": 3, "threads": 1}
+    wanted |= {"engine": "auto", "device": "cpu", "precision": "float32", "repeats": 1}
+    assert {key: step[key] for key in wanted} == wanted
+    assert list(step["peers"]) == ["untiled", "EGNNConv", "plain"]
+    for row in (step, *step["peers"].values()):
+        for key in ("forward_s", "step_s", "peak_gb"):
+            assert 0 < row[key] < math.inf
+        assert row["forward_s"] < row["step_s"]
+        assert 0.05 < row["peak_gb"] < 2
+    assert step["gflops_forward"] > 0
+    assert 1 < step["machine_gflops"] < 1e5
+
+
+def test_step_ratios_are_of_its_numbers(step: dict[str, Any]) -> None:
+    for row in step["peers"].values():
+        for key in ("forward_s", "step_s", "peak_gb"):
+            assert row[f"{key.rsplit('_', 1)[0]}_ratio"] == pytest.approx(row[key] / step[key])
+    products = bench_step.products(bench_step.Options(nodes=400), step["edges"])
+    assert step["gflops_forward"] == pytest.approx(products / 1e9 / step["forward_s"])
+
+
+def test_step_variants_predict_alike(step: dict[str, Any]) -> None:
+    """Each worker's own prediction, from its own process."""
+    assert 0 <= step["peers"]["untiled"]["difference"] < 1e-4
+    assert 0 <= step["peers"]["plain"]["difference"] < 1e-4
+    assert "difference" not in step["peers"]["EGNNConv"]  # another model
+
+
+def test_products_are_those_of_the_modules() -> None:
+    """Counted by torch on the model itself, with one tile; every other product is of a graph, not of rows."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    options = bench_step.Options(nodes=300, hidden=32, layers=2, degree=10)
+    graph = block(options.nodes, options.degree, torch.float32)
+    _, predict = plain.peer(models.EGNN(3, 2, 2, hidden=32, layers=2, virtual_nodes=3), graph, torch.device("cpu"))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        predict()
+    n, e, h, c = options.nodes, graph.num_edges(), options.hidden, options.virtual_nodes
+    # what the plain form does on edges and for each virtual node, and we on nodes or once a graph
+    apart = 2 * options.layers * (2 * e * h * h - 2 * n * h * h + n * c * (2 * h * h + c * h) - n * h * h)
+    per_graph = 2 * options.layers * c * (2 * h * h + h * h) + 2 * options.layers * 3 * c * c
+    assert counter.get_total_flops() - apart - per_graph == bench_step.products(options, e)
+
+
+@pytest.mark.parametrize(("parts", "count"), [(2, 3), (3, 1)])
+def test_comm_counts_the_formula(parts: int, count: int) -> None:
+    sizes = ("--hidden", 16, "--layers", 3, "--virtual-nodes", count)
+    found = here("comm", "--nodes", 150, "--parts", parts, *sizes)
+    numbers = 3 + 3 * count + 16 * count
+    assert found["formula"] == numbers
+    assert found["alike"] is True
+    for phase in ("forward", "backward"):
+        assert found["phases"][phase]["floats"] == [numbers] * 3
+        assert found["phases"][phase]["bytes"] == 3 * numbers * 4
+    model = models.EGNN(3, 2, 2, hidden=16, layers=3, virtual_nodes=count)
+    assert sum(found["phases"]["gradients"]["floats"]) == sum(p.numel() for p in model.parameters())
+
+
+def test_partition_shows_every_method() -> None:
+    found = here("partition", "--nodes", 300, "--nodes", 400, "--parts", 3)
+    assert [one["nodes"] for one in found["sizes"]] == [300, 400]
+    for one in found["sizes"]:
+        assert list(one["methods"]) == ["metis", "random", "kmeans", "spectral", "bisection", "morton"]
+        assert 0 < one["methods"]["metis"]["edge_cut"] < one["methods"]["random"]["edge_cut"]
+        assert one["store_s"] > one["methods"]["metis"]["seconds"] > 0
+
+
+def test_pipeline_times_both_roads(tmp_path: Path) -> None:
+    found = bench("pipeline", "--nodes", 200, "--hidden", 8, "--layers", 1, "--repeats", 2, cwd=tmp_path)
+    assert found["ratio"] == pytest.approx(found["fresh_s"] / found["fixed_s"])
+    for key in ("fixed_s", "fresh_s", "read_s", "graph_s", "tiles_s"):
+        assert 0 < found[key] < 10
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("step --engine fast", r"--engine fast: unknown; use auto, dgl or torch"),
+        ("step --device cuda", r"--device cuda: not there"),
+        ("step --device tpu", r"--device tpu: unknown; use cpu or cuda"),
+        ("step --precision half", r"--precision half: unknown; use float32 or bf16-messages"),
+        ("step --tile 0", r"--tile 0: must be at least 1"),
+        ("step --nodes 1", r"--nodes 1: must be at least 2"),
+        ("step --hidden 0", r"--hidden 0: must be at least 1"),
+        ("step --nodes 10", r"--degree 14.6: must be above 0 and at most 9 for 10 nodes"),
+        ("step --nodes 100000000000", r"'ours' takes about [\d.]+ GB, [\d.]+ GB are free; lower --nodes"),
+        ("step --nodes 100000000 --peers", r"takes about [\d.]+ GB, .*leave --peers out"),
+        ("partition --nodes 100000000000", r"takes about"),
+        ("partition --nodes 20 --parts 30", r"--parts 30: more parts than the 20 nodes"),
+        ("comm --parts 1", r"--parts 1: must be at least 2"),
+        ("pipeline --repeats 0", r"--repeats 0: must be at least 1"),
+        ("pipeline --nodes 100000000000", r"takes about"),
+    ],
+)
+def test_mistakes_are_one_failure_before_any_work(line: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_data, "block", lambda *_: pytest.fail("work has started"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    ran = CliRunner().invoke(cli.app, ["bench", *line.split()])
+    assert isinstance(ran.exception, Failure), ran.exception
+    assert re.search(says, str(ran.exception))
+    assert "\n" not in str(ran.exception)
+
+
+def test_peers_need_the_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "dist_egnn").mkdir()
+    monkeypatch.setattr(bench_step, "__file__", str(tmp_path / "dist_egnn" / "bench_step.py"))
+    with pytest.raises(Failure, match=r"tools/bench/egnnconv\.py is missing: the peers are in the repository's tools/"):
+        bench_step.check(bench_step.Options(nodes=100), peers=True)
+    bench_step.check(bench_step.Options(nodes=100), peers=False)
+
+
+def test_a_worker_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_step, "check", lambda *_: None)
+    with pytest.raises(Failure, match=r"'ours': model\.tile=0: must be at least 1"):
+        bench_step.run(bench_step.Options(nodes=50, degree=5, hidden=4, layers=1, tile=0, repeats=1), peers=False)
+
+
+@pytest.mark.parametrize("benchmark", ["step", "partition", "comm", "pipeline"])
+def test_help_has_an_example(benchmark: str) -> None:
+    ran = CliRunner().invoke(cli.app, ["bench", benchmark, "--help"])
+    assert ran.exit_code == 0
+    assert f"Example: distegnn bench {benchmark}" in ran.output

@@ -1,0 +1,240 @@
+"""What README.md and docs/ name exists: files, tests, commands, options, config keys, make targets, links, dependencies."""
+
+from __future__ import annotations
+
+import functools
+import re
+import runpy
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from dist_egnn import cli, config, fields
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*/README.md")])
+FOLDERS = ("dist_egnn", "partition", "recipes", "tools", "tests", "docs", ".ci")
+SHELL_ENDS = {"&&", "||", "|", ">", ">>", "2>", ";", "…"}
+
+
+def code(text: str) -> tuple[list[str], list[str]]:
+    """Blocks of code (fenced, or indented by four spaces) and code between backticks."""
+    fence = re.compile(r"^```.*?^```$", re.M | re.S)
+    blocks = [block.split("\n", 1)[1].rsplit("\n", 1)[0] for block in fence.findall(text)]
+    text = fence.sub("", text)
+    indented = re.compile(r"(?:^ {4}\S.*\n?)+", re.M)
+    blocks += [re.sub(r"^ {4}", "", block, flags=re.M) for block in indented.findall(text)]
+    return blocks, re.findall(r"`([^`\n]+)`", indented.sub("", text))
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """Command lines in words: a block's lines, and code between backticks, up to where the shell takes over."""
+    blocks, spans = code(text)
+    for line in [*"\n".join(blocks).replace("\\\n", " ").splitlines(), *spans]:
+        try:
+            words = shlex.split(line.removeprefix("$ "), comments=True)
+        except ValueError:  # not a command
+            continue
+        piece: list[str] = []
+        for word in [*words, ";"]:
+            if word in SHELL_ENDS:
+                if piece:
+                    yield piece
+                piece = []
+            else:
+                piece.append(word)
+
+
+@functools.cache
+def subcommands() -> dict[str, set[str]]:
+    """Subcommand → its options; one of a group has a name of two words: "bench step"."""
+    found: dict[str, set[str]] = {}
+
+    def add(command: Any, name: str) -> None:
+        found[name] = {o for p in command.params for o in p.opts if o.startswith("-")} | {"--help"}
+        for more, inside in getattr(command, "commands", {}).items():
+            add(inside, f"{name} {more}".strip())
+
+    add(typer.main.get_command(cli.app), "")
+    return found
+
+
+@functools.cache
+def keys() -> set[str]:
+    return set(config.keys())
+
+
+@functools.cache
+def targets() -> set[str]:
+    return set(re.findall(r"^([a-z]\w*):", (ROOT / "Makefile").read_text(), re.M))
+
+
+@functools.cache
+def names_of_files() -> set[str]:
+    found = {file.name for folder in FOLDERS for file in (ROOT / folder).rglob("*") if file.is_file()}
+    return found | {file.name for file in ROOT.iterdir() if file.is_file()}
+
+
+def wrong_distegnn(words: list[str]) -> Iterator[str]:
+    name, rest = "", [w for w in words if w != "--debug"]
+    groups = {n.rpartition(" ")[0] for n in subcommands() if n}
+    while rest and name in groups and re.fullmatch(r"[a-z]+", rest[0]):  # not COMMAND, nor --help
+        name = f"{name} {rest.pop(0)}".strip()
+        if name not in subcommands():
+            yield f"distegnn {name}: no such command"
+            return
+    shown = f"distegnn {name}".strip()
+    for word in rest:
+        option, key = word.split("=")[0], word.partition("=")
+        if word.startswith("-") and option not in subcommands()[name]:
+            yield f"{shown} {option}: no such option"
+        if not word.startswith("-") and key[1] and key[0] not in {"key", *keys()}:
+            yield f"{word}: no such config key"
+
+
+def wrong_commands(text: str) -> Iterator[str]:
+    """Commands that do not exist, as far as they are ours."""
+    for words in commands(text):
+        program, rest = Path(words[0]).name, words[1:]
+        if program == "distegnn":
+            yield from wrong_distegnn(rest)
+        elif program == "make":
+            # `make PYTHON=… setup`
+            yield from (f"make {w}: no such target" for w in rest if "=" not in w and w not in targets())
+        elif program.startswith("python") and rest and rest[0].endswith(".py") and (ROOT / rest[0]).is_file():
+            known = (ROOT / rest[0]).read_text()
+            options = [w.split("=")[0] for w in rest[1:] if w.startswith("--")]
+            yield from (f"{rest[0]} {o}: no such option" for o in options if f'"{o}"' not in known)
+        elif program == "pytest":
+            yield from wrong_selection(rest)
+
+
+def wrong_selection(words: list[str]) -> Iterator[str]:
+    """`pytest PATHS -k WORDS` must select a test by its name, on one of the paths."""
+    picked = words[words.index("-k") + 1] if "-k" in words else ""
+    paths = [w for w in words if not w.startswith("-") and w != picked]
+    files = [f for p in paths for f in ([ROOT / p] if p.endswith(".py") else sorted((ROOT / p).rglob("test_*.py")))]
+    tests = [t for f in files if f.is_file() for t in re.findall(r"def (test_\w+)", f.read_text())]
+    for word in picked.split(" or ") if picked else [""]:
+        if not any(word in test for test in tests):
+            yield f"pytest {' '.join(words)}: selects no test"
+
+
+def wrong_paths(text: str, page: Path) -> Iterator[str]:
+    """Files and folders of the repository that are not there, and links to nothing."""
+    blocks, spans = code(text)
+    for word in re.findall(r"[\w./*-]+", "\n".join([*blocks, *spans])):
+        path = word.rstrip(".").removeprefix("./")
+        if path.split("/")[0] in FOLDERS and "/" in path and not list(ROOT.glob(path.rstrip("/"))):
+            yield f"{path}: no such file"
+    for span in spans:
+        if re.fullmatch(r"[\w.]+\.(py|md|sh|toml)|Makefile", span) and span not in names_of_files():
+            yield f"{span}: no file of this name"
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        target, _, anchor = link.partition("#")
+        if target.startswith(("http://", "https://")):
+            continue
+        file = (page.parent / target).resolve() if target else page
+        if not file.exists():
+            yield f"link {link}: no such file"
+        elif anchor and anchor not in anchors(file.read_text()):
+            yield f"link {link}: no such heading"
+
+
+def anchors(text: str) -> set[str]:
+    """What GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+def wrong_keys(text: str) -> Iterator[str]:
+    """Config keys between backticks that do not exist: `train.epoch`, `model.name=EGNN`."""
+    sections = "|".join(config.SECTIONS)
+    for span in code(text)[1]:
+        found = re.fullmatch(rf"((?:{sections})\.\w+)(=.*)?", span)
+        if found and found[1] not in keys() and span not in names_of_files():
+            yield f"{span}: no such config key"
+
+
+def mistakes(text: str, page: Path) -> list[str]:
+    return sorted({*wrong_commands(text), *wrong_paths(text, page), *wrong_keys(text)})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_names_exists(page):
+    assert mistakes(page.read_text(), page) == []
+
+
+GOOD = """\
+`distegnn train x.yaml train.epochs=3 --resume`, `train.lr`, `tools/demo.py`, `demo.py`, `make test`,
+[here](docs/quickstart.md#install), `pytest tests/test_docs.py -k mistakes`
+
+    distegnn --debug partition a.h5 \\
+        --out b && distegnn verify b > log
+"""
+BAD = {
+    "`distegnn fly`": "distegnn fly: no such command",
+    "`distegnn --fast`": "distegnn --fast: no such option",
+    "`distegnn train --fast`": "distegnn train --fast: no such option",
+    "`distegnn train a.yaml train.epoch=3`": "train.epoch=3: no such config key",
+    "```\nmake demo && distegnn partition x \\\n  --partz 3\n```": "distegnn partition --partz: no such option",
+    "    $ .venv/bin/distegnn verify a --modle b\n": "distegnn verify --modle: no such option",
+    "`make coffee`": "make coffee: no such target",
+    "`python tools/demo.py --cheap`": "tools/demo.py --cheap: no such option",
+    "`pytest tests/test_docs.py -k absent`": "pytest tests/test_docs.py -k absent: selects no test",
+    "`dist_egnn/absent.py`": "dist_egnn/absent.py: no such file",
+    "`absent.py`": "absent.py: no file of this name",
+    "`train.epoch`": "train.epoch: no such config key",
+    "[x](docs/absent.md)": "link docs/absent.md: no such file",
+    "[x](docs/quickstart.md#absent)": "link docs/quickstart.md#absent: no such heading",
+    "![x](docs/img/absent.png)": "link docs/img/absent.png: no such file",
+}
+
+
+def test_the_check_lets_pass_what_exists():
+    assert mistakes(GOOD, ROOT / "README.md") == []
+
+
+@pytest.mark.parametrize("text", BAD)
+def test_the_check_finds_mistakes(text):
+    assert mistakes(text, ROOT / "README.md") == [BAD[text]]
+
+
+def test_every_command_and_target_is_told_of():
+    """In the quickstart, with every option (of the benchmarks, --help tells)."""
+    text = (ROOT / "docs" / "quickstart.md").read_text()
+    for name, options in subcommands().items():
+        assert f"distegnn {name}" in text
+        for option in options if " " not in name else ():
+            assert option in text, f"distegnn {name} {option}"
+    for target in targets():
+        assert f"make {target}" in text
+
+
+def test_table_of_fields():
+    row = re.compile(r"^\| `(\w+)` \| (\w+) \| \(.*\) \| (\w+) \| (\w+) \| (\S+) \| (.*) \|$", re.M)
+    told = row.findall((ROOT / "docs" / "conventions.md").read_text())
+    needed = {True: "yes", False: "no"}
+    wanted = [(f.name, f.on, f.kind, needed[f.required], f.unit.replace("-", "–"), f.meaning) for f in fields.TABLE]
+    assert told == wanted
+
+
+def test_every_dependency_has_its_reason(monkeypatch):
+    told: dict = {}
+    monkeypatch.setattr("setuptools.setup", lambda **given: told.update(given))
+    runpy.run_path(str(ROOT / "setup.py"))
+    page = (ROOT / "docs" / "dependencies.md").read_text()
+
+    def names(requirements: list[str]) -> set[str]:
+        return {re.split(r"[^\w-]", r)[0] for r in requirements}
+
+    for name in names(told["install_requires"]):
+        assert re.search(rf"^\| {name} \| \w", page, re.M), name
+    for extra, requirements in told["extras_require"].items():
+        row = re.search(rf"^\| {extra} \| (.*?) \| \S", page, re.M)
+        assert row, extra
+        assert names(requirements) == set(row[1].split(", ")), extra
