@@ -23,7 +23,7 @@ from dgl import DGLGraph
 from . import graphs, models
 from .bench_step import PEERS, Options, load_peer
 from .errors import Failure
-from .local import _watch
+from .local import watch
 from .metrics import peak_memory_gb
 
 
@@ -109,8 +109,8 @@ def worker(folder: Path, name: str, options: Options) -> dict[str, Any]:
 
 def main() -> None:
     """A worker: JSON on the last line of standard output, or one line on standard error and exit code 2."""
-    _watch(os.getppid())  # nobody is left to read what an orphan measures
     folder, name, options = sys.argv[1:]
+    watch(os.getppid(), Path(folder))  # nobody is left to read what an orphan measures
     try:
         found = worker(Path(folder), name, Options(**json.loads(options)))
     except Failure as failure:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -17,14 +18,15 @@ from typing import Any
 from .errors import Failure
 
 
-def _watch(pid: int) -> None:
-    """End this process when the one that launched it is gone: a killed run leaves no trainers."""
+def watch(pid: int, folder: Path) -> None:
+    """End this process when the one that launched it is gone: a killed run leaves no trainers, and no folder of theirs."""
 
     def look() -> None:
         while True:
             try:
                 os.kill(pid, 0)
             except ProcessLookupError:
+                shutil.rmtree(folder, ignore_errors=True)
                 os._exit(1)
             time.sleep(0.5)
 
@@ -46,7 +48,7 @@ def _worker(
     from . import comm
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
-    _watch(launcher)
+    watch(launcher, Path(rendezvous).parent)
     torch.set_num_threads(1)
     try:
         result = function(comm.join(rank, size, rendezvous, timeout_s), *args)

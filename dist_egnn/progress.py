@@ -41,7 +41,10 @@ def bar(title: str, total: int, *, shown: bool = True, done: int = 0) -> Iterato
 
     def plainly(note: str = "", to: int | None = None) -> None:
         nonlocal count, spoken
-        count = count + 1 if to is None else to
+        reached = count + 1 if to is None else to
+        if reached == count:
+            return
+        count = reached
         now = time.monotonic()
         if now - spoken >= LINE_EVERY_S or (count == total and now - started >= LINE_EVERY_S):
             spoken = now

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -150,3 +152,42 @@ def _refuses(group: comm.Comm) -> None:
 def test_the_first_cause_is_what_is_reported() -> None:
     with pytest.raises(Failure, match="this file: that key: do this"):
         local.run(_refuses, 2)
+
+
+LAUNCHER = """
+import sys
+sys.path.insert(0, {here!r})
+from test_exact import _sits
+from dist_egnn import local
+if __name__ == "__main__":
+    local.run(_sits, 2, sys.argv[1])
+"""
+
+
+def _sits(group: comm.Comm, folder: str) -> None:
+    Path(folder, str(os.getpid())).touch()
+    time.sleep(120)
+
+
+def test_a_killed_launcher_leaves_no_process_and_no_folder(tmp_path: Path) -> None:
+    script, pids = tmp_path / "launch.py", tmp_path / "pids"
+    script.write_text(LAUNCHER.format(here=str(Path(__file__).parent)))
+    pids.mkdir()
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    launcher = subprocess.Popen([sys.executable, str(script), str(pids)], env={**os.environ, "TMPDIR": str(temporary)})
+    try:
+        deadline = time.monotonic() + 60
+        while len(list(pids.iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        ranks = [int(f.name) for f in pids.iterdir()]
+        assert len(ranks) == 2
+        assert list(temporary.glob("dist_egnn-*"))
+    finally:
+        launcher.kill()
+        launcher.wait()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in ranks):
+        time.sleep(0.2)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    assert not list(temporary.glob("dist_egnn-*"))
