@@ -63,6 +63,9 @@ class Model:
     attention: bool = _key(False, "weigh messages by a learned gate")
     tanh: bool = _key(False, "bound φ_x by tanh")
     gravity: list[float] | None = _key(None, "a constant vector g; adds φ_g(h) g: equivariance then holds about g only")
+    precision: str = _key(
+        "float32", "float32, or bf16-messages: products of messages in bfloat16, positions as they are"
+    )
     engine: str = _key("auto", "dgl, torch or auto: what runs the messages")
     tile: int = _key(8192, "rows of a tile; smaller takes less memory")
 

@@ -20,6 +20,8 @@ from .errors import Failure
 from .nn.egnn import EGNNLayer
 from .nn.virtual import VirtualNodes
 
+PRECISIONS = ("float32", "bf16-messages")
+
 
 def whole_graph(graph: DGLGraph, x: Tensor, comm: Comm) -> tuple[Tensor, Tensor]:
     """N of each whole graph (B, 1) and its centroid (B, 3), all partitions counted.
@@ -79,10 +81,15 @@ class EGNN(nn.Module):
         attention: bool = False,
         tanh: bool = False,
         gravity: Sequence[float] | None = None,
+        precision: str = "float32",
         engine: str = "auto",
         tile: int = tiles.SIZE,
     ) -> None:
         super().__init__()
+        if precision not in PRECISIONS:
+            raise Failure(f"model.precision={precision}: unknown; use {' or '.join(PRECISIONS)}")
+        if precision == "bf16-messages" and attention:
+            raise Failure("model.precision=bf16-messages: not with model.attention; turn one of them off")
         self.widths = {"f": features, "a": node_attributes, "e": edge_attributes}
         self.count, self.tile, self.engine = virtual_nodes, tile, engine
         self.embedding = nn.Linear(features, hidden)
@@ -98,6 +105,7 @@ class EGNN(nn.Module):
                 attention=attention,
                 tanh=tanh,
                 gravity=gravity,
+                low=precision == "bf16-messages",
             )
             for _ in range(layers)
         )
@@ -117,8 +125,14 @@ class EGNN(nn.Module):
             raise Failure(f"edge field 'e' is {shape}, the model was made for (E, {self.widths['e']})")
         return node, {"e": e.index_select(0, cut.edge_order).to(like)}
 
-    def forward(self, graph: DGLGraph) -> tuple[Tensor, Tensor]:
+    def prepare(self, graph: DGLGraph) -> DGLGraph:
+        """Cut the graph into tiles, which stay with it, so that a step need not."""
         field(graph, "x", 3)
+        tiles.of(graph, engines.choose(self.engine, graph.device), self.tile)
+        return graph
+
+    def forward(self, graph: DGLGraph) -> tuple[Tensor, Tensor]:
+        self.prepare(graph)
         engine = engines.choose(self.engine, graph.device)
         cut = tiles.of(graph, engine, self.tile)
         node, edge = self._inputs(graph, cut)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from dgl import DGLGraph
 
@@ -13,7 +15,22 @@ from .errors import Failure
 from .store import Store
 from .trajectories import SPLITS, SampleSpec, Trajectories, sample, snapshots
 
+Key = TypeVar("Key")
+Made = TypeVar("Made")
+
 CACHE_BYTES = 2 << 30  # graphs kept ready by all processes of a machine together
+
+
+def ahead(make: Callable[[Key], Made], keys: Iterable[Key]) -> Iterator[Made]:
+    """make(key) of each key in order, the next one being made in a thread while the last is in use."""
+    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+        waiting: Future[Made] | None = None
+        for key in keys:
+            done, waiting = waiting, thread.submit(make, key)
+            if done is not None:
+                yield done.result()
+        if waiting is not None:
+            yield waiting.result()
 
 
 class Samples:
@@ -40,6 +57,10 @@ class Samples:
         while self._held > self._budget and len(self._kept) > 1:
             self._held -= self._kept.popitem(last=False)[1][1]
         return graph
+
+    def ahead(self, numbers: Iterable[int]) -> Iterator[DGLGraph]:
+        """The samples of these numbers, each read while the one before is in use."""
+        return ahead(self.__getitem__, numbers)
 
 
 def is_store(path: str) -> bool:

@@ -19,7 +19,7 @@ from .comm import Comm
 from .config import Config, to_yaml
 from .errors import Failure
 from .progress import bar
-from .samples import Samples, open_samples
+from .samples import Samples, ahead, open_samples
 
 
 def build_model(config: Config, widths: tuple[int, int], comm: Comm) -> torch.nn.Module:
@@ -60,8 +60,14 @@ def _batches(numbers: list[int], size: int) -> list[list[int]]:
     return [numbers[i : i + size] for i in range(0, len(numbers), size)]
 
 
-def _batch(samples: Samples, numbers: list[int]) -> DGLGraph:
-    return samples[numbers[0]] if len(numbers) == 1 else dgl.batch([samples[n] for n in numbers])
+def _batched(model: torch.nn.Module, samples: Samples, batches: list[list[int]]) -> Iterator[DGLGraph]:
+    """The batches in order, each read and cut into tiles while the one before is in use."""
+
+    def make(numbers: list[int]) -> DGLGraph:
+        graph = samples[numbers[0]] if len(numbers) == 1 else dgl.batch([samples[n] for n in numbers])
+        return model.prepare(graph) if isinstance(model, models.EGNN) else graph
+
+    return ahead(make, batches)
 
 
 def _seeded(*seed: int) -> torch.Generator:
@@ -77,8 +83,7 @@ def evaluate_split(model: torch.nn.Module, samples: Samples, split: str, config:
     model.eval()
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-        for numbers in _batches(samples.splits[split], config.train.batch_size):
-            graph = _batch(samples, numbers)
+        for graph in _batched(model, samples, _batches(samples.splits[split], config.train.batch_size)):
             yield model(graph)[0], graph.ndata["y"]
 
     with torch.no_grad():
@@ -144,12 +149,12 @@ def _epoch(
     summed = torch.zeros(2, dtype=torch.float64)
     norm, steps, seconds = 0.0, 0, 0.0
     rate = optimizer.param_groups[0]["lr"]
+    graphs = _batched(model, samples, batches)
     for group in _batches(list(range(len(batches))), settings.accumulate):
         optimizer.zero_grad(set_to_none=True)
         started = time.perf_counter()
         for index in group:
-            graph = _batch(samples, batches[index])
-            loss, mse = loss_of(config, model, graph, comm, _seeded(settings.seed, epoch, index))
+            loss, mse = loss_of(config, model, next(graphs), comm, _seeded(settings.seed, epoch, index))
             (loss / len(group)).backward()
             summed += torch.stack([loss.detach(), mse]).double()
         comm.sum_gradients(model.parameters())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..engine import Fields
+from .fused import edge_mlp
 from .mlp import after_first, coordinate_mlp, first_blocks, mlp
 from .virtual import VirtualNodes
 
@@ -42,8 +43,10 @@ class EGNNLayer(nn.Module):
         attention: bool = False,
         tanh: bool = False,
         gravity: Sequence[float] | None = None,
+        low: bool = False,
     ) -> None:
         super().__init__()
+        self.low = low  # messages in bfloat16
         self.widths = (hidden, hidden, 1 + edge_attributes)
         self.normalize, self.tanh = normalize, tanh
         self.phi_e = mlp(sum(self.widths), hidden, activate=True)
@@ -70,11 +73,14 @@ class EGNNLayer(nn.Module):
         r = edges.dst["x"] - edges.src["x"]
         squared = (r * r).sum(1, keepdim=True)
         w_edge = first_blocks(self.phi_e, *self.widths)[2]
-        scalars = torch.cat([squared, edges.data["e"]], 1) if "e" in edges.data else squared
-        m = after_first(self.phi_e, torch.addmm(edges.dst["p"] + edges.src["q"], scalars, w_edge.t()))
-        if self.attention is not None:
+        e = edges.data["e"] if "e" in edges.data else squared[:, :0]
+        pre = edges.dst["p"] + edges.src["q"]
+        if self.attention is None:
+            m, scale = edge_mlp(pre, squared, e, w_edge, self.phi_e, self.phi_x, self.low)
+        else:
+            m = after_first(self.phi_e, torch.addmm(pre, torch.cat([squared, e], 1), w_edge.t()))
             m = m * torch.sigmoid(self.attention(m))
-        scale = self.phi_x(m)
+            scale = self.phi_x(m)
         if self.tanh:
             scale = torch.tanh(scale)
         if self.normalize:
