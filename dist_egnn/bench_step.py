@@ -133,7 +133,7 @@ def dgl_runs_on(device: str) -> bool:
     """Whether DGL has kernels for the device."""
     from . import engine
 
-    return engine.choose("auto", device).name == "dgl"
+    return engine.runs_dgl(device)
 
 
 def peer_file(name: str) -> Path:

@@ -66,7 +66,7 @@ class Model:
     precision: str = _key(
         "float32", "float32, or bf16-messages: products of messages in bfloat16, positions as they are"
     )
-    engine: str = _key("auto", "dgl, torch or auto: what runs the messages")
+    engine: str = _key("auto", "dgl, torch or auto (torch, the faster): what runs the messages")
     tile: int = _key(8192, "rows of a tile; smaller takes less memory")
 
 

@@ -128,9 +128,9 @@ class TorchEngine:
 
     def block(self, src: Tensor, dst: Tensor, n_src: int, n_dst: int) -> Any:
         def runs(index: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-            start = torch.zeros(rows + 1, dtype=torch.int64, device=index.device)
+            start = index.new_zeros(rows + 1)
             start[1:] = torch.bincount(index, minlength=rows).cumsum(0)
-            return index.long(), index.argsort(stable=True), start
+            return index, index.argsort(stable=True).to(index.dtype), start
 
         degree = torch.bincount(dst, minlength=n_dst).clamp(min=1).unsqueeze(1)
         return runs(src, n_src), runs(dst, n_dst), degree
@@ -142,16 +142,20 @@ class TorchEngine:
 
 
 def choose(name: str, device: torch.device | str = "cpu") -> Engine:
-    """The engine called ``name``: dgl, torch, or auto (DGL where it has kernels for the device, else torch)."""
-    device = torch.device(device)
+    """The engine called ``name``: dgl, torch, or auto: torch, the faster and the leaner of the two (docs/performance.md)."""
     if name not in ("auto", "dgl", "torch"):
         raise Failure(f"model.engine={name}: unknown; use auto, dgl or torch")
-    if name == "torch":
+    if name != "dgl":
         return TorchEngine()
+    if not runs_dgl(device):
+        raise Failure(f"model.engine=dgl: this DGL has no build for {device}; use model.engine=torch")
+    return DGLEngine()
+
+
+def runs_dgl(device: torch.device | str) -> bool:
+    """Whether DGL has kernels for the device (PyPI's builds: the CPU only)."""
     try:
         dgl.graph(([0], [0])).to(device)
-    except dgl.DGLError as error:
-        if name == "dgl":
-            raise Failure(f"model.engine=dgl: this DGL has no build for {device}; use model.engine=torch") from error
-        return TorchEngine()
-    return DGLEngine()
+    except dgl.DGLError:
+        return False
+    return True
