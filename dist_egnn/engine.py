@@ -14,6 +14,7 @@ import dgl
 import dgl.function as fn
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .errors import Failure
 
@@ -69,7 +70,7 @@ class DGLEngine:
 
 def _segment_sum(value: Tensor, order: Tensor, start: Tensor) -> Tensor:
     """Sums over runs of rows: row k of the result is the sum of value[order[start[k]:start[k+1]]]."""
-    # fourteen times the speed of index_add on a CPU, for it need not fear two rows of one sum
+    # on a CPU, several times the speed of index_add (docs/performance.md)
     return torch.embedding_bag(value, order, start, False, 0, False, None, True)[0]
 
 
@@ -82,6 +83,7 @@ class _Gather(torch.autograd.Function):
         return value.index_select(0, index)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return _segment_sum(grad.contiguous(), *ctx.saved_tensors), None, None, None
 
@@ -95,6 +97,7 @@ class _Mean(torch.autograd.Function):
         return _segment_sum(value.contiguous(), order, start).div_(degree)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         index, degree = ctx.saved_tensors
         return (grad / degree).index_select(0, index), None, None, None, None

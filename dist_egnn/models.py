@@ -127,14 +127,16 @@ class EGNN(nn.Module):
 
     def prepare(self, graph: DGLGraph) -> DGLGraph:
         """Cut the graph into tiles, which stay with it, so that a step need not."""
-        field(graph, "x", 3)
-        tiles.of(graph, engines.choose(self.engine, graph.device), self.tile)
+        self._cut(graph)
         return graph
 
-    def forward(self, graph: DGLGraph) -> tuple[Tensor, Tensor]:
-        self.prepare(graph)
+    def _cut(self, graph: DGLGraph) -> tuple[engines.Engine, tiles.Tiles]:
+        field(graph, "x", 3)
         engine = engines.choose(self.engine, graph.device)
-        cut = tiles.of(graph, engine, self.tile)
+        return engine, tiles.of(graph, engine, self.tile)
+
+    def forward(self, graph: DGLGraph) -> tuple[Tensor, Tensor]:
+        engine, cut = self._cut(graph)
         node, edge = self._inputs(graph, cut)
         z = node["x"].new_zeros(cut.batch, 0, 3)
         if self.count:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from dgl import DGLGraph
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .engine import Engine, Fields, Nodes
 from .errors import Failure
@@ -163,6 +164,7 @@ class _Tiled(torch.autograd.Function):
         return tuple(results[name] for name in (*layer.outputs, *layer.sums))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         tensors = ctx.saved_tensors

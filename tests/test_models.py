@@ -300,3 +300,12 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
         engine.choose("numpy")
     with pytest.raises(Failure, match="tile"):
         models.EGNN(3, 2, tile=0)(make_graph(5, 1).to("cpu"))
+
+
+@pytest.mark.parametrize("tile", [50, 10**9])
+def test_a_gradient_of_a_gradient_is_refused_rather_than_wrong(tile: int) -> None:
+    graph, model = make_graph(30, 1), models.FastEGNN(3, 2, hidden=8, tile=tile).double()
+    x = graph.ndata["x"].requires_grad_()
+    (force,) = torch.autograd.grad(model(graph)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        force.square().sum().backward()

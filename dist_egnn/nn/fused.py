@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 ROWS = 2048  # below this the routes differ little
@@ -28,9 +29,9 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 @cache
 def _fastest() -> Callable[..., Tensor]:
-    """oneDNN's float32 product where it beats torch's default by half (2.2 × on some AMD processors), else the default.
+    """oneDNN's float32 product where it beats torch's default by half (as on some processors), else the default.
 
-    Measured once a process, in 10 ms; on known processors the ratio is near 1 or above 2, so runs do not differ.
+    Measured once a process, in 10 ms. The margin keeps noise from deciding, lest two runs differ in their last bits.
     """
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return functional.linear
@@ -91,6 +92,7 @@ class _EdgeMLP(torch.autograd.Function):
         return m.to(pre.dtype), (s_3 @ w.t()).to(pre.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scalars, w_s, a_1, s_1, a_2, m, a_3, s_3, w_2, w_x, w = ctx.saved_tensors
         grad_m, grad_scale = (g.to(m.dtype) for g in grads)
