@@ -119,6 +119,44 @@ def _step_report(found: dict[str, Any], as_json: bool) -> Report:
     return Report([table], [note], found, as_json)
 
 
+@app.command(epilog="Example: distegnn bench batch --graphs 100 --repeats 9 --json")
+def batch(
+    graphs: Annotated[int, typer.Option(help="N-body graphs of a batch, fewer where untiled does not fit")] = 250,
+    nodes: Annotated[int, typer.Option(help="nodes of an N-body graph, which is complete")] = 100,
+    hidden: Hidden = 64,
+    layers: Layers = 4,
+    virtual_nodes: Virtual = 3,
+    threads: Annotated[int, typer.Option(help="threads of each process")] = 1,
+    engine: Annotated[str, typer.Option(help="auto, dgl or torch: what runs the messages")] = "auto",
+    repeats: Annotated[int, typer.Option(help="timed repetitions at least, after a warm-up; small cases get more")] = 5,
+    json: Json = False,
+) -> Report:
+    """Small graphs, batched and single: tiles against untiled, taking turns in one process a case."""
+    check({"--graphs": graphs, "--nodes": nodes}, 1)
+    from . import bench_batch, bench_step
+
+    model: dict[str, Any] = {"hidden": hidden, "layers": layers, "virtual_nodes": virtual_nodes}
+    model |= {"threads": threads, "engine": engine}
+    chosen = bench_step.Options(**model, repeats=repeats)
+    found = bench_batch.run(graphs, nodes, chosen, say)
+    rows = [
+        [
+            *(row["case"], *(f"{row[key]:,}" for key in ("graphs", "nodes", "edges", "repeats"))),
+            *(f"{1e3 * row[way][key]:,.1f}" for key in ("forward_s", "step_s") for way in ("tiled", "untiled")),
+            *(f"{row['forward_ratio']:.2f}", f"{row['step_ratio']:.2f}", f"{row['difference']:.0e}"),
+        ]
+        for row in found["rows"]
+    ]
+    times = ["forward [ms]", "untiled", "step [ms]", "untiled", "forward ratio", "step ratio", "differs by"]
+    settings = ", ".join(f"{key}={found[key]}" for key in model)
+    table = Table(
+        f"median times, tiled and untiled; ratio: median of untiled/tiled, turn by turn; {settings}",
+        ["case", "graphs", "nodes", "edges", "repeats", *times],
+        rows,
+    )
+    return Report([table], found["notes"], found, json)
+
+
 @app.command(epilog="Example: distegnn bench partition --nodes 113140 --nodes 1000000 --parts 8")
 def partition(
     nodes: Annotated[

@@ -26,6 +26,19 @@ def block(nodes: int, seed: int = 0) -> np.ndarray:
     return (SPACING * (cell + jitter)).astype(np.float32)
 
 
+def chain(nodes: int, seed: int = 0, step: float = 3.8, reach: float = 22.0) -> np.ndarray:
+    """Positions (N, 3) float32 of a random chain in a ball, in Å: a stand-in for a folded protein's backbone."""
+    draw = np.random.default_rng([seed, 3])
+    x = np.zeros((nodes, 3))
+    for k in range(1, nodes):
+        while True:
+            way = draw.normal(size=3)
+            x[k] = x[k - 1] + step * way / np.linalg.norm(way)
+            if np.linalg.norm(x[k]) <= reach:
+                break
+    return x.astype(np.float32)
+
+
 def radius_for(x: np.ndarray, degree: float) -> float:
     """The radius at which nodes have ``degree`` neighbours on average, to one edge. 0 < degree ≤ N − 1."""
     x = np.asarray(x, dtype=np.float64)

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -116,15 +116,10 @@ def check_device(options: Options) -> None:
     """Raise Failure for a device that is not there or that the engine has no kernels for."""
     if options.device == "cpu":
         return
-    import torch
+    from . import devices
 
-    kind, _, number = options.device.partition(":")
-    if kind != "cuda" or not (number or "0").isdigit():
-        raise Failure(f"--device {options.device}: unknown; use cpu or cuda")
-    if not torch.cuda.is_available() or int(number or 0) >= torch.cuda.device_count():
-        raise Failure(
-            f"--device {options.device}: not there: torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices"
-        )
+    devices.check_name(options.device, "--device ")
+    devices.check_there(options.device, "--device ")
     if options.engine == "dgl" and not dgl_runs_on(options.device):
         raise Failure(f"--engine dgl: this DGL has no build for {options.device}; use --engine torch")
 
@@ -173,19 +168,22 @@ def run(options: Options, peers: bool, say: Say = lambda line: None) -> dict[str
     to ours and ``difference``, the largest from our prediction in units of the farthest that ours moves a node.
     """
     check(options, peers)
+    from . import bench_data
+
     wanted = variants(options, peers)
     if options.device != "cpu" and peers and not dgl_runs_on(options.device):
         del wanted["EGNNConv"]
         say(f"EGNNConv left out: this DGL has no build for {options.device}")
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as name:
         folder = Path(name)
-        edges = _write_graph(options, folder)
+        x = bench_data.block(options.nodes)
+        edges = write_graphs([(x, bench_data.radius_for(x, options.degree))], folder)
         say(f"{options.nodes:,} nodes, {edges:,} edges")
         found = {}
         for variant, one in wanted.items():
-            found[variant] = row = _spawn(variant, one, folder)
+            found[variant] = row = spawn({variant: one}, folder)[variant]
             say(f"{variant}: forward {row['forward_s']:.3f} s, step {row['step_s']:.3f} s, {row['peak_gb']:.2f} GB")
-        apart = _differences(folder, [v for v in wanted if v not in ("ours", "EGNNConv")])
+        apart = differences(folder, [v for v in wanted if v not in ("ours", "EGNNConv")])
     ours = found.pop("ours")
     for variant, row in found.items():
         ratios = {key.rsplit("_", 1)[0]: row[key] / ours[key] for key in ("forward_s", "step_s", "peak_gb")}
@@ -196,21 +194,30 @@ def run(options: Options, peers: bool, say: Say = lambda line: None) -> dict[str
     return {**asdict(options), **ours, "edges": edges, "gflops_forward": gflops / ours["forward_s"], "peers": found}
 
 
-def _write_graph(options: Options, folder: Path) -> int:
-    """The graph for all variants; made here, so that no worker's peak memory counts the making. Returns its edges."""
+def write_graphs(made: Iterable[tuple[np.ndarray, float]], folder: Path) -> int:
+    """Radius graphs as one batch, from the positions (N, 3) and radius of each; made here, so that no worker's peak memory
+    counts the making. Returns their edges."""
     from . import bench_data, graphs
 
-    x = bench_data.block(options.nodes)
-    src, dst = graphs.radius_edges(x, bench_data.radius_for(x, options.degree))
-    np.savez(folder / "graph.npz", src=src, dst=dst, **bench_data.node_fields(x))  # type: ignore[arg-type]
-    return len(src)
+    parts: list[dict[str, Any]] = []
+    first = 0
+    for seed, (x, radius) in enumerate(made):
+        src, dst = graphs.radius_edges(x, radius)
+        counts = {"graph_nodes": [len(x)], "graph_edges": [len(src)]}
+        parts.append({"src": src + first, "dst": dst + first, **counts, **bench_data.node_fields(x, seed)})
+        first += len(x)
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    np.savez(folder / "graph.npz", **whole)  # type: ignore[arg-type]
+    return len(whole["src"])
 
 
-def _spawn(name: str, options: Options, folder: Path) -> dict[str, Any]:
-    """Run one variant in a fresh process and return what it measured."""
-    threads = str(options.threads)
+def spawn(wanted: dict[str, Options], folder: Path) -> dict[str, dict[str, Any]]:
+    """Run variants, taking turns, in one fresh process and return what it measured of each."""
+    name = ", ".join(wanted)
+    threads = str(max(options.threads for options in wanted.values()))
+    given = json.dumps({variant: asdict(options) for variant, options in wanted.items()})
     done = subprocess.run(
-        [sys.executable, "-m", "dist_egnn.bench_worker", str(folder), name, json.dumps(asdict(options))],
+        [sys.executable, "-m", "dist_egnn.bench_worker", str(folder), given],
         env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},  # read when torch is imported
         capture_output=True,
         text=True,
@@ -225,7 +232,7 @@ def _spawn(name: str, options: Options, folder: Path) -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def _differences(folder: Path, names: list[str]) -> dict[str, float]:
+def differences(folder: Path, names: list[str]) -> dict[str, float]:
     """How far predictions lie from ours: the largest difference, relative to how far ours moves a node at most."""
     with np.load(folder / "graph.npz") as graph:
         x = graph["x"]

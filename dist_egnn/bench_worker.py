@@ -1,6 +1,6 @@
-"""The process of one variant of `distegnn bench step`: times it and prints JSON.
+"""A process of `distegnn bench step` or `bench batch`: times a variant, or several that take turns, and prints JSON.
 
-Started as ``python -m dist_egnn.bench_worker FOLDER NAME OPTIONS``: FOLDER holds graph.npz, OPTIONS are JSON.
+Started as ``python -m dist_egnn.bench_worker FOLDER WANTED``: FOLDER holds graph.npz, WANTED is JSON, name → options.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ from .metrics import peak_memory_gb
 def _graph(folder: Path) -> DGLGraph:
     with np.load(folder / "graph.npz") as file:
         fields = {name: file[name] for name in file.files}
-    return graphs.build(fields.pop("src"), fields.pop("dst"), fields)
+    nodes, edges = (torch.from_numpy(fields.pop(name)) for name in ("graph_nodes", "graph_edges"))
+    graph = graphs.build(fields.pop("src"), fields.pop("dst"), fields)
+    graph.set_batch_num_nodes(nodes)
+    graph.set_batch_num_edges(edges)
+    return graph
 
 
 def _variant(name: str, options: Options, graph: DGLGraph) -> tuple[torch.nn.Module, Callable[[], torch.Tensor]]:
@@ -51,16 +55,17 @@ def _variant(name: str, options: Options, graph: DGLGraph) -> tuple[torch.nn.Mod
     return ours, lambda: ours(graph)[0]
 
 
-def _times(work: Callable[[], Any], repeats: int, device: str) -> list[float]:
-    """Seconds of each repetition, after a warm-up."""
+def _times(works: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each repetition of each work, after a warm-up. They take turns, and to go first: a fair share of noise."""
     wait = torch.cuda.synchronize if device != "cpu" else lambda: None
-    seconds = []
-    for _ in range(repeats + 1):
-        started = time.perf_counter()
-        work()
-        wait()
-        seconds.append(time.perf_counter() - started)
-    return seconds[1:]
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(repeats + 1):
+        for name in list(works)[:: -1 if turn % 2 else 1]:
+            started = time.perf_counter()
+            works[name]()
+            wait()
+            seconds[name].append(time.perf_counter() - started)
+    return {name: each[1:] for name, each in seconds.items()}
 
 
 def _peak_gb(device: str) -> float:
@@ -77,42 +82,59 @@ def machine_rates(device: str) -> dict[str, float]:
         ways["machine_gflops_onednn"] = lambda: onednn(x, w, b, "none", [], "")
     work = 2 * 8192 * 64 * 64 / 1e9
     with torch.no_grad():
-        return {name: work / statistics.median(_times(way, 100, device)) for name, way in ways.items()}
+        return {name: work / statistics.median(_times({"": way}, 100, device)[""]) for name, way in ways.items()}
 
 
-def worker(folder: Path, name: str, options: Options) -> dict[str, Any]:
-    """Time a variant: training steps first, so that the peak is theirs, then forward passes alone."""
-    torch.set_num_threads(options.threads)
-    graph = _graph(folder)
-    model, predict = _variant(name, options, graph)
-    target = graph.ndata["y"].to(options.device)
+def _step(model: torch.nn.Module, predict: Callable[[], torch.Tensor], target: torch.Tensor) -> Callable[[], None]:
+    """Forward and backward of the MSE."""
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
         torch.nn.functional.mse_loss(predict(), target).backward()
 
-    steps = _times(step, options.repeats, options.device)
-    peak = _peak_gb(options.device)
+    return step
+
+
+def worker(folder: Path, wanted: dict[str, Options]) -> dict[str, dict[str, Any]]:
+    """Time variants: training steps first, so that the peak is theirs, then forward passes alone.
+
+    All have the repeats, threads and device of the first; each has a graph of its own, since a graph keeps one set of tiles.
+    """
+    first = next(iter(wanted.values()))
+    torch.set_num_threads(first.threads)
+    steps, predicts, tile = {}, {}, {}
+    for name, options in wanted.items():
+        graph = _graph(folder)
+        model, predicts[name] = _variant(name, options, graph)
+        steps[name] = _step(model, predicts[name], graph.ndata["y"].to(options.device))
+        tile[name] = {} if name in PEERS else {"tile": model.tile}
+    step_s = _times(steps, first.repeats, first.device)
+    peak = _peak_gb(first.device)
     with torch.no_grad():
-        forwards = _times(predict, options.repeats, options.device)
-        np.save(folder / f"{name}.npy", predict().cpu().numpy())
+        forward_s = _times(predicts, first.repeats, first.device)
+        for name, predict in predicts.items():
+            np.save(folder / f"{name}.npy", predict().cpu().numpy())
+    rates = machine_rates(first.device)
     return {
-        "forward_s": statistics.median(forwards),
-        "step_s": statistics.median(steps),
-        "peak_gb": peak,
-        "forward_all_s": forwards,
-        "step_all_s": steps,
-        **({} if name in PEERS else {"tile": model.tile}),
-        **machine_rates(options.device),
+        name: {
+            "forward_s": statistics.median(forward_s[name]),
+            "step_s": statistics.median(step_s[name]),
+            "peak_gb": peak,
+            "forward_all_s": forward_s[name],
+            "step_all_s": step_s[name],
+            **tile[name],
+            **rates,
+        }
+        for name in wanted
     }
 
 
 def main() -> None:
     """A worker: JSON on the last line of standard output, or one line on standard error and exit code 2."""
-    folder, name, options = sys.argv[1:]
+    folder, wanted = sys.argv[1:]
     watch(os.getppid(), Path(folder))  # nobody is left to read what an orphan measures
     try:
-        found = worker(Path(folder), name, Options(**json.loads(options)))
+        found = worker(Path(folder), {name: Options(**given) for name, given in json.loads(wanted).items()})
     except Failure as failure:
         print(f"error: {failure}", file=sys.stderr)
         sys.exit(2)

@@ -13,11 +13,20 @@ from .errors import Failure
 FORMAT, VERSION = "dist_egnn.checkpoint", 1
 
 
+def _on_cpu(state: Any) -> Any:
+    """The same state, its tensors on the CPU: a checkpoint does not depend on the device that made it."""
+    if isinstance(state, torch.Tensor):
+        return state.cpu()
+    if isinstance(state, dict):
+        return {key: _on_cpu(value) for key, value in state.items()}
+    return [_on_cpu(value) for value in state] if isinstance(state, list) else state
+
+
 def save(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint: tensors, numbers and text only (``torch.load(weights_only=True)`` reads it)."""
     fresh = path.with_name(path.name + ".partial")
     with open(fresh, "wb") as file:
-        torch.save({"format": FORMAT, "version": VERSION, **state}, file)
+        torch.save({"format": FORMAT, "version": VERSION, **_on_cpu(state)}, file)
         file.flush()
         os.fsync(file.fileno())
     os.replace(fresh, path)

@@ -225,6 +225,7 @@ def run_training(config: Any, resume: bool = False) -> dict[str, float]:
     from . import train as training
 
     models.named(config.model.name)
+    training.device_of(config)
     folder = Path(config.run.dir)
     if config.data.path:
         config.data.path = str(Path(config.data.path).absolute())  # the run is evaluated from anywhere
@@ -278,6 +279,10 @@ def run_evaluation(run: Path, split: str = "test") -> dict[str, float]:
         raise Failure(f"{run}: not a run (no config.yaml); `distegnn train` makes one")
     config = configs.load(run / "config.yaml")
     config.run.dir = str(run)
+    try:
+        training.device_of(config)
+    except Failure as failure:  # nothing on this command line sets it: the run's file does
+        raise Failure(f"{run / 'config.yaml'}: {failure}") from failure
     parts = samples.parts(config)
     found = local.run(training.evaluate, parts, config, run / "best.pt", split, timeout_s=config.train.timeout_s)[0]
     table, path = (

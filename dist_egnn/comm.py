@@ -95,7 +95,10 @@ class Group:
 
 
 def join(rank: int, size: int, rendezvous: str, timeout_s: float) -> Comm:
-    """Join the group of ``size`` local processes that meet at ``rendezvous`` (a file that none of them has made yet)."""
+    """Join the group of ``size`` local processes that meet at ``rendezvous`` (a file that none of them has made yet).
+
+    gloo on any device: it sums CUDA tensors by way of the host, also where processes share a device, which NCCL refuses.
+    """
     if size == 1:
         return Alone()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

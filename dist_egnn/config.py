@@ -93,6 +93,7 @@ class Train:
     clip: float = _key(0.0, "largest norm of the gradient; 0: no clipping")
     patience: int = _key(0, "epochs without a better validation MSE before training stops; 0: never")
     seed: int = _key(0, "seed of weights, order and sampling")
+    device: str = _key("cpu", "cpu, cuda:N, cuda (each process the next one), or auto: cuda if there is one")
     timeout_s: float = _key(300.0, "how long a process waits for the others before it gives up")
 
 
@@ -186,7 +187,7 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
 
 def _check(config: Config) -> None:
     """Ranges; what a section alone cannot know is checked where it is used."""
-    from . import losses
+    from . import devices, losses
 
     losses.check(config.loss.kernel, config.loss.sigma)
     low = {
@@ -220,6 +221,7 @@ def _check(config: Config) -> None:
         raise Failure(f"data.edge_drop={config.data.edge_drop}: must lie in 0 … 1")
     if config.train.schedule not in ("constant", "cosine"):
         raise Failure(f"train.schedule={config.train.schedule}: unknown; use constant or cosine")
+    devices.check_name(config.train.device, "train.device=", "auto")
     if config.model.gravity is not None and len(config.model.gravity) != 3:
         raise Failure(f"model.gravity={config.model.gravity}: must be a vector of 3 numbers, or null")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import dgl
@@ -15,6 +16,7 @@ import dgl.function as fn
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 from .errors import Failure
 
@@ -68,49 +70,97 @@ class DGLEngine:
             return {name: block.dstdata[f"mean_{name}"] for name in sent}
 
 
-def _segment_sum(value: Tensor, order: Tensor, start: Tensor) -> Tensor:
+def _sum_rows(value: Tensor, order: Tensor, start: Tensor) -> Tensor:
     """Sums over runs of rows: row k of the result is the sum of value[order[start[k]:start[k+1]]]."""
-    # on a CPU, several times the speed of index_add (docs/performance.md)
+    if not len(order):
+        return value.new_zeros(len(start) - 1, *value.shape[1:])
+    # on a CPU, several times the speed of index_add, and no E×H array to gather first (docs/performance.md)
     return torch.embedding_bag(value, order, start, False, 0, False, None, True)[0]
 
 
-class _Gather(torch.autograd.Function):
-    """Rows for edges; the backward pass sums over the edges of each row."""
+@dataclass
+class _Ends:
+    """The edges of a block: ``pairs`` (2E,) int32 holds source row and n_src + destination row of each edge in turn."""
+
+    pairs: Tensor
+    by_source: Tensor  # (E,) the edges, sorted by source
+    out_start: Tensor  # (n_src + 1,) where a source's edges start in by_source
+    in_start: Tensor  # (n_dst + 1,) where a destination's edges start
+
+    @property
+    def src(self) -> Tensor:
+        return self.pairs[0::2].contiguous()
+
+    @property
+    def dst(self) -> Tensor:
+        return self.pairs[1::2] - (len(self.out_start) - 1)
+
+    def count(self, step: int) -> Tensor:
+        """0, step, … E·step."""
+        edges = len(self.by_source)
+        return torch.arange(0, edges * step + 1, step, dtype=torch.int32, device=self.pairs.device)
+
+    def of_ends(self, src: Tensor, dst: Tensor) -> Tensor:
+        return _sum_rows(torch.cat([src, dst]), self.pairs, self.count(2))
+
+    def to_src(self, value: Tensor) -> Tensor:
+        return _sum_rows(value.contiguous(), self.by_source, self.out_start)
+
+    def to_dst(self, value: Tensor) -> Tensor:
+        return _sum_rows(value.contiguous(), self.count(1)[:-1], self.in_start)
+
+
+class _SumOfEnds(torch.autograd.Function):
+    """src[j] + dst[i] of each edge j→i; the backward pass sums over the edges of each row."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, index: Tensor, order: Tensor, start: Tensor) -> Tensor:
-        ctx.save_for_backward(order, start)
-        return value.index_select(0, index)
+    def forward(ctx: Any, ends: _Ends, src: Tensor, dst: Tensor) -> Tensor:
+        ctx.ends = ends
+        return ends.of_ends(src, dst)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _segment_sum(grad.contiguous(), *ctx.saved_tensors), None, None, None
+        _, src, dst = ctx.needs_input_grad
+        return None, ctx.ends.to_src(grad) if src else None, ctx.ends.to_dst(grad) if dst else None
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of one end for edges; the backward pass sums over the edges of each row."""
+
+    @staticmethod
+    def forward(ctx: Any, ends: _Ends, value: Tensor, end: str) -> Tensor:
+        ctx.back = getattr(ends, f"to_{end}")
+        return value.index_select(0, getattr(ends, end))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return None, ctx.back(grad), None
 
 
 class _Mean(torch.autograd.Function):
     """Means over in-edges, which stand sorted by destination; the backward pass is a gather."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, index: Tensor, order: Tensor, start: Tensor, degree: Tensor) -> Tensor:
-        ctx.save_for_backward(index, degree)
-        return _segment_sum(value.contiguous(), order, start).div_(degree)
+    def forward(ctx: Any, ends: _Ends, value: Tensor) -> Tensor:
+        ctx.ends, ctx.degree = ends, ends.in_start.diff().clamp_(min=1).unsqueeze(1)
+        return ends.to_dst(value).div_(ctx.degree)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        index, degree = ctx.saved_tensors
-        return (grad / degree).index_select(0, index), None, None, None, None
+        return None, (grad / ctx.degree).index_select(0, ctx.ends.dst)
 
 
 class _Rows(Mapping[str, Tensor]):
-    """Fields of the edges' ends, gathered when asked for."""
+    """Fields of one end of the edges, gathered when asked for."""
 
-    def __init__(self, fields: Fields, *index: Tensor) -> None:
-        self.fields, self.index = fields, index
+    def __init__(self, fields: Fields, ends: _Ends, end: str) -> None:
+        self.fields, self.ends, self.end = fields, ends, end
 
     def __getitem__(self, name: str) -> Tensor:
-        return _Gather.apply(self.fields[name], *self.index)
+        return _Gather.apply(self.ends, self.fields[name], self.end)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.fields)
@@ -120,8 +170,28 @@ class _Rows(Mapping[str, Tensor]):
 
 
 class _Edges:
-    def __init__(self, src: Mapping[str, Tensor], dst: Mapping[str, Tensor], data: Fields) -> None:
-        self.src, self.dst, self.data = src, dst, data
+    def __init__(self, ends: _Ends, src: Fields, dst: Fields, data: Fields) -> None:
+        self.src, self.dst, self.data = _Rows(src, ends, "src"), _Rows(dst, ends, "dst"), data
+
+    def sum_of_ends(self, src: Tensor, dst: Tensor) -> Tensor:
+        return _SumOfEnds.apply(self.src.ends, src, dst)
+
+
+def sum_of_ends(edges: Any, src: str, dst: str) -> Tensor:
+    """src field at the source + dst field at the destination of each edge, for a message UDF: (E, …), free to overwrite.
+
+    On the plain-torch engine in one pass over the result, four times as fast as two gathers and a sum.
+    """
+    if isinstance(edges, _Edges):
+        return edges.sum_of_ends(edges.src.fields[src], edges.dst.fields[dst])
+    return edges.src[src] + edges.dst[dst]
+
+
+def difference(edges: Any, name: str) -> Tensor:
+    """The field at the destination minus the field at the source of each edge, for a message UDF."""
+    if isinstance(edges, _Edges):
+        return edges.sum_of_ends(-edges.src.fields[name], edges.dst.fields[name])
+    return edges.dst[name] - edges.src[name]
 
 
 class TorchEngine:
@@ -130,18 +200,14 @@ class TorchEngine:
     name = "torch"
 
     def block(self, src: Tensor, dst: Tensor, n_src: int, n_dst: int) -> Any:
-        def runs(index: Tensor, rows: int) -> tuple[Tensor, Tensor, Tensor]:
-            start = index.new_zeros(rows + 1)
-            start[1:] = torch.bincount(index, minlength=rows).cumsum(0)
-            return index, index.argsort(stable=True).to(index.dtype), start
+        def start(index: Tensor, rows: int) -> Tensor:
+            return functional.pad(torch.bincount(index, minlength=rows).cumsum(0), (1, 0)).int()
 
-        degree = torch.bincount(dst, minlength=n_dst).clamp(min=1).unsqueeze(1)
-        return runs(src, n_src), runs(dst, n_dst), degree
+        pairs = torch.stack([src, dst + n_src], 1).flatten()
+        return _Ends(pairs, src.argsort(stable=True).int(), start(src, n_src), start(dst, n_dst))
 
     def mean(self, block: Any, message: UDF, src: Fields, dst: Fields, edge: Fields) -> Fields:
-        to_src, to_dst, degree = block
-        sent = message(_Edges(_Rows(src, *to_src), _Rows(dst, *to_dst), edge))
-        return {name: _Mean.apply(value, *to_dst, degree) for name, value in sent.items()}
+        return {name: _Mean.apply(block, value) for name, value in message(_Edges(block, src, dst, edge)).items()}
 
 
 def choose(name: str, device: torch.device | str = "cpu") -> Engine:

@@ -49,9 +49,14 @@ def drop_longest(x: np.ndarray, src: np.ndarray, dst: np.ndarray, p: float) -> t
     return src[kept], dst[kept]
 
 
+def empty(src: Tensor, dst: Tensor, nodes: int) -> DGLGraph:
+    """A DGLGraph of edges src→dst without fields; int32, which takes half the memory."""
+    return dgl.graph((src, dst), num_nodes=nodes, idtype=torch.int32)
+
+
 def build(src: np.ndarray, dst: np.ndarray, nodes: Mapping[str, np.ndarray | Tensor]) -> DGLGraph:
     """A DGLGraph with the node fields and the edge attributes e = (length, length), the benchmarks' A = 2."""
-    graph = dgl.graph((torch.from_numpy(src), torch.from_numpy(dst)), num_nodes=len(nodes["x"]))
+    graph = empty(torch.from_numpy(src), torch.from_numpy(dst), len(nodes["x"]))
     for name, value in nodes.items():
         graph.ndata[name] = torch.as_tensor(value)
     set_edge_lengths(graph)

@@ -30,11 +30,12 @@ def draw(total: int, count: int, generator: torch.Generator) -> Tensor:
     """``count`` of 0…total−1 without replacement: the same on every rank that draws with the same generator."""
     count = min(count, total)
     if 4 * count > total:
-        return torch.randperm(total, generator=generator)[:count]
+        return torch.randperm(total, generator=generator, device=generator.device)[:count]
     while True:  # the first distinct values of a uniform sequence; cheap when count is far below total
-        seen = list(dict.fromkeys(torch.randint(total, (2 * count + 8,), generator=generator).tolist()))
+        drawn = torch.randint(total, (2 * count + 8,), generator=generator, device=generator.device)
+        seen = list(dict.fromkeys(drawn.tolist()))
         if len(seen) >= count:
-            return torch.tensor(seen[:count])
+            return torch.tensor(seen[:count], device=generator.device)
 
 
 def mmd(
@@ -52,17 +53,18 @@ def mmd(
         1/C² Σ_cc' k(z_c, z_c') − 2/(nC) Σ_s Σ_c k(y_s, z_c)
 
     over n = samples·C targets of the whole graph (at most N), drawn alike on every rank, of which each counts its own.
-    The first term is weighted n_p/N. z: (B, C, 3); total: (B, 1).
+    The first term is weighted n_p/N. z: (B, C, 3); total: (B, 1). The graph may be on another device than z: only the
+    targets chosen are taken there.
     """
     count, result = z.shape[1], z.new_zeros(())
-    ids, target = graph.ndata.get("gid"), graph.ndata["y"].to(z)
+    ids, target = graph.ndata.get("gid"), graph.ndata["y"]
     lo = 0
     for b, here in enumerate(graph.batch_num_nodes().tolist()):
         n = int(total[b])
-        drawn = draw(n, samples * count, generator).to(z.device)
+        drawn = draw(n, samples * count, generator).to(target.device)
         own = target[lo : lo + here]
         # without ids the graph is whole and its rows are its nodes
-        chosen = own[drawn] if ids is None else own[torch.isin(ids[lo : lo + here], drawn)]
+        chosen = own[drawn if ids is None else torch.isin(ids[lo : lo + here], drawn)].to(z)
         among = kernel(z[b, :, None], z[b, None, :], sigma, kernel_name).mean() * (here / n)
         between = kernel(chosen[:, None], z[b, None, :], sigma, kernel_name).sum() * (2 / (len(drawn) * count))
         result = result + among - between

@@ -15,8 +15,10 @@ from torch import Tensor
 from .comm import Comm
 
 
-def peak_memory_gb() -> float:
-    """The largest resident memory this process has had, in GB (10⁹ bytes)."""
+def peak_memory_gb(device: torch.device | None = None) -> float:
+    """The largest resident memory this process has had, or memory of its CUDA device, in GB (10⁹ bytes)."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status")
     if status.is_file():  # ru_maxrss outlives exec on Linux: it would count what started us
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -26,9 +28,10 @@ def peak_memory_gb() -> float:
 
 def mean_squared_error(pairs: Iterable[tuple[Tensor, Tensor]], comm: Comm) -> float:
     """The mean over all nodes and components of (predicted, target) pairs (N, 3), of all partitions."""
-    total = torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros(2, dtype=torch.float64, device="cpu")
     for predicted, target in pairs:
-        total[0] += (predicted.double() - target.double()).square().sum()
+        target = target.to(predicted.device, torch.float64)
+        total[0] += (predicted.double() - target).square().sum().to(total)
         total[1] += target.numel()
     total = comm.sum(total)
     return float(total[0] / total[1])
@@ -36,7 +39,7 @@ def mean_squared_error(pairs: Iterable[tuple[Tensor, Tensor]], comm: Comm) -> fl
 
 def fitted_time(graphs: Iterable[DGLGraph], comm: Comm) -> float:
     """The time t that makes x + t v nearest to y in the least squares over all nodes: Σ v·(y − x) / Σ v·v."""
-    total = torch.zeros(2, dtype=torch.float64)
+    total = torch.zeros(2, dtype=torch.float64, device="cpu")
     for graph in graphs:
         x, v, y = (graph.ndata[name].double() for name in ("x", "v", "y"))
         total += torch.stack([(v * (y - x)).sum(), (v * v).sum()])

@@ -32,7 +32,7 @@ def whole_graph(graph: DGLGraph, x: Tensor, comm: Comm) -> tuple[Tensor, Tensor]
     if "total" in graph.ndata and "centroid" in graph.ndata:
         first = counts.cumsum(0) - counts
         return graph.ndata["total"][first].to(x).unsqueeze(1), graph.ndata["centroid"][first].to(x)
-    group = torch.arange(len(counts), device=x.device).repeat_interleave(counts)
+    group = torch.arange(len(counts), device=x.device).repeat_interleave(counts.to(x.device))
     here = x.new_zeros(len(counts), 4).index_add(0, group, torch.cat([x, torch.ones_like(x[:, :1])], 1))
     sums = comm.sum(here)
     return sums[:, 3:], sums[:, :3] / sums[:, 3:].clamp(min=1)
@@ -93,6 +93,7 @@ class EGNN(nn.Module):
         self.widths = {"f": features, "a": node_attributes, "e": edge_attributes}
         self.count, self.tile, self.engine = virtual_nodes, tile, engine
         self.embedding = nn.Linear(features, hidden)
+        low = precision == "bf16-messages"
         if virtual_nodes:
             self.s = nn.Parameter(torch.randn(virtual_nodes, hidden))
         self.layers = nn.ModuleList(
@@ -100,12 +101,12 @@ class EGNN(nn.Module):
                 hidden,
                 edge_attributes,
                 node_attributes,
-                virtual=VirtualNodes(hidden, virtual_nodes, attention) if virtual_nodes else None,
+                virtual=VirtualNodes(hidden, virtual_nodes, attention, low) if virtual_nodes else None,
                 normalize=normalize,
                 attention=attention,
                 tanh=tanh,
                 gravity=gravity,
-                low=precision == "bf16-messages",
+                low=low,
             )
             for _ in range(layers)
         )
@@ -115,7 +116,7 @@ class EGNN(nn.Module):
         """Node and edge fields in the tiles' order and the model's precision."""
         like = self.embedding.weight
         widths = {"x": 3, "v": 3, "f": self.widths["f"], **({"a": self.widths["a"]} if self.widths["a"] else {})}
-        node = {name: field(graph, name, width).index_select(0, cut.order).to(like) for name, width in widths.items()}
+        node = {name: field(graph, name, width).to(like).index_select(0, cut.order) for name, width in widths.items()}
         node["h"] = self.embedding(node.pop("f"))
         if not self.widths["e"]:
             return node, {}
@@ -123,7 +124,7 @@ class EGNN(nn.Module):
         if e is None or e.shape[1:] != (self.widths["e"],):
             shape = "missing" if e is None else tuple(e.shape)
             raise Failure(f"edge field 'e' is {shape}, the model was made for (E, {self.widths['e']})")
-        return node, {"e": e.index_select(0, cut.edge_order).to(like)}
+        return node, {"e": e.to(like).index_select(0, cut.edge_order)}
 
     def prepare(self, graph: DGLGraph) -> DGLGraph:
         """Cut the graph into tiles, which stay with it, so that a step need not."""
@@ -132,8 +133,11 @@ class EGNN(nn.Module):
 
     def _cut(self, graph: DGLGraph) -> tuple[engines.Engine, tiles.Tiles]:
         field(graph, "x", 3)
-        engine = engines.choose(self.engine, graph.device)
-        return engine, tiles.of(graph, engine, self.tile)
+        device = (
+            self.embedding.weight.device
+        )  # the graph stays where it is: DGL may have no build for the model's device
+        engine = engines.choose(self.engine, device)
+        return engine, tiles.of(graph, engine, self.tile, device)
 
     def forward(self, graph: DGLGraph) -> tuple[Tensor, Tensor]:
         engine, cut = self._cut(graph)

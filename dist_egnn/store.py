@@ -140,7 +140,7 @@ class Store:
         lo, hi, elo, ehi = self._ranges[snapshot, part].tolist()
         src, dst = held.src[elo:ehi], held.dst[elo:ehi]
         own = src < held.inner
-        graph = dgl.graph((src[own] - lo, dst[own] - lo), num_nodes=hi - lo)
+        graph = graphs.empty(src[own] - lo, dst[own] - lo, hi - lo)
         for name in ("x", "v", "f", "a", "y", "gid"):
             if name not in held.nodes:
                 raise Failure(f"{self.path}/{row['shard']}/part{part}: node field '{name}' is missing; partition again")
@@ -154,7 +154,7 @@ class Store:
         gid = torch.cat([g.ndata["gid"] for g in pieces])
         joined = dgl.batch(pieces)
         src, dst = joined.edges()
-        graph = dgl.graph((gid[src], gid[dst]), num_nodes=len(gid))
+        graph = graphs.empty(gid[src], gid[dst], len(gid))
         back = gid.argsort()
         for name in ("x", "v", "f", "a", "y", "gid"):
             graph.ndata[name] = joined.ndata[name][back]

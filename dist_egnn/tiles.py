@@ -1,18 +1,22 @@
 """A graph cut into destination tiles, and a layer run over them in bounded memory.
 
 Run on a whole graph, a layer writes some ten E×H arrays to memory and keeps them for the backward pass. Here nodes are
-ordered along a space-filling curve and cut into ranges of a few thousand in-edges; the whole layer (messages, mean, node
-update, partial sums for the virtual nodes) runs range by range inside one autograd function that keeps only the layer's
-inputs and recomputes a tile in the backward pass. Arrays then live in cache and memory is O(N·H) a layer + one tile.
-The runner knows nothing of what the UDFs compute.
+ordered along a space-filling curve and cut into tiles of a few thousand nodes, their in-edges into blocks of a few thousand
+edges; messages and their mean run block by block, the node update with the partial sums for the virtual nodes tile by tile,
+all inside one autograd function that keeps only the layer's inputs and the means, and recomputes the rest in the backward
+pass. Arrays then live in cache and memory is O(N·H) a layer + one tile. The runner knows nothing of what the UDFs compute.
 
 Legend: N nodes, E edges, B graphs; n, b the same within a tile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache, partial
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,9 +29,10 @@ from .engine import Engine, Fields, Nodes
 from .errors import Failure
 from .graphs import in_edges, morton_order
 
-SIZE = 8192  # rows of a tile: 2 MB for each float32 array of width 64
-WHOLE = 4  # a graph of up to this many tiles runs as one: keeping so little costs less than computing it twice
-NODE_COST = 4  # a node's update costs about as much as this many messages
+SIZE = 8192  # edges of a block: 2 MB for each float32 array of width 64
+WHOLE = 4  # a graph of up to this many blocks runs as one: keeping so little costs less than computing it twice
+NODES = 4  # a tile has up to one node for this many edges of a block: with C = 3, arrays of nodes are then as large
+FAR = 128  # a device other than the CPU wants so many times larger blocks
 
 
 class TileLayer(Protocol):
@@ -45,15 +50,24 @@ class TileLayer(Protocol):
 
 
 @dataclass
-class Tile:
-    """Destinations lo…hi of the ordered nodes, their in-edges elo…ehi, the sources of those, the graphs they lie in."""
+class Block:
+    """Destinations lo…hi of a tile, counted from its first, and their in-edges elo…ehi."""
 
     lo: int
     hi: int
     elo: int
     ehi: int
+    ends: Any  # the engine's own
+
+
+@dataclass
+class Tile:
+    """Destinations lo…hi of the ordered nodes, their in-edges in blocks, the graphs they lie in."""
+
+    lo: int
+    hi: int
     src: Tensor  # (n_src,) rows of the sources, each once
-    block: Any
+    blocks: list[Block]
     glo: int
     ghi: int
     graph: Tensor  # (n,) graph of each node, counted from glo
@@ -69,12 +83,28 @@ class Tiles:
     batch: int  # B
     tiles: list[Tile]
 
+    @property
+    def whole(self) -> bool:
+        """Whether there is nothing to bound."""
+        return len(self.tiles) == 1 and len(self.tiles[0].blocks) == 1
 
-def cut(graph: DGLGraph, engine: Engine, size: int = SIZE) -> Tiles:
-    """Cut a (batched) DGLGraph into tiles of about ``size`` rows. Raises Failure for a size below 1."""
+
+def _bounds(cost: np.ndarray, size: int) -> list[int]:
+    """Where to cut a run of items, given their summed costs, into pieces of at most ``size`` and one item."""
+    marks = np.arange(size, cost[-1] if len(cost) else 0, size)
+    return np.unique(np.concatenate([[0], np.searchsorted(cost, marks, side="left") + 1, [len(cost)]])).tolist()
+
+
+def cut(graph: DGLGraph, engine: Engine, size: int = SIZE, device: torch.device | None = None) -> Tiles:
+    """Cut a (batched) DGLGraph into tiles with blocks of about ``size`` edges, for a device (default: the graph's).
+
+    Raises Failure for a size below 1.
+    """
     if size < 1:
         raise Failure(f"model.tile={size}: must be at least 1 (default {SIZE})")
-    device = graph.device
+    device = device or graph.device
+    if device.type != "cpu":
+        size *= FAR
     per_graph = graph.batch_num_nodes().cpu().numpy()
     group = np.repeat(np.arange(len(per_graph)), per_graph)
     order = morton_order(graph.ndata["x"].detach().cpu().numpy(), group if len(per_graph) > 1 else None)
@@ -85,131 +115,52 @@ def cut(graph: DGLGraph, engine: Engine, size: int = SIZE) -> Tiles:
     # in-edges of each row, rows in order: a permutation of DGL's compressed columns
     indptr, sources, edge_ids = (t.cpu().numpy() for t in graph.adj_tensors("csc"))
     ends, pick = in_edges(indptr, order)
-    degree = np.diff(ends)
     src, edge_order = inverse[sources[pick]], edge_ids[pick] if len(edge_ids) else pick
-    dst = np.repeat(np.arange(len(order)), degree)
+    dst = np.repeat(np.arange(len(order)), np.diff(ends))
 
-    cost = np.cumsum(degree + NODE_COST)
-    if len(cost) and cost[-1] <= WHOLE * size:
-        size = int(cost[-1]) + 1
-    bounds = np.searchsorted(cost, np.arange(size, cost[-1] if len(cost) else 0, size), side="left") + 1
-    bounds = np.unique(np.concatenate([[0], bounds, [len(order)]]))
+    node_cost = np.arange(1, len(order) + 1)
+    if NODES * len(order) + len(src) <= WHOLE * size:
+        size = NODES * len(order) + len(src) + 1
+    bounds = _bounds(node_cost, -(-size // NODES))
     tiles = []
-    for lo, hi in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        elo, ehi = int(ends[lo]), int(ends[hi])
-        sources_here, local = np.unique(src[elo:ehi], return_inverse=True)
-        block = engine.block(
-            torch.from_numpy(local.astype(np.int32)).to(device),
-            torch.from_numpy((dst[elo:ehi] - lo).astype(np.int32)).to(device),
-            len(sources_here),
-            hi - lo,
-        )
+    for lo, hi in pairwise(bounds):
+        first = int(ends[lo])
+        sources_here, local = np.unique(src[first : ends[hi]], return_inverse=True)
+        pairs = torch.from_numpy(np.stack([local, dst[first : ends[hi]] - lo]).astype(np.int32)).to(device)
+        rows = _bounds(ends[lo + 1 : hi + 1] - first, size)
+        blocks = []
+        for here, after in pairwise(rows):
+            elo, ehi = int(ends[lo + here]), int(ends[lo + after])
+            part = pairs[:, elo - first : ehi - first]
+            joined = engine.block(part[0], part[1] - here, len(sources_here), after - here)
+            blocks.append(Block(here, after, elo, ehi, joined))
         glo, ghi = int(group[lo]), int(group[hi - 1]) + 1
         local_graph = torch.from_numpy(group[lo:hi] - glo).to(device)
-        tiles.append(Tile(lo, hi, elo, ehi, torch.from_numpy(sources_here).to(device), block, glo, ghi, local_graph))
-    rows, back, edges = (torch.from_numpy(np.ascontiguousarray(a)).to(device) for a in (order, inverse, edge_order))
-    return Tiles(rows, back, edges, len(per_graph), tiles)
+        tiles.append(
+            Tile(lo, hi, torch.from_numpy(sources_here.astype(np.int32)).to(device), blocks, glo, ghi, local_graph)
+        )
+    there, back, edges = (torch.from_numpy(a.astype(np.int32)).to(device) for a in (order, inverse, edge_order))
+    return Tiles(there, back, edges, len(per_graph), tiles)
 
 
-def of(graph: DGLGraph, engine: Engine, size: int = SIZE) -> Tiles:
-    """The tiles of a graph, cut once and kept with it until its edges change."""
-    key = (graph._graph, engine.name, size)
+def of(graph: DGLGraph, engine: Engine, size: int = SIZE, device: torch.device | None = None) -> Tiles:
+    """The tiles of a graph for a device, cut once and kept with it until its edges change."""
+    key = (graph._graph, engine.name, size, device or graph.device)
     kept = graph.__dict__.get("_dist_egnn_tiles")
     if kept is None or kept[0][0] is not key[0] or kept[0][1:] != key[1:]:
-        kept = (key, cut(graph, engine, size))
+        kept = (key, cut(graph, engine, size, device))
         graph.__dict__["_dist_egnn_tiles"] = kept
     return kept[1]
 
 
-def _tile(
-    layer: TileLayer, engine: Engine, tile: Tile, src: Fields, dst: Fields, edge: Fields, shared: Fields
-) -> Fields:
-    """The whole layer on one tile. shared: (b, …) per graph. Returns node fields (n, …) and sums (b, …)."""
-    n, b = tile.hi - tile.lo, tile.ghi - tile.glo
-    means = engine.mean(tile.block, layer.message, layer.send(src), layer.receive(dst), edge)
-    spread = {k: t.expand(n, *t.shape[1:]) if b == 1 else t.index_select(0, tile.graph) for k, t in shared.items()}
-    out = layer.update(Nodes({**dst, **means, **spread}))
-    for name in layer.sums:
-        if b == 1:
-            out[name] = out[name].sum(0, keepdim=True)
-        else:
-            out[name] = out[name].new_zeros(b, *out[name].shape[1:]).index_add(0, tile.graph, out[name])
-    return out
+@dataclass
+class _Rows:
+    """A tile's own rows of a layer's inputs."""
 
-
-class _Tiled(torch.autograd.Function):
-    """A layer over many tiles: keeps its inputs only, and recomputes a tile when its gradient is asked for."""
-
-    @staticmethod
-    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.call = call
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        node, edge, shared, _ = call.unpack(tensors)
-        layer, total = call.layer, call.tiles
-        results: dict[str, Tensor] = {}
-        for tile in total.tiles:
-            out = _tile(layer, call.engine, tile, *call.rows(tile, node, edge, shared))
-            for name in (*layer.outputs, *layer.sums):
-                value = out[name]
-                if name not in results:
-                    rows = len(total.order) if name in layer.outputs else total.batch
-                    # outputs are written row by row, sums are added to
-                    make = value.new_empty if name in layer.outputs else value.new_zeros
-                    results[name] = make(rows, *value.shape[1:])
-                if name in layer.outputs:
-                    results[name][tile.lo : tile.hi] = value
-                else:
-                    results[name][tile.glo : tile.ghi] += value
-        return tuple(results[name] for name in (*layer.outputs, *layer.sums))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        call: _Call = ctx.call
-        tensors = ctx.saved_tensors
-        node, edge, shared, parameters = call.unpack(tensors)
-        wanted = ctx.needs_input_grad[1:]
-        total = [torch.zeros_like(t) if need else None for t, need in zip(tensors, wanted, strict=True)]
-        node_total, edge_total, shared_total, parameter_total = call.unpack(total)
-        trained = [p for p, t in zip(parameters, parameter_total, strict=True) if t is not None]
-        trained_total = [t for t in parameter_total if t is not None]
-        names = (*call.layer.outputs, *call.layer.sums)
-        for tile in call.tiles.tiles:
-            src, dst, edges, globe = call.rows(tile, node, edge, shared)
-            # (tensor of this tile, where its gradient goes): rows given, a slice is added to; else by index
-            leaves: list[tuple[Tensor, Tensor, slice | None]] = []
-            for fields, into, where in (
-                (src, node_total, None),
-                (dst, node_total, slice(tile.lo, tile.hi)),
-                (edges, edge_total, slice(tile.elo, tile.ehi)),
-                (globe, shared_total, slice(tile.glo, tile.ghi)),
-            ):
-                for name in fields:
-                    if into[name] is not None:
-                        fields[name] = fields[name].detach().requires_grad_()
-                        leaves.append((fields[name], into[name], where))
-            with torch.enable_grad():
-                out = _tile(call.layer, call.engine, tile, src, dst, edges, globe)
-            ends, seeds = [], []
-            for name, grad in zip(names, grads, strict=True):
-                if grad is not None and out[name].requires_grad:
-                    ends.append(out[name])
-                    first, last = (tile.lo, tile.hi) if name in call.layer.outputs else (tile.glo, tile.ghi)
-                    seeds.append(grad[first:last])
-            inputs = [leaf for leaf, _, _ in leaves] + trained
-            if not ends or not inputs:
-                continue
-            found = torch.autograd.grad(ends, inputs, seeds, allow_unused=True)
-            for (_, gathered, where), grad in zip(leaves, found, strict=False):
-                if grad is not None and where is None:
-                    gathered.index_add_(0, tile.src, grad)
-                elif grad is not None:
-                    gathered[where] += grad
-            for added, grad in zip(trained_total, found[len(leaves) :], strict=True):
-                if grad is not None:
-                    added += grad
-        return None, *total
+    src: Fields  # (n_src, …)
+    dst: Fields  # (n, …)
+    edge: list[Fields]  # (e, …) of each block
+    shared: Fields  # (b, …) per graph
 
 
 @dataclass
@@ -232,24 +183,219 @@ class _Call:
             tensors[a + b + c :],
         )
 
-    def rows(self, tile: Tile, node: Fields, edge: Fields, shared: Fields) -> tuple[Fields, Fields, Fields, Fields]:
-        """A tile's own rows of the inputs: of its sources, destinations, edges and graphs."""
-        return (
+    def rows(self, tile: Tile, node: Fields, edge: Fields, shared: Fields) -> _Rows:
+        return _Rows(
             {k: node[k].index_select(0, tile.src) for k in self.layer.source_fields},
             {k: t[tile.lo : tile.hi] for k, t in node.items()},
-            {k: t[tile.elo : tile.ehi] for k, t in edge.items()},
+            [{k: t[block.elo : block.ehi] for k, t in edge.items()} for block in tile.blocks],
             {k: t[tile.glo : tile.ghi] for k, t in shared.items()},
         )
+
+    def mean(self, block: Block, sent: Fields, received: Fields, edge: Fields) -> Fields:
+        """The mean over in-edges of every field of the message, for the destinations of a block."""
+        here = {k: t[block.lo : block.hi] for k, t in received.items()}
+        return self.engine.mean(block.ends, self.layer.message, sent, here, edge)
+
+    def update(self, tile: Tile, rows: _Rows, means: Fields) -> Fields:
+        """The node update: node fields (n, …) and sums (b, …)."""
+        n, b = tile.hi - tile.lo, tile.ghi - tile.glo
+        spread = {
+            k: t.expand(n, *t.shape[1:]) if b == 1 else t.index_select(0, tile.graph) for k, t in rows.shared.items()
+        }
+        out = self.layer.update(Nodes({**rows.dst, **means, **spread}))
+        for name in self.layer.sums:
+            if b == 1:
+                out[name] = out[name].sum(0, keepdim=True)
+            else:
+                out[name] = out[name].new_zeros(b, *out[name].shape[1:]).index_add(0, tile.graph, out[name])
+        return out
+
+    def place(self, tile: Tile, name: str) -> slice:
+        """Where a tile's part of an output or a sum belongs."""
+        return slice(tile.lo, tile.hi) if name in self.layer.outputs else slice(tile.glo, tile.ghi)
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Threads that run a tile each, every one of them with one thread of torch's own."""
+    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    list(pool.map(lambda _: time.sleep(0.01), range(threads)))
+    torch.set_num_threads(threads)  # the initializer's number would be that of every later thread
+    return pool
+
+
+def _share(tiles: Tiles, work: Callable[[Sequence[Tile], int], None]) -> int:
+    """work(tiles, k) for one share of the tiles each, at the same time if torch has threads; returns how many shares.
+
+    A share is fixed by the number of threads, so that sums over tiles have one order.
+    """
+    threads = 1 if tiles.order.device.type != "cpu" else min(torch.get_num_threads(), len(tiles.tiles))
+    if threads == 1:
+        work(tiles.tiles, 0)
+        return 1
+    inference = torch.is_inference_mode_enabled()
+
+    def share(k: int) -> None:
+        with torch.inference_mode(inference):
+            work(tiles.tiles[k::threads], k)
+
+    list(_pool(threads).map(share, range(threads)))
+    return threads
+
+
+Leaves = list[tuple[Tensor, Callable[[Tensor], Any]]]  # tensors that want a gradient, each with what takes it
+
+
+def _as_leaf(value: Tensor, take: Callable[[Tensor], Any], leaves: Leaves) -> Tensor:
+    """The value as a leaf of a graph of its own."""
+    leaves.append((value.detach().requires_grad_(), take))
+    return leaves[-1][0]
+
+
+def _back(ends: Iterable[tuple[Tensor, Tensor | None]], leaves: Leaves) -> None:
+    """Hand every leaf its gradient, given those of the ends of the graph."""
+    pairs = [(end, grad) for end, grad in ends if grad is not None and end.requires_grad]
+    if not pairs or not leaves:
+        return
+    outputs, seeds = zip(*pairs, strict=True)
+    found = torch.autograd.grad(outputs, [leaf for leaf, _ in leaves], seeds, allow_unused=True)
+    for (_, take), grad in zip(leaves, found, strict=True):
+        if grad is not None:
+            take(grad)
+
+
+class _Tiled(torch.autograd.Function):
+    """A layer over many tiles: keeps its inputs and the means, and recomputes the rest when its gradient is asked for."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
+        node, edge, shared, _ = call.unpack(tensors)
+        layer, rows = call.layer, len(call.tiles.order)
+        keep = any(ctx.needs_input_grad)
+        means: dict[str, Tensor] = {}
+        results: dict[str, Tensor] = {}
+        sums: dict[int, dict[str, Tensor]] = {}  # of each share
+
+        def write(into: dict[str, Tensor], tile: Tile, name: str, value: Tensor) -> None:
+            if name not in into:
+                into.setdefault(name, value.new_empty(rows, *value.shape[1:]))  # one share alone succeeds
+            into[name][tile.lo : tile.hi] = value
+
+        @torch.no_grad()
+        def work(tiles: Sequence[Tile], k: int) -> None:
+            sums[k] = {}
+            for tile in tiles:
+                own = call.rows(tile, node, edge, shared)
+                sent, received = layer.send(own.src), layer.receive(own.dst)
+                parts = [call.mean(block, sent, received, e) for block, e in zip(tile.blocks, own.edge, strict=True)]
+                mean = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+                out = call.update(tile, own, mean)
+                for name, value in mean.items() if keep else ():
+                    write(means, tile, name, value)
+                for name in layer.outputs:
+                    write(results, tile, name, out[name])
+                for name in layer.sums:
+                    if name not in sums[k]:
+                        sums[k][name] = out[name].new_zeros(call.tiles.batch, *out[name].shape[1:])
+                    sums[k][name][tile.glo : tile.ghi] += out[name]
+
+        shares = _share(call.tiles, work)
+        for name in layer.sums:
+            results[name] = sum((sums[k][name] for k in range(1, shares)), sums[0][name])
+        ctx.call, ctx.means = call, tuple(means)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *means.values())
+        return tuple(results[name] for name in (*layer.outputs, *layer.sums))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        call: _Call = ctx.call
+        layer, wanted = call.layer, ctx.needs_input_grad[1:]
+        tensors, kept = ctx.saved_tensors[: len(wanted)], ctx.saved_tensors[len(wanted) :]
+        node, edge, shared, parameters = call.unpack(tensors)
+        totals: dict[int, list[Tensor | None]] = {}
+
+        @torch.enable_grad()
+        def work(tiles: Sequence[Tile], k: int) -> None:
+            totals[k] = [torch.zeros_like(t) if need else None for t, need in zip(tensors, wanted, strict=True)]
+            node_total, edge_total, shared_total, of_parameters = call.unpack(totals[k])
+            trained = [(p, t.add_) for p, t in zip(parameters, of_parameters, strict=True) if t is not None]
+
+            def as_leaves(fields: Fields, total: dict[str, Tensor | None], where: slice, leaves: Leaves) -> Fields:
+                return {
+                    name: value if (into := total[name]) is None else _as_leaf(value, into[where].add_, leaves)
+                    for name, value in fields.items()
+                }
+
+            for tile in tiles:
+                here, graphs_here = slice(tile.lo, tile.hi), slice(tile.glo, tile.ghi)
+                own = call.rows(tile, node, edge, shared)
+                # the update, given the means
+                leaves: Leaves = [*trained]
+                of_mean: dict[str, Tensor] = {}
+                mean = {
+                    name: _as_leaf(value[here], partial(of_mean.__setitem__, name), leaves)
+                    for name, value in zip(ctx.means, kept, strict=True)
+                }
+                given = _Rows(
+                    own.src,
+                    as_leaves(own.dst, node_total, here, leaves),
+                    own.edge,
+                    as_leaves(own.shared, shared_total, graphs_here, leaves),
+                )
+                out = call.update(tile, given, mean)
+                names = zip((*layer.outputs, *layer.sums), grads, strict=True)
+                _back([(out[name], None if g is None else g[call.place(tile, name)]) for name, g in names], leaves)
+                del out
+                # what the ends of edges bring, then the messages of one block after the other
+                at_ends: Leaves = [*trained]
+                src = {
+                    name: value
+                    if (into := node_total[name]) is None
+                    else _as_leaf(value, partial(into.index_add_, 0, tile.src), at_ends)
+                    for name, value in own.src.items()
+                }
+                sent = layer.send(src)
+                received = layer.receive(as_leaves(own.dst, node_total, here, at_ends))
+                of_sent, of_received = (
+                    {name: torch.zeros_like(t) if t.requires_grad else None for name, t in fields.items()}
+                    for fields in (sent, received)
+                )
+                for block, fields in zip(tile.blocks, own.edge, strict=True):
+                    leaves = [*trained]
+                    rows = slice(block.lo, block.hi)
+                    found = call.engine.mean(
+                        block.ends,
+                        layer.message,
+                        as_leaves(sent, of_sent, slice(None), leaves),
+                        as_leaves({name: t[rows] for name, t in received.items()}, of_received, rows, leaves),
+                        as_leaves(fields, edge_total, slice(block.elo, block.ehi), leaves),
+                    )
+                    _back([(t, of_mean[name][rows]) for name, t in found.items() if name in of_mean], leaves)
+                    del found
+                ends = [(sent[name], g) for name, g in of_sent.items()]
+                _back([*ends, *((received[name], g) for name, g in of_received.items())], at_ends)
+
+        shares = _share(call.tiles, work)
+        for k in range(1, shares):
+            for into, part in zip(totals[0], totals[k], strict=True):
+                if into is not None and part is not None:
+                    into += part
+        return None, *totals[0]
 
 
 def run(layer: TileLayer, engine: Engine, tiles: Tiles, node: Fields, edge: Fields, shared: Fields) -> Fields:
     """Run a layer over the tiles.
 
     node: fields (N, …) in the tiles' order; edge: (E, …) in its edge order; shared: (B, …) per graph. Returns the layer's
-    outputs (N, …) and sums (B, …). With one tile there is nothing to bound: it runs under autograd as it is.
+    outputs (N, …) and sums (B, …). With one block there is nothing to bound: it runs under autograd as it is.
     """
     call = _Call(layer, engine, tiles, tuple(node), tuple(edge), tuple(shared))
-    if len(tiles.tiles) == 1:
-        return _tile(layer, engine, tiles.tiles[0], *call.rows(tiles.tiles[0], node, edge, shared))
+    if tiles.whole:
+        (tile,) = tiles.tiles
+        own = call.rows(tile, node, edge, shared)
+        mean = call.mean(tile.blocks[0], layer.send(own.src), layer.receive(own.dst), own.edge[0])
+        return call.update(tile, own, mean)
     results = _Tiled.apply(call, *node.values(), *edge.values(), *shared.values(), *layer.parameters())
     return dict(zip((*layer.outputs, *layer.sums), results, strict=True))

@@ -14,7 +14,7 @@ import torch
 from dgl import DGLGraph
 from torch import Tensor
 
-from . import checkpoint, losses, metrics, models
+from . import checkpoint, devices, engine, losses, metrics, models
 from .comm import Comm
 from .config import Config, to_yaml
 from .errors import Failure
@@ -22,8 +22,15 @@ from .progress import bar
 from .samples import Samples, ahead, open_samples
 
 
+def device_of(config: Config, rank: int = 0) -> torch.device:
+    """The device of a rank's parameters. Raises Failure where it is not there or the engine has no kernels for it."""
+    device = devices.of(config.train.device, rank)
+    engine.choose(config.model.engine, device)
+    return device
+
+
 def build_model(config: Config, widths: tuple[int, int], comm: Comm) -> torch.nn.Module:
-    """The model of a config for F features and K node attributes, the same weights on every rank."""
+    """The model of a config for F features and K node attributes, on the CPU: the same weights on every rank and device."""
     kind = models.named(config.model.name)
     options = asdict(config.model)
     options.pop("name")
@@ -75,7 +82,7 @@ def _seeded(*seed: int) -> torch.Generator:
     mixed = 0
     for part in seed:
         mixed = (mixed * 1_000_003 + part + 1) % (2**63 - 1)
-    return torch.Generator().manual_seed(mixed)
+    return torch.Generator(device="cpu").manual_seed(mixed)
 
 
 def evaluate_split(model: torch.nn.Module, samples: Samples, split: str, config: Config, comm: Comm) -> float:
@@ -91,12 +98,16 @@ def evaluate_split(model: torch.nn.Module, samples: Samples, split: str, config:
 
 
 def train(comm: Comm, config: Config, resume: bool = False) -> dict[str, float]:
-    """Train a model as configured; returns the last epoch's numbers. Every rank runs the same loop."""
+    """Train a model as configured; returns the last epoch's numbers. Every rank runs the same loop.
+
+    Parameters, losses and sums live on `train.device`; graphs stay on the CPU (PyPI's DGL knows no other device).
+    """
+    device = device_of(config, comm.rank)
     samples = open_samples(config, comm.rank, comm.size)
     for split in ("train", "valid"):
         if not samples.splits[split]:
             raise Failure(f"{config.data.path}: no snapshot in split '{split}'; prepare data with one")
-    model = build_model(config, samples.widths, comm)
+    model = build_model(config, samples.widths, comm).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay)
     # constant: a schedule all the same, so that checkpoints have one shape
     cosine = config.train.schedule == "cosine"
@@ -121,7 +132,7 @@ def train(comm: Comm, config: Config, resume: bool = False) -> dict[str, float]:
             row = _epoch(comm, config, model, optimizer, samples, epoch)
             scheduler.step()
             row["valid_mse"] = evaluate_split(model, samples, "valid", config, comm)
-            row["peak_gb"] = comm.max(metrics.peak_memory_gb())
+            row["peak_gb"] = comm.max(metrics.peak_memory_gb(device))
             improved = row["valid_mse"] < best
             best, waited = (row["valid_mse"], 0) if improved else (best, waited + 1)
             if recorder:
@@ -144,9 +155,10 @@ def _epoch(
     """One pass over the training split; the epoch's means, all partitions counted."""
     settings = config.train
     model.train()
-    order = torch.randperm(len(samples.splits["train"]), generator=_seeded(settings.seed, epoch)).tolist()
+    device, draw = next(model.parameters()).device, _seeded(settings.seed, epoch)
+    order = torch.randperm(len(samples.splits["train"]), generator=draw, device=draw.device).tolist()
     batches = _batches([samples.splits["train"][i] for i in order], settings.batch_size)
-    summed = torch.zeros(2, dtype=torch.float64)
+    summed = torch.zeros(2, dtype=torch.float64, device=device)
     norm, steps, seconds = 0.0, 0, 0.0
     rate = optimizer.param_groups[0]["lr"]
     graphs = _batched(model, samples, batches)
@@ -161,6 +173,7 @@ def _epoch(
         if settings.clip:
             norm += float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip))
         optimizer.step()
+        devices.wait(device)
         seconds += time.perf_counter() - started
         steps += 1
     loss_mean, mse_mean = (comm.sum(summed) / len(batches)).tolist()
@@ -190,6 +203,7 @@ def _state(
 
 def evaluate(comm: Comm, config: Config, weights: Path | None, split: str = "test") -> dict[str, float]:
     """Test errors: the static prediction y = x, the linear one x + t v with t fitted on the training split, the model's."""
+    device = device_of(config, comm.rank)
     samples = open_samples(config, comm.rank, comm.size)
     if not samples.splits[split]:
         raise Failure(f"{config.data.path}: no snapshot in split '{split}'")
@@ -199,7 +213,7 @@ def evaluate(comm: Comm, config: Config, weights: Path | None, split: str = "tes
         pairs = ((g.ndata["x"] + t * g.ndata["v"], g.ndata["y"]) for g in (samples[n] for n in samples.splits[split]))
         result[name] = metrics.mean_squared_error(pairs, comm)
     if weights is not None:
-        model = build_model(config, samples.widths, comm)
+        model = build_model(config, samples.widths, comm).to(device)
         checkpoint.load_weights(model, checkpoint.load(weights), weights)
         result[config.model.name] = evaluate_split(model, samples, split, config, comm)
     return result

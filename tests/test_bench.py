@@ -7,6 +7,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from dist_egnn import bench_data, bench_step, cli, graphs, models
+from dist_egnn import bench_batch, bench_data, bench_step, bench_worker, cli, graphs, models
 from dist_egnn.errors import Failure
 
 plain = bench_step.load_peer("plain")
@@ -146,6 +147,86 @@ def test_products_are_those_of_the_modules() -> None:
     assert counter.get_total_flops() - apart - per_graph == bench_step.products(options, e)
 
 
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cases of `bench batch` that take no time, but several tiles; each runs in a process of its own all the same."""
+    monkeypatch.setattr(bench_batch, "LADDER", (30, 2500))
+    monkeypatch.setattr(bench_batch, "PROTEIN", (2, 150))
+    monkeypatch.setattr(bench_batch, "MOST", 3)
+
+
+SMALL_BATCH = ("batch", "--graphs", 4, "--nodes", 9, "--hidden", 8, "--layers", 2, "--repeats", 1)
+
+
+@pytest.mark.usefixtures("small")
+def test_batch_compares_every_case() -> None:
+    found = here(*SMALL_BATCH)
+    wanted = {"hidden": 8, "layers": 2, "virtual_nodes": 3, "threads": 1, "engine": "auto", "notes": []}
+    assert {key: found[key] for key in wanted} == wanted
+    sizes = [[row[key] for key in ("case", "graphs", "nodes", "repeats")] for row in found["rows"]]
+    blocks = [["block 30", 1, 30, 3], ["block 2500", 1, 2500, 3]]
+    assert sizes == [["nbody", 4, 36, 3], ["protein (synthetic)", 2, 300, 3], *blocks]
+    assert [found["rows"][k]["edges"] for k in (0, 2, 3)] == [4 * 9 * 8, 438, 36500]
+    for row in found["rows"]:
+        assert (row["tiled"]["tile"], row["untiled"]["tile"]) == (8192, 10**9)
+        for key in ("forward", "step"):
+            for way in ("tiled", "untiled"):
+                every = row[way][f"{key}_all_s"]
+                assert len(every) == row["repeats"]
+                assert row[way][f"{key}_s"] == sorted(every)[1] > 0
+            turns = zip(*(row[way][f"{key}_all_s"] for way in ("untiled", "tiled")), strict=True)
+            assert row[f"{key}_ratio"] == sorted(untiled / tiled for untiled, tiled in turns)[1]
+        assert 0 <= row["difference"] < 1e-4
+
+
+@pytest.mark.usefixtures("small")
+def test_batch_halves_what_does_not_fit_untiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = bench_step.Options(hidden=8, layers=2)
+    nbody = bench_batch.cases(40, 50)[0]
+    one, whole = (
+        bench_step.memory_needed("untiled", replace(options, nodes=n * 50, degree=49, tile=10**9)) for n in (10, 40)
+    )
+    monkeypatch.setattr(bench_step, "memory_there", lambda _: one)
+    case, note = bench_batch.fitting(nbody, options)
+    assert case.graphs == 10
+    assert (
+        note == f"nbody: 10 of 40 graphs: untiled, all take about {whole / 1e9:.1f} GB and {one / 1e9:.1f} GB are free"
+    )
+    monkeypatch.setattr(bench_step, "memory_there", lambda _: 1e6)
+    with pytest.raises(Failure, match=r"'nbody', untiled, takes about [\d.]+ GB, 0\.0 GB are free; lower --nodes"):
+        bench_batch.fitting(nbody, options)
+
+
+def test_a_written_batch_is_its_graphs(tmp_path: Path) -> None:
+    """Each graph's own radius, nodes and centroid; and no edge between two."""
+    made = [(bench_data.block(9, seed=1), math.inf), (bench_data.chain(40), 10.0), (bench_data.block(1), 1.0)]
+    edges = bench_step.write_graphs(made, tmp_path)
+    batch = bench_worker._graph(tmp_path)
+    assert batch.num_edges() == edges
+    assert batch.batch_num_nodes().tolist() == [9, 40, 1]
+    for graph, (x, radius) in zip(dgl.unbatch(batch), made, strict=True):
+        src, dst = graphs.radius_edges(x, radius)
+        assert torch.equal(torch.stack(graph.edges()), torch.from_numpy(np.stack([src, dst])))
+        assert np.array_equal(graph.ndata["x"].numpy(), x)
+        assert graph.ndata["total"].tolist() == [len(x)] * len(x)
+        assert np.allclose(graph.ndata["centroid"].numpy(), x.mean(0), atol=1e-5)
+
+
+def test_the_works_take_turns() -> None:
+    order: list[str] = []
+    seconds = bench_worker._times({name: lambda name=name: order.append(name) for name in "ab"}, 3, "cpu")
+    assert "".join(order) == "abbaabba"
+    assert [len(each) for each in seconds.values()] == [3, 3]
+
+
+def test_the_chain_is_compact() -> None:
+    x = bench_data.chain(855)
+    assert np.allclose(np.linalg.norm(np.diff(x, axis=0), axis=1), 3.8, atol=1e-4)
+    assert np.linalg.norm(x, axis=1).max() <= 22.001
+    degree = len(graphs.radius_edges(x, 10.0)[0]) / len(x)
+    assert 70 < degree < 130
+
+
 @pytest.mark.parametrize(("parts", "count"), [(2, 3), (3, 1)])
 def test_comm_counts_the_formula(parts: int, count: int) -> None:
     sizes = ("--hidden", 16, "--layers", 3, "--virtual-nodes", count)
@@ -182,7 +263,7 @@ def test_pipeline_times_both_roads(tmp_path: Path) -> None:
     [
         ("step --engine fast", r"--engine fast: unknown; use auto, dgl or torch"),
         ("step --device cuda", r"--device cuda: not there"),
-        ("step --device tpu", r"--device tpu: unknown; use cpu or cuda"),
+        ("step --device tpu", r"--device tpu: unknown; use cpu, cuda or cuda:N"),
         ("step --precision half", r"--precision half: unknown; use float32 or bf16-messages"),
         ("step --tile 0", r"--tile 0: must be at least 1"),
         ("step --nodes 1", r"--nodes 1: must be at least 2"),
@@ -190,6 +271,11 @@ def test_pipeline_times_both_roads(tmp_path: Path) -> None:
         ("step --nodes 10", r"--degree 14.6: must be above 0 and at most 9 for 10 nodes"),
         ("step --nodes 100000000000", r"'ours' takes about [\d.]+ GB, [\d.]+ GB are free; lower --nodes"),
         ("step --nodes 100000000 --peers", r"takes about [\d.]+ GB, .*leave --peers out"),
+        ("batch --graphs 0", r"--graphs 0: must be at least 1"),
+        ("batch --nodes 1", r"--nodes 1: must be at least 2"),
+        ("batch --repeats 0", r"--repeats 0: must be at least 1"),
+        ("batch --engine fast", r"--engine fast: unknown; use auto, dgl or torch"),
+        ("batch --nodes 1000000", r"takes about"),
         ("partition --nodes 100000000000", r"takes about"),
         ("partition --nodes 20 --parts 30", r"--parts 30: more parts than the 20 nodes"),
         ("comm --parts 1", r"--parts 1: must be at least 2"),
@@ -220,7 +306,7 @@ def test_a_worker_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         bench_step.run(bench_step.Options(nodes=50, degree=5, hidden=4, layers=1, tile=0, repeats=1), peers=False)
 
 
-@pytest.mark.parametrize("benchmark", ["step", "partition", "comm", "pipeline"])
+@pytest.mark.parametrize("benchmark", ["step", "batch", "partition", "comm", "pipeline"])
 def test_help_has_an_example(benchmark: str) -> None:
     ran = CliRunner().invoke(cli.app, ["bench", benchmark, "--help"])
     assert ran.exit_code == 0

@@ -188,6 +188,10 @@ def test_ranges(key):
         ("data.radius=.nan", r"data\.radius=nan"),
         ("train.lr=.nan", r"train\.lr=nan"),
         ("train.schedule=linear", r"train\.schedule=linear: unknown; use constant or cosine"),
+        *(
+            (f"train.device={name}", rf"train\.device={name}: unknown; use cpu, cuda, cuda:N or auto$")
+            for name in ("gpu", "Cuda", "cuda:x", "cuda:-1", "cuda:01", "cuda:N", "cpu:0", "1")
+        ),
         ("model.gravity=[1,2]", r"model\.gravity=\[1\.0, 2\.0\]: must be a vector of 3"),
         ("loss.kernel=cosine", "kernel"),
         ("loss.sigma=0", "sigma"),

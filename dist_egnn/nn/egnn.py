@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from ..engine import Fields
-from .fused import edge_mlp
+from ..engine import Fields, difference, sum_of_ends
+from .fused import message_mlp
 from .mlp import after_first, coordinate_mlp, first_blocks, mlp
 from .virtual import VirtualNodes
 
@@ -70,15 +70,16 @@ class EGNNLayer(nn.Module):
 
     def message(self, edges: Any) -> Fields:
         """Message UDF: m (E, H) and the position update of the edge dx (E, 3)."""
-        r = edges.dst["x"] - edges.src["x"]
+        r = difference(edges, "x")
         squared = (r * r).sum(1, keepdim=True)
         w_edge = first_blocks(self.phi_e, *self.widths)[2]
-        e = edges.data["e"] if "e" in edges.data else squared[:, :0]
-        pre = edges.dst["p"] + edges.src["q"]
+        e = edges.data.get("e")
+        pre = sum_of_ends(edges, src="q", dst="p")
         if self.attention is None:
-            m, scale = edge_mlp(pre, squared, e, w_edge, self.phi_e, self.phi_x, self.low)
+            m, scale = message_mlp(pre, squared, e, w_edge, self.phi_e, [self.phi_x], self.low)
         else:
-            m = after_first(self.phi_e, torch.addmm(pre, torch.cat([squared, e], 1), w_edge.t()))
+            scalars = squared if e is None else torch.cat([squared, e], 1)
+            m = after_first(self.phi_e, torch.addmm(pre, scalars, w_edge.t()))
             m = m * torch.sigmoid(self.attention(m))
             scale = self.phi_x(m)
         if self.tanh:

@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from ..comm import Comm
 from ..engine import Fields
+from .fused import message_mlp
 from .mlp import after_first, coordinate_mlp, first_blocks, mlp
 
 
@@ -27,9 +28,9 @@ class VirtualNodes(nn.Module):
 
     sums = ("sum_x", "to_z", "to_s")
 
-    def __init__(self, hidden: int, count: int, attention: bool = False) -> None:
+    def __init__(self, hidden: int, count: int, attention: bool = False, low: bool = False) -> None:
         super().__init__()
-        self.hidden, self.count = hidden, count
+        self.hidden, self.count, self.low = hidden, count, low
         self.phi_ev = mlp(2 * hidden + 1 + count, hidden, activate=True)
         self.phi_xv = coordinate_mlp(hidden)
         self.phi_z = coordinate_mlp(hidden)
@@ -51,10 +52,16 @@ class VirtualNodes(nn.Module):
         w_h, _, w_d, _, _ = first_blocks(self.phi_ev, self.hidden, self.hidden, 1, self.count)
         r = x.unsqueeze(1) - z  # (n, C, 3)
         distance = torch.linalg.vector_norm(r, dim=2, keepdim=True)  # its gradient at zero is zero, not NaN
-        m = after_first(self.phi_ev, functional.linear(h, w_h).unsqueeze(1) + u + distance * w_d.view(-1))
-        if self.attention_v is not None:
+        pre = functional.linear(h, w_h).unsqueeze(1) + u
+        if self.attention_v is None:
+            rows = (pre.flatten(0, 1), distance.flatten(0, 1), None)
+            found = message_mlp(*rows, w_d, self.phi_ev, [self.phi_xv, self.phi_z], self.low)
+            m, to_x, to_z = (t.view(len(h), self.count, -1) for t in found)
+        else:
+            m = after_first(self.phi_ev, pre + distance * w_d.view(-1))
             m = m * torch.sigmoid(self.attention_v(m))
-        return (r * self.phi_xv(m)).mean(1), m.mean(1), {"to_z": -r * self.phi_z(m), "to_s": m}
+            to_x, to_z = self.phi_xv(m), self.phi_z(m)
+        return (r * to_x).mean(1), m.mean(1), {"to_z": -r * to_z, "to_s": m}
 
     def update(self, z: Tensor, s: Tensor, sums: Fields, total: Tensor, comm: Comm) -> tuple[Tensor, Tensor, Tensor]:
         """The virtual nodes' own step, alike on every partition: one sum of 3 + 3C + HC numbers a graph.
