@@ -107,8 +107,9 @@ class EGNN(nn.Module):
                 tanh=tanh,
                 gravity=gravity,
                 low=low,
+                last=k == layers - 1,
             )
-            for _ in range(layers)
+            for k in range(layers)
         )
         self.comm: Comm = Alone()
 
@@ -137,7 +138,7 @@ class EGNN(nn.Module):
             self.embedding.weight.device
         )  # the graph stays where it is: DGL may have no build for the model's device
         engine = engines.choose(self.engine, device)
-        return engine, tiles.of(graph, engine, self.tile, device)
+        return engine, tiles.of(graph, engine, self.tile, device, self.embedding.out_features)
 
     def forward(self, graph: DGLGraph) -> tuple[Tensor, Tensor]:
         engine, cut = self._cut(graph)
@@ -153,7 +154,7 @@ class EGNN(nn.Module):
             out = tiles.run(layer, engine, cut, node, edge, shared)
             if layer.virtual:
                 z, s, centroid = layer.virtual.update(z, s, out, total, self.comm)
-            node = {**node, "h": out["h"], "x": out["x"]}
+            node.update({name: out[name] for name in layer.outputs})
         return node["x"].index_select(0, cut.inverse), z
 
 

@@ -29,8 +29,11 @@ from .engine import Engine, Fields, Nodes
 from .errors import Failure
 from .graphs import in_edges, morton_order
 
-SIZE = 8192  # edges of a block: 2 MB for each float32 array of width 64
-WHOLE = 4  # a graph of up to this many blocks runs as one: keeping so little costs less than computing it twice
+SIZE = 8192  # edges of a block: 2 MB for each float32 array of the usual width
+WIDTH = 64
+# A graph of up to this many blocks runs as one under plain autograd: keeping arrays of up to 24 MB costs less than computing
+# them twice; above that, every one is fresh memory from the system, and tiles win (docs/performance.md).
+WHOLE = 12
 NODES = 4  # a tile has up to one node for this many edges of a block: with C = 3, arrays of nodes are then as large
 FAR = 128  # a device other than the CPU wants so many times larger blocks
 
@@ -95,8 +98,11 @@ def _bounds(cost: np.ndarray, size: int) -> list[int]:
     return np.unique(np.concatenate([[0], np.searchsorted(cost, marks, side="left") + 1, [len(cost)]])).tolist()
 
 
-def cut(graph: DGLGraph, engine: Engine, size: int = SIZE, device: torch.device | None = None) -> Tiles:
-    """Cut a (batched) DGLGraph into tiles with blocks of about ``size`` edges, for a device (default: the graph's).
+def cut(
+    graph: DGLGraph, engine: Engine, size: int = SIZE, device: torch.device | None = None, width: int = WIDTH
+) -> Tiles:
+    """Cut a (batched) DGLGraph into tiles with blocks of about ``size`` edges, for a device (default: the graph's) and layers
+    of some width.
 
     Raises Failure for a size below 1.
     """
@@ -119,17 +125,18 @@ def cut(graph: DGLGraph, engine: Engine, size: int = SIZE, device: torch.device 
     dst = np.repeat(np.arange(len(order)), np.diff(ends))
 
     node_cost = np.arange(1, len(order) + 1)
-    if NODES * len(order) + len(src) <= WHOLE * size:
-        size = NODES * len(order) + len(src) + 1
+    rows = NODES * len(order) + len(src)
+    if rows * width <= WHOLE * size * WIDTH:
+        size = rows + 1
     bounds = _bounds(node_cost, -(-size // NODES))
     tiles = []
     for lo, hi in pairwise(bounds):
         first = int(ends[lo])
         sources_here, local = np.unique(src[first : ends[hi]], return_inverse=True)
         pairs = torch.from_numpy(np.stack([local, dst[first : ends[hi]] - lo]).astype(np.int32)).to(device)
-        rows = _bounds(ends[lo + 1 : hi + 1] - first, size)
+        marks = _bounds(ends[lo + 1 : hi + 1] - first, size)
         blocks = []
-        for here, after in pairwise(rows):
+        for here, after in pairwise(marks):
             elo, ehi = int(ends[lo + here]), int(ends[lo + after])
             part = pairs[:, elo - first : ehi - first]
             joined = engine.block(part[0], part[1] - here, len(sources_here), after - here)
@@ -143,12 +150,14 @@ def cut(graph: DGLGraph, engine: Engine, size: int = SIZE, device: torch.device 
     return Tiles(there, back, edges, len(per_graph), tiles)
 
 
-def of(graph: DGLGraph, engine: Engine, size: int = SIZE, device: torch.device | None = None) -> Tiles:
+def of(
+    graph: DGLGraph, engine: Engine, size: int = SIZE, device: torch.device | None = None, width: int = WIDTH
+) -> Tiles:
     """The tiles of a graph for a device, cut once and kept with it until its edges change."""
-    key = (graph._graph, engine.name, size, device or graph.device)
+    key = (graph._graph, engine.name, size, device or graph.device, width)
     kept = graph.__dict__.get("_dist_egnn_tiles")
     if kept is None or kept[0][0] is not key[0] or kept[0][1:] != key[1:]:
-        kept = (key, cut(graph, engine, size, device))
+        kept = (key, cut(graph, engine, size, device, width))
         graph.__dict__["_dist_egnn_tiles"] = kept
     return kept[1]
 

@@ -64,6 +64,11 @@ def assert_close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -
         assert float((a[name] - value).abs().max()) <= tolerance * scale, name
 
 
+@pytest.fixture(autouse=True)
+def no_graph_is_too_small_for_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "WHOLE", 0)
+
+
 class ModelSuite:
     """What every model must do. Subclasses say which model."""
 
@@ -146,7 +151,8 @@ class MessagePassingSuite(ModelSuite):
 
     @pytest.mark.parametrize("engine_name", ["dgl", "torch"])
     @pytest.mark.parametrize("tile", [1, 40, 150, 10**9])
-    def test_tiles_and_engine_do_not_matter(self, engine_name: str, tile: int) -> None:
+    def test_tiles_and_engine_do_not_matter(self, engine_name: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tiles, "WHOLE", 0)
         graph = dgl.batch([make_graph(50, 1), make_graph(20, 2), make_graph(35, 3)])
         model = self.model(engine=engine_name, tile=tile)
         cut = tiles.of(graph, engine.choose(engine_name), tile)
@@ -292,6 +298,34 @@ def test_memory_of_a_backward_pass_is_one_tile() -> None:
 
     assert graph.num_edges() > 20 * graph.num_nodes()
     assert kept(500) < kept(10**9) / 8
+
+
+def test_a_graph_of_few_blocks_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "WHOLE", 2)
+    graph = make_graph(40, 1)
+    rows = graph.num_edges() + tiles.NODES * 40
+    for width in (64, 16):
+        needed = -(-rows * width // (2 * 64))
+        assert tiles.cut(graph, engine.choose("auto"), needed, width=width).whole
+        assert not tiles.cut(graph, engine.choose("auto"), needed - 1, width=width).whole
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_share_the_tiles(threads: int) -> None:
+    graph = dgl.batch([make_graph(50, 1), make_graph(35, 3)])
+    model = models.FastEGNN(3, 2, hidden=8, tile=20).double()
+    wanted, found = model(graph)[0], gradients(model, graph)
+    torch.set_num_threads(threads)
+    try:
+        first, again = model(graph)[0], model(graph)[0]
+        assert torch.equal(first, again)  # a share of the tiles is fixed
+        assert torch.allclose(first, wanted, atol=1e-13)
+        assert_close(gradients(model, graph), found, 1e-12)
+        with torch.inference_mode():
+            assert torch.allclose(model(graph)[0], wanted, atol=1e-13)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_unknown_names_are_refused_with_the_nearest() -> None:

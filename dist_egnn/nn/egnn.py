@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 
 from ..engine import Fields, difference, sum_of_ends
@@ -30,7 +30,6 @@ class EGNNLayer(nn.Module):
     """
 
     source_fields: tuple[str, ...] = ("h", "x")
-    outputs: tuple[str, ...] = ("h", "x")
 
     def __init__(
         self,
@@ -44,8 +43,11 @@ class EGNNLayer(nn.Module):
         tanh: bool = False,
         gravity: Sequence[float] | None = None,
         low: bool = False,
+        last: bool = False,
     ) -> None:
         super().__init__()
+        # nobody asks for the last h: its layer leaves φ_h and the mean message out, and keeps the weights
+        self.outputs: tuple[str, ...] = ("x",) if last else ("h", "x")
         self.low = low  # messages in bfloat16
         self.widths = (hidden, hidden, 1 + edge_attributes)
         self.normalize, self.tanh = normalize, tanh
@@ -86,23 +88,22 @@ class EGNNLayer(nn.Module):
             scale = torch.tanh(scale)
         if self.normalize:
             r = r / (squared.sqrt().detach() + 1e-8)
-        return {"m": m, "dx": r * scale}
+        return {"m": m, "dx": r * scale} if "h" in self.outputs else {"dx": r * scale}
 
     def update(self, nodes: Any) -> Fields:
         """Node UDF: h', x', and what the virtual nodes collect."""
         data = nodes.data
         h, x = data["h"], data["x"]
-        said: list[Tensor] = [h, data["m"]]
         moved = x + data["dx"] + self.phi_v(h) * data["v"]
         collected: Fields = {}
         if self.virtual is not None:
             dx, m_virtual, collected = self.virtual(h, x, data["z"], data["u"])
             moved = moved + dx
-            said.append(m_virtual)
         if self.phi_g is not None:
             moved = moved + self.phi_g(h) * self.g
         if self.virtual is not None:
             collected["sum_x"] = moved
-        if "a" in data:
-            said.append(data["a"])
+        if "h" not in self.outputs:
+            return {"x": moved, **collected}
+        said = [h, data["m"], *([m_virtual] if self.virtual is not None else []), *([data["a"]] if "a" in data else [])]
         return {"h": h + self.phi_h(torch.cat(said, 1)), "x": moved, **collected}

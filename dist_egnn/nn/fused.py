@@ -101,6 +101,7 @@ class _MessageMLP(torch.autograd.Function):
         scalars = _scalars(distance, e)
         a_1 = pre.addmm_(scalars, w_s.t())
         ctx.low = low
+        ctx.set_materialize_grads(False)
         if low:
             a_1, *weights = _bf16(a_1), *(t.bfloat16() for t in weights)  # type: ignore[assignment]
         w_2, b_2, w_x, b_x, w = weights
@@ -116,7 +117,10 @@ class _MessageMLP(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         scalars, w_s, a_1, s_1, a_2, m, a_3, s_3, w_2, w_x, w = ctx.saved_tensors
-        grad_m, *grad_scales = (_bf16(g) for g in grads) if ctx.low else grads
+        grad_scales = [scalars.new_zeros(len(scalars), 1) if g is None else g for g in grads[1:]]
+        grad_m = grads[0]  # None in a last layer
+        if ctx.low:
+            grad_m, *grad_scales = (None if g is None else _bf16(g) for g in (grad_m, *grad_scales))
         per_mlp = s_3.view(len(m), *w.shape)
         d_w = torch.stack([torch.mv(per_mlp[:, k].t(), g.squeeze(1)) for k, g in enumerate(grad_scales)])
         g_3 = torch.empty_like(a_3)
@@ -124,7 +128,8 @@ class _MessageMLP(torch.autograd.Function):
             torch.mul(g, w_k, out=part)
         _silu_backward(g_3, a_3)
         of_x = g_3.t() @ m, g_3.sum(0)
-        g_2 = _silu_backward(product(g_3, w_x.t()).add_(grad_m), a_2)
+        g_2 = product(g_3, w_x.t())
+        g_2 = _silu_backward(g_2 if grad_m is None else g_2.add_(grad_m), a_2)
         of_2 = g_2.t() @ s_1, g_2.sum(0)
         g_1 = _silu_backward(product(g_2, w_2.t()), a_1)[: len(scalars)].to(scalars.dtype)
         of_weights = (g.to(scalars.dtype) for g in (*of_2, *of_x, d_w))
