@@ -93,6 +93,15 @@ class Writer:
             self.partial.unlink(missing_ok=True)
 
 
+def join(pieces: Sequence[Path], path: str | Path, meta: Mapping[str, Any]) -> None:
+    """Write the trajectories of several files, in their order, as one file: copied as they are, not compressed anew."""
+    with Writer(path, meta) as out:
+        for piece in pieces:
+            with h5py.File(piece, "r") as file:
+                for name in sorted(file["trajectories"]):
+                    file.copy(f"trajectories/{name}", out.group, name=f"{len(out.group):06d}")
+
+
 @dataclass(frozen=True)
 class Trajectory:
     """What is known of one trajectory without reading its frames."""

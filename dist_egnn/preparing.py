@@ -1,0 +1,152 @@
+"""What the prepare.py of every recipe shares: options, workers, safe to kill and resume, a manifest beside the file.
+
+A source is cut into *pieces* of one or more trajectories. Each is written, whole or not at all, to OUT.parts/; when all are
+there they are joined into OUT, byte for byte the same however often the work was interrupted and by how many workers it was done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import multiprocessing
+import os
+import platform
+import shlex
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NoReturn
+
+from . import progress
+from .errors import Failure
+from .trajectories import Writer, join
+
+SCALES = ("tiny", "small", "full")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, like every other error."""
+        raise Failure(f"{message}; see --help")
+
+
+def parser(description: str, scales: Mapping[str, str], example: str) -> Parser:
+    """The options that every source has. scales: what tiny, small and full are, how long they take and how large they get."""
+    lines = "\n".join(f"  {name:6} {text}" for name, text in scales.items())
+    found = Parser(
+        description=description,
+        epilog=f"scales:\n{lines}\n\nexample:\n  {example}\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    option = found.add_argument
+    option("--out", type=Path, required=True, help="the trajectories.h5 to write")
+    option("--scale", choices=SCALES, default="small", help="how much of it (default small; full: as published)")
+    option("--seed", type=int, default=0, help="decides every random number (default 0)")
+    option("--workers", type=int, default=len(os.sched_getaffinity(0)), help="pieces at a time (default: the cores)")
+    option("--debug", action="store_true", help="show a traceback when something fails")
+    return found
+
+
+def parse(from_parser: Parser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options; Failure for what cannot be."""
+    options = from_parser.parse_args(arguments)
+    for name, low in (("seed", 0), ("workers", 1)):
+        if getattr(options, name) < low:
+            raise Failure(f"--{name} {getattr(options, name)}: must be at least {low}")
+    return options
+
+
+def main(run: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None = None) -> int:
+    """run(arguments); a failure is one line and exit code 2 (a traceback with --debug), Ctrl-C 130."""
+    try:
+        run(arguments)
+    except (Failure, OSError) as error:
+        if "--debug" in (sys.argv[1:] if arguments is None else arguments):
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """The versions of Python and of the packages that made the data."""
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _piece(make: Callable[[int], Iterable[dict[str, Any]]], folder: Path, number: int) -> int:
+    with Writer(folder / f"{number:06d}.h5", {}) as out:
+        for trajectory in make(number):
+            out.add(**trajectory)
+    return number
+
+
+def write(
+    out: Path,
+    make: Callable[[int], Iterable[dict[str, Any]]],
+    pieces: int,
+    *,
+    settings: Mapping[str, Any],
+    workers: int,
+    threads: bool = False,
+    unit: str = "piece",
+) -> None:
+    """Write OUT and OUT.manifest.json: make(k) yields piece k's trajectories, as arguments of ``Writer.add``.
+
+    settings: all that decides the data (seed, scale, versions, …): stored in OUT, and pieces made with others are not taken.
+    make runs in ``workers`` processes, so it must be picklable and may depend on k alone; or in threads.
+    """
+    if out.is_dir():
+        raise Failure(f"{out} is a folder; --out must name a file")
+    started = time.monotonic()
+    folder = out.with_name(out.name + ".parts")
+    folder.mkdir(parents=True, exist_ok=True)
+    marked, wanted = folder / "settings.json", json.dumps(settings, sort_keys=True, indent=1)
+    if not marked.exists():
+        _replace(marked, wanted)
+    elif marked.read_text() != wanted:
+        raise Failure(
+            f"{folder} has pieces made with other settings ({marked}); delete that folder, or choose another --out"
+        )
+    missing = [k for k in range(pieces) if not (folder / f"{k:06d}.h5").exists()]
+    pool: Executor
+    if threads:
+        pool = ThreadPoolExecutor(workers)
+    else:
+        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("forkserver"))
+    with progress.bar(out.name, pieces, done=pieces - len(missing)) as tick:
+        try:
+            for future in as_completed([pool.submit(_piece, make, folder, k) for k in missing]):
+                tick(f"{unit} {future.result()}")
+        finally:
+            pool.shutdown(cancel_futures=True)
+    join([folder / f"{k:06d}.h5" for k in range(pieces)], out, settings)
+    manifest = {
+        "command": shlex.join(["python", *sys.argv]),
+        "seconds": round(time.monotonic() - started, 1),
+        "settings": dict(settings),
+        "sha256": sha256(out),
+        "bytes": out.stat().st_size,
+    }
+    _replace(out.with_name(out.name + ".manifest.json"), json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    shutil.rmtree(folder)
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {time.monotonic() - started:.0f} s")
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
