@@ -3,6 +3,9 @@
 from setuptools import setup
 
 VIZ = ["matplotlib>=3.8,<4"]
+TFRECORDS = ["google-crc32c>=1.5,<2", "protobuf>=4.25,<8"]
+NUMBA = ["numba>=0.61,<1"]
+RECORDS = ["msgpack>=1.0,<2", "msgpack-numpy>=0.4.8,<0.5", "zstandard>=0.22,<1"]
 
 setup(
     name="dist_egnn",
@@ -28,12 +31,17 @@ setup(
         "rich>=13,<16",
     ],
     extras_require={
-        "fluid": ["pysplishsplash==2.19.0"],
+        "nbody": NUMBA,
+        "fluid": ["pysplishsplash==2.19.0", *RECORDS],
         "protein": ["MDAnalysis>=2.7,<3", "MDAnalysisTests>=2.7,<3", "MDAnalysisData>=0.9,<1"],
+        "water3d": TFRECORDS,
         "tfn": ["e3nn>=0.5,<0.6"],
         "viz": VIZ,
         "dev": [
             *VIZ,
+            *NUMBA,
+            *RECORDS,
+            *TFRECORDS,
             "pytest>=8,<10",
             "hypothesis>=6.100,<7",
             "ruff==0.17.5",

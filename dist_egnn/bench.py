@@ -103,11 +103,12 @@ def _step_report(found: dict[str, Any], as_json: bool) -> Report:
             name,
             *(f"{row[key]:.3f}" for key in ("forward_s", "step_s", "peak_gb")),
             *(f"{row[key]:.2f}" if key in row else "" for key in ("forward_ratio", "step_ratio", "peak_ratio")),
-            f"{row['difference']:.0e}" if "difference" in row else "",
+            *(f"{row[key]:.0e}" if key in row else "" for key in ("difference", "equivariance_error")),
         ]
         for name, row in {"ours": found, **found["peers"]}.items()
     ]
-    header = ["variant", "forward [s]", "step [s]", "peak [GB]", "forward/ours", "step/ours", "peak/ours", "differs by"]
+    header = ["variant", "forward [s]", "step [s]", "peak [GB]", "forward/ours", "step/ours", "peak/ours"]
+    header += ["differs by", "not equivariant by"]
     shown = ("hidden", "layers", "virtual_nodes", "threads", "engine", "device", "precision", "tile", "repeats")
     settings = ", ".join(f"{key}={found[key]}" for key in shown)
     table = Table(f"{found['nodes']:,} nodes, {found['edges']:,} edges, {settings}", header, rows)
@@ -260,6 +261,7 @@ def pipeline(
         "read_s": "  read from disk (checked), mean of a snapshot",
         "graph_s": "  its graph and fields",
         "tiles_s": "  its tiles",
+        "edges_s": "  its edges once more, from positions: what storing them saves",
     }
     rows = [[label, f"{found[key]:.3f}"] for key, label in labels.items()]
     table = Table(f"{nodes:,} nodes, processes: {parts}, mean of {repeats} steps", ["what", "seconds"], rows)

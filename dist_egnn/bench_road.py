@@ -191,7 +191,7 @@ def _road(group: comm.Comm, config: Config, repeats: int) -> dict[str, float]:
     found = {"fixed_s": (before + steps(fixed)) / 2, "fresh_s": fresh}
     chosen = engine.choose(config.model.engine)
     store = Store(config.data.path)
-    parts: dict[str, list[float]] = {"read_s": [], "graph_s": [], "tiles_s": []}
+    parts: dict[str, list[float]] = {"read_s": [], "graph_s": [], "tiles_s": [], "edges_s": []}
     for number in numbers[1 : repeats + 1]:
         times = [time.perf_counter()]
         store.source.part(store.snapshots.loc[number]["shard"], group.rank)
@@ -199,6 +199,8 @@ def _road(group: comm.Comm, config: Config, repeats: int) -> dict[str, float]:
         graph = store.read(number, group.rank)
         times.append(time.perf_counter())
         tiles.of(graph, chosen, config.model.tile)
+        times.append(time.perf_counter())
+        graphs.radius_edges(graph.ndata["x"].numpy(), store.inputs["radius"])  # what storing them saves
         times.append(time.perf_counter())
         for name, seconds in zip(parts, np.diff(times).tolist(), strict=True):
             parts[name].append(seconds)

@@ -164,8 +164,9 @@ def run(options: Options, peers: bool, say: Say = lambda line: None) -> dict[str
     """Time ours and, if asked, the peers; say(line) as each ends.
 
     Returns the options, ours' numbers (medians forward_s and step_s, every repetition in …_all_s, peak_gb, products done a
-    second gflops_forward, and what 64-wide products alone reach, machine_gflops…), and peers: name → the same, with …_ratio
-    to ours and ``difference``, the largest from our prediction in units of the farthest that ours moves a node.
+    second gflops_forward, what 64-wide products alone reach, machine_gflops…, and equivariance_error), and peers: name → the
+    same, with …_ratio to ours and ``difference``, the largest from our prediction. Both are in units of the farthest that the
+    model moves a node.
     """
     check(options, peers)
     from . import bench_data

@@ -95,6 +95,16 @@ def _step(model: torch.nn.Module, predict: Callable[[], torch.Tensor], target: t
     return step
 
 
+def _equivariance_error(model: torch.nn.Module, graph: DGLGraph) -> float:
+    """max |f(Qx) − Q f(x)| for a random orthogonal Q, in units of the farthest that the model moves a node."""
+    q = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    turned = graph.local_var()
+    for name in ("x", "v", "centroid"):
+        turned.ndata[name] = (graph.ndata[name].double() @ q.t()).to(graph.ndata[name])
+    x, there = model(graph)[0].double().cpu(), model(turned)[0].double().cpu()
+    return float((there - x @ q.t()).abs().max() / (x - graph.ndata["x"]).abs().max())
+
+
 def worker(folder: Path, wanted: dict[str, Options]) -> dict[str, dict[str, Any]]:
     """Time variants: training steps first, so that the peak is theirs, then forward passes alone.
 
@@ -102,18 +112,23 @@ def worker(folder: Path, wanted: dict[str, Options]) -> dict[str, dict[str, Any]
     """
     first = next(iter(wanted.values()))
     torch.set_num_threads(first.threads)
-    steps, predicts, tile = {}, {}, {}
+    steps, predicts = {}, {}
+    more: dict[str, dict[str, Any]] = {}
+    models_of: dict[str, tuple[torch.nn.Module, DGLGraph]] = {}
     for name, options in wanted.items():
         graph = _graph(folder)
         model, predicts[name] = _variant(name, options, graph)
         steps[name] = _step(model, predicts[name], graph.ndata["y"].to(options.device))
-        tile[name] = {} if name in PEERS else {"tile": model.tile}
+        if name not in PEERS:
+            more[name], models_of[name] = {"tile": model.tile}, (model, graph)
     step_s = _times(steps, first.repeats, first.device)
     peak = _peak_gb(first.device)
     with torch.no_grad():
         forward_s = _times(predicts, first.repeats, first.device)
         for name, predict in predicts.items():
             np.save(folder / f"{name}.npy", predict().cpu().numpy())
+        for name, (model, graph) in models_of.items():
+            more[name]["equivariance_error"] = _equivariance_error(model, graph)
     rates = machine_rates(first.device)
     return {
         name: {
@@ -122,7 +137,7 @@ def worker(folder: Path, wanted: dict[str, Options]) -> dict[str, dict[str, Any]
             "peak_gb": peak,
             "forward_all_s": forward_s[name],
             "step_all_s": step_s[name],
-            **tile[name],
+            **more.get(name, {}),
             **rates,
         }
         for name in wanted

@@ -67,7 +67,7 @@ class Model:
         "float32", "float32, or bf16-messages: products of messages in bfloat16, positions as they are"
     )
     engine: str = _key("auto", "dgl, torch or auto (torch, the faster): what runs the messages")
-    tile: int = _key(8192, "rows of a tile; smaller takes less memory")
+    tile: int = _key(8192, "edges of a block, rows of the largest arrays; smaller takes less memory")
 
 
 @dataclass

@@ -16,11 +16,15 @@ from torch import Tensor
 from .errors import Failure
 
 
-def radius_edges(x: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
+def radius_edges(x: np.ndarray, radius: float, box: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Every ordered pair j→i with ‖x_i − x_j‖ ≤ radius and i ≠ j; an infinite radius gives the complete graph.
 
     x: (N, 3). Squared distances are compared, in float64. Returns (source, destination), int64 (E,), sorted by
     destination, then source. Raises Failure for a radius that is not positive or positions that are not finite.
+
+    box: (2, 3) low and high corner of a periodic box: distances are then to the nearest image, and x may lie anywhere.
+    Raises Failure for a radius above half the shortest side, where a second image could be in reach. Layers subtract
+    positions as they are, so edges across the boundary must not reach a model yet.
     """
     if not radius > 0:
         raise Failure(f"radius={radius}: must be positive (inf for the complete graph)")
@@ -28,10 +32,20 @@ def radius_edges(x: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
     n = len(x)
     if not np.isfinite(x).all():
         raise Failure("positions are NaN or infinite: no radius graph can be built; mend the source data")
+    side = None
+    if box is not None:
+        low, high = np.asarray(box, dtype=np.float64)
+        side = high - low
+        if not 0 < 2 * radius <= side.min():
+            raise Failure(
+                f"radius={radius}: in a periodic box at most half its shortest side, {side.min() / 2:g}; lower the radius"
+            )
+        x = np.mod(x - low, side)
+        x = np.where(x < side, x, 0.0)  # the remainder of −1e−20 is rounded up to the side itself
     if math.isinf(radius):
         dst, src = np.divmod(np.arange(n * max(n - 1, 0)), max(n - 1, 1))
         return src + (src >= dst), dst
-    i, j = KDTree(x).query_pairs(radius, output_type="ndarray").astype(np.int64).T
+    i, j = KDTree(x, boxsize=side).query_pairs(radius, output_type="ndarray").astype(np.int64).T
     pairs = csr_array((np.ones(2 * len(i), np.int8), (np.r_[j, i], np.r_[i, j])), shape=(n, n))
     pairs.sort_indices()
     return pairs.indices.astype(np.int64), np.repeat(np.arange(n), np.diff(pairs.indptr))

@@ -96,3 +96,28 @@ def report(
     figure.savefig(fresh, dpi=110)
     plt.close(figure)
     fresh.replace(path)
+
+
+def sweep(path: Path, key: str, ticks: Sequence[str], curves: Mapping[str, Mapping[str, tuple[float, float]]]) -> None:
+    """Test errors over a config key, its values evenly spaced, with error bars over seeds.
+
+    curves: name → value of the key → (mean, standard deviation); the value "" does not depend on the key: a level line.
+    """
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
+    for n, (name, points) in enumerate(curves.items()):
+        aside = 0.2 * ((n + 0.5) / len(curves) - 0.5)  # side by side, so that all bars are seen
+        known = [(k + aside, *points[tick]) for k, tick in enumerate(ticks) if tick in points]
+        if known:
+            x, mean, spread = zip(*known, strict=True)
+            axes.errorbar(x, mean, spread, marker="o", ms=4, lw=1, capsize=3, color=f"C{n % 10}", label=name)
+        if "" in points:
+            axes.axhline(points[""][0], ls="--", lw=1, color=f"C{n % 10}", label=None if known else name)
+    axes.set_xticks(range(len(ticks)), ticks)
+    axes.set(xlabel=key, ylabel="test MSE of the best epoch", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    fresh = path.with_name(path.stem + ".partial.png")
+    figure.savefig(fresh, dpi=110)
+    plt.close(figure)
+    fresh.replace(path)

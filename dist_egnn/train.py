@@ -129,21 +129,23 @@ def train(comm: Comm, config: Config, resume: bool = False) -> dict[str, float]:
     row: dict[str, float] = {}
     with bar("training", config.train.epochs, shown=comm.rank == 0, done=first) as tick:
         for epoch in range(first, config.train.epochs):
+            if config.train.patience and waited >= config.train.patience:  # first: a resumed run may be at its end
+                break
+            started = time.perf_counter()
             row = _epoch(comm, config, model, optimizer, samples, epoch)
             scheduler.step()
             row["valid_mse"] = evaluate_split(model, samples, "valid", config, comm)
             row["peak_gb"] = comm.max(metrics.peak_memory_gb(device))
+            row["epoch_s"] = time.perf_counter() - started
             improved = row["valid_mse"] < best
             best, waited = (row["valid_mse"], 0) if improved else (best, waited + 1)
             if recorder:
                 state = _state(config, model, optimizer, scheduler, epoch, best, waited)
-                checkpoint.save(folder / "last.pt", state)
                 if improved:
                     checkpoint.save(folder / "best.pt", state)
                 recorder.add(epoch, row)
+                checkpoint.save(folder / "last.pt", state)  # last: of the epochs it counts, all else is on disk
             tick(f"train {row['train_mse']:.3e}  valid {row['valid_mse']:.3e}  {row['step_s']:.2f} s/step")
-            if config.train.patience and waited >= config.train.patience:
-                break
     if recorder:
         recorder.close()
     return {**row, "best_valid_mse": best}

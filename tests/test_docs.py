@@ -106,7 +106,8 @@ def wrong_commands(text: str) -> Iterator[str]:
             # `make PYTHON=… setup`
             yield from (f"make {w}: no such target" for w in rest if "=" not in w and w not in targets())
         elif program.startswith("python") and rest and rest[0].endswith(".py") and (ROOT / rest[0]).is_file():
-            known = (ROOT / rest[0]).read_text()
+            shared = (ROOT / "dist_egnn" / name for name in ("preparing.py", "road.py"))
+            known = "".join(file.read_text() for file in (ROOT / rest[0], *shared))
             options = [w.split("=")[0] for w in rest[1:] if w.startswith("--")]
             yield from (f"{rest[0]} {o}: no such option" for o in options if f'"{o}"' not in known)
         elif program == "pytest":

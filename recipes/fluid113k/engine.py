@@ -91,6 +91,7 @@ class Recorder:
 
     def __init__(self, fluid: Any, clock: Any, dt: float, frames: int) -> None:
         self.fluid, self.clock, self.dt = fluid, clock, dt
+        self.parent = os.getppid()
         self.nodes = fluid.numActiveParticles()
         self.frames = np.empty((2, frames, self.nodes, 3), np.float32)
         self.time, self.state = 0.0, self.read()
@@ -109,6 +110,8 @@ class Recorder:
         return state
 
     def __call__(self) -> None:
+        if os.getppid() != self.parent:  # prepare.py was killed
+            os._exit(1)
         time, state = self.clock.getTime(), self.read()
         while self.done < self.frames.shape[1] and self.done * self.dt <= time:
             part = (self.done * self.dt - self.time) / (time - self.time)

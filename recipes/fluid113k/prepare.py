@@ -1,4 +1,4 @@
-"""Simulate the scene of Fluid113K with SPlisHSPlasH, at any size, into a trajectories.h5.
+"""Fluid113K: simulate its scene with SPlisHSPlasH, at any size, or read the published records, into a trajectories.h5.
 
 At full size: a closed box of 5 x 10 x 5 m and in it one rotated block of about 113,140 particles of radius
 0.025 m, let go at a random place up to 2 m above the floor with a random velocity; 200 frames at 50 per second.
@@ -12,28 +12,27 @@ time from frame to frame is √s / 50 seconds.
 from __future__ import annotations
 
 import argparse
-import datetime
+import functools
 import importlib.metadata
 import importlib.util
 import os
-import platform
-import shlex
 import shutil
+import signal
 import subprocess
 import sys
-import tempfile
 import threading
-import time
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 import numpy as np
+import physics
+import records
 
+from dist_egnn import preparing
 from dist_egnn.errors import Failure
-from dist_egnn.trajectories import SPLITS, Writer
+from dist_egnn.trajectories import SPLITS
 
 RADIUS, REFERENCE, FPS = 0.025, 113_140, 50
 BOX = np.array([5.0, 10.0, 5.0])
@@ -41,16 +40,18 @@ DROP = 2.0  # the block's lowest point starts at most this far above its lowest 
 SPEED = np.array([4.0, 1.0, 4.0])
 GAP = 4 * RADIUS  # free space between the block and the walls at the start
 FILL = 0.8586  # mean volume of a unit cube scaled by U(0.9, 1), half the time by axis, half the time as a whole
-INSTALL = "pip install -e '.[fluid]' (on Debian also: apt-get install libgl1 libglu1-mesa libopengl0)"
-
-EPILOG = """\
-example, the sample of the repository (a minute, 5 MB):
-  python recipes/fluid113k/prepare.py --out recipes/fluid113k/sample.h5 --particles 3200 --trajectories 4 1 1 \\
+INSTALL = ".venv/bin/pip install -e '.[fluid]' (on Debian also: apt-get install libgl1 libglu1-mesa libopengl0)"
+# particles, trajectories, frames
+SIZES = {"tiny": (1_500, (1, 1, 1), 40), "small": (20_000, (8, 2, 2), 80), "full": (REFERENCE, (100, 20, 20), 200)}
+SCALES = {
+    "tiny": "1,500 particles, 1/1/1 trajectories of 40 frames: 10 s of a core, 3 MB",
+    "small": "20,000 particles, 8/2/2 trajectories of 80 frames: 40 to 70 minutes of a core, 0.35 GB (extrapolated)",
+    "full": "113,140 particles, 100/20/20 trajectories of 200 frames: 140 to 280 hours of a core, 60 GB (extrapolated)",
+}
+EXAMPLE = """\
+python recipes/fluid113k/prepare.py --out recipes/fluid113k/sample.h5 --particles 3200 --trajectories 4 1 1 \\
       --frames 60 --seed 3 --quantum 0.00048828125 --no-velocity --workers 2
-
-A trajectory of 20,000 particles and 200 frames takes 6 minutes of a core and 73 MB; one of 113,140 takes 1 to 2 hours of
-a core, 0.5 GB of memory and 0.4 GB in the file. All 140: 140 to 280 hours of a core, 60 GB.
-"""
+  (what the repository's sample holds: a minute, 5 MB)"""
 
 
 @dataclass(frozen=True)
@@ -85,166 +86,193 @@ def draw(seed: int, index: int, particles: int) -> Scene:
         high[1] = min(high[1], low[1] + DROP * scale)
         if (low <= high).all():
             velocity = rng.uniform(-SPEED, SPEED) * np.sqrt(scale)
-            return Scene(block + rng.uniform(low, high), velocity, np.stack(box), np.sqrt(scale) / FPS)
+            return Scene(block + rng.uniform(low, high), velocity, np.stack(box), float(np.sqrt(scale) / FPS))
     raise Failure(f"--particles {particles}: the block does not fit into so small a box; take 1000 or more")
 
 
-class Simulations:
-    """Engine processes, ``workers`` at a time; none outlives the ``with`` block."""
+class Engines:
+    """Engine processes, one a thread. The first failure, or Ctrl-C, ends them all; each ends if prepare.py is killed."""
 
-    def __init__(self, root: Path, options: argparse.Namespace) -> None:
-        self.root, self.options = root, options
-        self.pool = ThreadPoolExecutor(options.workers)
+    def __init__(self) -> None:
         self.running: set[subprocess.Popen[str]] = set()
-        self.lock, self.closed = threading.Lock(), False
-        threads = max(1, len(os.sched_getaffinity(0)) // options.workers)
-        # idle OpenMP threads that spin slow down everything else on the machine
-        self.env = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", **os.environ}
+        self.lock, self.reason = threading.Lock(), ""
+        # one thread: a splash is chaotic, and the engine's sums depend on the number of threads
+        self.env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
-    def __enter__(self) -> Simulations:
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def stop(self, reason: str) -> None:
         with self.lock:
-            self.closed = True
+            self.reason = self.reason or reason
             for process in self.running:
                 process.kill()
-        self.pool.shutdown(cancel_futures=True)
 
-    def _simulate(self, index: int) -> tuple[Scene, Path]:
-        scene = draw(self.options.seed, index, self.options.particles)
-        directory = self.root / str(index)
-        directory.mkdir()
-        np.savez(directory / "job.npz", **vars(scene), radius=RADIUS, frames=self.options.frames)
+    def interrupted(self, *_: object) -> None:
+        """For SIGINT that reaches this process alone; that of a terminal reaches the engines too."""
+        self.stop("interrupted")
+        raise KeyboardInterrupt
+
+    def run(self, directory: Path, name: str) -> None:
+        """Run engine.py on the folder; Failure with the first reason for which any engine ended early."""
         command = [sys.executable, str(Path(__file__).with_name("engine.py")), str(directory)]
         with self.lock:
-            if self.closed:
-                raise Failure(f"trajectory {index}: not started")
+            if self.reason:
+                raise Failure(self.reason)
             process = subprocess.Popen(command, env=self.env, stderr=subprocess.PIPE, text=True)
             self.running.add(process)
-        message = process.communicate()[1].strip()
+        lines = process.communicate()[1].strip().splitlines()
         with self.lock:
             self.running.discard(process)
         if process.returncode:
-            reason = (
-                message.splitlines()[-1] if message else f"the engine ended with code {process.returncode}; memory?"
-            )
-            raise Failure(f"trajectory {index}: {reason}")
-        return scene, directory
-
-    def results(self, count: int) -> Iterator[tuple[Scene, Path]]:
-        """The scenes 0…count−1 and the folders with their frames, in this order."""
-        futures = [self.pool.submit(self._simulate, index) for index in range(count)]
-        while futures:
-            yield futures.pop(0).result()
+            self.stop(f"{name}: {lines[-1] if lines else f'the engine ended with code {process.returncode}; memory?'}")
+            raise Failure(self.reason)
 
 
-def add(out: Writer, split: str, scene: Scene, directory: Path, options: argparse.Namespace) -> int:
-    """Check a simulated trajectory, round it, append it to the file; its number of particles."""
-    names = ("position", "velocity", "mass", "viscosity")
-    position, velocity, mass, viscosity = (np.load(directory / f"{name}.npy") for name in names)
-    outside = ((position < scene.box[0]) | (position > scene.box[1])).any(2)
-    if outside.any():
-        frame, node = np.argwhere(outside)[0]
-        raise Failure(
-            f"trajectory {directory.name}: particle {node} is outside the box at frame {frame}; take another --seed"
-        )
-    for field in (position, velocity) if options.quantum else ():
-        np.multiply(np.rint(field / options.quantum), options.quantum, out=field)
-    out.add(
-        position,
-        split=split,
-        dt=scene.dt,
-        source=f"SPlisHSPlasH {importlib.metadata.version('pysplishsplash')}",
-        velocity=None if options.no_velocity else velocity,
-        attributes={"viscosity": viscosity, "mass": mass},
-        box=scene.box,
-    )
-    return len(mass)
+def simulate(options: argparse.Namespace, engines: Engines, k: int) -> Iterator[dict[str, Any]]:
+    """Trajectory k, simulated, as the one piece of its number."""
+    name = f"trajectory {k}"
+    directory = options.out.with_name(options.out.name + ".parts") / f"{k:06d}.engine"
+    shutil.rmtree(directory, ignore_errors=True)  # of a run that was killed
+    directory.mkdir()
+    scene = draw(options.seed, k, options.particles)
+    np.savez(directory / "job.npz", **asdict(scene), radius=RADIUS, frames=options.frames)
+    engines.run(directory, name)
+    fields = {key: np.load(directory / f"{key}.npy") for key in ("position", "velocity", "mass", "viscosity")}
+    shutil.rmtree(directory)
+    record = records.Record(**fields, box=scene.box, dt=scene.dt)
+    if outside := physics.first_outside(record.position, record.box):
+        engines.stop(f"{name}: particle {outside[1]} is outside the box at frame {outside[0]}; take another --seed")
+        raise Failure(engines.reason)
+    record = check_and_round(record, name, options.quantum)
+    if options.records:
+        records.write(options.records, k + 1, record, RADIUS)
+    yield as_piece(record, k, options, f"SPlisHSPlasH {importlib.metadata.version('pysplishsplash')}")
+
+
+def reread(options: argparse.Namespace, numbers: Sequence[int], k: int) -> Iterator[dict[str, Any]]:
+    """Trajectory k, read from the records, as the one piece of its number."""
+    record = records.read(options.from_records, numbers[k], options.frames)
+    name = f"sim_{numbers[k]:04d}"
+    if outside := physics.first_outside(record.position, record.box):
+        print(f"warning: {name}: particle {outside[1]} is outside the box at frame {outside[0]}", file=sys.stderr)
+    yield as_piece(check_and_round(record, name, options.quantum), k, options, f"records {name}")
+
+
+def check_and_round(record: records.Record, name: str, quantum: float) -> records.Record:
+    """The trajectory with positions and velocities rounded, after a warning for each thing that is doubtful in it."""
+    for complaint in physics.complaints(record.position, record.velocity, record.mass, record.box, RADIUS):
+        print(f"warning: {name}: {complaint}", file=sys.stderr)
+    if not quantum:
+        return record
+    position, velocity = (np.rint(field / quantum) * quantum for field in (record.position, record.velocity))
+    return replace(record, position=position, velocity=velocity)
+
+
+def as_piece(record: records.Record, k: int, options: argparse.Namespace, source: str) -> dict[str, Any]:
+    """Arguments of ``Writer.add``."""
+    return {
+        "position": record.position,
+        "velocity": None if options.no_velocity else record.velocity,
+        "attributes": {"viscosity": record.viscosity, "mass": record.mass},
+        "box": record.box,
+        "dt": record.dt,
+        "split": options.splits[k],
+        "source": source,
+    }
+
+
+def shares(count: int) -> tuple[int, int, int]:
+    """How many of ``count`` trajectories train, validate and test: as 100, 20 and 20 of 140, at least one each from 3 on."""
+    valid, test = (max(1, round(count / 7)) if count > least else 0 for least in (1, 2))
+    return count - valid - test, valid, test
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Simulate every trajectory and write the file."""
-    splits = [split for split, count in zip(SPLITS, options.trajectories, strict=True) for _ in range(count)]
-    meta = {
+    """Write the file, and the records if they are wanted."""
+    settings = {"trajectories": options.trajectories, "frames": options.frames, "quantum": options.quantum}
+    settings["velocity_unit"] = "forward difference: m per frame" if options.no_velocity else "m/s"
+    write = functools.partial(preparing.write, options.out, workers=options.workers, threads=True, unit="trajectory")
+    if options.from_records:
+        numbers = options.numbers[: len(options.splits)]
+        settings |= {
+            "description": "Fluid113K: read from records",
+            "numbers": numbers,
+            "folder": str(options.from_records.resolve()),
+            "versions": preparing.versions("numpy", "msgpack", "msgpack-numpy", "zstandard"),
+        }
+        write(functools.partial(reread, options, numbers), len(numbers), settings=settings)
+        return
+    if importlib.util.find_spec("pysplishsplash") is None:
+        raise Failure(f"SPlisHSPlasH is not installed; {INSTALL}")
+    settings |= {
         "description": f"Fluid113K scene at {options.particles} particles: a block of fluid dropped into a box",
-        "command": shlex.join(["python", *sys.argv]),
         "seed": options.seed,
         "particles": options.particles,
-        "quantum": options.quantum,
-        "velocity_unit": "forward difference: m per frame" if options.no_velocity else "m/s",
-        "versions": {name: importlib.metadata.version(name) for name in ("pysplishsplash", "numpy")}
-        | {"python": platform.python_version()},
+        "records": bool(options.records),
+        "versions": preparing.versions("pysplishsplash", "numpy"),
     }
-    start = time.monotonic()
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    # beside the output: at full size a trajectory is half a gigabyte before it is compressed
-    with (
-        tempfile.TemporaryDirectory(prefix=f"{options.out.name}.", dir=options.out.parent) as root,
-        Writer(options.out, meta) as out,
-        Simulations(Path(root), options) as simulations,
-    ):
-        for done, (scene, directory) in enumerate(simulations.results(len(splits)), 1):
-            nodes = add(out, splits[done - 1], scene, directory, options)
-            shutil.rmtree(directory)
-            spent = time.monotonic() - start
-            left = datetime.timedelta(seconds=round(spent / done * (len(splits) - done)))
-            name = f"trajectory {done} of {len(splits)} ({splits[done - 1]})"
-            print(f"{name}: {nodes} particles, {spent:.0f} s spent, about {left} left", flush=True)
-    print(f"{options.out}: {len(splits)} trajectories, {options.out.stat().st_size / 1e6:.1f} MB")
+    engines = Engines()
+    before = signal.signal(signal.SIGINT, engines.interrupted)
+    try:
+        write(functools.partial(simulate, options, engines), len(options.splits), settings=settings)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    for k in range(len(options.splits)) if options.records else ():
+        for path in records.paths(options.records, k + 1):
+            if not path.exists():
+                raise Failure(f"{path}: missing; an interrupted run wrote it to another folder: move it here")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, like every other error."""
-        raise Failure(f"{message}; see --help")
-
-
-def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line; raises Failure for a value that cannot be."""
-    parser = Parser(
-        description="Simulate the scene of Fluid113K with SPlisHSPlasH, at any size, into a trajectories file.",
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, with what --scale stands for; Failure for a value that cannot be."""
+    parser = preparing.parser(
+        "Simulate the scene of Fluid113K with SPlisHSPlasH, at any size, or read its published records.",
+        SCALES,
+        EXAMPLE,
     )
+    parser.set_defaults(scale=None)  # to see whether it was given
     option = parser.add_argument
-    option("--out", type=Path, required=True, help="the file to write")
-    option("--particles", type=int, default=REFERENCE, help=f"mean particles of a trajectory (default {REFERENCE})")
+    option("--particles", type=int, help="mean particles of a trajectory, in place of the scale's")
     option(
         "--trajectories",
         type=int,
         nargs=3,
-        default=(100, 20, 20),
         metavar=("TRAIN", "VALID", "TEST"),
-        help="how many (default 100 20 20)",
+        help="how many, in place of the scale's; of records: the first so many (default all, in shares of 100:20:20)",
     )
-    option("--frames", type=int, default=200, help="frames of a trajectory (default 200: 4 s at full size)")
-    option("--seed", type=int, default=0, help="decides the scenes, together with --particles (default 0)")
-    option("--workers", type=int, default=1, help="simulations at a time; they share the CPU cores (default 1)")
+    option("--frames", type=int, help="frames of a trajectory, in place of the scale's; of records: the first so many")
     option("--quantum", type=float, default=0.0, help="round m and m/s to multiples of this; a power of two packs best")
     option("--no-velocity", action="store_true", help="leave velocities out: readers take forward differences")
-    options = parser.parse_args(arguments)
-    for name, low in (("particles", 1), ("frames", 2), ("workers", 1), ("seed", 0), ("quantum", 0)):
-        if getattr(options, name) < low:
-            raise Failure(f"--{name} {getattr(options, name)}: must be at least {low}")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--records", type=Path, metavar="DIR", help="also write the published files sim_*.msgpack.zst")
+    which.add_argument("--from-records", type=Path, metavar="DIR", help="read such files instead of simulating")
+    options = preparing.parse(parser, arguments)
+    for name, low in (("particles", 1), ("frames", 2), ("quantum", 0)):
+        if (value := getattr(options, name)) is not None and value < low:
+            raise Failure(f"--{name} {value}: must be at least {low}")
+    if options.from_records:
+        for name in ("scale", "particles"):
+            if getattr(options, name) is not None:
+                raise Failure(f"--{name} means a simulation, --from-records reads one; leave out one of the two")
+        options.numbers = records.numbers(options.from_records)
+        options.trajectories = options.trajectories or shares(len(options.numbers))
+        if sum(options.trajectories) > (found := len(options.numbers)):
+            raise Failure(f"--trajectories: {sum(options.trajectories)} wanted, {options.from_records} has {found}")
+    else:
+        for name, value in zip(("particles", "trajectories", "frames"), SIZES[options.scale or "small"], strict=True):
+            if getattr(options, name) is None:
+                setattr(options, name, value)
     if min(options.trajectories) < 0 or not sum(options.trajectories):
         raise Failure("--trajectories: three counts, not all of them 0")
+    if options.records and options.frames < records.FILES:
+        raise Failure(
+            f"--frames {options.frames}: --records spreads them over {records.FILES} files; take {records.FILES} or more"
+        )
+    options.splits = [split for split, count in zip(SPLITS, options.trajectories, strict=True) for _ in range(count)]
     return options
 
 
-def main() -> int:
-    try:
-        options = parse()
-        if importlib.util.find_spec("pysplishsplash") is None:
-            raise Failure(f"SPlisHSPlasH is not installed; {INSTALL}")
-        prepare(options)
-    except (Failure, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+def run(arguments: Sequence[str] | None) -> None:
+    prepare(parse(arguments))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(preparing.main(run))

@@ -1,0 +1,153 @@
+"""What the commands of `distegnn` do to stores and runs, with what they print; for the command line, recipes and sweeps."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from .errors import Failure
+
+
+def print_table(title: str, header: list[str], rows: list[list[Any]]) -> None:
+    """A table that reads well on a terminal and in a pipe."""
+    cells = [header, *[[str(c) for c in row] for row in rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    if title:
+        print(title)
+    for k, row in enumerate(cells):
+        print(
+            "  "
+            + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        )
+        if k == 0:
+            print("  " + "  ".join("-" * w for w in widths))
+
+
+def make_store(file: Any, out: Path, inputs: Any) -> None:
+    """Write a store with a progress display and say what it holds."""
+    from .partition import build
+    from .progress import bar
+    from .store import Store
+
+    started = time.perf_counter()
+    with bar("partitioning", len(build.listing(file, inputs))) as tick:
+        fresh = build.write(file, out, inputs, lambda done, _all: tick(to=done))
+    store = Store(out)
+    if not fresh:
+        print(f"{out}: complete already, nothing to do")
+    found = store.summary()
+    print_table(
+        f"{out}: {len(store.snapshots)} snapshots in {store.parts} parts, {time.perf_counter() - started:.1f} s",
+        ["method", "edges cut", "largest/mean", "halo/nodes"],
+        [[store.inputs["method"], f"{found['edge_cut']:.1%}", f"{found['balance']:.3f}", f"{found['halo']:.1%}"]],
+    )
+
+
+def run_partition(config: Any, out: Path) -> None:
+    """Write the store of a config's trajectories file, or go on with it, and set data.path to it."""
+    from .partition import build
+    from .trajectories import Trajectories
+
+    file = Trajectories(config.data.path)
+    inputs = build.inputs_of(
+        file,
+        parts=config.partition.parts,
+        method=config.partition.method,
+        method_seed=config.partition.seed,
+        settings=config.data,
+        shard_nodes=build.SHARD_NODES,
+    )
+    make_store(file, out, inputs)
+    config.data.path = str(out.absolute())
+
+
+def run_verification(path: Path, config: Any, snapshot: int | None = None) -> None:
+    """Check a store and, with a config, its model's exactness over partitions; prints what was found."""
+    from .partition.verify import verify as check
+    from .progress import bar
+    from .store import Store
+
+    store = Store(path)
+    if snapshot is None:
+        snapshot = len(store.snapshots) // 2  # the first may be more symmetric than most: a weaker test
+    if not 0 <= snapshot < len(store.snapshots):
+        raise Failure(f"--snapshot {snapshot}: {path} has snapshots 0 to {len(store.snapshots) - 1}")
+    with bar("verifying", len(store.snapshots)) as tick:
+        counted = check(store, lambda done, _all: tick(to=done))
+    print(f"{path}: whole: " + ", ".join(f"{n:,} {what}" for what, n in counted.items()))
+    if config is None:
+        return
+    from . import exactness
+
+    with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
+        found = exactness.compare(config, store, snapshot, Path(folder))
+    gradients = {k: v for k, v in found.items() if k.startswith("gradient")}
+    worst = max(gradients, key=lambda k: gradients[k])
+    rows = [[k, f"{v:.1e}"] for k, v in found.items() if k not in gradients]
+    print_table(
+        f"{store.parts} processes against one on the same cut graph, float64, snapshot {snapshot}",
+        ["compared", "largest relative error"],
+        [*rows, [f"{len(gradients)} gradients, worst {worst.removeprefix('gradient ')}", f"{gradients[worst]:.1e}"]],
+    )
+    # not `max(…) > …`: what is NaN is wrong too
+    wrong = [k for k, v in found.items() if not v <= exactness.TOLERANCE]
+    if wrong:
+        raise Failure(
+            f"{path}: {wrong[0]} differs by {found[wrong[0]]:.1e}, more than "
+            f"{exactness.TOLERANCE:.0e}: P processes do not compute what one does; please report this"
+        )
+
+
+def run_training(config: Any, resume: bool = False) -> dict[str, float]:
+    """Partition if need be, train on as many processes as there are parts, and say where the results are."""
+    from . import local, models, samples
+    from . import train as training
+
+    models.named(config.model.name)
+    training.device_of(config)
+    folder = Path(config.run.dir)
+    if config.data.path:
+        config.data.path = str(Path(config.data.path).absolute())  # the run is evaluated from anywhere
+    if (folder / "config.yaml").exists() and not resume:
+        raise Failure(f"{folder}: holds a run already; choose another run.dir, or --resume it")
+    parts = samples.parts(config)
+    if parts > 1 and not samples.is_store(config.data.path):
+        run_partition(config, folder / "store")
+    last = local.run(training.train, parts, config, resume, timeout_s=config.train.timeout_s)[0]
+    on = "1 process" if parts == 1 else f"{parts} processes"
+    print(f"{folder}: best validation MSE {last['best_valid_mse']:.4e}, {last.get('step_s', 0):.3f} s a step on {on}")
+    return last
+
+
+def run_evaluation(run: Path, split: str = "test") -> dict[str, float]:
+    """Errors of a run's best checkpoint by name, on as many processes as it was trained on; also in evaluate.csv."""
+    import pandas as pd
+
+    from . import config as configs
+    from . import local, samples
+    from . import train as training
+    from .trajectories import SPLITS
+
+    if split not in SPLITS:
+        raise Failure(f"--split {split}: use one of {', '.join(SPLITS)}")
+    if not (run / "config.yaml").is_file():
+        raise Failure(f"{run}: not a run (no config.yaml); `distegnn train` makes one")
+    config = configs.load(run / "config.yaml")
+    config.run.dir = str(run)
+    try:
+        training.device_of(config)
+    except Failure as failure:  # nothing on this command line sets it: the run's file does
+        raise Failure(f"{run / 'config.yaml'}: {failure}") from failure
+    parts = samples.parts(config)
+    found = local.run(training.evaluate, parts, config, run / "best.pt", split, timeout_s=config.train.timeout_s)[0]
+    table, path = (
+        pd.DataFrame([{"split": split, "prediction": k, "mse": v} for k, v in found.items()]),
+        run / "evaluate.csv",
+    )
+    if path.is_file():
+        before = pd.read_csv(path)
+        table = pd.concat([before[before["split"] != split], table])
+    table.to_csv(path, index=False)
+    return found

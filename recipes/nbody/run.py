@@ -1,0 +1,16 @@
+"""N-body in one command: data, partition, training, evaluation and a table; --help says how."""
+
+import functools
+import sys
+from pathlib import Path
+
+from dist_egnn import preparing, road
+
+SCALES = {  # config keys beside config.yaml
+    "tiny": ["train.epochs=20", "train.batch_size=5"],
+    "small": ["train.epochs=20", "train.batch_size=20"],
+    "full": [],
+}
+
+if __name__ == "__main__":
+    sys.exit(preparing.main(functools.partial(road.run, Path(__file__).parent, SCALES)))

@@ -1,0 +1,312 @@
+"""Molecular dynamics that MDAnalysis reads, cut by frame into a training, a validation and a test trajectory.
+
+Three sources: the AdK trajectory of the package MDAnalysisTests (98 frames, needs no network), the AdK equilibrium
+trajectory of the benchmark (4,187 frames, 161 MB fetched by MDAnalysisData), and files of your own.
+
+A split is a range of *input* frames [lo, hi). Its trajectory also holds the ``--horizon`` frames after them, since the
+targets lie there; so with data.horizon equal to it, a split has exactly hi − lo samples, as in the benchmark, and the targets
+of its last inputs are the next split's first frames.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import importlib.util
+import itertools
+import os
+import shutil
+import socket
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from http.client import HTTPException
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from dist_egnn import graphs, preparing
+from dist_egnn.errors import Failure
+from dist_egnn.trajectories import SPLITS
+
+if TYPE_CHECKING:
+    from MDAnalysis import AtomGroup
+    from MDAnalysis.coordinates.timestep import Timestep
+
+Spans = tuple[tuple[int, int], ...]  # input frames [lo, hi) of each split
+PUBLISHED: Spans = ((0, 2481), (2481, 3308), (3308, 4171))
+TINY = 40  # frames
+RADIUS = 10.0  # Å, of config.yaml
+BOX_CHANGE = 1e-3
+SCALES = {
+    "tiny": "AdK dims, first 40 frames: 25 samples, 3 s, 0.6 MB",
+    "small": "AdK dims, all 98 frames: 83 samples, 3 s, 1.1 MB",
+    "full": "AdK equilibrium: 4,171 samples; 161 MB to fetch once, then 6 s, 35 MB (measured on a stand-in of its size)",
+}
+EXAMPLE = "python recipes/protein/prepare.py --out data/adk.h5"
+
+
+class Source(NamedTuple):
+    """Where frames come from. boxed: whether the trajectory's box means anything (not after superposition)."""
+
+    topology: Path
+    trajectory: tuple[Path, ...]
+    boxed: bool
+
+    def __str__(self) -> str:
+        return ", ".join(str(path) for path in (self.topology, *self.trajectory))
+
+
+def reason(error: Exception) -> str:
+    """The first line of what a library says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def adk_dims() -> Source:
+    """The trajectory of MDAnalysisTests: the dims transition of AdK, implicit solvent, no box."""
+    from MDAnalysisTests.datafiles import DCD, PSF
+
+    return Source(Path(PSF), (Path(DCD),), False)
+
+
+def adk_equilibrium() -> Source:
+    """The benchmark's trajectory, fetched if need be. It is superimposed frame by frame, so its box means nothing."""
+    from MDAnalysisData import adk_equilibrium as adk
+    from MDAnalysisData.base import get_data_home
+
+    folder = Path(get_data_home()) / adk.NAME
+    for remote in adk.ARCHIVE.values():  # the library takes whatever stands there, a download cut short too
+        file = folder / remote.filename
+        if file.exists() and preparing.sha256(file) != remote.checksum:
+            print(f"{file}: not whole; fetching it again", file=sys.stderr)
+            file.unlink()
+    socket.setdefaulttimeout(60)
+    try:
+        files = adk.fetch_adk_equilibrium()
+    except (OSError, HTTPException) as error:
+        names = " and ".join(remote.filename for remote in adk.ARCHIVE.values())
+        raise Failure(
+            f"AdK equilibrium cannot be fetched into {folder} ({reason(error)}); with a network the same command goes on, "
+            f"or put {names} there; --source adk-dims needs neither"
+        ) from error
+    return Source(Path(files.topology), (Path(files.trajectory),), False)
+
+
+SOURCES = {"adk-dims": adk_dims, "adk-equilibrium": adk_equilibrium}
+
+
+def select(source: Source, selection: str) -> AtomGroup:
+    """The atoms that become nodes, of a freshly opened trajectory."""
+    from MDAnalysis import Universe
+
+    # on what a topology lacks and nobody asks for; after the import, which sets filters of its own
+    warnings.filterwarnings("ignore", module="MDAnalysis")
+    try:
+        universe = Universe(*(str(path) for path in (source.topology, *source.trajectory)))
+        frames = universe.trajectory.n_frames
+    except Exception as error:  # whatever MDAnalysis's many readers raise
+        raise Failure(f"{source}: MDAnalysis cannot read this as one system: {reason(error)}") from error
+    if not frames:
+        raise Failure(f"{source}: holds no frame")
+    try:
+        atoms = universe.select_atoms(selection)
+    except Exception as error:  # likewise: of the grammar, and of what a topology lacks
+        raise Failure(f"--select {selection!r}: {source.topology} cannot answer it: {reason(error)}") from error
+    if not len(atoms):
+        raise Failure(f"--select {selection!r}: no atom of {source.topology}; --select all takes every atom")
+    return atoms
+
+
+def charges(atoms: AtomGroup, topology: Path) -> np.ndarray:
+    """The charge of each atom (N,) in elementary charges; zero, and a line about it, where the topology has none."""
+    if hasattr(atoms, "charges"):
+        return atoms.charges
+    print(f"{topology}: no charges in this topology; the attribute 'charge' is 0 for every atom")
+    return np.zeros(len(atoms))
+
+
+def sides(frame: Timestep, where: str) -> np.ndarray | None:
+    """The sides (3,) of a frame's box, None without one. Raises Failure for one that is not orthorhombic."""
+    box = frame.dimensions
+    if box is None:
+        return None
+    if np.abs(box[3:] - 90).max() > 1e-3:
+        angles = ", ".join(f"{angle:g}" for angle in box[3:])
+        raise Failure(
+            f"{where}: its box has angles {angles}, and only orthorhombic boxes can be kept; --no-box leaves it out"
+        )
+    return box[:3].astype(np.float64)
+
+
+def positions(atoms: AtomGroup, source: Source, lo: int, hi: int, side: np.ndarray | None) -> np.ndarray:
+    """Frames lo … hi − 1 as (hi − lo, N, 3) float32 in Å; in a box, atoms go on where they left it instead of jumping back.
+
+    Raises Failure for a frame that cannot be read, and for a box that is not ``side`` (3,) throughout.
+    """
+    result = np.empty((hi - lo, len(atoms), 3), np.float32)
+    frames = atoms.universe.trajectory
+    for k in range(hi - lo):
+        where = f"{source}: frame {lo + k}"
+        try:
+            frame = frames[lo + k]
+            result[k] = atoms.positions
+        except Exception as error:  # whatever MDAnalysis's many readers raise
+            raise Failure(
+                f"{where} cannot be read ({reason(error)}); every frame needs the {len(atoms.universe.atoms)} atoms of the first"
+            ) from error
+        if not np.isfinite(result[k]).all():
+            raise Failure(f"{where}: a position is NaN or infinite; mend the trajectory")
+        now = sides(frame, where) if source.boxed else None
+        if side is not None and (now is None or (np.abs(now - side) > BOX_CHANGE * side).any()):
+            sizes = [" x ".join(f"{s:g}" for s in box) if box is not None else "none" for box in (side, now)]
+            raise Failure(
+                f"{where}: its box is {sizes[1]}, that of frame 0 is {sizes[0]}, and the format holds one box that "
+                "does not change (by more than 0.1%); --no-box leaves it out"
+            )
+    if side is not None:
+        turns = np.rint(np.diff(result, axis=0, prepend=result[:1]) / side)
+        result -= (np.cumsum(turns, axis=0) * side).astype(np.float32)
+    return result
+
+
+def ranges(frames: int, horizon: int, weights: Sequence[float], where: str) -> Spans:
+    """The input frames [lo, hi) of each split: consecutive, in proportion to ``weights``."""
+    ends = np.rint(np.cumsum([0.0, *weights]) / sum(weights) * max(frames - horizon, 0)).astype(int).tolist()
+    found = tuple(itertools.pairwise(ends))
+    if any(lo == hi for lo, hi in found):
+        raise Failure(
+            f"{where}: {frames} frames leave no input for some split when targets are {horizon} frames ahead; "
+            "lower --horizon or change --splits"
+        )
+    return found
+
+
+def piece(
+    options: argparse.Namespace, source: Source, spans: Spans, side: np.ndarray | None, charge: np.ndarray, k: int
+) -> Iterator[dict[str, Any]]:
+    """The trajectory of split k, as arguments of ``Writer.add``."""
+    atoms = select(source, options.select)
+    lo, hi = spans[k]
+    files = ", ".join(path.name for path in source.trajectory or (source.topology,))
+    yield {
+        "position": positions(atoms, source, lo, hi + options.horizon, side),
+        "split": SPLITS[k],
+        "dt": atoms.universe.trajectory.dt,
+        "source": f"{files}, frames {lo}…{hi + options.horizon - 1}",
+        "attributes": {"charge": charge},
+        "box": None if side is None else np.stack([np.zeros(3), side]),
+        "periodic": side is not None,
+    }
+
+
+def tell_crossing(x: np.ndarray, side: np.ndarray) -> None:
+    """Say what radius graphs, which know no boundary, leave out in the first frame."""
+    radius = min(RADIUS, side.min() / 2)
+    every = len(graphs.radius_edges(x, radius, np.stack([np.zeros(3), side]))[0])
+    across = every - len(graphs.radius_edges(x, radius)[0])
+    print(
+        f"periodic box of {' x '.join(f'{s:g}' for s in side)} Å: {across:,} of {every:,} pairs within {radius:g} Å in frame 0 "
+        "are neighbours across it; radius graphs leave these out"
+    )
+
+
+def check_room(out: Path, atoms: int, frames: int) -> None:
+    """Raise Failure where the splits and the file joined from them may not fit: HDF5 can crash on a full disk."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    need, free = 2 * 12 * atoms * frames, shutil.disk_usage(out.parent).free
+    if free < need:
+        raise Failure(
+            f"{out}: may take {need / 1e6:,.1f} MB while it is made, and its disk has {free / 1e6:,.1f} MB left; "
+            "free some space, or choose another --out"
+        )
+
+
+def parser() -> preparing.Parser:
+    found = preparing.parser((__doc__ or "").splitlines()[0], SCALES, EXAMPLE)
+    option = found.add_argument
+    option("--source", choices=SOURCES, help="default: adk-dims, at full scale adk-equilibrium")
+    option("--topology", type=Path, help="instead of --source: your own PSF, PDB, GRO, …")
+    option(
+        "--trajectory", type=Path, nargs="+", default=[], help="its DCD, XTC, TRR, …; default: the topology's frames"
+    )
+    option("--select", default="backbone", help="the atoms to take, in MDAnalysis's language (default backbone)")
+    option("--splits", type=float, nargs=3, metavar=("TRAIN", "VALID", "TEST"), help="shares (default: as published)")
+    option("--horizon", type=int, default=15, help="data.horizon that the splits are made for (default 15)")
+    option("--no-box", action="store_true", help="leave the box out; your molecules must then be whole")
+    found.epilog = (found.epilog or "").replace(
+        "\n\nexample",
+        "\nWith --topology: tiny takes the first 40 frames, small and full take all; a split lies in memory as it is made,\n"
+        "12 bytes an atom and frame. Nothing is random here: every --seed gives the same file.\n\nexample",
+    )
+    return found
+
+
+def chosen(options: argparse.Namespace) -> tuple[str, Source]:
+    """The source that the options name, and its name."""
+    for package in ("MDAnalysis", "MDAnalysisData", "MDAnalysisTests"):
+        if importlib.util.find_spec(package) is None:
+            raise Failure(
+                f"{package} is not installed; make setup installs it, and so does pip install -e '.[protein]'"
+            )
+    if options.topology is None:
+        if options.trajectory:
+            raise Failure("--trajectory: also needs --topology, the file that says what its atoms are")
+        name = options.source or ("adk-equilibrium" if options.scale == "full" else "adk-dims")
+        return name, SOURCES[name]()
+    if options.source:
+        raise Failure("--source and --topology: name one of them")
+    for path in (options.topology, *options.trajectory):
+        if not path.is_file():
+            raise Failure(f"{path}: no such file")
+    return options.topology.name, Source(options.topology, tuple(options.trajectory), not options.no_box)
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Read the first frame, decide the splits, write one trajectory for each."""
+    options = preparing.parse(parser(), arguments)
+    if options.horizon < 1:
+        raise Failure(f"--horizon {options.horizon}: must be at least 1")
+    if options.splits and not min(options.splits) > 0:
+        raise Failure(f"--splits {' '.join(f'{s:g}' for s in options.splits)}: three shares above 0")
+    name, source = chosen(options)
+    atoms = select(source, options.select)
+    frames = atoms.universe.trajectory.n_frames
+    if options.scale == "tiny":
+        frames = min(frames, TINY)
+    if name == "adk-equilibrium" and options.scale != "tiny" and not options.splits:
+        spans = PUBLISHED
+        if frames < PUBLISHED[-1][1] + options.horizon:
+            raise Failure(
+                f"{source}: {frames} frames, too few for the published splits; lower --horizon or set --splits"
+            )
+    else:
+        weights = options.splits or [hi - lo for lo, hi in PUBLISHED]
+        spans = ranges(frames, options.horizon, weights, str(source))
+    side = sides(atoms.universe.trajectory[0], f"{source}: frame 0") if source.boxed else None
+    charge = charges(atoms, source.topology)
+    if side is not None:
+        tell_crossing(atoms.positions, side)
+    counts = ", ".join(f"{split} {hi - lo:,}" for split, (lo, hi) in zip(SPLITS, spans, strict=True))
+    print(f"{name}: {frames:,} frames, {len(atoms):,} of {len(atoms.universe.atoms):,} atoms; inputs: {counts}")
+    check_room(options.out, len(atoms), sum(hi - lo + options.horizon for lo, hi in spans))
+    settings = {
+        "description": f"{name}: {len(atoms)} atoms ({options.select}), lengths in Å, dt in ps, charge in e",
+        "files": [[path.name, preparing.sha256(path)] for path in (source.topology, *source.trajectory)],
+        "select": options.select,
+        "splits": dict(zip(SPLITS, spans, strict=True)),
+        "horizon": options.horizon,
+        "box": side is not None,
+        "versions": preparing.versions("MDAnalysis", "numpy", "h5py"),
+    }
+    make = functools.partial(piece, options, source, spans, side, charge)
+    out, workers = options.out, options.workers
+    try:
+        preparing.write(out, make, len(SPLITS), settings=settings, workers=workers, threads=True, unit="split")
+    except OSError as error:
+        why = os.strerror(error.errno) if error.errno else reason(error)
+        raise Failure(f"{out}: cannot be written ({why}); the same command goes on once that is mended") from error
+
+
+if __name__ == "__main__":
+    sys.exit(preparing.main(run))

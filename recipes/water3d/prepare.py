@@ -1,0 +1,149 @@
+"""Water-3D of GNS ("learning to simulate") from its files, or a simulated stand-in, as a trajectories.h5."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gns
+import numpy as np
+
+from dist_egnn import preparing
+from dist_egnn.errors import Failure
+from dist_egnn.trajectories import SPLITS
+
+COUNTS = {"tiny": (4, 1, 1), "small": (20, 4, 4), "full": (1000, 100, 100)}  # trajectories by split
+SIMULATED = {"tiny": (1000, 60), "small": (8000, 200), "full": (8000, 801)}  # the stand-in's particles and frames
+RADIUS, DT, WATER = 0.012, 0.005, 5.0  # of the stand-in: a particle's radius, time from frame to frame; GNS' type
+SCALES = {
+    "tiny": "4 + 1 + 1 trajectories. GNS: 0.45 GB to fetch, 8 s of a core, 0.3 GB. Stand-in (1,000 particles, 60 frames): "
+    "3 s, 2.4 MB",
+    "small": "20 + 4 + 4. GNS: 2.1 GB to fetch, 40 s of a core, 1.3 GB. Stand-in (8,000 particles, 200 frames): "
+    "7 minutes of a core, 0.35 GB",
+    "full": "1,000 + 100 + 100. GNS: 90 GB to fetch, half an hour of a core, 57 GB. Stand-in (8,000 particles, 801 frames): "
+    "20 hours of a core, 57 GB. Extrapolated from one trajectory",
+}
+EXAMPLE = "python recipes/water3d/prepare.py --scale small --source data/Water-3D --download --out data/water3d.h5"
+
+
+def scene(seed: int, number: int, particles: int) -> dict[str, Any]:
+    """A block of random shape, place and velocity in a cube: the same for the same three numbers.
+
+    The cube holds about the share of water of GNS' box: side 0.8 for 8,000 particles.
+    """
+    rng = np.random.default_rng([seed, number])
+    half = 0.4 * (particles / 8000) ** (1 / 3)
+    box = np.array([[0.5 - half] * 3, [0.5 + half] * 3])
+    stretch = rng.uniform(0.8, 1.25, 3)
+    shape = np.rint((particles / stretch.prod()) ** (1 / 3) * stretch)
+    side = (shape + 1) * 2 * RADIUS  # the engine leaves a particle's width free, half of it on either side
+    low = rng.uniform(box[0], box[1] - side)
+    block = np.stack([low, low + side])
+    return {"box": box.tolist(), "block": block.tolist(), "velocity": rng.uniform(-0.5, 0.5, 3).tolist()}
+
+
+@dataclass(frozen=True)
+class Simulations:
+    """The stand-in's trajectories, each by an engine process of its own; scratch: a folder for its files."""
+
+    seed: int
+    splits: list[str]
+    particles: int
+    frames: int
+    scratch: Path
+
+    def __call__(self, number: int) -> Iterator[dict[str, Any]]:
+        """Trajectory ``number`` as arguments of ``Writer.add``; Failure if the engine fails or a particle escapes."""
+        job = scene(self.seed, number, self.particles)
+        with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
+            timing = {"radius": RADIUS, "dt": DT, "steps": 2, "frames": self.frames}
+            (Path(folder) / "job.json").write_text(json.dumps(job | timing))
+            command = [sys.executable, str(Path(__file__).with_name("engine.py")), folder]
+            # one thread: the engine's sums depend on their number
+            env = os.environ | {"OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+            if done.returncode:
+                reason = (done.stderr.strip().splitlines() or [f"the engine ended with code {done.returncode}"])[-1]
+                raise Failure(f"trajectory {number}: {reason}")
+            position = np.load(Path(folder) / "position.npy")
+        box = np.array(job["box"])
+        if ((position < box[0]) | (position > box[1])).any():
+            raise Failure(f"trajectory {number}: a particle left the box; take another --seed")
+        yield {
+            "position": position,
+            "split": self.splits[number],
+            "dt": DT,
+            "source": f"stand-in for GNS Water-3D: SPlisHSPlasH {preparing.versions('pysplishsplash')['pysplishsplash']}",
+            "attributes": {"type": np.full(position.shape[1], WATER)},
+            "box": box,
+        }
+
+
+def need(remedy: str, *modules: str) -> None:
+    """Failure for the first module that is not installed."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise Failure(f"Python module '{module}' is not installed; {remedy}")
+
+
+def run(arguments: Sequence[str] | None = None) -> None:
+    """Read or simulate what the options ask for, and write the file."""
+    parser = preparing.parser(__doc__ or "", SCALES, EXAMPLE)
+    parser.add_argument(
+        "--source",
+        metavar="DIR",
+        help="folder with metadata.json and {train,valid,test}.tfrecord of GNS, or .h5 in place of .tfrecord; "
+        "splishsplash: a stand-in, blocks of water let go in a box (default at scale tiny)",
+    )
+    parser.add_argument(
+        "--download", action="store_true", help="first fetch what DIR lacks, as much as the scale needs"
+    )
+    options = preparing.parse(parser, arguments)
+    source = "splishsplash" if (options.source, options.scale) == (None, "tiny") else options.source
+    if source is None or (options.download and source == "splishsplash"):
+        which = "DIR" if options.download else "DIR, or --source splishsplash for a simulated stand-in"
+        raise Failure(f"--scale {options.scale}: name the folder of GNS' files: --source {which}; see --help")
+    settings = {"recipe": "water3d", "scale": options.scale, "seed": options.seed}
+    full = options.scale == "full"
+    limits = COUNTS[options.scale]
+    make: Any
+    if source == "splishsplash":
+        need("pip install -e '.[fluid]', or name GNS' files by --source DIR", "pysplishsplash")
+        splits = [split for split, count in zip(SPLITS, limits, strict=True) for _ in range(count)]
+        scratch = options.out.with_name(options.out.name + ".parts")
+        make = Simulations(options.seed, splits, *SIMULATED[options.scale], scratch)
+        pieces, packages = len(splits), ["pysplishsplash"]
+        settings["source"] = source
+    else:
+        folder = Path(source)
+        if options.download or any(folder.glob("*.tfrecord*")):
+            need("pip install -e '.[water3d]'", "google", "google.protobuf", "google_crc32c")
+        if options.download:
+            folder.mkdir(parents=True, exist_ok=True)
+            gns.fetch(folder, "metadata.json")
+            for split, limit in zip(SPLITS, limits, strict=True):
+                gns.fetch(folder, f"{split}.tfrecord", None if full else limit)
+        make, found = gns.find(folder, (sys.maxsize,) * 3 if full else limits, whole=full)
+        pieces, packages = len(make.places), []
+        settings |= {"source": "GNS"} | found
+    preparing.write(
+        options.out,
+        make,
+        pieces,
+        settings=settings | {"versions": preparing.versions("numpy", "h5py", *packages)},
+        workers=options.workers,
+        threads=source == "splishsplash",
+        unit="trajectory",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(preparing.main(run))

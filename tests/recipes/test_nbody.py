@@ -1,0 +1,333 @@
+"""recipes/nbody: the physics against plain numpy and scipy, the draw, the file, and the whole road of its run.py."""
+
+from __future__ import annotations
+
+import importlib.util
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.integrate import solve_ivp
+
+from dist_egnn import config, road
+from dist_egnn.errors import Failure
+from dist_egnn.trajectories import Trajectories, snapshots
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "nbody"
+FEW = ("--scale", "tiny", "--particles", "10", "--workers", "1")
+
+
+BENCHMARK = {"frames": 50, "every": 100, "dt": 0.001, "limit": 100.0}
+
+
+@pytest.fixture(scope="session")
+def nbody():
+    """recipes/nbody/prepare.py as a module; its neighbour leapfrog.py by the name that the script knows it by."""
+    pytest.importorskip("numba", reason="the extra nbody is not installed")
+    spec = importlib.util.spec_from_file_location("nbody_prepare", RECIPE / "prepare.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(RECIPE)
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def leapfrog(nbody):
+    return sys.modules["leapfrog"]
+
+
+@pytest.fixture(scope="session")
+def data(nbody, tmp_path_factory) -> Path:
+    """The tiny scale with 10 particles a system."""
+    path = tmp_path_factory.mktemp("nbody") / "nbody.h5"
+    nbody.run(["--out", str(path), *FEW])
+    return path
+
+
+def forces(x: np.ndarray, q: np.ndarray, limit: float) -> np.ndarray:
+    """The facts, word for word: (N, 3)."""
+    total = np.zeros_like(x)
+    for i in range(len(x)):
+        for j in range(len(x)):
+            if i != j:
+                total[i] += q[i] * q[j] * (x[i] - x[j]) / np.linalg.norm(x[i] - x[j]) ** 3
+    return np.clip(total, -limit, limit)
+
+
+def crowd(nodes: int, seed: int, size: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return size * rng.normal(size=(nodes, 3)), rng.normal(size=(nodes, 3)), rng.choice([-1.0, 1.0], nodes)
+
+
+@pytest.mark.parametrize("nodes", [6, 7, 33])
+def test_forces_are_clipped_component_by_component(leapfrog, nodes):
+    x, _, q = crowd(nodes, nodes, 0.05)
+    wanted = forces(x, q, 100.0)
+    share = (np.abs(wanted) == 100.0).mean()
+    assert 0 < share < 1
+    found = np.empty((3, nodes))
+    leapfrog.clipped_forces(np.ascontiguousarray(x.T), q, 100.0, found)
+    np.testing.assert_allclose(found.T, wanted, rtol=1e-12)
+
+
+def test_the_sum_is_clipped_not_each_pair(leapfrog):
+    """Between two equal charges, forces of 10⁴ that cancel leave what a third particle adds."""
+    x, q = np.array([[0.0, 0, 0], [0.01, 0, 0], [-0.01, 0, 0], [0, 1, 0]]), np.ones(4)
+    found = np.empty((3, 4))
+    leapfrog.clipped_forces(np.ascontiguousarray(x.T), q, 100.0, found)
+    np.testing.assert_allclose(found[:, 0], [0, -1, 0], atol=1e-10)
+    assert found[0, 1] == 100.0
+    assert found[0, 2] == -100.0
+
+
+def test_leapfrog_step_by_step_with_clipping(leapfrog):
+    x, v, q = crowd(6, 1, 0.03)
+    found_x, found_v = leapfrog.simulate(x, v, q, **BENCHMARK | {"frames": 4, "every": 5})
+    clipped = 0
+    for step in range(16):
+        if step % 5 == 0:
+            np.testing.assert_allclose(found_x[step // 5], x, atol=1e-12)
+            np.testing.assert_allclose(found_v[step // 5], v, atol=1e-11)
+        half = v + 0.0005 * forces(x, q, 100.0)
+        x = x + 0.001 * half
+        v = half + 0.0005 * forces(x, q, 100.0)
+        clipped += (np.abs(forces(x, q, 100.0)) == 100.0).sum()
+    assert clipped
+
+
+def test_error_against_dop853_falls_with_the_square_of_the_step(leapfrog):
+    """And at the recipe's own step it is far below what float32, which the file holds, can tell."""
+    x, v, _ = crowd(6, 2, 2.0)
+    q, time_ = np.array([1.0, -1, 1, 1, -1, 1]), 1.0
+
+    def rate(_t: float, state: np.ndarray) -> np.ndarray:
+        now = state.reshape(2, 6, 3)
+        return np.stack([now[1], forces(now[0], q, np.inf)]).ravel()
+
+    exact = solve_ivp(rate, (0, time_), np.stack([x, v]).ravel(), "DOP853", rtol=1e-11, atol=1e-12).y[:, -1]
+    errors = []
+    for steps in (50, 100, 200, 1000):
+        xs, vs = leapfrog.simulate(x, v, q, frames=2, every=steps, dt=time_ / steps, limit=np.inf)
+        errors.append(np.abs(np.stack([xs[1], vs[1]]).ravel() - exact).max())
+    assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
+    assert errors[1] / errors[2] == pytest.approx(4, rel=0.1)
+    assert errors[3] < 1e-6
+
+
+def test_momentum_is_conserved_where_nothing_is_clipped(leapfrog):
+    x, v, q = crowd(20, 3, 4.0)
+    _, vs = leapfrog.simulate(x, v, q, **BENCHMARK)
+    _, unclipped = leapfrog.simulate(x, v, q, **BENCHMARK | {"limit": np.inf})
+    np.testing.assert_array_equal(vs, unclipped)
+    assert np.abs(vs[-1] - vs[0]).max() > 0.1
+    np.testing.assert_allclose(vs.sum(1), np.broadcast_to(v.sum(0), (50, 3)), atol=1e-11)
+
+
+@pytest.mark.parametrize("clusters", [1, 3, 10])
+def test_draw_is_as_the_facts_say(nbody, clusters):
+    """Two particles of one system lie apart by 6 σ² + 6 (1 − 1/C) 30²/3 in the mean square."""
+    drawn = [nbody.draw(0, k, 20, clusters) for k in range(2000)]
+    positions, velocities, charges = (np.stack(part) for part in zip(*drawn, strict=True))
+    assert set(charges.ravel()) == {-1.0, 1.0}
+    assert abs(charges.mean()) < 0.02
+    np.testing.assert_allclose(np.linalg.norm(velocities, axis=2), 0.5, rtol=1e-12)
+    assert np.abs(velocities.mean((0, 1))).max() < 0.01  # no direction preferred
+    apart = ((positions[:, 0] - positions[:, 1]) ** 2).sum(1).mean()
+    sigma = (20 / 5) ** (1 / 3) + 0.1
+    assert apart == pytest.approx(6 * (sigma**2 + (1 - 1 / clusters) * 300), rel=0.05)
+    assert np.abs(positions.mean((0, 1))).max() < (0.05 if clusters == 1 else 1.0)
+    assert positions.std() == pytest.approx(np.sqrt(sigma**2 + 300 * (clusters > 1)), rel=0.02)
+
+
+def test_a_system_depends_on_seed_and_index_alone(nbody):
+    few = {"particles": 5, "clusters": 1}
+    tiny = list(nbody.systems(1, seed=7, counts=(30, 10, 10), **few))
+    small = list(nbody.systems(1, seed=7, counts=(500, 200, 200), **few))
+    for one, other in zip(tiny, small, strict=True):
+        np.testing.assert_array_equal(one["position"], other["position"])
+    other = next(nbody.systems(1, seed=8, counts=(30, 10, 10), **few))
+    assert np.abs(tiny[0]["position"] - other["position"]).max() > 0.1
+    assert np.abs(tiny[0]["position"] - tiny[1]["position"]).max() > 0.1
+
+
+def test_file_and_config_select_frame_30_to_40(nbody, data):
+    file, settings = Trajectories(data), config.load(RECIPE / "config.yaml").data
+    assert [t.split for t in file] == ["train"] * 30 + ["valid"] * 10 + ["test"] * 10
+    assert {(t.frames, t.nodes, t.velocity, t.attributes) for t in file} == {(50, 10, True, ("charge",))}
+    assert file[0].dt == pytest.approx(0.1)
+    chosen = snapshots(file, settings.horizon, settings.frames, settings.first_frame, settings.last_frame, 0)
+    assert [(s.trajectory, s.frame) for s in chosen] == [(k, 30) for k in range(50)]
+    assert (settings.horizon, settings.radius) == (10, np.inf)
+    position, velocity, charge = nbody.draw(0, 3, 10, 1)
+    np.testing.assert_array_equal(file.position(3, 0), position.astype(np.float32))
+    np.testing.assert_array_equal(file.attribute(3, "charge"), charge)
+    xs, vs = nbody.simulate(position, velocity, charge, **BENCHMARK)
+    np.testing.assert_array_equal(file.position(3, 40), xs[40].astype(np.float32))
+    np.testing.assert_array_equal(file.velocity(3, 30), vs[30].astype(np.float32))
+
+
+def test_two_runs_agree_whatever_the_workers(nbody, data, tmp_path):
+    nbody.run(["--out", str(tmp_path / "again.h5"), *FEW[:-1], "2"])
+    assert (tmp_path / "again.h5").read_bytes() == data.read_bytes()
+    nbody.run(["--out", str(tmp_path / "other.h5"), *FEW, "--seed", "1"])
+    assert (tmp_path / "other.h5").read_bytes() != data.read_bytes()
+
+
+def test_killed_and_resumed_gives_the_same_bytes(nbody, tmp_path, monkeypatch):
+    """And a piece that was done is not made again; pieces of other settings are refused."""
+    out, arguments = tmp_path / "killed.h5", ["--scale", "tiny", "--particles", "60", "--workers", "1"]
+    process = subprocess.Popen([sys.executable, RECIPE / "prepare.py", "--out", out, *arguments])
+    first, deadline = tmp_path / "killed.h5.parts" / "000000.h5", time.monotonic() + 60
+    while not first.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert first.exists()
+    assert not out.exists()
+    with pytest.raises(Failure, match="other settings"):
+        nbody.run(["--out", str(out), *arguments, "--seed", "1"])
+    made = []
+    simulate = nbody.simulate
+    monkeypatch.setattr(nbody, "simulate", lambda *start, **how: made.append(1) or simulate(*start, **how))
+    nbody.run(["--out", str(out), *arguments])
+    assert len(made) == 25
+    nbody.run(["--out", str(tmp_path / "whole.h5"), *arguments])
+    assert out.read_bytes() == (tmp_path / "whole.h5").read_bytes()
+    assert len(made) == 75
+
+
+@pytest.mark.parametrize("wrong", [["--particles", "1"], ["--clusters", "2"], ["--scale", "huge"], ["--seed", "-1"]])
+def test_wrong_options_are_one_line(nbody, tmp_path, capsys, wrong):
+    assert nbody.preparing.main(nbody.run, ["--out", str(tmp_path / "x.h5"), *wrong]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert wrong[0] in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+SCALES = {
+    "tiny": ["train.batch_size=10", "train.epochs=1", "model.hidden=8", "model.layers=1"],
+    "small": [],
+    "full": [],
+}
+
+
+def table(out: Path) -> pd.DataFrame:
+    return pd.read_csv(out / "results.csv").set_index("prediction")
+
+
+def test_run_py_from_source_to_table(nbody, tmp_path):
+    """The command itself: it prepares the tiny scale, 100 particles a system."""
+    command = [
+        sys.executable,
+        RECIPE / "run.py",
+        "--epochs",
+        "1",
+        "--models",
+        "EGNN",
+        "model.hidden=8",
+        "model.layers=1",
+    ]
+    done = subprocess.run([*command, "--out", tmp_path / "run"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert list(table(tmp_path / "run").index) == ["static", "linear", "EGNN"]
+    assert [line.split()[0] for line in done.stdout.splitlines()[-3:]] == ["static", "linear", "EGNN"]
+    assert (tmp_path / "run" / "nbody-tiny.h5.manifest.json").exists()
+
+
+def test_every_recipe_runs_the_road():
+    """And names config keys that exist, for each scale."""
+    recipes = sorted((RECIPE.parent).glob("*/run.py"))
+    assert {file.parent.name for file in recipes} == {"fluid113k", "nbody", "protein", "water3d"}
+    for file in recipes:
+        scales = runpy.run_path(str(file))["SCALES"]
+        assert set(scales) == {"tiny", "small", "full"}
+        for keys in scales.values():
+            config.load(file.with_name("config.yaml"), keys)
+
+
+def test_road(data, tmp_path, capsys):
+    out = tmp_path / "road"
+    out.mkdir()
+    shutil.copy(data, out / "nbody-tiny.h5")
+    arguments = ["--out", str(out), "--models", "Linear", "EGNN", "train.lr=1e-3"]
+    road.run(RECIPE, SCALES, arguments)
+    found = table(out)
+    assert list(found.index) == ["static", "linear", "Linear", "EGNN"]
+    assert found.loc["static", "of static"] == found.loc["linear", "of linear"] == 1
+    np.testing.assert_allclose(found["of static"], found["test MSE"] / found.loc["static", "test MSE"])
+    np.testing.assert_allclose(found["of linear"], found["test MSE"] / found.loc["linear", "test MSE"])
+    assert config.load(out / "EGNN" / "config.yaml").train.lr == 1e-3
+    before = (out / "EGNN" / "best.pt").read_bytes()
+    assert "trained already" not in capsys.readouterr().out
+    road.run(RECIPE, SCALES, arguments)
+    assert capsys.readouterr().out.count("trained already") == 2
+    assert (out / "EGNN" / "best.pt").read_bytes() == before
+    pd.testing.assert_frame_equal(table(out), found)
+    with pytest.raises(Failure, match=r"train\.lr is 0\.001 there and 0\.002 now"):
+        road.run(RECIPE, SCALES, [*arguments, "train.lr=2e-3"])
+    shutil.copy(data, out / "nbody-small.h5")
+    with pytest.raises(Failure, match=r"data\.path is .*nbody-tiny\.h5 there and .*nbody-small\.h5 now"):
+        road.run(RECIPE, {**SCALES, "small": SCALES["tiny"]}, [*arguments, "--scale", "small"])
+
+
+def test_road_goes_on_after_an_interruption(data, tmp_path, monkeypatch):
+    """Stopped in the third of four epochs: the same weights as without a stop."""
+    import torch
+
+    from dist_egnn import train
+
+    arguments = [f"data.path={data}", "--models", "EGNN", "--epochs", "4"]
+    road.run(RECIPE, SCALES, ["--out", str(tmp_path / "whole"), *arguments])
+    epoch = train._epoch
+
+    def stopping(*given):
+        if given[-1] == 2:
+            raise KeyboardInterrupt
+        return epoch(*given)
+
+    stopped = ["--out", str(tmp_path / "stopped"), *arguments]
+    monkeypatch.setattr(train, "_epoch", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        road.run(RECIPE, SCALES, stopped)
+    monkeypatch.setattr(train, "_epoch", epoch)
+    road.run(RECIPE, SCALES, stopped)
+    whole, mended = (torch.load(tmp_path / name / "EGNN" / "last.pt")["model"] for name in ("whole", "stopped"))
+    assert all(torch.equal(value, mended[key]) for key, value in whole.items())
+    pd.testing.assert_frame_equal(table(tmp_path / "whole"), table(tmp_path / "stopped"))
+
+
+def test_road_on_two_parts(data, tmp_path):
+    """One store; the static prediction's error is that of the data, whatever the cut."""
+    road.run(RECIPE, SCALES, ["--out", str(tmp_path), f"data.path={data}", "--models", "EGNN", "--parts", "2"])
+    assert (tmp_path / "store-2" / "manifest.yaml").exists()
+    assert config.load(tmp_path / "EGNN" / "config.yaml").data.path == str(tmp_path / "store-2")
+    file = Trajectories(data)
+    moved = [file.position(k, 40) - file.position(k, 30) for k in range(40, 50)]
+    assert table(tmp_path).loc["static", "test MSE"] == pytest.approx(np.square(moved).mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--parts", "0"], "--parts 0: must be at least 1"),
+        (["run.dir=x"], "use --out instead"),
+        (["--models", "EGNN", "model.name=x"], "use --models instead"),
+        (["--modles", "EGNN"], "unrecognized arguments: --modles"),
+        (["--models", "EGNM"], "did you mean EGNN"),
+        (["train.epoch=1"], "did you mean train.epochs"),
+    ],
+)
+def test_road_refuses_before_it_prepares(tmp_path, wrong, said):
+    with pytest.raises(Failure, match=said):
+        road.run(RECIPE, SCALES, ["--out", str(tmp_path / "road"), *wrong])
+    assert not (tmp_path / "road").exists()
