@@ -293,7 +293,13 @@ def test_mistakes_are_one_line(tmp_path, call):
         (*options, "--select", "resname HOH"): "--select 'resname HOH': no atom of",
         (*options, "--select", "name CA and"): "--select 'name CA and': ",
         (*jump, "--select", "charge < 0"): "jump.xyz cannot answer it: ",
-        (*jump, "--select", "all", "--horizon", 3): "frame 12 cannot be read (",
+        (
+            *jump,
+            "--select",
+            "all",
+            "--horizon",
+            3,
+        ): " cannot be read (",  # the frame depends on which split is read first
         (*options, "--horizon", 28): "30 frames leave no input for some split when targets are 28 frames ahead",
         (*options, "--horizon", 40): "30 frames leave no input for some split when targets are 40 frames ahead",
         (*options, "--horizon", 0): "--horizon 0: must be at least 1",
