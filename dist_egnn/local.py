@@ -18,7 +18,7 @@ from typing import Any
 from .errors import Failure
 
 
-def watch(pid: int, folder: Path) -> None:
+def watch(pid: int, folder: Path | None = None) -> None:
     """End this process when the one that launched it is gone: a killed run leaves no trainers, and no folder of theirs."""
 
     def look() -> None:
@@ -26,7 +26,8 @@ def watch(pid: int, folder: Path) -> None:
             try:
                 os.kill(pid, 0)
             except ProcessLookupError:
-                shutil.rmtree(folder, ignore_errors=True)
+                if folder is not None:
+                    shutil.rmtree(folder, ignore_errors=True)
                 os._exit(1)
             time.sleep(0.5)
 

@@ -25,6 +25,7 @@ from typing import Any, NoReturn
 
 from . import progress
 from .errors import Failure
+from .local import watch
 from .trajectories import Writer, join
 
 SCALES = ("tiny", "small", "full")
@@ -126,7 +127,8 @@ def write(
     if threads:
         pool = ThreadPoolExecutor(workers)
     else:
-        pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("forkserver"))
+        context = multiprocessing.get_context("forkserver")
+        pool = ProcessPoolExecutor(workers, context, initializer=watch, initargs=(os.getpid(),))
     with progress.bar(out.name, pieces, done=pieces - len(missing)) as tick:
         try:
             for future in as_completed([pool.submit(_piece, make, folder, k) for k in missing]):
