@@ -60,7 +60,10 @@ def memory_needed(name: str, options: Options) -> float:
     base = 0.4e9 + options.nodes * (options.layers + 3) * row * 2 + edges * 60
     if name in PEERS or (options.tile or 0) >= edges:
         return base + 11 * options.layers * edges * row  # autograd keeps some eleven E×H arrays a layer
-    return base + 12 * (options.tile or 8192) * row
+    from . import tiles
+
+    block = (options.tile or tiles.SIZE) * (1 if options.device == "cpu" else tiles.FAR)
+    return base + 12 * block * row
 
 
 def memory_there(device: str) -> float:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from dgl import DGLGraph
 
-from . import graphs, models
+from . import devices, graphs, models
 from .bench_step import PEERS, Options, load_peer
 from .errors import Failure
 from .local import watch
@@ -57,20 +57,14 @@ def _variant(name: str, options: Options, graph: DGLGraph) -> tuple[torch.nn.Mod
 
 def _times(works: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, list[float]]:
     """Seconds of each repetition of each work, after a warm-up. They take turns, and to go first: a fair share of noise."""
-    wait = torch.cuda.synchronize if device != "cpu" else lambda: None
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(repeats + 1):
         for name in list(works)[:: -1 if turn % 2 else 1]:
             started = time.perf_counter()
             works[name]()
-            wait()
+            devices.wait(torch.device(device))
             seconds[name].append(time.perf_counter() - started)
     return {name: each[1:] for name, each in seconds.items()}
-
-
-def _peak_gb(device: str) -> float:
-    """The largest resident memory of this process, or memory of its device, in GB."""
-    return peak_memory_gb() if device == "cpu" else torch.cuda.max_memory_allocated(device) / 1e9
 
 
 def machine_rates(device: str) -> dict[str, float]:
@@ -122,7 +116,7 @@ def worker(folder: Path, wanted: dict[str, Options]) -> dict[str, dict[str, Any]
         if name not in PEERS:
             more[name], models_of[name] = {"tile": model.tile}, (model, graph)
     step_s = _times(steps, first.repeats, first.device)
-    peak = _peak_gb(first.device)
+    peak = peak_memory_gb(torch.device(first.device))
     with torch.no_grad():
         forward_s = _times(predicts, first.repeats, first.device)
         for name, predict in predicts.items():

@@ -117,7 +117,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     marked, wanted = folder / "settings.json", json.dumps(settings, sort_keys=True, indent=1)
     if not marked.exists():
-        _replace(marked, wanted)
+        replace(marked, wanted)
     elif marked.read_text() != wanted:
         raise Failure(
             f"{folder} has pieces made with other settings ({marked}); delete that folder, or choose another --out"
@@ -143,12 +143,13 @@ def write(
         "sha256": sha256(out),
         "bytes": out.stat().st_size,
     }
-    _replace(out.with_name(out.name + ".manifest.json"), json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    replace(out.with_name(out.name + ".manifest.json"), json.dumps(manifest, indent=1, sort_keys=True) + "\n")
     shutil.rmtree(folder)
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {time.monotonic() - started:.0f} s")
 
 
-def _replace(path: Path, text: str) -> None:
+def replace(path: Path, text: str) -> None:
+    """Write a file completely or not at all."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     os.replace(partial, path)

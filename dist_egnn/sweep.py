@@ -27,6 +27,7 @@ from . import checkpoint, plots, runs, samples
 from . import config as configs
 from .errors import Failure
 from .grids import Run, Sweep, short
+from .preparing import replace
 from .progress import bar
 
 NUMBERS = ("valid_mse", "epochs", "epoch_s", "seconds", "parameters", "processes", "peak_gb")
@@ -66,13 +67,7 @@ def _work(run: Run) -> None:
         "processes": samples.parts(run.config),
         "peak_gb": float(epochs["peak_gb"].max()),
     }
-    _replace(folder / "result.json", json.dumps(found, indent=1) + "\n")
-
-
-def _replace(path: Path, content: str) -> None:
-    fresh = path.with_name(path.name + ".partial")
-    fresh.write_text(content)
-    fresh.replace(path)
+    replace(folder / "result.json", json.dumps(found, indent=1) + "\n")
 
 
 @contextmanager
@@ -103,7 +98,7 @@ def execute(sweep: Sweep, jobs: int = 1, minutes: float = math.inf) -> dict[str,
                 if ready is not None and len(live) < jobs and time.monotonic() < deadline:
                     run = queue.pop(ready)
                     run.folder.mkdir(parents=True, exist_ok=True)
-                    _replace(run.folder / "wanted.yaml", configs.to_yaml(run.config))
+                    replace(run.folder / "wanted.yaml", configs.to_yaml(run.config))
                     process = context.Process(target=_work, args=(run,))
                     process.start()
                     live[process.sentinel] = run, process
@@ -151,8 +146,8 @@ def table(sweep: Sweep) -> pd.DataFrame:
         reference = found[by].merge(base[[*by, "test_mse"]], on=by, how="left") if by else base[["test_mse"]]
         values = reference["test_mse"] if by else next(iter(reference["test_mse"]), math.nan)
         found.insert(found.columns.get_loc("test_mse_std") + 1, "of_baseline", found["test_mse"] / values)
-    _replace(sweep.out / "results.csv", found.to_csv(index=False))
-    _replace(sweep.out / "runs.csv", pd.DataFrame(single).to_csv(index=False))
+    replace(sweep.out / "results.csv", found.to_csv(index=False))
+    replace(sweep.out / "runs.csv", pd.DataFrame(single).to_csv(index=False))
     if sweep.x:
         curves: dict[str, dict[str, tuple[float, float]]] = {}
         for row in found.fillna({"test_mse_std": 0.0}).to_dict("records"):

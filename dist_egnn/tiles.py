@@ -35,7 +35,7 @@ WIDTH = 64
 # them twice; above that, every one is fresh memory from the system, and tiles win (docs/performance.md).
 WHOLE = 12
 NODES = 4  # a tile has up to one node for this many edges of a block: with C = 3, arrays of nodes are then as large
-FAR = 128  # a device other than the CPU wants so many times larger blocks
+FAR = 32  # a device other than the CPU gets so many times larger blocks
 
 
 class TileLayer(Protocol):
@@ -109,8 +109,6 @@ def cut(
     if size < 1:
         raise Failure(f"model.tile={size}: must be at least 1 (default {SIZE})")
     device = device or graph.device
-    if device.type != "cpu":
-        size *= FAR
     per_graph = graph.batch_num_nodes().cpu().numpy()
     group = np.repeat(np.arange(len(per_graph)), per_graph)
     order = morton_order(graph.ndata["x"].detach().cpu().numpy(), group if len(per_graph) > 1 else None)
@@ -128,6 +126,8 @@ def cut(
     rows = NODES * len(order) + len(src)
     if rows * width <= WHOLE * size * WIDTH:
         size = rows + 1
+    elif device.type != "cpu":
+        size *= FAR
     bounds = _bounds(node_cost, -(-size // NODES))
     tiles = []
     for lo, hi in pairwise(bounds):
