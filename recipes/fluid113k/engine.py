@@ -1,8 +1,9 @@
 """Run one SPlisHSPlasH scene in this process and keep its frames: ``python engine.py DIR``.
 
 Reads DIR/job.npz (position (N, 3), velocity (3,), box (2, 3), radius, dt, frames); writes DIR/position.npy and
-DIR/velocity.npy (frames, N, 3), DIR/mass.npy and DIR/viscosity.npy (N,). prepare.py starts one such process for every
-trajectory, because the engine keeps global state and a crash in it ends its process.
+DIR/velocity.npy (frames, N, 3), frame by frame, DIR/mass.npy and DIR/viscosity.npy (N,), and keeps the number of frames
+done in DIR/frames. prepare.py starts one such process for every trajectory, because the engine keeps global state and a
+crash in it ends its process.
 """
 
 from __future__ import annotations
@@ -89,14 +90,17 @@ class Recorder:
     divides by h², then adds energy.)
     """
 
-    def __init__(self, fluid: Any, clock: Any, dt: float, frames: int) -> None:
-        self.fluid, self.clock, self.dt = fluid, clock, dt
+    def __init__(self, fluid: Any, clock: Any, dt: float, frames: int, directory: Path) -> None:
+        self.fluid, self.clock, self.dt, self.directory = fluid, clock, dt, directory
         self.parent = os.getppid()
         self.nodes = fluid.numActiveParticles()
-        self.frames = np.empty((2, frames, self.nodes, 3), np.float32)
-        self.time, self.state = 0.0, self.read()
-        self.frames[:, 0] = self.state
-        self.done = 1
+        shape = (frames, self.nodes, 3)  # on disk: half a gigabyte at full size
+        self.frames = [
+            np.lib.format.open_memmap(directory / f"{name}.npy", "w+", np.float32, shape)
+            for name in ("position", "velocity")
+        ]
+        self.time, self.state, self.done, self.total = 0.0, self.read(), 0, frames
+        self.keep(self.state)
 
     def read(self) -> np.ndarray:
         """Position and velocity (2, N, 3), by particle id: the engine re-sorts its particles now and then."""
@@ -109,14 +113,20 @@ class Recorder:
         state[:, field("id").ravel()] = field("position"), field("velocity")
         return state
 
+    def keep(self, state: np.ndarray) -> None:
+        """One more frame: position and velocity (2, N, 3)."""
+        for frames, values in zip(self.frames, state, strict=True):
+            frames[self.done] = values
+        self.done += 1
+        (self.directory / "frames").write_text(str(self.done))
+
     def __call__(self) -> None:
         if os.getppid() != self.parent:  # prepare.py was killed
             os._exit(1)
         time, state = self.clock.getTime(), self.read()
-        while self.done < self.frames.shape[1] and self.done * self.dt <= time:
+        while self.done < self.total and self.done * self.dt <= time:
             part = (self.done * self.dt - self.time) / (time - self.time)
-            self.frames[:, self.done] = (1 - part) * self.state + part * state
-            self.done += 1
+            self.keep((1 - part) * self.state + part * state)
         self.time, self.state = time, state
 
 
@@ -137,17 +147,16 @@ def run(directory: Path) -> None:
     )
     base.initSimulation()
     fluid = engine.Simulation.getCurrent().getFluidModel(0)
-    record = Recorder(fluid, engine.TimeManager.getCurrent(), float(job["dt"]), int(job["frames"]))
+    record = Recorder(fluid, engine.TimeManager.getCurrent(), float(job["dt"]), int(job["frames"]), directory)
     mass = np.array([fluid.getMass(node) for node in range(record.nodes)], np.float32)
     base.setTimeStepCB(record)
     base.runSimulation()
     if record.done < job["frames"]:
         raise SystemExit(f"SPlisHSPlasH stopped at {record.time:.3f} s, after {record.done} of {job['frames']} frames")
-    position, velocity = record.frames
-    viscosity = np.full_like(mass, FLUID["viscosity"])
-    results = {"position": position, "velocity": velocity, "mass": mass, "viscosity": viscosity}
-    for name, value in results.items():
-        np.save(directory / f"{name}.npy", value)
+    for frames in record.frames:
+        frames.flush()
+    np.save(directory / "mass.npy", mass)
+    np.save(directory / "viscosity.npy", np.full_like(mass, FLUID["viscosity"]))
 
 
 if __name__ == "__main__":
