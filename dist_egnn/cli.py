@@ -157,6 +157,42 @@ def evaluate(
     print_table(f"{run}: mean squared error, split {split}", ["prediction", "MSE", "of linear"], rows)
 
 
+@app.command(epilog="Example: distegnn rollout runs/fluid --trajectory 5 --steps 10 --out runs/fluid/rollout.vtkhdf")
+def rollout(
+    run: Annotated[Path, typer.Argument(help="folder of a run; its best checkpoint is used")],
+    trajectory: Annotated[int, typer.Option(help="number of the trajectory in the data, from 0")],
+    steps: Annotated[int, typer.Option(help="steps of data.horizon frames each")],
+    out: Annotated[Path, typer.Option(help="file to write, .vtkhdf; its errors by step go to the .csv beside it")],
+    start: Annotated[int | None, typer.Option(help="first frame", show_default="data.first_frame of the run")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="trajectories.h5, if the run was trained on a store, or another file")
+    ] = None,
+    parts: Annotated[int | None, typer.Option(help="processes", show_default="as in training")] = None,
+    repartition: Annotated[int, typer.Option(help="steps from one partition to the next, with several processes")] = 1,
+    bounds: Annotated[
+        str, typer.Option(help="at the walls of the data's box: none, reflect, or clamp (stop at the wall)")
+    ] = "none",
+    fixed: Annotated[
+        str | None, typer.Option(help="nodes that stay where they are, as ATTRIBUTE=VALUE, for example type=3")
+    ] = None,
+) -> None:
+    """Feed a model with its own predictions, step after step; a file for ParaView, a table of errors."""
+    from .rollout import run_rollout
+
+    run_rollout(
+        run,
+        trajectory=trajectory,
+        steps=steps,
+        out=out,
+        start=start,
+        data=data,
+        parts=parts,
+        repartition=repartition,
+        bounds=bounds,
+        fixed=fixed,
+    )
+
+
 @app.command(epilog="Example: distegnn sweep recipes/nbody/sweep.yaml --jobs 2 --minutes 60")
 def sweep(
     file: Annotated[Path, typer.Argument(help="the sweep, as above")],

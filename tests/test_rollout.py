@@ -1,0 +1,472 @@
+"""Rollouts against closed forms and against plain loops; the file as VTK reads it; what ends early."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from dist_egnn import checkpoint, cli, comm, config, graphs, local, rollout, train
+from dist_egnn.errors import Failure
+from dist_egnn.trajectories import Trajectories, Writer, columns
+from dist_egnn.vtkhdf import Rollout, finish, partial_of
+from dist_egnn.vtkhdf import Writer as FrameWriter
+
+HORIZON, STEPS = 3, 5
+BOX = np.array([[-1.0, -1, -1], [2.0, 2, 2]])
+
+
+def write(path: Path, *, velocity: bool = True, box: np.ndarray | None = BOX, dt: float = 0.5, **given: Any) -> Path:
+    """A trajectory of 60 nodes, 12 frames, that fall: x = x0 + u t + g t² / 2."""
+    draw = np.random.default_rng(5)
+    start, u = draw.uniform(size=(60, 3)), 0.05 * draw.normal(size=(60, 3))
+    t, g = dt * np.arange(12)[:, None, None], np.array([0.0, -0.02, 0.0])
+    attributes = {"mass": draw.uniform(1, 2, 60), "kind": np.arange(60.0) % 3}
+    with Writer(path, {}) as out:
+        for split in ("train", "valid", "test"):
+            out.add(
+                start + u * t + g * t**2 / 2,
+                split=split,
+                dt=dt,
+                source="test",
+                velocity=np.broadcast_to(u, (12, 60, 3)) + g * t if velocity else None,
+                attributes=attributes,
+                box=box,
+                **given,
+            )
+    return path
+
+
+def make_run(
+    folder: Path, data: Path, *overrides: str, weights: Callable[[torch.nn.Module], None] | None = None
+) -> Path:
+    """A run as `distegnn train` leaves it, untrained; ``weights`` may set parameters."""
+    settings = config.load(
+        None,
+        [
+            f"data.path={data}",
+            f"data.horizon={HORIZON}",
+            "data.radius=0.35",
+            "model.hidden=16",
+            "model.layers=2",
+            "data.features=[mass/max,speed/max]",
+            "data.node_attributes=[mass]",
+            f"run.dir={folder}",
+            *overrides,
+        ],
+    )
+    model = train.build_model(settings, (2, 1), comm.Alone())
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():  # φ_x and its kind start near zero: what they carry would not show
+        if name.endswith(("phi_x.2.weight", "phi_xv.2.weight", "phi_z.2.weight")):
+            parameter.data = 0.02 * torch.randn(parameter.shape, generator=generator)
+    if weights is not None:
+        weights(model)
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(config.to_yaml(settings))
+    checkpoint.save(folder / "best.pt", {"model": model.state_dict()})
+    return folder
+
+
+def linear(t: float) -> Callable[[torch.nn.Module], None]:
+    def put(model: torch.nn.Module) -> None:
+        model.t.data.fill_(t)  # type: ignore[union-attr, operator]
+
+    return put
+
+
+def roll(run: Path, out: Path, parts: int | None = None, double: bool = False, **options: Any) -> list[Any]:
+    """Frames of a rollout, by way of the library."""
+    job, usual = rollout.prepare(run, trajectory=0, out=out, **{"steps": STEPS, **options})
+    assert local.run(rollout.roll, parts or usual, replace(job, double=double), timeout_s=60) == [""] * (parts or usual)
+    assert finish(out) == job.steps + 1
+    with Rollout(out) as found:
+        return list(found)
+
+
+@pytest.mark.parametrize("stored", [True, False], ids=["stored", "differences"])
+def test_linear_dynamics_in_closed_form(tmp_path: Path, stored: bool) -> None:
+    """x_{k+1} = x_k + t v_k and v_{k+1} = (x_{k+1} − x_k) / τ, so v_k = (t/τ)^k v_0 and x_k = x_0 + t v_0 Σ_{i<k} (t/τ)^i."""
+    data = write(tmp_path / "a.h5", velocity=stored)
+    tau = HORIZON * 0.5 if stored else HORIZON  # length per time where stored, else per frame
+    t = 0.8 * tau
+    run = make_run(tmp_path / "run", data, "model.name=Linear", weights=linear(t))
+    frames = roll(run, tmp_path / "out.vtkhdf", double=True, start=1)
+    with_file = Trajectories(data)
+    x0, v0 = with_file.position(0, 1).astype(float), with_file.velocity(0, 1).astype(float)
+    for k, frame in enumerate(frames):
+        ratio = 0.8
+        np.testing.assert_allclose(frame.position, x0 + t * v0 * (1 - ratio**k) / (1 - ratio), atol=1e-7)
+        np.testing.assert_allclose(frame.velocity, v0 * ratio**k, atol=1e-7)
+        assert (frame.step, frame.frame, frame.time) == (k, 1 + 3 * k, 0.5 * (1 + 3 * k))
+        if 1 + 3 * k < 12:
+            np.testing.assert_allclose(frame.error, frame.position - with_file.position(0, 1 + 3 * k), atol=1e-7)
+        else:
+            assert frame.error is None
+    assert [frame.error is None for frame in frames] == [False] * 4 + [True] * 2
+
+
+def plain_loop(run: Path, data: Path, parts: int, repartition: int, method: str) -> list[np.ndarray]:
+    """The same in one process on the cut graph, from the pieces: the whole graph, less the edges that cross a cut."""
+    settings = config.load(run / "config.yaml")
+    model = train.build_model(settings, (2, 1), comm.Alone()).double()
+    checkpoint.load_weights(model, checkpoint.load(run / "best.pt"), run / "best.pt")
+    file = Trajectories(data)
+    x, v = file.position(0, 0).astype(float), file.velocity(0, 0).astype(float)
+    mass, found = file.attribute(0, "mass").astype(float), [x]
+    from dist_egnn.partition import methods
+
+    for step in range(STEPS):
+        kept = graphs.drop_longest(x, *graphs.radius_edges(x, settings.data.radius), settings.data.edge_drop)
+        if step % repartition == 0:
+            part = methods.assign(method, x, *kept, parts)
+        src, dst = (end[part[kept[0]] == part[kept[1]]] for end in kept)
+        speed = np.linalg.norm(v, axis=1)
+        fields = {"x": x, "v": v, "f": np.stack([mass / mass.max(), speed / speed.max()], 1), "a": mass[:, None]}
+        with torch.no_grad():
+            y = model(graphs.build(src, dst, fields))[0].numpy()
+        v = (y - x) / (HORIZON * 0.5)
+        x = y
+        found.append(x)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("parts", "repartition", "drop", "method"),
+    [(1, 1, 0.0, "metis"), (2, 1, 0.3, "metis"), (3, 2, 0.0, "metis"), (2, 2, 0.3, "bisection")],
+)
+def test_processes_equal_one_on_the_same_cut_graphs(
+    tmp_path: Path, parts: int, repartition: int, drop: float, method: str
+) -> None:
+    data = write(tmp_path / "a.h5")
+    run = make_run(tmp_path / "run", data, f"data.edge_drop={drop}", f"partition.method={method}")
+    frames = roll(run, tmp_path / "out.vtkhdf", parts=parts, double=True, repartition=repartition)
+    wanted = plain_loop(run, data, parts, repartition, method)
+    for frame, x in zip(frames, wanted, strict=True):
+        np.testing.assert_allclose(frame.position, x, rtol=0, atol=1e-11)
+    moved = np.abs(wanted[-1] - wanted[0]).max()
+    assert 0.01 < moved < 10  # else nothing would be tested
+    assert {len(np.unique(frame.part)) for frame in frames} == {parts}
+    if parts > 1:
+        # owners change, and only with a new partition; frame k + 1 was computed under the partition of step k
+        changed = [(a.part != b.part).any() for a, b in zip(frames[1:], frames[2:], strict=False)]
+        assert any(changed)
+        assert not any(changed[k - 1] for k in range(1, STEPS) if k % repartition)
+
+
+def test_cut_edges_matter(tmp_path: Path) -> None:
+    """The comparison above can fail: the same rollout on the uncut graph is another one."""
+    data = write(tmp_path / "a.h5")
+    run = make_run(tmp_path / "run", data)
+    cut, whole = plain_loop(run, data, 2, 1, "metis"), plain_loop(run, data, 1, 1, "metis")
+    assert np.abs(cut[-1] - whole[-1]).max() > 1e-4
+
+
+def test_edges_of_equal_length_are_dropped_alike(tmp_path: Path) -> None:
+    """On a lattice most edges tie: the order of edges decides, in parts as in the whole."""
+    lattice = np.stack(np.meshgrid(*[np.arange(4.0)] * 3), -1).reshape(-1, 3)
+    for p, found in enumerate(local.run(_kept, 2, lattice)):
+        whole = graphs.drop_longest(lattice, *graphs.radius_edges(lattice, 1.5), 0.37)
+        own = found[0]
+        inside = np.isin(whole[0], own) & np.isin(whole[1], own)
+        np.testing.assert_array_equal(own[found[1]], whole[0][inside])
+        np.testing.assert_array_equal(own[found[2]], whole[1][inside])
+        assert (p, len(own)) == (p, 32)
+
+
+def _kept(group: comm.Comm, x: np.ndarray) -> tuple[np.ndarray, ...]:
+    class Job:
+        repartition, method, method_seed = 1, "bisection", 0
+
+        class spec:  # noqa: N801
+            radius, edge_drop = 1.5, 0.37
+
+    return rollout.Owners(group, Job, len(x)).edges(x, 0)  # type: ignore[arg-type]
+
+
+def test_parts_keep_their_names() -> None:
+    before = np.repeat([0, 1, 2], 10)
+    shifted = np.repeat([2, 0, 1], 10)
+    shifted[9] = 0
+    np.testing.assert_array_equal(rollout.renamed(shifted, before, 3), np.r_[[0] * 9, [1] * 11, [2] * 10])
+
+
+def test_features_follow_the_velocity() -> None:
+    v = np.array([[3.0, 4, 0], [0, 0, 1]])
+    mass = np.array([1.0, 2])
+    found = columns(["speed", "speed/max", "mass/max", "mass"], v, {"mass": mass}.__getitem__)
+    np.testing.assert_array_equal(found, [[5, 1, 0.5, 1], [1, 0.2, 1, 2]])
+
+
+def test_walls_by_hand(tmp_path: Path) -> None:
+    data = write(tmp_path / "a.h5", box=np.array([[0.0, 0, 0], [1, 1, 1]]))
+    run = make_run(tmp_path / "run", data, "model.name=Linear")
+    x = np.tile([0.9, 0.5, 0.5], (60, 1))
+    to = np.tile([0.9, 0.5, 0.5], (60, 1))
+    to[0, 0], to[1, 0], to[2, 0], to[3, 0] = 1.3, -0.2, 2.4, 0.7
+    wanted = {"none": [1.3, -0.2, 2.4, 0.7], "clamp": [1, 0, 1, 0.7], "reflect": [0.7, 0.2, 0.4, 0.7]}
+    speeds = {"none": [0.4, -1.1, 1.5, -0.2], "clamp": [0.1, -0.9, 0.1, -0.2], "reflect": [-0.4, 1.1, 1.5, -0.2]}
+    for bounds in rollout.BOUNDS:
+        job, _ = rollout.prepare(run, trajectory=0, steps=1, out=tmp_path / "o.vtkhdf", bounds=bounds, fixed="kind=1")
+        scene = rollout.Scene(Trajectories(data), job)
+        after, v = scene.settle(x, to)
+        moving = [0, 2, 3]  # node 1 is of kind 1: it stays
+        np.testing.assert_allclose(after[moving, 0], np.array(wanted[bounds])[moving], atol=1e-12)
+        np.testing.assert_allclose(v[moving, 0] * HORIZON * 0.5, np.array(speeds[bounds])[moving], atol=1e-12)
+        np.testing.assert_array_equal(after[1::3], x[1::3])
+        assert (v[1::3] == 0).all()
+
+
+def test_what_vtk_reads(tmp_path: Path) -> None:
+    """Each step as vtkHDFReader assembles an UnstructuredGrid of one part, from the offsets of Steps."""
+    run = make_run(tmp_path / "run", write(tmp_path / "a.h5"))
+    frames = roll(run, tmp_path / "out.vtkhdf", parts=2)
+    with h5py.File(tmp_path / "out.vtkhdf") as file:
+        root, steps = file["VTKHDF"], file["VTKHDF/Steps"]
+        assert root.attrs["Type"] == b"UnstructuredGrid"
+        kind = root.attrs.get_id("Type").get_type()
+        assert (kind.is_variable_str(), kind.get_cset()) == (False, h5py.h5t.CSET_ASCII)
+        assert root.attrs["Version"].tolist() == [2, 0]
+        assert steps.attrs["NSteps"] == len(steps["Values"]) == STEPS + 1  # VTK copies all of Values
+        assert root["Types"].dtype == np.uint8
+        for k, frame in enumerate(frames):
+            part, pieces = int(steps["PartOffsets"][k]), int(steps["NumberOfParts"][k])
+            assert pieces == 1
+            n, cells, ids = (
+                int(root[name][part]) for name in ("NumberOfPoints", "NumberOfCells", "NumberOfConnectivityIds")
+            )
+            assert (n, cells, ids) == (60, 60, 60)
+            first, cell, link = (
+                int(np.ravel(steps[name][k])[0]) for name in ("PointOffsets", "CellOffsets", "ConnectivityIdOffsets")
+            )
+            np.testing.assert_array_equal(root["Points"][first : first + n], frame.position)
+            np.testing.assert_array_equal(root["Types"][cell : cell + cells], 1)
+            np.testing.assert_array_equal(root["Connectivity"][link : link + ids], np.arange(n))
+            np.testing.assert_array_equal(root["Offsets"][cell + part : cell + part + cells + 1], np.arange(n + 1))
+            for name in root["PointData"]:
+                at = int(steps["PointDataOffsets"][name][k])
+                assert len(root["PointData"][name][at : at + n]) == n
+            at = int(steps["PointDataOffsets"]["velocity"][k])
+            np.testing.assert_array_equal(root["PointData/velocity"][at : at + n], frame.velocity)
+            assert int(steps["PointDataOffsets"]["mass"][k]) == 0
+            assert (frame.virtual is None) == (k == 0)
+            assert k == 0 or frame.virtual.shape == (3, 3)
+        assert set(root["PointData"]) == {"velocity", "error", "part", "mass", "kind"}
+
+
+def test_errors_by_their_definitions(tmp_path: Path) -> None:
+    data = write(tmp_path / "a.h5")
+    run = make_run(tmp_path / "run", data)
+    frames = roll(run, tmp_path / "out.vtkhdf")
+    table = rollout.errors(tmp_path / "out.vtkhdf").set_index("step")
+    file, mass = Trajectories(data), Trajectories(data).attribute(0, "mass")
+    x0, v0 = file.position(0, 0), file.velocity(0, 0)
+    for k in range(4):
+        y, x, row = file.position(0, 3 * k).astype(float), frames[k].position, table.loc[k]
+        close = {"rel": 1e-4, "abs": 1e-9}
+        assert row["mse"] == pytest.approx(((x - y) ** 2).mean(), **close)
+        assert row["mae"] == pytest.approx(np.abs(x - y).mean(), **close)
+        assert row["static_mse"] == pytest.approx(((x0 - y) ** 2).mean(), **close)
+        assert row["linear_mse"] == pytest.approx(((x0 + v0 * 1.5 * k - y) ** 2).mean(), **close)
+        assert row["kinetic_energy"] == pytest.approx((mass[:, None] * frames[k].velocity ** 2).sum() / 2, **close)
+        v = (y - file.position(0, 3 * k - 3)) / 1.5 if k else v0
+        assert row["true_kinetic_energy"] == pytest.approx((mass[:, None] * v**2).sum() / 2, **close)
+    assert table.loc[4:, ["mse", "mae", "static_mse", "rmsd", "true_kinetic_energy"]].isna().all(None)
+    assert table.loc[:, ["kinetic_energy", "radius_of_gyration", "time"]].notna().all(None)
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def distegnn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
+    """distegnn(arguments): the command line in tmp_path, in this process."""
+
+    def ran(*arguments: object) -> Ran:
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["distegnn", *map(str, arguments)])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Ran(code, *capsys.readouterr())
+
+    return ran
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_rollout_that_explodes_is_stopped(tmp_path: Path, distegnn: Callable[..., Ran], parts: int) -> None:
+    """x_k − x_0 grows by a factor of 20 a step."""
+    run = make_run(tmp_path / "run", write(tmp_path / "a.h5"), "model.name=Linear", weights=linear(30.0))
+    arguments = ("--trajectory", 0, "--steps", 50, "--parts", parts, "--out", "out.vtkhdf")
+    ran = distegnn("rollout", "run", *arguments)
+    assert ran.code == 2, ran.err
+    (line,) = ran.err.splitlines()
+    assert line.startswith("error: ")
+    told = re.search(
+        r"out\.vtkhdf: stopped at step (\d+): node \d+ is .* the file has the (\d+) frames before it", line
+    )
+    assert told, line
+    table = pd.read_csv(tmp_path / "out.csv")
+    with Rollout(tmp_path / "out.vtkhdf") as found:
+        assert len(found) == len(table) == int(told[2]) == int(told[1])
+        for frame in found:
+            assert np.abs(frame.position - 0.5).max() <= 30
+        steps = found.file["VTKHDF/Steps"]
+        assert steps.attrs["NSteps"] == len(steps["Values"]) == len(found)
+        assert len(found.file["VTKHDF/Points"]) == 60 * len(found)
+    assert f"{len(table)} of 51 frames" in ran.out
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.h5", "out.csv", "out.vtkhdf", "run"]
+    assert run.is_dir()
+
+
+def test_nan_is_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run", write(tmp_path / "a.h5"), "model.name=Linear", weights=linear(float("nan")))
+    with pytest.raises(Failure, match=r"out.vtkhdf: stopped at step 1: 60 positions are NaN or infinite"):
+        rollout.run_rollout(run, trajectory=0, steps=3, out=tmp_path / "out.vtkhdf")
+    assert [frame.step for frame in Rollout(tmp_path / "out.vtkhdf")] == [0]
+    assert "1 of 4 frames" in capsys.readouterr().out
+
+
+KILLED = """
+import sys, numpy as np
+from pathlib import Path
+from dist_egnn.vtkhdf import Writer
+n, x = 5000, np.zeros((5000, 3), np.float32)
+meta = {"start": 0, "horizon": 1, "dt": 1.0, "true_frames": 10**6}
+out = Writer(Path(sys.argv[1]), 100_000, n, meta, {}, None, 2, np.dtype(np.float32))
+k = 0
+while True:
+    out.add(x + k, x - k, np.full(n, k), x + k, np.full((2, 3), k))
+    k += 1
+    if k == 5: print("going", flush=True)
+"""
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.013, 0.05, 0.11])
+def test_a_killed_writer_leaves_its_whole_frames(tmp_path: Path, delay: float) -> None:
+    out = tmp_path / "out.vtkhdf"
+    writer = subprocess.Popen([sys.executable, "-c", KILLED, str(out)], stdout=subprocess.PIPE)
+    try:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"going\n"
+        time.sleep(delay)
+    finally:
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.wait()
+    with pytest.raises(Failure, match=r"no such file; .*out\.vtkhdf\.partial was left"):
+        Rollout(out)
+    with Rollout(partial_of(out)) as found:
+        count = len(found)
+        assert count >= 5
+        for k in (0, 1, count // 2, count - 1):
+            frame = found[k]
+            assert (frame.position == k).all()
+            assert (frame.velocity == -k).all()
+            assert (frame.part == k).all()
+            assert k == 0 or (frame.virtual == k).all()
+            assert frame.error is not None
+            assert (frame.error == k).all()
+    assert finish(out) == count
+    with Rollout(out) as found:
+        assert len(found) == count
+        assert (found[count - 1].position == count - 1).all()
+    assert out.stat().st_size < 5000 * 40 * count + 10**6
+
+
+def test_from_the_command_line(tmp_path: Path, distegnn: Callable[..., Ran]) -> None:
+    """With relative paths; on a run that was trained on a store; the table."""
+    data = write(tmp_path / "a.h5")
+    arguments = ["--trajectory", 2, "--steps", 4, "--bounds", "reflect", "--fixed", "kind=2", "--out", "new/out.vtkhdf"]
+    ran = distegnn("partition", "a.h5", "--radius", 0.35, "--horizon", HORIZON, "--out", "store")
+    assert ran.code == 0, ran.err
+    run = make_run(tmp_path / "run", tmp_path / "store")
+    ran = distegnn("rollout", "run", *arguments)
+    assert ran.code == 2
+    assert re.fullmatch(
+        r"error: run: was trained on .*store, which was made from a file a\.h5; name .* --data\n", ran.err
+    )
+    ran = distegnn("rollout", "run", *arguments, "--data", "a.h5")
+    assert ran.code == 0, ran.err
+    lines = ran.out.splitlines()
+    assert lines[0] == "new/out.vtkhdf: 5 frames; every step and more columns in new/out.csv"
+    assert [line.split()[0] for line in lines[3:]] == ["1", "2", "3", "4"]
+    file = Trajectories(data)
+    held = file.attribute(2, "kind") == 2
+    with Rollout(tmp_path / "new" / "out.vtkhdf") as found:
+        assert found.meta["trajectory"] == 2
+        assert found.meta["fixed"] == ["kind", 2.0]
+        np.testing.assert_array_equal(found.box, BOX)
+        np.testing.assert_array_equal(found.attributes["mass"], file.attribute(2, "mass"))
+        assert {len(np.unique(frame.part)) for frame in found} == {2}  # as many processes as the store has parts
+        np.testing.assert_array_equal(found[4].position[held], file.position(2, 0)[held])
+        assert (found[4].position[~held] != file.position(2, 0)[~held]).any()
+    assert sorted(f.name for f in (tmp_path / "new").iterdir()) == ["out.csv", "out.vtkhdf"]
+    assert run.is_dir()
+
+
+def test_mistakes_are_told_before_any_work(tmp_path: Path) -> None:
+    data = write(tmp_path / "a.h5", velocity=False, box=None)
+    periodic = write(tmp_path / "p.h5", periodic=True)
+    run = make_run(tmp_path / "run", data, "model.name=Linear")
+    (tmp_path / "there.vtkhdf").touch()
+    good: dict[str, Any] = {"trajectory": 0, "steps": 2, "out": tmp_path / "o.vtkhdf"}
+    mistakes: list[tuple[dict[str, Any], str]] = [
+        ({"trajectory": 3}, r"--trajectory 3: .*a\.h5 has trajectories 0 to 2"),
+        ({"start": 11}, r"--start 11: .* can start at frames 0 to 10"),
+        ({"steps": 0}, r"--steps 0: must be at least 1"),
+        ({"repartition": 0}, r"--repartition 0: must be at least 1"),
+        ({"bounds": "bounce"}, r"--bounds bounce: use one of none, reflect, clamp"),
+        ({"bounds": "clamp"}, r"--bounds clamp: .* has no box"),
+        ({"bounds": "clamp", "data": periodic}, r"--bounds clamp: .* is in a periodic box"),
+        ({"fixed": "kind"}, r"--fixed kind: write ATTRIBUTE=VALUE"),
+        ({"fixed": "kind=7"}, r"--fixed kind=7: .* has no such node"),
+        ({"fixed": "sort=1"}, r"no node attribute 'sort'"),
+        ({"out": tmp_path / "o.h5"}, r"must end in \.vtkhdf"),
+        ({"out": tmp_path / "there.vtkhdf"}, r"there\.vtkhdf: exists"),
+        ({"data": tmp_path / "b.h5"}, r"b\.h5: no such file"),
+    ]
+    for wrong, says in mistakes:
+        with pytest.raises(Failure, match=says):
+            rollout.prepare(run, **{**good, **wrong})
+    with pytest.raises(Failure, match="not a run"):
+        rollout.prepare(tmp_path, **good)
+    with pytest.raises(Failure, match="parts=0"):
+        rollout.run_rollout(run, parts=0, **good)
+    assert rollout.prepare(run, **good, start=10)[0].start == 10
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.h5", "p.h5", "run", "there.vtkhdf"]
+
+
+def test_damaged_rollouts_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.vtkhdf"
+    path.write_bytes(b"text")
+    with pytest.raises(Failure, match="not a readable HDF5 file"):
+        Rollout(path)
+    with h5py.File(path, "w") as file:
+        file.create_group("VTKHDF")
+    with pytest.raises(Failure, match="None version None"):
+        Rollout(path)
+    meta = {"start": 0, "horizon": 1, "dt": 1.0, "true_frames": 1}
+    with pytest.raises(Failure, match="attribute 'part'"):
+        FrameWriter(path, 1, 2, meta, {"part": np.zeros(2)}, None, 0, np.dtype(np.float32))
+    with h5py.File(partial_of(path), "r+") as file:
+        del file["VTKHDF/NumberOfPoints"]
+    with pytest.raises(Failure, match="damaged"):
+        Rollout(partial_of(path))
