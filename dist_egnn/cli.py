@@ -266,7 +266,8 @@ def main() -> None:
     if len(sys.argv) == 1:  # not an error
         sys.argv.append("--help")
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == 130:  # typer makes this of Ctrl-C
+            raise KeyboardInterrupt
     except Failure as failure:
         if debug:
             raise

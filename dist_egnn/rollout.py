@@ -297,13 +297,11 @@ def _show(path: Path, table: pd.DataFrame, rows: int = 10) -> None:
     picked = np.unique(np.linspace(min(1, len(table) - 1), len(table) - 1, rows).round().astype(int))
     shown = [
         [str(int(r.step)), str(int(r.frame))]
-        + [text(v) for v in (r.mse, r.mae, r.static_mse, r.linear_mse, r.kinetic_energy, r.true_kinetic_energy)]
+        + [text(v) for v in (r.mse, r.static_mse, r.linear_mse, r.mae, r.kinetic_energy, r.true_kinetic_energy)]
         for r in table.iloc[picked].itertuples()
     ]
-    header = ["step", "frame", "MSE", "MAE", "static MSE", "linear MSE", "energy", "true energy"]
-    print_table(
-        f"{path}: {len(table)} frames; every step and more columns in {path.with_suffix('.csv')}", header, shown
-    )
+    header = ["step", "frame", "MSE", "static", "linear", "MAE", "energy", "true"]
+    print_table(f"{path}: {len(table)} frames; the whole table is {path.with_suffix('.csv')}", header, shown)
 
 
 def parse_fixed(text: str) -> tuple[str, float]:
@@ -396,7 +394,7 @@ def run_rollout(run: Path, parts: int | None = None, **options: Any) -> pd.DataF
         stopped = local.run(roll, size, job, timeout_s=job.config.train.timeout_s)[0]
     finally:
         done = finish(out) if partial_of(out).is_file() else 0
-        if done < job.steps + 1:
+        if 0 < done < job.steps + 1:
             print(f"{shown}: {done} of {job.steps + 1} frames")
     table = errors(out)
     replace(out.with_suffix(".csv"), table.to_csv(index=False))

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from .errors import Failure
-from .graphs import morton_order
 from .measures import rows
 
 if TYPE_CHECKING:
@@ -34,12 +33,12 @@ RELAX = 1.7
 
 @dataclass
 class _Cloud:
-    """Points x (N, 3) along a Z-order curve with the logarithms of their weights (N,), in blocks of BLOCK with their boxes."""
+    """Points x (N, 3) in compact blocks of BLOCK, one after the other, and the logarithms of their weights (N,)."""
 
     x: Tensor
     log_weight: Tensor
-    starts: Tensor  # (K,)
-    low: Tensor  # (K, 3)
+    starts: Tensor  # (K,) first point of each block
+    low: Tensor  # (K, 3) corners of its bounding box
     high: Tensor
 
     def reduce(self, value: Tensor, how: str) -> Tensor:
@@ -53,7 +52,7 @@ class _Cloud:
         weight = self.log_weight.exp()
         total = weight.new_zeros(len(self.starts)).index_add(0, block, weight)
         mean = weight.new_zeros(len(total), 3).index_add(0, block, weight[:, None] * self.x) / total[:, None]
-        return _in_blocks(mean, total)
+        return _in_blocks(mean, total)  # neighbours in order are neighbours in space here too
 
 
 def _in_blocks(x: Tensor, weight: Tensor) -> _Cloud:
@@ -62,12 +61,30 @@ def _in_blocks(x: Tensor, weight: Tensor) -> _Cloud:
     return _Cloud(x, weight.log(), starts, padded.amin(1), padded.amax(1))
 
 
+def _compact(x: np.ndarray) -> np.ndarray:
+    """An order (N,) in which each BLOCK points fill a small box: halves across the longest axis, again and again.
+
+    (Ranges of a Z-order curve have larger boxes: twice as many pairs of blocks would matter.)
+    """
+    pending, found = [np.arange(len(x))], []
+    while pending:
+        nodes = pending.pop()
+        if len(nodes) <= BLOCK:
+            found.append(nodes)
+            continue
+        half = BLOCK * math.ceil(len(nodes) / BLOCK / 2)
+        axis = np.ptp(x[nodes], 0).argmax()
+        nodes = nodes[np.argpartition(x[nodes, axis], half - 1)]
+        pending += [nodes[half:], nodes[:half]]
+    return np.concatenate(found)
+
+
 def _cloud(x: Any, weight: Any, centre: np.ndarray, device: torch.device) -> _Cloud:
     position = rows(x)
     w = np.ones(len(position)) if weight is None else rows(weight)
     if w.shape != (len(position),) or not (w > 0).all():
         raise Failure(f"weights of shape {w.shape}: must be {len(position)} positive numbers, one a point")
-    order = morton_order(position)
+    order = _compact(position)
     ordered = torch.from_numpy(position[order] - centre).to(device)
     return _in_blocks(ordered, torch.from_numpy(w[order] / w.sum()).to(device))
 
@@ -149,15 +166,18 @@ def _anneal(x: _Cloud, y: _Cloud | None, blur: float, start: float, comm: Comm |
     size = max(float((c.high - c.low).square().sum(1).mean()) / 4 for c in (x, other))
     few, few_other = x.centres(), other.centres()
     f, g = few.x.new_zeros(len(few.x)), few.x.new_zeros(len(few_other.x))
-    f, g, missed = step(few, few_other, f, g)
-    while epsilon * SCALING >= max(least, size):
+    while True:
+        for _ in range(20):  # cheap here, and each saves one on all points
+            f, g, missed = step(few, few_other, f, g)
+        if epsilon * SCALING < max(least, size):
+            break
         epsilon *= SCALING
-        f, g, missed = step(few, few_other, f, g)
     f, g = _softmin(x, few_other, g, epsilon, comm), _softmin(other, few, f, epsilon, comm)
     for _ in range(LIMIT):
         epsilon = max(epsilon * SCALING, least)
+        before = missed
         f, g, missed = step(x, other, f, g)
-        if epsilon == least and missed <= tolerance:
+        if epsilon == least and max(before, missed) <= tolerance:  # twice: RELAX lets it swing
             break
     else:
         warnings.warn(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
@@ -162,7 +163,7 @@ def test_processes_equal_one_on_the_same_cut_graphs(
     assert {len(np.unique(frame.part)) for frame in frames} == {parts}
     if parts > 1:
         # owners change, and only with a new partition; frame k + 1 was computed under the partition of step k
-        changed = [(a.part != b.part).any() for a, b in zip(frames[1:], frames[2:], strict=False)]
+        changed = [(a.part != b.part).any() for a, b in itertools.pairwise(frames[1:])]
         assert any(changed)
         assert not any(changed[k - 1] for k in range(1, STEPS) if k % repartition)
 
@@ -191,7 +192,7 @@ def _kept(group: comm.Comm, x: np.ndarray) -> tuple[np.ndarray, ...]:
     class Job:
         repartition, method, method_seed = 1, "bisection", 0
 
-        class spec:  # noqa: N801
+        class spec:
             radius, edge_drop = 1.5, 0.37
 
     return rollout.Owners(group, Job, len(x)).edges(x, 0)  # type: ignore[arg-type]
@@ -345,6 +346,51 @@ def test_nan_is_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "1 of 4 frames" in capsys.readouterr().out
 
 
+def test_an_interrupted_rollout_keeps_its_frames(
+    tmp_path: Path, distegnn: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = FrameWriter.add
+
+    def add(self: FrameWriter, *frame: Any) -> None:
+        if self.done == 3 and not self.path.name.startswith("out.vtkhdf.short"):
+            raise KeyboardInterrupt
+        plain(self, *frame)
+
+    monkeypatch.setattr(FrameWriter, "add", add)
+    make_run(tmp_path / "run", write(tmp_path / "a.h5"), "model.name=Linear")
+    partial_of(tmp_path / "out.vtkhdf").write_text("of a rollout that was killed")
+    ran = distegnn("rollout", "run", "--trajectory", 0, "--steps", 9, "--out", "out.vtkhdf")
+    assert ran == (130, "out.vtkhdf: 3 of 10 frames\n", "interrupted\n")
+    assert [frame.step for frame in Rollout(tmp_path / "out.vtkhdf")] == [0, 1, 2]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.h5", "out.vtkhdf", "run"]
+
+
+def _dying(group: comm.Comm, job: rollout.Job) -> str:
+    plain, calls = rollout._predict, 0
+
+    def predict(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 3 and group.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return plain(*args)
+
+    rollout._predict = predict
+    return rollout.roll(group, job)
+
+
+def test_a_killed_process_leaves_the_frames_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", write(tmp_path / "a.h5"))
+    out, run_in_processes = tmp_path / "out.vtkhdf", local.run
+    monkeypatch.setattr(
+        local, "run", lambda _, size, *args, **options: run_in_processes(_dying, size, *args, **options)
+    )
+    with pytest.raises(Failure, match="process 1 of 2 died"):
+        rollout.run_rollout(run, parts=2, trajectory=0, steps=5, out=out)
+    assert [frame.step for frame in Rollout(out)] == [0, 1, 2]
+    assert not partial_of(out).exists()
+
+
 KILLED = """
 import sys, numpy as np
 from pathlib import Path
@@ -406,7 +452,7 @@ def test_from_the_command_line(tmp_path: Path, distegnn: Callable[..., Ran]) -> 
     ran = distegnn("rollout", "run", *arguments, "--data", "a.h5")
     assert ran.code == 0, ran.err
     lines = ran.out.splitlines()
-    assert lines[0] == "new/out.vtkhdf: 5 frames; every step and more columns in new/out.csv"
+    assert lines[0] == "new/out.vtkhdf: 5 frames; the whole table is new/out.csv"
     assert [line.split()[0] for line in lines[3:]] == ["1", "2", "3", "4"]
     file = Trajectories(data)
     held = file.attribute(2, "kind") == 2

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 from scipy.ndimage import binary_erosion
-from scipy.spatial import cKDTree
+
+from dist_egnn.measures import density
 
 REST_DENSITY, GRAVITY = 1000.0, 9.81
 FEWEST = 20  # inner particles, to speak of their density
@@ -22,24 +23,11 @@ def first_outside(position: np.ndarray, box: np.ndarray) -> tuple[int, int] | No
     return int(frame), int(node)
 
 
-def density(position: np.ndarray, mass: np.ndarray, radius: float) -> np.ndarray:
-    """Σ_j m_j W(x_i − x_j) in kg/m³ (N,), of positions (N, 3) and masses (N,): cubic spline, support 4 particle radii.
-
-    The engine's kernel, but without its wall particles: too low within 4 radii of a wall.
-    """
-    support = 4 * radius
-    i, j = cKDTree(position).query_pairs(support, output_type="ndarray").T
-    q = np.linalg.norm(position[i].astype(float) - position[j], axis=1) / support
-    w = np.where(q <= 0.5, 6 * (q**3 - q**2) + 1, 2 * (1 - q) ** 3)
-    n = len(position)
-    total = mass + np.bincount(i, mass[j] * w, n) + np.bincount(j, mass[i] * w, n)
-    return 8 / (np.pi * support**3) * total
-
-
 def inner_density(position: np.ndarray, mass: np.ndarray, box: np.ndarray, radius: float) -> float:
     """Median density (kg/m³) of the particles away from walls and surface; NaN if they are fewer than 20.
 
-    Away: in a cubic cell as wide as the kernel's support of which all 26 neighbours hold particles too, and farther
+    By the engine's kernel, which ends at 4 particle radii, without its wall particles: hence away from walls, that is, in
+    a cubic cell as wide as the kernel's support of which all 26 neighbours hold particles too, and farther
     than the support from every wall.
     """
     support = 4 * radius
@@ -48,7 +36,7 @@ def inner_density(position: np.ndarray, mass: np.ndarray, box: np.ndarray, radiu
     taken[tuple(cell.T)] = True
     deep = binary_erosion(taken, np.ones((3, 3, 3)))[tuple(cell.T)]
     inner = deep & ((position > box[0] + support) & (position < box[1] - support)).all(1)
-    return float(np.median(density(position, mass, radius)[inner])) if inner.sum() >= FEWEST else float("nan")
+    return float(np.median(density(position, mass, support)[inner])) if inner.sum() >= FEWEST else float("nan")
 
 
 def energy(position: np.ndarray, velocity: np.ndarray, mass: np.ndarray, floor: float) -> np.ndarray:

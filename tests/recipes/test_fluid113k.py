@@ -310,20 +310,6 @@ def test_scales():
 # ---- physics
 
 
-def test_density_against_pairs_by_hand():
-    """SPH density by its definition, with the kernel normalised by an integral."""
-    draw = np.random.default_rng(0)
-    x, mass, h = draw.uniform(size=(60, 3)) * 0.2, draw.uniform(1, 2, 60), 4 * RADIUS
-
-    def w(q: np.ndarray) -> np.ndarray:
-        return np.select([q <= 0.5, q <= 1], [1 - 6 * q**2 + 6 * q**3, 2 * (1 - q) ** 3], 0.0)
-
-    q = np.linspace(0, 1, 20001)
-    unit = np.trapezoid(4 * np.pi * q**2 * w(q), q) * h**3
-    expected = (w(np.linalg.norm(x[:, None] - x, axis=2) / h) / unit) @ mass
-    np.testing.assert_allclose(physics.density(x, mass, RADIUS), expected, rtol=1e-6)
-
-
 def test_density_of_a_block_and_of_one_too_dense():
     position, velocity = block()
     mass = np.full(len(position[0]), MASS)
