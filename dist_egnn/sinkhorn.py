@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .comm import Comm
 
 BLOCK = 32  # points that are kept or left out together
-NEGLIGIBLE = 40.0  # e⁻⁴⁰ of the largest term: all that is left out is below 1e-12 of a sum of 100,000 terms
+NEGLIGIBLE = 30.0  # e⁻³⁰ of a sum: all that is left out of it is below 1e-8 of it at 100,000 points
 SCALING = 0.25  # ε from one step of the annealing to the next
 LIMIT = 300  # iterations on all points
 RELAX = 1.7
@@ -92,7 +92,7 @@ def _cloud(x: Any, weight: Any, centre: np.ndarray, device: torch.device) -> _Cl
 def _softmin(to: _Cloud, of: _Cloud, potential: Tensor, epsilon: float, comm: Comm | None) -> Tensor:
     """−ε log Σ_j w_j exp((g_j − ‖x_i − y_j‖²) / ε) for every point x_i of ``to``: (N,).
 
-    A block of columns is left out of a block of rows if its terms cannot reach e⁻⁴⁰ of each row's sum: at most
+    A block of columns is left out of a block of rows if its terms cannot reach e⁻³⁰ of each row's sum: at most
     max g + max log w − d² / ε with d the distance of the two boxes, against the sum over the columns nearest to the rows.
     Processes of ``comm`` share the blocks of rows.
     """
@@ -137,7 +137,7 @@ def _match(
     """
     fresh = _softmin(x, y, g, epsilon, comm)
     missed = float((x.log_weight.exp() * torch.expm1((f - fresh) / epsilon).abs()).sum())
-    pace = RELAX if missed < 0.1 else 1.0
+    pace = RELAX if missed < 0.3 else 1.0
     f = f + pace * (fresh - f)
     return f, g + pace * (_softmin(y, x, f, epsilon, comm) - g), missed
 
@@ -197,7 +197,7 @@ def divergence(
     weights: tuple[Any, Any] = (None, None),
     *,
     comm: Comm | None = None,
-    tolerance: float = 1e-3,
+    tolerance: float = 1e-2,
     device: str | torch.device = "cpu",
 ) -> float:
     """The Sinkhorn divergence S_ε = OT_ε(x, y) − ½ OT_ε(x, x) − ½ OT_ε(y, y) of clouds x (N, 3) and y (M, 3), length².
@@ -205,7 +205,7 @@ def divergence(
     OT_ε = min_π Σ π C + ε KL(π | a ⊗ b) with C = ‖x − y‖² and ε = blur² (Feydy et al., arXiv 1810.08278). It is zero for
     the same cloud in any order, and ‖t‖² for a cloud and its copy shifted by t, at any ε. ``blur``: the length below
     which it does not look, say the points' spacing; ``weights``: positive, ones unless given; iterations end when the plan misses
-    at most ``tolerance`` of the weight. Every process of ``comm`` gives the whole clouds and does its share of the work.
+    at most ``tolerance`` of the weight (at 0.01 S is off by less than a thousandth where that was tried). Every process of ``comm`` gives the whole clouds and does its share of the work.
     """
     if not blur > 0:
         raise Failure(f"blur={blur}: must be positive; the points' spacing is a good choice")

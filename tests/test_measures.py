@@ -146,8 +146,9 @@ def test_sinkhorn_against_the_matrix(n: int) -> None:
     p, q = a / a.sum(), b / b.sum()
     wanted = dense(x, y, 0.3, p, q) - (dense(x, x, 0.3, p, p) + dense(y, y, 0.3, q, q)) / 2
     assert sinkhorn.divergence(x, y, 0.3, (a, b), tolerance=1e-5) == pytest.approx(wanted, rel=1e-5)
-    assert sinkhorn.divergence(y, x, 0.3, (b, a)) == pytest.approx(wanted, rel=1e-2)
-    assert sinkhorn.divergence(torch.from_numpy(x), x[::-1].copy(), 0.3) == pytest.approx(0, abs=1e-6 * wanted)
+    assert sinkhorn.divergence(y, x, 0.3, (b, a)) == pytest.approx(wanted, rel=1e-3)
+    again = sinkhorn.divergence(torch.from_numpy(x), x[::-1].copy(), 0.3, tolerance=1e-4)
+    assert again == pytest.approx(0, abs=1e-6 * wanted)
 
 
 def test_sinkhorn_leaves_out_only_what_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:

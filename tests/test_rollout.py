@@ -22,6 +22,7 @@ import torch
 
 from dist_egnn import checkpoint, cli, comm, config, graphs, local, rollout, train
 from dist_egnn.errors import Failure
+from dist_egnn.scene import BOUNDS, Job, Scene
 from dist_egnn.trajectories import Trajectories, Writer, columns
 from dist_egnn.vtkhdf import Rollout, finish, partial_of
 from dist_egnn.vtkhdf import Writer as FrameWriter
@@ -189,13 +190,13 @@ def test_edges_of_equal_length_are_dropped_alike(tmp_path: Path) -> None:
 
 
 def _kept(group: comm.Comm, x: np.ndarray) -> tuple[np.ndarray, ...]:
-    class Job:
+    class Fake:
         repartition, method, method_seed = 1, "bisection", 0
 
         class spec:
             radius, edge_drop = 1.5, 0.37
 
-    return rollout.Owners(group, Job, len(x)).edges(x, 0)  # type: ignore[arg-type]
+    return rollout.Owners(group, Fake, len(x)).edges(x, 0)  # type: ignore[arg-type]
 
 
 def test_parts_keep_their_names() -> None:
@@ -220,9 +221,9 @@ def test_walls_by_hand(tmp_path: Path) -> None:
     to[0, 0], to[1, 0], to[2, 0], to[3, 0] = 1.3, -0.2, 2.4, 0.7
     wanted = {"none": [1.3, -0.2, 2.4, 0.7], "clamp": [1, 0, 1, 0.7], "reflect": [0.7, 0.2, 0.4, 0.7]}
     speeds = {"none": [0.4, -1.1, 1.5, -0.2], "clamp": [0.1, -0.9, 0.1, -0.2], "reflect": [-0.4, 1.1, 1.5, -0.2]}
-    for bounds in rollout.BOUNDS:
+    for bounds in BOUNDS:
         job, _ = rollout.prepare(run, trajectory=0, steps=1, out=tmp_path / "o.vtkhdf", bounds=bounds, fixed="kind=1")
-        scene = rollout.Scene(Trajectories(data), job)
+        scene = Scene(Trajectories(data), job)
         after, v = scene.settle(x, to)
         moving = [0, 2, 3]  # node 1 is of kind 1: it stays
         np.testing.assert_allclose(after[moving, 0], np.array(wanted[bounds])[moving], atol=1e-12)
@@ -365,7 +366,7 @@ def test_an_interrupted_rollout_keeps_its_frames(
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.h5", "out.vtkhdf", "run"]
 
 
-def _dying(group: comm.Comm, job: rollout.Job) -> str:
+def _dying(group: comm.Comm, job: Job) -> str:
     plain, calls = rollout._predict, 0
 
     def predict(*args: Any) -> Any:
