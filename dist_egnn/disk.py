@@ -8,6 +8,7 @@ import fcntl
 import io
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,25 @@ def reason(error: OSError, path: Path) -> str:
     why = " ".join((error.strerror or str(error)).split())
     if error.errno in FULL:
         why += f", {shutil.disk_usage(path.parent).free / 1e6:,.2f} MB are free"
-    return f"{error.filename or path}: {why}"
+    return f"{error.filename2 or error.filename or path}: {why}"
+
+
+def save(path: Path, need: int, write: Callable[[str], object]) -> None:
+    """write(path), by a library that does not notice when the last bytes of a file of about ``need`` find no place.
+
+    Raises Failure or OSError unless they did.
+    """
+    check_room(path, need)
+    try:
+        write(str(path))
+    except Exception as error:
+        line = (str(error) or type(error).__name__).splitlines()[0]
+        raise Failure(f"{path}: cannot be written ({line}); is the disk full?") from error
+    with path.open("r+b") as file:  # had they not, there would be no place for more either
+        end = file.seek(0, os.SEEK_END)
+        file.write(bytes(1 << 16))
+        file.flush()
+        file.truncate(end)
 
 
 class Sink(io.FileIO):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 from pathlib import Path
 
 import h5py
@@ -79,6 +80,30 @@ def test_what_we_write_has_the_published_layout(tmp_path):
         rows = np.arange(len(points))
         assert ((inside > BOX[0]) & (inside < BOX[1]))[rows, axis].all()
         assert (np.isin(points[rows, axis], BOX)).all()
+
+
+def test_the_page_tells_the_layout(tmp_path):
+    """The table of docs/formats.md: all keys that a first frame has, their types and shapes, and which others lack."""
+    page = (RECIPE.parents[1] / "docs" / "formats.md").read_text()
+    section = page.split("## The published records of Fluid113K")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (\w+)(?: \((.*)\))? \| (.*) \|$", section, re.M)
+    told = {
+        key: (kind, tuple(re.findall(r"\w+", shape)), "first frame" in meaning) for key, kind, shape, meaning in rows
+    }
+    position, velocity = block(4)
+    mass = np.full(64, MASS, np.float32)
+    records.write(tmp_path, 3, records.Record(position, velocity, mass, mass, BOX, 0.01), RADIUS)
+    path = tmp_path / "sim_0003_00.msgpack.zst"
+    first, second = msgpack.unpackb(zstandard.decompress(path.read_bytes()), raw=False)
+    found = {}
+    for key, value in first.items():
+        array = plain(value) if isinstance(value, dict) else np.array(value)
+        kind = {"U": "text", "f": "float32" if array.ndim else "float", "i": "int64"}[array.dtype.kind]
+        shape = tuple({3: "3", 64: "N"}.get(size, "M") for size in array.shape)
+        found[key] = (kind, shape, key not in second)
+    assert told == found
+    assert "200 frames are eight files of 13 and eight of 12" in section
+    assert [len(part) for part in np.array_split(np.arange(200), records.FILES)] == [13] * 8 + [12] * 8
 
 
 def test_round_trip_of_a_scene_scaled_down(tmp_path):

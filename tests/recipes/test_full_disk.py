@@ -17,7 +17,8 @@ from gns_files import METADATA, command
 
 from dist_egnn import disk
 from dist_egnn.errors import Failure
-from dist_egnn.trajectories import Writer
+from dist_egnn.store import Store
+from dist_egnn.trajectories import Trajectories, Writer
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SWEEP = """
@@ -114,6 +115,51 @@ def test_prepare_on_a_full_disk_goes_on_once_there_is_room(small_disk, tmp_path)
     assert {path.name for path in small_disk.iterdir()} == {"x.h5", "x.h5.manifest.json"}
     assert run(tmp_path / "x.h5") == (0, [])
     assert out.read_bytes() == (tmp_path / "x.h5").read_bytes()
+
+
+def test_partition_on_a_full_disk(small_disk, small, make_inputs):
+    """Wherever it gets full: one line, no store; with room the same call ends with a whole one."""
+    from dist_egnn.partition import build
+    from dist_egnn.partition.verify import verify
+
+    out, filler, inputs = small_disk / "store", small_disk / "filler", make_inputs(2)
+    lines = set()
+    for free in (0, 20_000, 300_000, 450_000, 550_000, 650_000, 850_000):
+        filler.write_bytes(bytes(4_194_304 - free))
+        try:
+            build.write(Trajectories(small), out, inputs, lambda *_: None)
+        except Failure as failure:
+            lines.add(str(failure))
+            assert not out.exists()
+        filler.unlink()
+        if out.exists():
+            break
+        if free == 300_000:  # the others go on from what the one before has left
+            shutil.rmtree(small_disk / "store.partial")
+    assert len(lines) > 3
+    for line in lines:
+        assert line.startswith(str(out)), line
+        assert "\n" not in line
+        assert "disk full: needs" in line or "No space left on device, 0.0" in line, line
+    build.write(Trajectories(small), out, inputs, lambda *_: None)
+    verify(Store(out), lambda *_: None)
+
+
+def test_the_end_of_a_file_is_not_lost(small_disk):
+    """DGL says nothing when the last page of a file finds no place on the disk."""
+    import dgl
+    import torch
+
+    tensors = {"x": torch.ones(5000, 3)}  # 14.6 pages
+    (small_disk / "filler").write_bytes(bytes(4_194_304 - 14 * 4096))
+    dgl.data.utils.save_tensors(str(small_disk / "x"), tensors)
+    assert (small_disk / "x").stat().st_size < 60_000
+    (small_disk / "x").unlink()
+    with pytest.raises(OSError, match="No space left"):
+        disk.save(small_disk / "x", 0, lambda path: dgl.data.utils.save_tensors(path, tensors))
+    (small_disk / "filler").unlink()
+    disk.save(small_disk / "x", 60_000, lambda path: dgl.data.utils.save_tensors(path, tensors))
+    np.testing.assert_array_equal(dgl.data.utils.load_tensors(str(small_disk / "x"))["x"], tensors["x"])
 
 
 def test_the_engine_takes_its_place_before_it_simulates(small_disk):
