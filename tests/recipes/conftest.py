@@ -14,7 +14,6 @@ from pathlib import Path
 
 import h5py
 import numpy as np
-import pandas as pd
 import pytest
 from gns_files import METADATA, RECIPE, framed, record, trajectories
 
@@ -22,6 +21,8 @@ from gns_files import METADATA, RECIPE, framed, record, trajectories
 @pytest.fixture
 def check_run_py(tmp_path) -> Callable[..., None]:
     """check_run_py(recipe, *keys): its run.py in a process, one epoch of a small EGNN; it leaves and prints a whole table."""
+
+    import pandas as pd
 
     def check(recipe: Path, *keys: object) -> None:
         small = ["--epochs", "1", "--models", "EGNN", "model.hidden=4", "model.layers=1", "train.batch_size=4"]

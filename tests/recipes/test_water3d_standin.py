@@ -1,4 +1,4 @@
-"""recipes/water3d: the simulated stand-in, its config, and its whole road."""
+"""recipes/water3d: the simulated stand-in, and the recipe's config."""
 
 from __future__ import annotations
 
