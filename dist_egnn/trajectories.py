@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import h5py
 import numpy as np
 
+from .disk import Sink, check_room
 from .errors import Failure
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ SPLITS = ("train", "valid", "test")
 
 class Writer:
     """Write a trajectories file completely or not at all: into PATH.partial, renamed when the block ends without error.
+
+    Raises Failure where the file cannot be written, saying of a full disk how much it would take.
 
     >>> with Writer("out.h5", {"command": "prepare.py --seed 1", "seed": 1}) as out:
     ...     out.add(position, split="train", dt=0.02, source="SPlisHSPlasH 2.19.0", attributes={"mass": mass})
@@ -36,7 +39,8 @@ class Writer:
 
     def __enter__(self) -> Writer:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = h5py.File(self.partial, "w")
+        self.sink = Sink(self.partial, self.path)
+        self.file = h5py.File(self.sink, "w")
         self.file.attrs.update(format=FORMAT, version=VERSION, meta=json.dumps(self.meta, sort_keys=True))
         self.group = self.file.create_group("trajectories")
         return self
@@ -56,7 +60,7 @@ class Writer:
         """Append a trajectory.
 
         position, velocity: (T, N, 3); attributes: name → (N,); box: (2, 3) low and high corner; dt: time from frame to
-        frame. Raises Failure for a wrong shape, an unknown split or a value that is not finite.
+        frame. Raises Failure for a wrong shape, an unknown split, a value that is not finite, or a full disk.
         """
         name = f"{len(self.group):06d}"
         if split not in SPLITS:
@@ -84,22 +88,39 @@ class Writer:
             group.create_dataset(
                 key, data=value, chunks=chunks, shuffle=bool(chunks), compression="gzip" if chunks else None
             )
+        self.sink.check()
+
+    def copy(self, piece: Path) -> None:
+        """Append the trajectories of another file as they are, not compressed anew."""
+        with h5py.File(piece, "r") as file:
+            for name in sorted(file["trajectories"]):
+                file.copy(f"trajectories/{name}", self.group, name=f"{len(self.group):06d}")
+                self.sink.check()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.file.close()
-        if kind is None:
-            os.replace(self.partial, self.path)
-        else:
+        try:
+            self.file.close()
+            if kind is None:
+                self.sink.check()
+                self.sink.close()
+                os.replace(self.partial, self.path)
+        finally:
+            self.sink.close()
             self.partial.unlink(missing_ok=True)
 
 
-def join(pieces: Sequence[Path], path: str | Path, meta: Mapping[str, Any]) -> None:
-    """Write the trajectories of several files, in their order, as one file: copied as they are, not compressed anew."""
+def join(
+    pieces: Sequence[Path], path: str | Path, meta: Mapping[str, Any], tick: Callable[[], object] = lambda: None
+) -> None:
+    """Write the trajectories of several files, in their order, as one file; tick() after each of them.
+
+    Raises Failure where the disk has no room for as many bytes as the pieces have.
+    """
+    check_room(Path(path), sum(piece.stat().st_size for piece in pieces))
     with Writer(path, meta) as out:
         for piece in pieces:
-            with h5py.File(piece, "r") as file:
-                for name in sorted(file["trajectories"]):
-                    file.copy(f"trajectories/{name}", out.group, name=f"{len(out.group):06d}")
+            out.copy(piece)
+            tick()
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ the end; a run that was killed goes on from the last complete snapshot.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -26,7 +27,7 @@ import torch
 import yaml
 from dist_egnn.partition import methods
 
-from dist_egnn import __version__, graphs
+from dist_egnn import __version__, disk, graphs
 from dist_egnn.errors import Failure
 from dist_egnn.store import FORMAT, GRAPH, VERSION
 from dist_egnn.trajectories import SampleSpec, Snapshot, Trajectories, node_fields, snapshots
@@ -214,10 +215,13 @@ def _assemble(folder: Path, spool: Path, indices: range, counts: np.ndarray) -> 
         graph.edata["inner_edge"] = torch.ones(graph.num_edges(), dtype=torch.uint8)
         target = folder / f"part{p}"
         target.mkdir(parents=True, exist_ok=True)
-        dgl.save_graphs(str(target / "graph.dgl"), [graph], formats=["coo"])
         features = {f"_N/{name}": torch.from_numpy(np.concatenate(value)) for name, value in rows.items()}
-        dgl.data.utils.save_tensors(str(target / "node_feat.dgl"), features)
-        dgl.data.utils.save_tensors(str(target / "edge_feat.dgl"), {})
+        # int64: both ends and the number of an edge, the number of a node; bytes: inner or not
+        size = 25 * graph.num_edges() + 9 * graph.num_nodes()
+        disk.save(target / "graph.dgl", size, functools.partial(dgl.save_graphs, g_list=[graph], formats=["coo"]))
+        for name, tensors in (("node_feat", features), ("edge_feat", {})):
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            disk.save(target / f"{name}.dgl", size, functools.partial(dgl.data.utils.save_tensors, tensor_dict=tensors))
         meta[f"part-{p}"] = {
             "node_feats": f"part{p}/node_feat.dgl",
             "edge_feats": f"part{p}/edge_feat.dgl",
@@ -254,18 +258,33 @@ def _begin(out: Path, inputs: Inputs) -> Path | None:
         return None
     if work.exists() and not _made_with(inputs, stamp):
         raise Failure(f"{work}: left by an unfinished run with other settings; remove it or choose another --out")
+    fresh = not work.exists()
     work.mkdir(parents=True, exist_ok=True)
-    _write_atomically(stamp, json.dumps(inputs.plain()))
+    try:
+        _write_atomically(stamp, json.dumps(inputs.plain()))
+    except OSError:
+        if fresh:  # without the stamp it would look like somebody else's
+            shutil.rmtree(work)
+        raise
     return work
 
 
 def write(data: Trajectories, out: Path, inputs: Inputs, progress: Callable[[int, int], None]) -> bool:
     """Write the store of a trajectories file to ``out``; False if it stands there complete already.
 
-    progress(done, all) is called after each snapshot. Raises Failure for inputs that cannot be partitioned, and for an
-    ``out`` that holds something else.
+    progress(done, all) is called after each snapshot. Raises Failure for inputs that cannot be partitioned, for an
+    ``out`` that holds something else, and where something cannot be written; what is complete stays.
     """
     listed = listing(data, inputs)
+    try:
+        return _write(data, out, inputs, listed, progress)
+    except OSError as error:
+        raise Failure(f"{disk.reason(error, out)}; once that is mended the same command goes on") from error
+
+
+def _write(
+    data: Trajectories, out: Path, inputs: Inputs, listed: list[Snapshot], progress: Callable[[int, int], None]
+) -> bool:
     work = _begin(out, inputs)
     if work is None:
         return False

@@ -13,7 +13,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "dist_egnn"
 PARTITION = ROOT / "partition"
-FOR_PARTITION = {"", "errors", "fields", "graphs", "trajectories", "store", "partition"}  # "": dist_egnn.__version__
+FOR_PARTITION = {
+    "",
+    "disk",
+    "errors",
+    "fields",
+    "graphs",
+    "trajectories",
+    "store",
+    "partition",
+}  # "": dist_egnn.__version__
 COLLECTIVES = {"comm.py", "halo.py"}
 SOURCES = {"numba", "pysplishsplash", "MDAnalysis", "MDAnalysisData", "MDAnalysisTests", "tensorflow", "tfrecord"}
 

@@ -81,6 +81,14 @@ def write_scene(directory: Path, job: Mapping[str, np.ndarray]) -> None:
     (directory / "scene.json").write_text(json.dumps(content, indent=1))
 
 
+def allocated(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """A float32 array in a .npy file that has its place on the disk: writing to one without ends the process by SIGBUS."""
+    array = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
 class Recorder:
     """Called after every step of the engine; fills the frames at exact multiples of dt.
 
@@ -95,10 +103,7 @@ class Recorder:
         self.parent = os.getppid()
         self.nodes = fluid.numActiveParticles()
         shape = (frames, self.nodes, 3)  # on disk: half a gigabyte at full size
-        self.frames = [
-            np.lib.format.open_memmap(directory / f"{name}.npy", "w+", np.float32, shape)
-            for name in ("position", "velocity")
-        ]
+        self.frames = [allocated(directory / f"{name}.npy", shape) for name in ("position", "velocity")]
         self.time, self.state, self.done, self.total = 0.0, self.read(), 0, frames
         self.keep(self.state)
 
@@ -118,7 +123,9 @@ class Recorder:
         for frames, values in zip(self.frames, state, strict=True):
             frames[self.done] = values
         self.done += 1
-        (self.directory / "frames").write_text(str(self.done))
+        count = self.directory / "frames"
+        count.with_suffix(".new").write_text(str(self.done))
+        os.replace(count.with_suffix(".new"), count)  # prepare.py reads it at any time
 
     def __call__(self) -> None:
         if os.getppid() != self.parent:  # prepare.py was killed
@@ -160,6 +167,9 @@ def run(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]).resolve())
+    try:
+        run(Path(sys.argv[1]).resolve())
+    except OSError as error:
+        raise SystemExit(f"{error.filename or sys.argv[1]}: {error.strerror or error}") from None
     # the engine's destructors crash at times; everything is written by now
     os._exit(0)

@@ -31,6 +31,7 @@ import physics
 import records
 
 from dist_egnn import preparing
+from dist_egnn.disk import check_room
 from dist_egnn.errors import Failure
 from dist_egnn.trajectories import SPLITS
 
@@ -126,17 +127,32 @@ class Engines:
             raise Failure(self.reason)
 
 
+def folder_of(options: argparse.Namespace, k: int) -> Path:
+    """Where the engine of trajectory k keeps its frames."""
+    return options.out.with_name(options.out.name + ".parts") / f"{k:06d}.engine"
+
+
 def simulate(options: argparse.Namespace, engines: Engines, k: int) -> Iterator[dict[str, Any]]:
-    """Trajectory k, simulated, as the one piece of its number."""
-    name = f"trajectory {k}"
-    directory = options.out.with_name(options.out.name + ".parts") / f"{k:06d}.engine"
+    """Trajectory k, simulated, as the one piece of its number. Its frames go when it has been written or has failed."""
+    name, directory = f"trajectory {k}", folder_of(options, k)
     shutil.rmtree(directory, ignore_errors=True)  # of a run that was killed
-    directory.mkdir()
     scene = draw(options.seed, k, options.particles)
+    # positions and velocities: the engine's, and the piece's at most
+    check_room(directory, 2 * 2 * options.frames * scene.position.size * np.dtype(np.float32).itemsize)
+    directory.mkdir()
+    try:
+        yield simulated(options, engines, k, scene, directory, name)
+    finally:
+        shutil.rmtree(directory)
+
+
+def simulated(
+    options: argparse.Namespace, engines: Engines, k: int, scene: Scene, directory: Path, name: str
+) -> dict[str, Any]:
+    """Arguments of ``Writer.add`` for a scene, after its simulation in ``directory``; its records, if they are wanted."""
     np.savez(directory / "job.npz", **asdict(scene), radius=RADIUS, frames=options.frames)
     engines.run(directory, name)
     fields = {key: np.load(directory / f"{key}.npy") for key in ("position", "velocity", "mass", "viscosity")}
-    shutil.rmtree(directory)
     record = records.Record(**fields, box=scene.box, dt=scene.dt)
     if outside := physics.first_outside(record.position, record.box):
         engines.stop(f"{name}: particle {outside[1]} is outside the box at frame {outside[0]}; take another --seed")
@@ -144,7 +160,7 @@ def simulate(options: argparse.Namespace, engines: Engines, k: int) -> Iterator[
     record = check_and_round(record, name, options.quantum)
     if options.records:
         records.write(options.records, k + 1, record, RADIUS)
-    yield as_piece(record, k, options, f"SPlisHSPlasH {importlib.metadata.version('pysplishsplash')}")
+    return as_piece(record, k, options, f"SPlisHSPlasH {importlib.metadata.version('pysplishsplash')}")
 
 
 def reread(options: argparse.Namespace, numbers: Sequence[int], k: int) -> Iterator[dict[str, Any]]:
@@ -212,7 +228,14 @@ def prepare(options: argparse.Namespace) -> None:
     engines = Engines()
     before = signal.signal(signal.SIGINT, engines.interrupted)
     try:
-        write(functools.partial(simulate, options, engines), len(options.splits), settings=settings)
+        write(
+            functools.partial(simulate, options, engines),
+            len(options.splits),
+            settings=settings,
+            steps=preparing.Steps(
+                "frames", options.frames, lambda k: preparing.steps_in(folder_of(options, k) / "frames")
+            ),
+        )
     finally:
         signal.signal(signal.SIGINT, before)
     for k in range(len(options.splits)) if options.records else ():

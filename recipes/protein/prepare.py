@@ -14,8 +14,6 @@ import argparse
 import functools
 import importlib.util
 import itertools
-import os
-import shutil
 import socket
 import sys
 import warnings
@@ -27,6 +25,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dist_egnn import graphs, preparing
+from dist_egnn.disk import check_room
 from dist_egnn.errors import Failure
 from dist_egnn.trajectories import SPLITS
 
@@ -211,17 +210,6 @@ def tell_crossing(x: np.ndarray, side: np.ndarray) -> None:
     )
 
 
-def check_room(out: Path, atoms: int, frames: int) -> None:
-    """Raise Failure where the splits and the file joined from them may not fit: HDF5 can crash on a full disk."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    need, free = 2 * 12 * atoms * frames, shutil.disk_usage(out.parent).free
-    if free < need:
-        raise Failure(
-            f"{out}: may take {need / 1e6:,.1f} MB while it is made, and its disk has {free / 1e6:,.1f} MB left; "
-            "free some space, or choose another --out"
-        )
-
-
 def parser() -> preparing.Parser:
     found = preparing.parser((__doc__ or "").splitlines()[0], SCALES, EXAMPLE)
     option = found.add_argument
@@ -289,7 +277,9 @@ def run(arguments: Sequence[str] | None = None) -> None:
         tell_crossing(atoms.positions, side)
     counts = ", ".join(f"{split} {hi - lo:,}" for split, (lo, hi) in zip(SPLITS, spans, strict=True))
     print(f"{name}: {frames:,} frames, {len(atoms):,} of {len(atoms.universe.atoms):,} atoms; inputs: {counts}")
-    check_room(options.out, len(atoms), sum(hi - lo + options.horizon for lo, hi in spans))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    # the splits, and the file joined from them
+    check_room(options.out, 2 * 12 * len(atoms) * sum(hi - lo + options.horizon for lo, hi in spans))
     settings = {
         "description": f"{name}: {len(atoms)} atoms ({options.select}), lengths in Å, dt in ps, charge in e",
         "files": [[path.name, preparing.sha256(path)] for path in (source.topology, *source.trajectory)],
@@ -300,12 +290,9 @@ def run(arguments: Sequence[str] | None = None) -> None:
         "versions": preparing.versions("MDAnalysis", "numpy", "h5py"),
     }
     make = functools.partial(piece, options, source, spans, side, charge)
-    out, workers = options.out, options.workers
-    try:
-        preparing.write(out, make, len(SPLITS), settings=settings, workers=workers, threads=True, unit="split")
-    except OSError as error:
-        why = os.strerror(error.errno) if error.errno else reason(error)
-        raise Failure(f"{out}: cannot be written ({why}); the same command goes on once that is mended") from error
+    preparing.write(
+        options.out, make, len(SPLITS), settings=settings, workers=options.workers, threads=True, unit="split"
+    )
 
 
 if __name__ == "__main__":

@@ -575,7 +575,7 @@ def test_killed_before_the_last_rename(make_store, make_inputs, small, tmp_path)
         out.mkdir(exist_ok=True)
         (out / "thesis.tex").write_text("years of work")
 
-    with pytest.raises(OSError, match="not empty"):
+    with pytest.raises(Failure, match="store: Directory not empty"):
         build.write(data, out, inputs, intrude)
     assert files(out) == {"thesis.tex": b"years of work"}
     shutil.rmtree(out)
