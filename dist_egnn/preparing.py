@@ -179,7 +179,7 @@ def _make(
         pool = ProcessPoolExecutor(workers, context, initializer=watch, initargs=(os.getpid(),))
     missing = [k for k, name in enumerate(names) if not name.exists()]
     size, title = (steps.size, f"{out.name} ({steps.unit})") if steps else (1, out.name)
-    whole, note = len(names) - len(missing), ""
+    whole, most, note = len(names) - len(missing), 0, ""
     with progress.bar(title, len(names) * size, done=whole * size) as tick:
         try:
             futures = {pool.submit(piece, k): k for k in missing}
@@ -189,7 +189,8 @@ def _make(
                     del futures[future]
                     note, whole = f"{unit} {future.result()}", whole + 1
                 part = sum(steps.reached(k) for future, k in futures.items() if future.running()) if steps else 0
-                tick(note, to=whole * size + part)
+                most = max(most, whole * size + part)  # a piece's own count ends a little before the piece does
+                tick(note, to=most)
         finally:
             pool.shutdown(cancel_futures=True)
 

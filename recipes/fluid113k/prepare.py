@@ -40,6 +40,7 @@ BOX = np.array([5.0, 10.0, 5.0])
 DROP = 2.0  # the block's lowest point starts at most this far above its lowest place: it lands within 40 frames
 SPEED = np.array([4.0, 1.0, 4.0])
 GAP = 4 * RADIUS  # free space between the block and the walls at the start
+LARGE, LEG = 50_000, 20  # from so many particles on, an engine process does so many frames
 FILL = 0.8586  # mean volume of a unit cube scaled by U(0.9, 1), half the time by axis, half the time as a whole
 INSTALL = ".venv/bin/pip install -e '.[fluid]' (on Debian also: apt-get install libgl1 libglu1-mesa libopengl0)"
 # particles, trajectories, frames
@@ -133,25 +134,36 @@ def folder_of(options: argparse.Namespace, k: int) -> Path:
 
 
 def simulate(options: argparse.Namespace, engines: Engines, k: int) -> Iterator[dict[str, Any]]:
-    """Trajectory k, simulated, as the one piece of its number. Its frames go when it has been written or has failed."""
+    """Trajectory k, simulated, as the one piece of its number. Its frames go when it has been written; after a failure, if
+    no leg is complete."""
     name, directory = f"trajectory {k}", folder_of(options, k)
-    shutil.rmtree(directory, ignore_errors=True)  # of a run that was killed
+    going_on = directory / "state.npz"
+    if not going_on.exists():
+        shutil.rmtree(directory, ignore_errors=True)  # of a run that was killed
     scene = draw(options.seed, k, options.particles)
     # positions and velocities: the engine's, and the piece's at most
-    check_room(directory, 2 * 2 * options.frames * scene.position.size * np.dtype(np.float32).itemsize)
-    directory.mkdir()
+    copies = 1 if going_on.exists() else 2
+    check_room(directory, copies * 2 * options.frames * scene.position.size * np.dtype(np.float32).itemsize)
+    directory.mkdir(exist_ok=True)
     try:
         yield simulated(options, engines, k, scene, directory, name)
+        going_on.unlink(missing_ok=True)
     finally:
-        shutil.rmtree(directory)
+        if not going_on.exists():
+            shutil.rmtree(directory)
 
 
 def simulated(
     options: argparse.Namespace, engines: Engines, k: int, scene: Scene, directory: Path, name: str
 ) -> dict[str, Any]:
     """Arguments of ``Writer.add`` for a scene, after its simulation in ``directory``; its records, if they are wanted."""
-    np.savez(directory / "job.npz", **asdict(scene), radius=RADIUS, frames=options.frames)
-    engines.run(directory, name)
+    leg = LEG if len(scene.position) >= LARGE else options.frames
+    np.savez(directory / "job.npz", **asdict(scene), radius=RADIUS, frames=options.frames, leg=leg)
+    while not (directory / "whole").exists():
+        before = preparing.steps_in(directory / "frames")
+        engines.run(directory, name)
+        if preparing.steps_in(directory / "frames") <= before and not (directory / "whole").exists():
+            raise Failure(f"{name}: the engine ended without a new frame, after {before} of {options.frames}")
     fields = {key: np.load(directory / f"{key}.npy") for key in ("position", "velocity", "mass", "viscosity")}
     record = records.Record(**fields, box=scene.box, dt=scene.dt)
     if outside := physics.first_outside(record.position, record.box):

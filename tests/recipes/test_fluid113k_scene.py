@@ -105,6 +105,7 @@ n = x.shape[1]
 results = dict(position=x, velocity=0 * x, mass=np.full(n, 0.125), viscosity=np.full(n, 0.01))
 for name, value in results.items():
     np.save(folder + "/" + name + ".npy", value.astype(np.float32))
+open(folder + "/whole", "w").close()
 """
 FIRST_DONE = "while not os.path.exists(os.path.dirname(folder) + '/000000.h5'): time.sleep(0.02)"
 
@@ -199,6 +200,38 @@ def test_no_simulation_starts_without_room_for_its_frames(tmp_path, engine, monk
     assert line.startswith(f"error: {tmp_path / 'x.h5.parts' / '000000.engine'}: disk full: {says}"), line
 
 
+LEGS = """
+def leg(end):
+    open(folder + '/calls', 'a').write(f"{job['leg']} ")
+    if not os.path.exists(folder + '/state.npz'):
+        open(folder + '/frames', 'w').write('8')
+        np.savez(folder + '/state.npz')
+        sys.exit(0)
+    if end:
+        sys.exit(end)
+"""
+
+
+def test_legs_of_a_large_simulation_are_kept_when_one_fails(tmp_path, engine, capsys, monkeypatch):
+    monkeypatch.setattr(prepare, "LARGE", 500)
+    monkeypatch.setattr(prepare, "LEG", 8)
+    one = ("--out", tmp_path / "b.h5", "--particles", 1000, "--trajectories", 1, 0, 0, "--frames", 16)
+    engine(LEGS + "leg('no more memory')")
+    assert run(*one) == 2
+    assert "no more memory" in capsys.readouterr().err
+    calls = tmp_path / "b.h5.parts" / "000000.engine" / "calls"
+    assert calls.read_text() == "8 8 "
+    engine(LEGS + "leg(0)\nassert open(folder + '/calls').read() == '8 8 8 '")
+    assert run(*one) == 0
+    assert not (tmp_path / "b.h5.parts").exists()
+
+
+def test_an_engine_that_makes_no_frames_is_not_asked_for_ever(tmp_path, engine, capsys):
+    engine("sys.exit(0)")
+    assert run("--out", tmp_path / "b.h5", *SMALL) == 2
+    assert "without a new frame, after 0 of 16" in capsys.readouterr().err
+
+
 def test_a_particle_outside_is_refused(tmp_path, engine, capsys):
     engine("if k == 1: job['position'][5, 1] = -0.01")
     assert run("--out", tmp_path / "x.h5", *SMALL) == 2
@@ -284,6 +317,31 @@ def test_no_engine_outlives_prepare(tmp_path, sent, code):
     assert process.wait(20) == code
     state = Path(f"/proc/{child}/status")
     wait_for(lambda: not state.exists() or "zombie" in state.read_text())
+
+
+IN_LEGS = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import prepare
+prepare.LARGE, prepare.LEG = 500, 7
+sys.exit(prepare.preparing.main(prepare.run))
+"""
+
+
+@needs_engine
+def test_legs_killed_and_resumed_give_the_same_bytes(tmp_path):
+    words = ["--particles", "1000", "--trajectories", "1", "0", "0", "--frames", "25"]
+    command = [sys.executable, "-c", IN_LEGS, str(Path(prepare.__file__).parent), *words, "--out"]
+    first, second = tmp_path / "a.h5", tmp_path / "b.h5"
+    subprocess.run([*command, str(first)], check=True)
+    process = subprocess.Popen([*command, str(second)])
+    while not (tmp_path / "b.h5.parts" / "000000.engine" / "state.npz").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not second.exists()
+    subprocess.run([*command, str(second)], check=True)
+    assert first.read_bytes() == second.read_bytes()
 
 
 @needs_engine
