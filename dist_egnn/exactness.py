@@ -71,10 +71,15 @@ def compare(config: Config, store: Store, snapshot: int, folder: Path) -> dict[s
     against its own size: a gradient's scale is at least a thousandth of the largest gradient of the model.
     """
     config = copy.deepcopy(config)
-    one = _step(Alone(), config, store, store.whole(snapshot))
     local.run(
         _partitioned, store.parts, config, str(store.path), snapshot, str(folder), timeout_s=config.train.timeout_s
     )
+    return _against_one(config, store, snapshot, folder)
+
+
+def _against_one(config: Config, store: Store, snapshot: int, folder: Path) -> dict[str, float]:
+    """What compare returns, given what each process left in the folder."""
+    one = _step(Alone(), config, store, store.whole(snapshot))
     ranks = [torch.load(folder / f"{p}.pt", weights_only=True) for p in range(store.parts)]
     predicted = torch.cat([r["predicted"] for r in ranks])[torch.cat([r["gid"] for r in ranks]).argsort()]
     found = {
