@@ -28,14 +28,20 @@ class Step:
     gradients: dict[str, Tensor]
 
 
-def _step(comm: Comm, config: Config, store: Store, graph: DGLGraph) -> Step:
-    widths = len(store.inputs["features"]), len(store.inputs["node_attributes"])
-    model = train.build_model(config, widths, comm).double()
-    # φ_x and its kind start near zero; at full size an error in what they carry cannot hide
+def full_size(model: torch.nn.Module) -> None:
+    """Draw the last weights of φ_x and its kind anew, at full size: they start near zero, where an error in what they carry
+    would hide."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if name.endswith(("phi_x.2.weight", "phi_xv.2.weight", "phi_z.2.weight")):
-            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            drawn = 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.data = drawn.to(parameter)
+
+
+def _step(comm: Comm, config: Config, store: Store, graph: DGLGraph) -> Step:
+    widths = len(store.inputs["features"]), len(store.inputs["node_attributes"])
+    model = train.build_model(config, widths, comm).double()
+    full_size(model)
     predicted, z = model(graph)
     loss, _ = train.loss_of(config, model, graph, comm, torch.Generator().manual_seed(2))
     loss.backward()
