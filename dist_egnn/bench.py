@@ -158,6 +158,51 @@ def batch(
     return Report([table], found["notes"], found, json)
 
 
+@app.command(epilog="Example: distegnn bench models --nodes 10000 --json")
+def models(
+    nodes: Annotated[int, typer.Option(help="nodes of the fluid, particles on a jittered lattice")] = 10_000,
+    degree: Annotated[float, typer.Option(help="in-edges of its nodes on average; sets the radius")] = 15,
+    graphs: Annotated[int, typer.Option(help="N-body graphs of a batch, complete graphs of 100 nodes")] = 10,
+    hidden: Hidden = 64,
+    layers: Layers = 4,
+    virtual_nodes: Virtual = 3,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="a model; may be given several times, also MODULE:CLASS", show_default="all"),
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="timed repetitions after a warm-up; the median counts")] = 3,
+    json: Json = False,
+) -> Report:
+    """Every model on a batch of N-body graphs and on a fluid: parameters, time, memory, equivariance error.
+
+    One thread, float32, a process for each. Equivariance errors are measured with last weights of full size, which start near
+    zero, and are in units of the farthest that the model moves a node.
+    """
+    check({"--nodes": nodes, "--graphs": graphs}, degree)
+    from . import bench_models, bench_step
+
+    sizes: dict[str, Any] = {"hidden": hidden, "layers": layers, "virtual_nodes": virtual_nodes, "repeats": repeats}
+    found = bench_models.run(bench_step.Options(nodes, degree, **sizes), graphs, only, say)
+    header = ["model", "parameters", "forward [s]", "step [s]", "peak [GB]", "not equivariant by", "in float64"]
+    settings = ", ".join(f"{key}={value}" for key, value in sizes.items())
+    tables = [
+        Table(
+            f"{case['case']}: {case['nodes']:,} nodes, {case['edges']:,} edges; {settings}",
+            header,
+            [
+                [
+                    *(name, f"{row['parameters']:,}", *(f"{row[key]:.3f}" for key in ("forward_s", "step_s"))),
+                    f"{row['peak_gb']:.2f}",
+                    *(f"{row[key]:.0e}" for key in ("equivariance_error", "equivariance_error_float64")),
+                ]
+                for name, row in case["models"].items()
+            ],
+        )
+        for case in found["cases"]
+    ]
+    return Report(tables, found["notes"], found, json)
+
+
 @app.command(epilog="Example: distegnn bench partition --nodes 113140 --nodes 1000000 --parts 8")
 def partition(
     nodes: Annotated[

@@ -26,7 +26,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Options:
-    """What is run: the graph, the model's widths, and how. tile: None for the model's own."""
+    """What is run: the graph, the model and its widths, and how.
+
+    tile: None for the model's own; full_size: equivariance is measured with last weights of full size, in float64 too.
+    """
 
     nodes: int = 113_140
     degree: float = 14.6
@@ -39,6 +42,8 @@ class Options:
     precision: str = "float32"
     tile: int | None = None
     repeats: int = 3
+    model: str = "FastEGNN"
+    full_size: bool = False
 
 
 def variants(options: Options, peers: bool) -> dict[str, Options]:

@@ -6,7 +6,10 @@ Legend: N nodes, B graphs, C virtual nodes, H width, F input features, K node at
 from __future__ import annotations
 
 import difflib
+import importlib
 import math
+import os
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -20,6 +23,8 @@ from .comm import Alone, Comm
 from .errors import Failure
 from .nn.egnn import EGNNLayer
 from .nn.layer import Layer
+from .nn.rf import RFLayer
+from .nn.schnet import SchNetLayer
 
 PRECISIONS = ("float32", "bf16-messages")
 
@@ -191,17 +196,64 @@ class FastEGNN(EGNN):
     virtual_nodes = 3
 
 
-MODELS: tuple[type[nn.Module], ...] = (Linear, EGNN, FastEGNN)
+class RF(Network):
+    """Radial field (Köhler et al. 2020)."""
+
+    layer = RFLayer
+
+
+class FastRF(RF):
+    """Radial field with virtual nodes."""
+
+    virtual_nodes = 3
+
+
+class SchNet(Network):
+    """SchNet (Schütt et al. 2017) with an equivariant update of positions."""
+
+    layer = SchNetLayer
+
+
+class FastSchNet(SchNet):
+    """SchNet with virtual nodes."""
+
+    virtual_nodes = 3
+
+
+MODELS: tuple[type[nn.Module], ...] = (Linear, EGNN, FastEGNN, RF, FastRF, SchNet, FastSchNet)
 NAMES = {model.__name__: model for model in MODELS}
 
 
 def named(name: str) -> type[nn.Module]:
-    """The model class called ``name``; Failure suggests the nearest name."""
+    """The model class called ``name``: one of ours, or PACKAGE.MODULE:CLASS, imported (docs/extend.md).
+
+    Raises Failure for a name that is none, with the nearest, and for what cannot be imported.
+    """
+    if ":" in name:
+        return _imported(name)
     if name not in NAMES:
         near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise Failure(f"model.name={name}: unknown; {hint}known: {', '.join(NAMES)}")
+        raise Failure(f"model.name={name}: unknown; {hint}known: {', '.join(NAMES)}, or MODULE:CLASS of your own")
     return NAMES[name]
+
+
+def _imported(name: str) -> type[nn.Module]:
+    """The class that MODULE:CLASS means, from the working directory or installed."""
+    module, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise Failure(f"model.name={name}: '{module}' is no module's name; write PACKAGE.MODULE:CLASS, without .py")
+    if os.getcwd() not in sys.path:  # Python puts there the folder of the console script instead
+        sys.path.append(os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ImportError as error:
+        raise Failure(
+            f"model.name={name}: cannot import {module} ({error}); run this where {module.split('.')[0]} is, or install it"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise Failure(f"model.name={name}: {module} has no torch.nn.Module of that name; docs/extend.md shows one")
+    return found
 
 
 def choose(

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from ..engine import Fields, sum_of_ends
 from .fused import message_mlp
-from .layer import Layer, displacement
+from .layer import Layer, direction, displacement
 from .mlp import after_first, coordinate_mlp, first_blocks, mlp
 
 
@@ -67,5 +67,5 @@ class EGNNLayer(Layer):
         if self.tanh:
             scale = torch.tanh(scale)
         if self.normalize:
-            r = r / (squared.sqrt().detach() + 1e-8)
+            r = direction(r, squared.detach().sqrt())
         return {"m": m, "dx": r * scale} if "h" in self.outputs else {"dx": r * scale}

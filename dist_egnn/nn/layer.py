@@ -23,6 +23,11 @@ def displacement(edges: Any) -> Tensor:
     return r if "shift" not in edges.data else r - edges.data["shift"]
 
 
+def direction(r: Tensor, length: Tensor) -> Tensor:
+    """r (E, 3) over its length (E, 1), which the option ``normalize`` asks for: the divisor has no gradient, and is never zero."""
+    return r / (length.detach() + 1e-8)
+
+
 class Layer(nn.Module):
     """One layer; right-hand sides are the layer's inputs throughout, means over no neighbour are zero.
 
@@ -69,7 +74,8 @@ class Layer(nn.Module):
         if self.features:
             self.phi_h = mlp((3 if self.virtual else 2) * hidden + node_attributes, hidden)
         self.phi_g = mlp(seen, hidden, 1) if gravity else None
-        self.register_buffer("g", torch.tensor(gravity or (0.0, 0.0, 0.0)), persistent=False)
+        # float64, rounded where it is used: a model in float64 then has the vector that was given
+        self.register_buffer("g", torch.tensor(gravity or (0.0, 0.0, 0.0), dtype=torch.float64), persistent=False)
 
     def begin(self, node: Fields) -> Fields:
         """The first values of the fields in ``state``, given x, v and h; asked of the first layer alone."""
@@ -104,7 +110,7 @@ class Layer(nn.Module):
             moved = moved + dx
             said.append(m_virtual)
         if self.phi_g is not None:
-            moved = moved + self.phi_g(seen) * self.g
+            moved = moved + self.phi_g(seen) * self.g.to(moved)
         if self.virtual is not None:
             collected["sum_x"] = moved
         out = {"x": moved, **collected}
