@@ -55,13 +55,20 @@ class Partition:
 class Model:
     """The network."""
 
-    name: str = _key("FastEGNN", "Linear, EGNN or FastEGNN (on several parts: DistEGNN)")
+    name: str = _key(
+        "FastEGNN", "Linear; EGNN or TFN; with virtual nodes FastEGNN or FastTFN (on several parts: Dist…)"
+    )
     hidden: int = _key(64, "width H of the hidden features")
     layers: int = _key(4, "layers L")
-    virtual_nodes: int = _key(3, "virtual nodes C of FastEGNN")
+    virtual_nodes: int = _key(3, "virtual nodes C, where the model has them")
     normalize: bool = _key(False, "divide x_i - x_j by its length")
     attention: bool = _key(False, "weigh messages by a learned gate")
     tanh: bool = _key(False, "bound φ_x by tanh")
+    basis: int = _key(20, "radial functions of the distance, in TFN's weights")
+    cutoff: float | None = _key(
+        None, "distance beyond which they are zero; null: data.radius, or 10 for the complete graph"
+    )
+    channels: int = _key(16, "features of degree 1 (vectors) of a node, in TFN")
     gravity: list[float] | None = _key(None, "a constant vector g; adds φ_g(h) g: equivariance then holds about g only")
     precision: str = _key(
         "float32", "float32, or bf16-messages: products of messages in bfloat16, positions as they are"
@@ -198,6 +205,8 @@ def _check(config: Config) -> None:
         "model.hidden": 1,
         "model.layers": 1,
         "model.virtual_nodes": 1,
+        "model.basis": 1,
+        "model.channels": 1,
         "model.tile": 1,
         "loss.mmd": 0,
         "loss.samples": 1,
@@ -222,6 +231,8 @@ def _check(config: Config) -> None:
     if config.train.schedule not in ("constant", "cosine"):
         raise Failure(f"train.schedule={config.train.schedule}: unknown; use constant or cosine")
     devices.check_name(config.train.device, "train.device=", "auto")
+    if config.model.cutoff is not None and not 0 < config.model.cutoff < math.inf:
+        raise Failure(f"model.cutoff={config.model.cutoff}: must be positive and finite, or null: data.radius")
     if config.model.gravity is not None and len(config.model.gravity) != 3:
         raise Failure(f"model.gravity={config.model.gravity}: must be a vector of 3 numbers, or null")
 

@@ -20,6 +20,7 @@ from .comm import Alone, Comm
 from .errors import Failure
 from .nn.egnn import EGNNLayer
 from .nn.layer import Layer
+from .nn.tfn import TFNLayer
 
 PRECISIONS = ("float32", "bf16-messages")
 
@@ -191,7 +192,19 @@ class FastEGNN(EGNN):
     virtual_nodes = 3
 
 
-MODELS: tuple[type[nn.Module], ...] = (Linear, EGNN, FastEGNN)
+class TFN(Network):
+    """Tensor field network (Thomas et al. 2018) of degrees 0 and 1; needs e3nn."""
+
+    layer = TFNLayer
+
+
+class FastTFN(TFN):
+    """TFN with virtual nodes."""
+
+    virtual_nodes = 3
+
+
+MODELS: tuple[type[nn.Module], ...] = (Linear, EGNN, FastEGNN, TFN, FastTFN)
 NAMES = {model.__name__: model for model in MODELS}
 
 
