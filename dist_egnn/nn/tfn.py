@@ -24,7 +24,8 @@ from .mlp import coordinate_mlp, mlp
 def _e3nn() -> Iterator[Any]:
     """The library e3nn, which builds its modules of plain torch operations meanwhile.
 
-    By default it compiles them by TorchScript, which torch has deprecated and warns of. Raises Failure where the library is missing.
+    By default it compiles them by TorchScript, which torch has deprecated and warns of.
+    Raises Failure where the library is missing.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it uses what torch calls deprecated
@@ -67,8 +68,8 @@ class TFNLayer(Layer):
         dx_i = cutoff · φ_x(m_i)·τ_i,  t_i' = t_i + φ_t(m_i) τ'_i
 
     Y are the spherical harmonics of degrees 0 and 1, as the polynomials 1 and √3 r, whose gradient at r = 0 is as good as
-    elsewhere; ``normalize`` takes those of r / ‖r‖ (length detached). There is no cross product: it would be a pseudovector (1e). basis: Gaussians evenly between 0 and the cutoff; far beyond it they are
-    zero, and w is what φ_w makes of e_ij.
+    elsewhere; ``normalize`` takes those of r / ‖r‖ (length detached). There is no cross product: it would be a pseudovector (1e).
+    basis: Gaussians evenly between 0 and the cutoff; far beyond it they are zero, and w is what φ_w makes of e_ij.
 
     Cost: a fully connected product would take (H + m)² weights an edge, 6,400 at H = 64 and m = 16; one a channel is H + 3m = 112.
     An edge costs (basis + A)·H + H·(H + 3m) multiply-adds in φ_w and about H + 10m in the product, and writes H + 4m numbers
