@@ -57,8 +57,8 @@ class Model:
 
     name: str = _key(
         "FastEGNN",
-        "Linear; EGNN, RF or SchNet; with virtual nodes FastEGNN, FastRF or FastSchNet (on several parts: Dist…); or "
-        "MODULE:CLASS of your own",
+        "Linear; EGNN, RF, SchNet or TFN; with virtual nodes FastEGNN, FastRF, FastSchNet or FastTFN (on several parts: Dist…); "
+        "or MODULE:CLASS of your own",
     )
     hidden: int = _key(64, "width H of the hidden features")
     layers: int = _key(4, "layers L")
@@ -66,10 +66,11 @@ class Model:
     normalize: bool = _key(False, "divide x_i - x_j by its length")
     attention: bool = _key(False, "weigh messages by a learned gate")
     tanh: bool = _key(False, "bound φ_x by tanh")
-    basis: int = _key(20, "radial functions of the distance, in SchNet's filters")
+    basis: int = _key(20, "radial functions of the distance, in SchNet's filters and TFN's weights")
     cutoff: float | None = _key(
-        None, "distance beyond which they are zero; null: data.radius, or 10 for the complete graph"
+        None, "distance up to which they reach; null: data.radius, or 10 for the complete graph"
     )
+    channels: int = _key(16, "features of degree 1 (vectors) of a node, in TFN")
     gravity: list[float] | None = _key(None, "a constant vector g; adds φ_g(h) g: equivariance then holds about g only")
     precision: str = _key(
         "float32", "float32, or bf16-messages: products of messages in bfloat16, positions as they are"
@@ -207,6 +208,7 @@ def _check(config: Config) -> None:
         "model.layers": 1,
         "model.virtual_nodes": 1,
         "model.basis": 1,
+        "model.channels": 1,
         "model.tile": 1,
         "loss.mmd": 0,
         "loss.samples": 1,
@@ -233,6 +235,8 @@ def _check(config: Config) -> None:
     if config.train.schedule not in ("constant", "cosine"):
         raise Failure(f"train.schedule={config.train.schedule}: unknown; use constant or cosine")
     devices.check_name(config.train.device, "train.device=", "auto")
+    if config.model.cutoff is not None and not 0 < config.model.cutoff < math.inf:
+        raise Failure(f"model.cutoff={config.model.cutoff}: must be positive and finite, or null: data.radius")
     if config.model.gravity is not None and len(config.model.gravity) != 3:
         raise Failure(f"model.gravity={config.model.gravity}: must be a vector of 3 numbers, or null")
 

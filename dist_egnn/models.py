@@ -25,6 +25,7 @@ from .nn.egnn import EGNNLayer
 from .nn.layer import Layer
 from .nn.rf import RFLayer
 from .nn.schnet import SchNetLayer
+from .nn.tfn import TFNLayer
 
 PRECISIONS = ("float32", "bf16-messages")
 
@@ -220,7 +221,19 @@ class FastSchNet(SchNet):
     virtual_nodes = 3
 
 
-MODELS: tuple[type[nn.Module], ...] = (Linear, EGNN, FastEGNN, RF, FastRF, SchNet, FastSchNet)
+class TFN(Network):
+    """Tensor field network (Thomas et al. 2018) of degrees 0 and 1; needs e3nn."""
+
+    layer = TFNLayer
+
+
+class FastTFN(TFN):
+    """TFN with virtual nodes."""
+
+    virtual_nodes = 3
+
+
+MODELS: tuple[type[nn.Module], ...] = (Linear, EGNN, FastEGNN, RF, FastRF, SchNet, FastSchNet, TFN, FastTFN)
 NAMES = {model.__name__: model for model in MODELS}
 
 

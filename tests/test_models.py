@@ -91,13 +91,13 @@ class ModelSuite:
 
     def model(self, dtype: torch.dtype = torch.float64, **options: Any) -> torch.nn.Module:
         torch.manual_seed(3)
-        model = models.named(self.name)(features=3, node_attributes=2, **{**self.options, **options}).to(dtype)
+        model = models.named(self.name)(features=3, node_attributes=2, **{**self.options, **options})
         for key, parameter in model.named_parameters():
             if key.endswith(("phi_x.2.weight", "phi_xv.2.weight", "phi_z.2.weight")):
                 torch.nn.init.normal_(parameter, std=0.2)  # not nearly zero, as it starts
         if isinstance(model, models.Linear):
             torch.nn.init.constant_(model.t, 0.7)
-        return model
+        return model.to(dtype)  # at last: the same draws give other numbers in another dtype
 
     def rotation(self, seed: int, dtype: torch.dtype, determinant: int) -> Tensor:
         return orthogonal(seed, dtype, determinant)

@@ -38,13 +38,14 @@ class Layer(nn.Module):
     ‖v_i‖ for a backbone without features h.
 
     A backbone is a subclass with ``build``, its networks, and ``message``, which returns dx (E, 3) and m (E, H) (the latter only if
-    "h" in ``outputs``). ``send`` and ``receive`` are what its edges read of their ends. Both are pure functions of rows, and
-    products that depend on one end alone belong there, once a node instead of once an edge.
+    "h" in ``outputs``), or anything else whose mean ``gather`` turns into them. ``send`` and ``receive`` are what its edges read of
+    their ends. All are pure functions of rows, and products that depend on one end alone belong there, once a node instead of once
+    an edge.
     """
 
     options: ClassVar[tuple[str, ...]] = ()  # keys of the config's model section that ``build`` takes
     features: ClassVar[bool] = True  # whether nodes have features h
-    state: ClassVar[tuple[str, ...]] = ()  # further node fields that ``more`` updates
+    state: ClassVar[tuple[str, ...]] = ()  # further node fields that ``gather`` updates
     build: Callable[..., None]  # build(hidden, edge_attributes, **options) makes the networks of the methods below
 
     def __init__(
@@ -93,18 +94,22 @@ class Layer(nn.Module):
         """Message UDF: dx (E, 3), m (E, H)."""
         raise NotImplementedError
 
-    def more(self, data: Fields) -> Fields:
-        """The new values of the fields in ``state``, given a node's fields and the means of its messages."""
-        return {}
+    def gather(self, data: Fields) -> Fields:
+        """What the means of its messages are to a node: dx (n, 3), m (n, H), and the new values of the fields in ``state``.
+
+        data: the node's fields and the means. m and the state only if "h" in ``outputs``.
+        """
+        return data
 
     def update(self, nodes: Any) -> Fields:
         """Node UDF: x', h', and what the virtual nodes collect."""
         data = nodes.data
         h, x, v = data.get("h"), data["x"], data["v"]
         seen = h if self.features else torch.linalg.vector_norm(v, dim=1, keepdim=True)
-        moved = x + data["dx"] + self.phi_v(seen) * v
+        heard = self.gather(data)
+        moved = x + heard["dx"] + self.phi_v(seen) * v
         collected: Fields = {}
-        said = [h, data["m"]] if "h" in self.outputs else []
+        said = [h, heard["m"]] if "h" in self.outputs else []
         if self.virtual is not None:
             dx, m_virtual, collected = self.virtual(h, x, data["z"], data["u"])
             moved = moved + dx
@@ -116,5 +121,6 @@ class Layer(nn.Module):
         out = {"x": moved, **collected}
         if "h" in self.outputs:
             attributes = [data["a"]] if "a" in data else []
-            out |= {"h": h + self.phi_h(torch.cat([*said, *attributes], 1)), **self.more(data)}
+            out["h"] = h + self.phi_h(torch.cat([*said, *attributes], 1))
+            out |= {name: heard[name] for name in self.state}
         return out
