@@ -111,7 +111,7 @@ def set_edge_lengths(graph: DGLGraph, side: np.ndarray | None = None) -> None:
     x = graph.ndata["x"]
     r = x[dst] - x[src]
     if side is not None:
-        sides = torch.as_tensor(side, dtype=torch.float64)
+        sides = torch.tensor(side, dtype=torch.float64)
         # in float64 whatever x is, as in radius_edges: the two must mean the same image
         turns = ((x[dst].double() - x[src].double()) / sides).round()
         graph.edata["shift"] = (turns * sides).to(x)
