@@ -450,6 +450,7 @@ def test_a_store_of_other_settings_is_left_alone(small, make_inputs, copy, other
         ("features", ["mass"]),
         ("node_attributes", []),
         ("edge_drop", 0.1),
+        ("periodic", True),
         ("frames", 4),
         ("first_frame", 1),
         ("last_frame", 5),

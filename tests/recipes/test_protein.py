@@ -22,7 +22,7 @@ import pytest
 
 from dist_egnn import preparing
 from dist_egnn.graphs import radius_edges
-from dist_egnn.trajectories import Trajectories, Writer, snapshots
+from dist_egnn.trajectories import SampleSpec, Snapshot, Trajectories, Writer, sample, snapshots
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "protein"
 for package in ("MDAnalysis", "MDAnalysisData", "MDAnalysisTests"):
@@ -249,9 +249,11 @@ def test_a_periodic_box_is_kept_and_its_boundary_told_of(tmp_path, call):
             np.testing.assert_allclose(data.position(k, t), moved[t], atol=1e-4)
     x = np.mod(true[0], SIDE)
     d = np.abs(x[:, None] - x[None])
-    plain, image = (((np.linalg.norm(v, axis=2) <= 10).sum() - 40) for v in (d, np.minimum(d, SIDE - d)))
+    plain, image = (((np.linalg.norm(v, axis=2) <= 9.8).sum() - 40) for v in (d, np.minimum(d, SIDE - d)))
     assert 0 < plain < image
-    assert f"{image - plain:,} of {image:,} pairs within 10 Å in frame 0 are neighbours across it" in ran.out
+    assert f"{image - plain:,} of {image:,} pairs within 9.8 Å in frame 0 are neighbours across it" in ran.out
+    spec = SampleSpec(9.8, 3, (), periodic=True)
+    assert sample(data, Snapshot("train", 0, 0), spec).num_edges() == image
     assert call("--out", tmp_path / "open.h5", *options, "--horizon", 3, "--no-box").code == 0
     left = Trajectories(tmp_path / "open.h5")
     assert (left[0].periodic, left.box(0)) == (False, None)
