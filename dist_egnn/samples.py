@@ -108,6 +108,11 @@ def same_settings(store: Store, data: Data) -> None:
             )
 
 
+def spec_of(data: Data, features: Iterable[str]) -> SampleSpec:
+    """How the data section makes samples; features: its own, or what null stands for."""
+    return SampleSpec(data.radius, data.horizon, tuple(features), tuple(data.node_attributes), data.edge_drop)
+
+
 def open_samples(config: Config, part: int, count: int) -> Samples:
     """The samples of a config: this process's part of each snapshot in a store, or whole ones of a trajectories file."""
     budget = CACHE_BYTES // count
@@ -120,7 +125,7 @@ def open_samples(config: Config, part: int, count: int) -> Samples:
     d = config.data
     file = Trajectories(d.path)
     features = tuple(d.features) if d.features is not None else (*file[0].attributes, "speed")
-    spec = SampleSpec(d.radius, d.horizon, features, tuple(d.node_attributes), d.edge_drop)
+    spec = spec_of(d, features)
     listed = list(snapshots(file, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed))
     splits = {name: [i for i, s in enumerate(listed) if s.split == name] for name in SPLITS}
     return Samples(
