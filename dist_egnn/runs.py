@@ -165,7 +165,7 @@ def run_import(file: Path, config: Any) -> None:
     checkpoint.save(folder / "best.pt", made)
     (folder / "config.yaml").write_text(made["config"])
     shown = {**sizes, "features": widths["f"], "node_attributes": widths["a"], "attention": attention}
-    print_table(f"{folder}: FastEGNN of {file}", ["found", ""], [[k, v] for k, v in shown.items()])
+    print_table(f"{folder}: FastEGNN of {file}", ["option", "found"], [[k, v] for k, v in shown.items()])
 
 
 def run_evaluation(run: Path, split: str = "test") -> dict[str, float]:
