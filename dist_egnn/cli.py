@@ -59,6 +59,9 @@ def partition(
         str | None, typer.Option(help="node attributes read by every layer, comma-separated")
     ] = None,
     edge_drop: Annotated[float | None, typer.Option(help="share of the longest edges to drop")] = None,
+    periodic: Annotated[
+        bool, typer.Option("--periodic", help="edges also across the boundary of a trajectory's periodic box")
+    ] = False,
     frames: Annotated[int | None, typer.Option(help="random input frames per trajectory; 0: all")] = None,
     last_frame: Annotated[
         int | None, typer.Option(help="last frame that may be an input; -1: as far as targets exist")
@@ -81,6 +84,7 @@ def partition(
         "features": f"[{features}]" if features is not None else None,
         "node_attributes": f"[{node_attributes}]" if node_attributes is not None else None,
         "edge_drop": edge_drop,
+        "periodic": "true" if periodic else None,
         "frames": frames,
         "last_frame": last_frame,
     }

@@ -34,6 +34,7 @@ class Data:
     )
     node_attributes: list[str] = _key([], "node attributes that every layer reads (a)")
     edge_drop: float = _key(0.0, "share p of the longest edges to drop, 0 … 1")
+    periodic: bool = _key(False, "edges also across the boundary of the trajectory's periodic box, to nearest images")
     frames: int = _key(0, "random input frames per trajectory; 0: all")
     first_frame: int = _key(0, "first frame that may be an input")
     last_frame: int = _key(-1, "last frame that may be an input; -1: as far as targets exist")

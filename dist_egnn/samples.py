@@ -95,6 +95,7 @@ def same_settings(store: Store, data: Data) -> None:
         "features",
         "node_attributes",
         "edge_drop",
+        "periodic",
         "frames",
         "first_frame",
         "last_frame",
@@ -110,7 +111,9 @@ def same_settings(store: Store, data: Data) -> None:
 
 def spec_of(data: Data, features: Iterable[str]) -> SampleSpec:
     """How the data section makes samples; features: its own, or what null stands for."""
-    return SampleSpec(data.radius, data.horizon, tuple(features), tuple(data.node_attributes), data.edge_drop)
+    return SampleSpec(
+        data.radius, data.horizon, tuple(features), tuple(data.node_attributes), data.edge_drop, data.periodic
+    )
 
 
 def open_samples(config: Config, part: int, count: int) -> Samples:
@@ -126,6 +129,9 @@ def open_samples(config: Config, part: int, count: int) -> Samples:
     file = Trajectories(d.path)
     features = tuple(d.features) if d.features is not None else (*file[0].attributes, "speed")
     spec = spec_of(d, features)
+    if spec.periodic:
+        for k in range(len(file)):
+            file.sides(k, spec.radius)
     listed = list(snapshots(file, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed))
     splits = {name: [i for i, s in enumerate(listed) if s.split == name] for name in SPLITS}
     return Samples(

@@ -55,8 +55,10 @@ class Writer:
     ) -> None:
         """Append a trajectory.
 
-        position, velocity: (T, N, 3); attributes: name → (N,); box: (2, 3) low and high corner; dt: time from frame to
-        frame. Raises Failure for a wrong shape, an unknown split or a value that is not finite.
+        position, velocity: (T, N, 3); attributes: name → (N,); box: (2, 3) low and high corner; periodic: whether nodes that
+        leave the box come in on the other side, rather than meet walls; positions must then be those of ``unwrap``. dt: time
+        from frame to frame. Raises Failure for a wrong shape, an unknown split, a value that is not finite, a periodic
+        trajectory without a box or with a node that jumps across it.
         """
         name = f"{len(self.group):06d}"
         if split not in SPLITS:
@@ -70,6 +72,8 @@ class Writer:
             arrays[f"attributes/{key}"] = (value, position.shape[1:2])
         if box is not None:
             arrays["box"] = (box, (2, 3))
+        if periodic and box is None:
+            raise Failure(f"{self.path}: trajectory {name}: periodic, but there is no box; give it with box=")
         group = self.group.create_group(name)
         group.attrs.update(split=split, dt=float(dt), source=source, periodic=bool(periodic))
         for key, (value, shape) in arrays.items():
@@ -84,6 +88,10 @@ class Writer:
             group.create_dataset(
                 key, data=value, chunks=chunks, shuffle=bool(chunks), compression="gzip" if chunks else None
             )
+        if periodic and box is not None:
+            side = sides_of(box)
+            for t in range(len(position) - 1):
+                check_step(position[t], position[t + 1], side, f"{self.path}: trajectory {name}, frame {t}")
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.file.close()
@@ -91,6 +99,37 @@ class Writer:
             os.replace(self.partial, self.path)
         else:
             self.partial.unlink(missing_ok=True)
+
+
+def sides_of(box: np.ndarray) -> np.ndarray:
+    """The sides (3,) float64 of a box given by its low and high corner (2, 3)."""
+    low, high = np.asarray(box, dtype=np.float64)
+    return high - low
+
+
+def unwrap(position: np.ndarray, side: np.ndarray) -> None:
+    """Let nodes that left a periodic box go on where they left it, instead of coming in on the other side; in place.
+
+    position: (T, N, 3); side: (3,) sides of the box. From frame to frame each node goes to its nearest image, so nodes must not
+    travel half a side in a frame. Images in the first frame stay as they are.
+    """
+    turns, before = np.zeros(position.shape[1:]), None
+    for frame in position:
+        now = frame.astype(np.float64)
+        if before is not None:
+            turns += np.rint((now - before) / side)
+        frame[:], before = now - turns * side, now
+
+
+def check_step(before: np.ndarray, after: np.ndarray, side: np.ndarray, where: str) -> None:
+    """Raise Failure if a node of a periodic box moves by more than half a side (3,) between two frames (N, 3): a node that
+    left the box came in on the other side, and no difference of positions would be a displacement."""
+    far = (np.abs(np.asarray(after, np.float64) - before) > side / 2).any(1)
+    if far.any():
+        raise Failure(
+            f"{where}: node {int(far.argmax())} moves by more than half of its periodic box until the next frame; positions "
+            "must go on across the boundary: unwrap them (dist_egnn.trajectories.unwrap), or keep more frames"
+        )
 
 
 def join(pieces: Sequence[Path], path: str | Path, meta: Mapping[str, Any]) -> None:
@@ -198,6 +237,22 @@ class Trajectories(Sequence[Trajectory]):
         """Low and high corner (2, 3) of the container, if the source has one."""
         return self._read(k, "box") if "box" in self.file["trajectories"][self._all[k].name] else None
 
+    def sides(self, k: int, radius: float) -> np.ndarray:
+        """The sides (3,) float64 of a periodic box. Raises Failure where there is none, or where the radius of edges is too
+        large for it."""
+        from . import graphs
+
+        box, where = self.box(k), f"{self.path}: trajectory {k}"
+        if box is None or not self._all[k].periodic:
+            found = "has no box" if box is None else "has a box with walls"
+            raise Failure(f"{where} {found}, and data.periodic needs a periodic one; set data.periodic=false")
+        side = sides_of(box)
+        try:
+            graphs.check_side(radius, side)
+        except Failure as failure:
+            raise Failure(f"{where}: {failure}") from failure
+        return side
+
     def close(self) -> None:
         self.file.close()
 
@@ -212,6 +267,7 @@ class SampleSpec:
     features: tuple[str, ...]
     node_attributes: tuple[str, ...] = ()
     edge_drop: float = 0.0
+    periodic: bool = False
 
 
 @dataclass(frozen=True)
@@ -271,17 +327,25 @@ def node_fields(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> dic
             raise Failure(
                 f"{data.path}: trajectory {k}, frame {t}: field '{name}' is NaN or infinite at node {row}; mend the source data"
             )
+    if spec.periodic:
+        side = data.sides(k, spec.radius)
+        check_step(fields["x"], data.position(k, t + 1), side, f"{data.path}: trajectory {k}, frame {t}")
     return fields
 
 
-def connect(fields: Mapping[str, np.ndarray], spec: SampleSpec) -> DGLGraph:
-    """The graph that the spec makes of node fields, with its edge fields."""
+def connect(fields: Mapping[str, np.ndarray], spec: SampleSpec, side: np.ndarray | None = None) -> DGLGraph:
+    """The graph that the spec makes of node fields, with its edge fields.
+
+    side: (3,) sides of the periodic box, where spec.periodic. Raises Failure for one without the other.
+    """
     from . import graphs
 
-    src, dst = graphs.radius_edges(fields["x"], spec.radius)
-    return graphs.build(*graphs.drop_longest(fields["x"], src, dst, spec.edge_drop), fields)
+    if spec.periodic != (side is not None):
+        raise Failure("data.periodic=true needs a box" if side is None else "data.periodic=false: leave the box out")
+    return graphs.build(*graphs.edges(fields["x"], spec.radius, spec.edge_drop, side), fields, side)
 
 
 def sample(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> DGLGraph:
     """The snapshot as a DGLGraph with the fields of fields.py."""
-    return connect(node_fields(data, snapshot, spec), spec)
+    side = data.sides(snapshot.trajectory, spec.radius) if spec.periodic else None
+    return connect(node_fields(data, snapshot, spec), spec, side)

@@ -28,7 +28,7 @@ import numpy as np
 
 from dist_egnn import graphs, preparing
 from dist_egnn.errors import Failure
-from dist_egnn.trajectories import SPLITS
+from dist_egnn.trajectories import SPLITS, unwrap
 
 if TYPE_CHECKING:
     from MDAnalysis import AtomGroup
@@ -165,8 +165,7 @@ def positions(atoms: AtomGroup, source: Source, lo: int, hi: int, side: np.ndarr
                 "does not change (by more than 0.1%); --no-box leaves it out"
             )
     if side is not None:
-        turns = np.rint(np.diff(result, axis=0, prepend=result[:1]) / side)
-        result -= (np.cumsum(turns, axis=0) * side).astype(np.float32)
+        unwrap(result, side)
     return result
 
 
@@ -201,13 +200,13 @@ def piece(
 
 
 def tell_crossing(x: np.ndarray, side: np.ndarray) -> None:
-    """Say what radius graphs, which know no boundary, leave out in the first frame."""
-    radius = min(RADIUS, side.min() / 2)
-    every = len(graphs.radius_edges(x, radius, np.stack([np.zeros(3), side]))[0])
+    """Say what the config's data.periodic decides about, in the first frame."""
+    radius = min(RADIUS, 0.49 * side.min())
+    every = len(graphs.radius_edges(x, radius, side)[0])
     across = every - len(graphs.radius_edges(x, radius)[0])
     print(
         f"periodic box of {' x '.join(f'{s:g}' for s in side)} Å: {across:,} of {every:,} pairs within {radius:g} Å in frame 0 "
-        "are neighbours across it; radius graphs leave these out"
+        "are neighbours across it: edges with data.periodic=true, left out without"
     )
 
 
@@ -233,7 +232,11 @@ def parser() -> preparing.Parser:
     option("--select", default="backbone", help="the atoms to take, in MDAnalysis's language (default backbone)")
     option("--splits", type=float, nargs=3, metavar=("TRAIN", "VALID", "TEST"), help="shares (default: as published)")
     option("--horizon", type=int, default=15, help="data.horizon that the splits are made for (default 15)")
-    option("--no-box", action="store_true", help="leave the box out; your molecules must then be whole")
+    option(
+        "--no-box",
+        action="store_true",
+        help="leave the box out, which data.periodic needs; your molecules must then be whole",
+    )
     found.epilog = (found.epilog or "").replace(
         "\n\nexample",
         "\nWith --topology: tiny takes the first 40 frames, small and full take all; a split lies in memory as it is made,\n"
