@@ -19,7 +19,7 @@ from .comm import Alone
 from .errors import Failure
 from .samples import spec_of
 from .train import build_model
-from .trajectories import columns, connect
+from .trajectories import columns, connect, sides_of
 
 Array = np.ndarray | Tensor
 ByName = Mapping[str, Array]
@@ -61,14 +61,16 @@ class Predictor:
         features: ByName | Array | None = None,
         *,
         node_attributes: ByName | Array | None = None,
+        box: Array | None = None,
     ) -> Array:
         """Predicted positions (N, 3) float32: an array for an array of positions, a tensor on its device for a tensor.
 
         positions, velocities: (N, 3), in the units of the run's data; features: attributes by name, each (N,), of which the run's
         input features and node attributes are made; or the features themselves (N, F). node_attributes: the same for (N, K),
-        where they are not among the features. Raises Failure for a wrong shape, what is missing, NaN and infinite values.
+        where they are not among the features. box: low and high corner (2, 3), if the run's data are periodic.
+        Raises Failure for a wrong shape, what is missing, NaN and infinite values.
         """
-        return self.with_virtual(positions, velocities, features, node_attributes=node_attributes)[0]
+        return self.with_virtual(positions, velocities, features, node_attributes=node_attributes, box=box)[0]
 
     def with_virtual(
         self,
@@ -77,6 +79,7 @@ class Predictor:
         features: ByName | Array | None = None,
         *,
         node_attributes: ByName | Array | None = None,
+        box: Array | None = None,
     ) -> tuple[Array, Array]:
         """The same, and the positions of the virtual nodes (C, 3) after the last layer."""
         x = _numbers(positions, "positions", (None, 3))
@@ -93,8 +96,9 @@ class Predictor:
         f = field(given, self._names(named) if given is named else (), self.width, "features")
         a_given = named if node_attributes is None else node_attributes
         a = field(a_given, self.node_attributes, len(self.node_attributes), "node_attributes")
+        side = None if box is None else sides_of(_numbers(box, "box", (2, 3)))
         with torch.no_grad():
-            predicted, z = self.model(connect({"x": x, "v": v, "f": f, "a": a}, self.spec))
+            predicted, z = self.model(connect({"x": x, "v": v, "f": f, "a": a}, self.spec, side))
         if isinstance(positions, Tensor):
             return predicted.to(positions.device), z[0].to(positions.device)
         return predicted.cpu().numpy(), z[0].cpu().numpy()
@@ -135,5 +139,5 @@ def _numbers(value: Any, what: str, shape: tuple[int | None, ...]) -> np.ndarray
     if not len(array):
         raise Failure(f"{what}: no node")
     if not np.isfinite(array).all():
-        raise Failure(f"{what}: NaN or infinite at node {int(np.argwhere(~np.isfinite(array))[0][0])}")
+        raise Failure(f"{what}: NaN or infinite at row {int(np.argwhere(~np.isfinite(array))[0][0])}")
     return array

@@ -15,7 +15,7 @@ from dist_egnn import checkpoint, config, models, train
 from dist_egnn.comm import Alone
 from dist_egnn.errors import Failure
 from dist_egnn.samples import open_samples
-from dist_egnn.trajectories import Trajectories, snapshots
+from dist_egnn.trajectories import Trajectories, Writer, snapshots
 
 ROOT = Path(__file__).parents[1]
 DATA = ["data.radius=0.27", "data.horizon=3", "data.frames=2", "data.edge_drop=0.25"]
@@ -97,6 +97,43 @@ def test_predicts_what_evaluation_predicts(name, small, tmp_path):
         np.testing.assert_array_equal(found, y.numpy())
         np.testing.assert_array_equal(virtual, z[0].numpy())
         np.testing.assert_array_equal(predict(x, v, attributes), found)
+
+
+def test_periodic_box(tmp_path):
+    """Edges across the boundary, as in the sample; a box where the run has one, and only there."""
+    draw = np.random.default_rng(0)
+    v = draw.normal(scale=0.02, size=(80, 3))
+    position = draw.uniform(size=(80, 3)) + v * np.arange(6)[:, None, None]
+    box = np.array([[0.0, 0.1, 0.0], [1.0, 1.1, 1.3]])
+    with Writer(tmp_path / "a.h5", {}) as out:
+        for split in ("train", "valid", "test"):
+            given = {"mass": draw.uniform(size=80), "viscosity": np.ones(80)}
+            out.add(position, split=split, dt=1.0, source="test", attributes=given, box=box, periodic=True)
+    wanted = settings(tmp_path / "a.h5", tmp_path / "run", *FEATURES, "data.periodic=true")
+    predict = dist_egnn.load(write(wanted))
+    samples = open_samples(wanted, 0, 1)
+    graph = samples[samples.splits["test"][0]]
+    assert bool(graph.edata["shift"].any())
+    with torch.no_grad():
+        y, z = predict.model(graph)
+    (x, v, given, _), *_ = inputs(tmp_path / "a.h5", wanted)
+    for one in (box, box.tolist(), torch.from_numpy(box)):
+        found, virtual = predict.with_virtual(x, v, given, box=one)
+        np.testing.assert_array_equal(found, y.numpy())
+        np.testing.assert_array_equal(virtual, z[0].numpy())
+    wrong = {
+        "needs a box": None,
+        r"box: shape \(3,\), expected \(2, 3\)": box[1],
+        "box: NaN": box + np.nan,
+        "half its shortest side": box / 2,
+    }
+    for says, one in wrong.items():
+        with pytest.raises(Failure, match=says):
+            predict(x, v, given, box=one)
+    open_run = dist_egnn.load(write(settings(tmp_path / "a.h5", tmp_path / "open", *FEATURES)))
+    assert not np.array_equal(open_run(x, v, given), y.numpy())
+    with pytest.raises(Failure, match="leave the box out"):
+        open_run(x, v, given, box=box)
 
 
 def test_errors_are_those_of_evaluate(run, small):
@@ -183,16 +220,16 @@ def test_wrong_input_is_named(run):
         (r"positions: shape \(3, 4\), expected \(N, 3\)", (x.T, v, given), {}),
         (r"positions: shape \(4,\), expected \(N, 3\)", (ones, v, given), {}),
         (r"positions: no node", (np.zeros((0, 3)), np.zeros((0, 3)), given), {}),
-        (r"positions: NaN or infinite at node 2", (bad, v, given), {}),
-        (r"positions: NaN or infinite at node 0", (x + 1e300, v, given), {}),
+        (r"positions: NaN or infinite at row 2", (bad, v, given), {}),
+        (r"positions: NaN or infinite at row 0", (x + 1e300, v, given), {}),
         (r"positions: not an array of numbers", (["a"], v, given), {}),
         (r"positions: shape \(\), expected \(N, 3\)", (None, v, given), {}),
         (r"velocities: shape \(3, 3\), expected \(4, 3\)", (x, v[:3], given), {}),
-        (r"velocities: NaN or infinite at node 2", (x, bad, given), {}),
+        (r"velocities: NaN or infinite at row 2", (x, bad, given), {}),
         (r"features: 'viscosity' is missing.*\(given: mass\)", (x, v, {"mass": ones}), {}),
         (r"features: 'viscosity' is missing.*\(given: none\)", (x, v), {}),
         (r"features: 'mass': shape \(3,\), expected \(4,\)", (x, v, given | {"mass": ones[:3]}), {}),
-        (r"features: 'mass': NaN or infinite at node 1", (x, v, given | {"mass": [1, np.inf, 1, 1]}), {}),
+        (r"features: 'mass': NaN or infinite at row 1", (x, v, given | {"mass": [1, np.inf, 1, 1]}), {}),
         (r"features: shape \(4, 2\), expected \(4, 3\)", (x, v, f[:, :2]), {}),
         (r"node_attributes: 'viscosity' is missing", (x, v, f), {}),
         (r"node_attributes: shape \(4, 2\), expected \(4, 1\)", (x, v, f), {"node_attributes": f[:, :2]}),
