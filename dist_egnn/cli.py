@@ -12,7 +12,7 @@ import typer
 
 from . import bench
 from .errors import Failure
-from .runs import make_store, print_table, run_evaluation, run_training, run_verification
+from .runs import make_store, print_table, run_evaluation, run_import, run_training, run_verification
 
 # one thread a process unless the user says otherwise: DGL's kernels lose most of their speed when threads outnumber cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -159,6 +159,49 @@ def evaluate(
     found = run_evaluation(run, split)
     rows = [[name, f"{value:.4e}", f"{value / found['linear']:.3f}"] for name, value in found.items()]
     print_table(f"{run}: mean squared error, split {split}", ["prediction", "MSE", "of linear"], rows)
+
+
+@app.command(
+    "import-checkpoint",
+    epilog="Example: distegnn import-checkpoint best.pth --config recipes/fluid113k/config.yaml --out runs/published",
+)
+def import_checkpoint(
+    file: Annotated[Path, typer.Argument(help=".pt or .pth file with a FastEGNN state dict of the authors' code")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the run to make (needed)")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="config of the data that the weights were trained on; options below win")
+    ] = None,
+    normalize: Annotated[bool, typer.Option("--normalize", help="the weights were trained with normalize")] = False,
+    gravity: Annotated[
+        str | None, typer.Option(help="the constant vector they were trained with, as 0,-9.81,0")
+    ] = None,
+    radius: Annotated[
+        float | None, typer.Option(help="edges join nodes up to this distance (inf: complete graph)")
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(help="input features in the weights' order, comma-separated: attributes, speed, NAME/max"),
+    ] = None,
+    horizon: Annotated[int | None, typer.Option(help="frames from input to target")] = None,
+) -> None:
+    """Make a run of published FastEGNN weights, for evaluation and for `dist_egnn.load`. No code in FILE is run."""
+    from . import config as configs
+
+    if out is None:
+        raise Failure("--out is missing: name the folder of the run to make, for example --out runs/published")
+    if config is None and radius is None:
+        raise Failure("--radius is missing: name it (inf joins every pair of nodes), or give a --config")
+    options = {
+        "model.normalize": True if normalize else None,
+        "model.gravity": f"[{gravity}]" if gravity is not None else None,
+        "data.radius": radius,
+        "data.features": f"[{features}]" if features is not None else None,
+        "data.horizon": horizon,
+        "run.dir": out,
+    }
+    given = [f"{k}={v}" for k, v in options.items() if v is not None]
+    run_import(file, configs.load(config, [*given, *(overrides or ())]))
 
 
 @app.command(epilog="Example: distegnn sweep recipes/nbody/sweep.yaml --jobs 2 --minutes 60")

@@ -195,6 +195,18 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     return result
 
 
+def parse(text: str, where: str) -> Config:
+    """The config that ``to_yaml`` wrote, as a checkpoint holds it. Raises Failure naming ``where`` and the key."""
+    try:
+        given = OmegaConf.create(text)
+    except Exception as error:  # whatever the YAML reader raises
+        raise Failure(f"{where}: not readable as YAML ({str(error).splitlines()[0]})") from error
+    result = OmegaConf.to_object(_merge(OmegaConf.structured(Config), given, where))
+    assert isinstance(result, Config)
+    _check(result)
+    return result
+
+
 def _check(config: Config) -> None:
     """Ranges; what a section alone cannot know is checked where it is used."""
     from . import devices, losses

@@ -18,7 +18,7 @@ from dgl import DGLGraph
 from torch import Tensor, nn
 
 from . import engine as engines
-from . import tiles
+from . import published, tiles
 from .comm import Alone, Comm
 from .errors import Failure
 from .nn.egnn import EGNNLayer
@@ -195,6 +195,24 @@ class FastEGNN(EGNN):
     """EGNN with virtual nodes; on partitions, DistEGNN."""
 
     virtual_nodes = 3
+
+    @classmethod
+    def from_published(
+        cls, state_dict: Mapping[str, Tensor], *, normalize: bool = False, gravity: Sequence[float] | None = None
+    ) -> FastEGNN:
+        """The model that a state dict of the authors' code means, sizes and options as its shapes and keys say.
+
+        normalize, gravity: as it was trained; weights do not tell. The result has their dtype, float32 at least. Raises Failure
+        that names the key for one that is unknown, missing or misshapen.
+        """
+        state = published.plain(state_dict)
+        published.check_gravity(state, gravity)
+        model = cls(**published.sizes(state), normalize=normalize, gravity=gravity)
+        weights = published.renamed(state, model.state_dict())
+        model.to(torch.promote_types(weights["s"].dtype, torch.float32)).load_state_dict(weights)
+        for layer in model.layers if gravity is not None else ():
+            layer.g = torch.as_tensor(gravity, dtype=model.s.dtype)  # it was rounded to float32 before
+        return model
 
 
 class RF(Network):

@@ -121,6 +121,53 @@ def run_training(config: Any, resume: bool = False) -> dict[str, float]:
     return last
 
 
+def run_import(file: Path, config: Any) -> None:
+    """Make a run of published FastEGNN weights: its config.yaml and best.pt, which `dist_egnn.load` and evaluation take.
+
+    config: data as the weights were trained on, model.normalize and model.gravity; the rest of the model is what the weights say.
+    Raises Failure for a file that is not such weights, or does not fit the config.
+    """
+    from dataclasses import replace
+
+    from . import checkpoint, models, published
+    from . import config as configs
+    from . import train as training
+    from .comm import Alone
+
+    folder, data, wanted = Path(config.run.dir), config.data, config.model
+    if (folder / "config.yaml").exists():
+        raise Failure(f"{folder}: holds a run already; choose another --out")
+    if wanted.tanh:
+        raise Failure("model.tanh=true: not with published weights, whose code bounds other networks too; leave it out")
+    state = published.read(file)
+    try:
+        model = models.FastEGNN.from_published(state, normalize=wanted.normalize, gravity=wanted.gravity)
+    except Failure as failure:
+        raise Failure(f"{file}: {failure}") from failure
+    widths = model.widths
+    if widths["e"] != 2:
+        raise Failure(f"{file}: made for {widths['e']} edge attributes; samples here carry 2, the edge's length twice")
+    for key, names, width in (("features", data.features, "f"), ("node_attributes", data.node_attributes, "a")):
+        if names is not None and len(names) != widths[width]:
+            raise Failure(
+                f"data.{key}=[{', '.join(names)}]: {len(names)}, but the weights of {file} take {widths[width]}; "
+                "name as many, in their order"
+            )
+    sizes = {"hidden": model.hidden, "layers": len(model.layers), "virtual_nodes": model.count}
+    attention = any("attention" in name for name in model.state_dict())
+    config.model = replace(wanted, name="FastEGNN", attention=attention, **sizes)
+    if data.path:
+        data.path = str(Path(data.path).absolute())  # the run is evaluated from anywhere
+    made: dict[str, Any] = {"model": model.state_dict(), "config": configs.to_yaml(config)}
+    # what the config builds must take the weights
+    checkpoint.load_weights(training.build_model(config, (widths["f"], widths["a"]), Alone()), made, file)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(folder / "best.pt", made)
+    (folder / "config.yaml").write_text(made["config"])
+    shown = {**sizes, "features": widths["f"], "node_attributes": widths["a"], "attention": attention}
+    print_table(f"{folder}: FastEGNN of {file}", ["option", "found"], [[k, v] for k, v in shown.items()])
+
+
 def run_evaluation(run: Path, split: str = "test") -> dict[str, float]:
     """Errors of a run's best checkpoint by name, on as many processes as it was trained on; also in evaluate.csv."""
     import pandas as pd

@@ -319,24 +319,29 @@ def snapshots(data: Trajectories, horizon: int, count: int, first: int, last: in
             yield Snapshot(trajectory.split, k, int(frame))
 
 
-def node_fields(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> dict[str, np.ndarray]:
-    """The node fields x, v, f, a, y (float32) and gid of a snapshot."""
-    k, t = snapshot.trajectory, snapshot.frame
-    fields = {"x": data.position(k, t), "v": data.velocity(k, t), "y": data.position(k, t + spec.horizon)}
+def columns(names: Sequence[str], v: np.ndarray, attribute: Callable[[str], np.ndarray]) -> np.ndarray:
+    """Features by name, as SampleSpec defines them: (N, len(names)) float32.
+
+    v: (N, 3); attribute: gives a node attribute (N,) by its name. Raises Failure for an unknown scaling.
+    """
 
     def column(name: str) -> np.ndarray:
         base, _, scale = name.partition("/")
-        value = np.linalg.norm(fields["v"], axis=1) if base == "speed" else data.attribute(k, base)
+        value = np.linalg.norm(v, axis=1) if base == "speed" else attribute(base)
         if scale not in ("", "max"):
             raise Failure(f"feature '{name}': the only scaling is '/max'")
         return value / max(float(np.abs(value).max()), 1e-30) if scale else value
 
-    n = len(fields["x"])
+    return np.stack([column(c) for c in names], 1).astype(np.float32) if names else np.zeros((len(v), 0), np.float32)
+
+
+def node_fields(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> dict[str, np.ndarray]:
+    """The node fields x, v, f, a, y (float32) and gid of a snapshot."""
+    k, t = snapshot.trajectory, snapshot.frame
+    fields = {"x": data.position(k, t), "v": data.velocity(k, t), "y": data.position(k, t + spec.horizon)}
     for field, names in (("f", spec.features), ("a", spec.node_attributes)):
-        fields[field] = (
-            np.stack([column(c) for c in names], 1).astype(np.float32) if names else np.zeros((n, 0), np.float32)
-        )
-    fields["gid"] = np.arange(n)
+        fields[field] = columns(names, fields["v"], lambda name: data.attribute(k, name))
+    fields["gid"] = np.arange(len(fields["x"]))
     for name, value in fields.items():
         if not np.isfinite(value).all():
             row = int(np.argwhere(~np.isfinite(value))[0][0])
