@@ -313,5 +313,5 @@ def plan_against_reality(
         bench_plan.write_table(write, command, found)
     title = f"planned and real, H = {hidden}, L = {layers}, {snapshots} snapshots, {epochs} epochs, median of {rounds} rounds"
     table = Table(title, bench_plan.HEADER, bench_plan.rows(found))
-    note = "busy: share of a core that a process had; by CPU: planned over real processor time of a step"
+    note = "CPU: processor seconds of a process in a step; quiet: no means that other programs had more than 15% of the cores"
     return Report([table], [note], {"cases": found}, json)

@@ -24,7 +24,8 @@ from .plan_data import TRIED, Say, Source
 class Rank:
     """One process of the run, means over snapshots. edges: those that it computes on, among its own nodes; cut: in-edges that
     the partition drops; halo: nodes of others that these came from. peak_gb: largest resident memory of the process
-    (device: of the device), in 10⁹ bytes; compute_s: forward and backward of one batch and the optimiser, alone on a core."""
+    (device: of the device), in 10⁹ bytes; alone_s: its own work of a step, alone on this machine; cpu_s: the same
+    by the processor's clock."""
 
     rank: int
     nodes: float
@@ -32,7 +33,8 @@ class Rank:
     cut: float
     halo: float
     peak_gb: float
-    compute_s: float
+    alone_s: float
+    cpu_s: float
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,9 @@ class _Clock:
         return self.steps * self.step(fresh) + self.batches["valid"] * self.batch("valid", fresh)
 
     def alone(self, rank: int) -> float:
-        """Seconds of a rank's own part of a step with one batch."""
-        return self.times[rank].batch * self.scale["train"][rank] + self.times[rank].finish
+        """Seconds of a rank's own work of a step."""
+        t, batches = self.times[rank], self.batches["train"] / self.steps
+        return t.batch * self.scale["train"][rank] * batches + t.finish
 
 
 def _summed(
@@ -190,7 +193,10 @@ def _summed(
         data=config.data.path,
         parts=parts,
         snapshots={name: len(c) for name, c in source.counts.items()},
-        ranks=[Rank(p, n, e, cut, halo, held / 1e9, now.alone(p)) for p, (n, e, cut, halo, held) in enumerate(columns)],
+        ranks=[
+            Rank(p, n, e, cut, halo, held / 1e9, now.alone(p), idle.alone(p))
+            for p, (n, e, cut, halo, held) in enumerate(columns)
+        ],
         steps=now.steps,
         calls=len(calls),
         payload_bytes=payload,

@@ -169,7 +169,7 @@ def run_plan(config: Any, as_json: bool = False) -> None:
             f"{r.cut:,.0f}",
             f"{r.halo:,.0f}",
             f"{r.peak_gb:.2f}",
-            f"{r.compute_s:.3f}",
+            f"{r.alone_s:.3f}",
         ]
         for r in found.ranks
     ]
@@ -200,3 +200,22 @@ def run_plan(config: Any, as_json: bool = False) -> None:
         )
     if as_json:
         print(json.dumps(found.plain()))
+
+
+def run_doctor(as_json: bool = False) -> bool:
+    """Examine machine and installation and print what was found; whether there is no problem."""
+    import json
+
+    from . import doctor
+
+    found = doctor.examine()
+    signs = {"ok": "ok     ", "note": "note   ", "problem": "PROBLEM"}
+    for one in found:
+        print(f"{signs[one.state]} {one.check}: {one.text}")
+        if one.remedy:
+            print(f"        → {one.remedy}")
+    problems = sum(one.state == "problem" for one in found)
+    print("all well" if not problems else f"{problems} problem{'s' * (problems > 1)}")
+    if as_json:
+        print(json.dumps(doctor.plain(found)))
+    return not problems
