@@ -6,6 +6,7 @@ its own, which has ``PATIENCE_S`` seconds and says how far it came.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata as metadata
 import json
 import math
@@ -190,13 +191,12 @@ def _stale(folder: Path, processes: Path, age_s: float) -> list[Path]:
     mine = [f for f in mine if time.time() - f.stat().st_mtime > age_s]
     used: set[str] = set()
     for process in processes.glob("[0-9]*") if mine else ():
-        try:
-            used |= {
-                line.split(maxsplit=5)[5] for line in (process / "maps").read_text().splitlines() if str(folder) in line
-            }
-            used |= {os.readlink(fd) for fd in (process / "fd").iterdir()}
-        except OSError:  # ended, or not ours
-            continue
+        with contextlib.suppress(OSError):  # ended, or not ours
+            lines = (process / "maps").read_text().splitlines()
+            used |= {line.split(maxsplit=5)[5] for line in lines if str(folder) in line}
+            for fd in (process / "fd").iterdir():
+                with contextlib.suppress(OSError):  # closed since
+                    used.add(os.readlink(fd))
     return sorted(f for f in mine if str(f) not in used)
 
 

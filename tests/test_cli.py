@@ -17,7 +17,7 @@ import pytest
 from dist_egnn.config import load
 from dist_egnn.trajectories import Trajectories, snapshots
 
-COMMANDS = ("partition", "verify", "train", "evaluate", "config")
+COMMANDS = ("partition", "verify", "doctor", "plan", "train", "evaluate", "config")
 RADIUS, HORIZON = 0.27, 3
 
 
