@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from . import machine
 from .errors import Failure
 
 app = typer.Typer(help="Measure a step, a partition, the communication, the way from a store into a step.")
@@ -217,9 +219,7 @@ def partition(
     sizes = nodes or [113_140]
     for size in sizes:
         check({"--nodes": size, "--parts": parts}, degree)
-    from . import bench_step
-
-    bench_step.enough_memory(
+    machine.enough_memory(
         0.5e9 + max(sizes) * (degree * 150 + 500), "cpu", f"a graph of {max(sizes):,} nodes", "lower --nodes"
     )
     from . import bench_road
@@ -294,7 +294,7 @@ def pipeline(
     from . import bench_step
 
     needed = bench_step.memory_needed("ours", bench_step.Options(nodes, degree, hidden, layers, virtual_nodes))
-    bench_step.enough_memory(
+    machine.enough_memory(
         needed + 0.4e9 * parts, "cpu", f"a graph of {nodes:,} nodes", "lower --nodes, --hidden or --layers"
     )
     from . import bench_road
@@ -311,3 +311,52 @@ def pipeline(
     rows = [[label, f"{found[key]:.3f}"] for key, label in labels.items()]
     table = Table(f"{nodes:,} nodes, processes: {parts}, mean of {repeats} steps", ["what", "seconds"], rows)
     return Report([table], [f"new snapshot / fixed graph: {found['ratio']:.3f}"], found, json)
+
+
+@app.command("plan", epilog="Example: distegnn bench plan --case 4000:1 --case 16000:2 --rounds 3 --write docs/plan.md")
+def plan_against_reality(
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="NODES:PROCESSES; may be given several times", show_default="2000:1 8000:2 30000:2"),
+    ] = None,
+    degree: Degree = 14.6,
+    snapshots: Annotated[int, typer.Option(help="training snapshots; a third as many for validation")] = 6,
+    epochs: Annotated[int, typer.Option(help="epochs of the run; the first reads and is left out of the times")] = 3,
+    rounds: Annotated[int, typer.Option(help="plans and runs of each case, in turn; the median one is shown")] = 3,
+    hidden: Hidden = 64,
+    layers: Layers = 4,
+    write: Annotated[
+        Path | None, typer.Option(help="page of docs/ whose table is replaced", show_default="none")
+    ] = None,
+    json: Json = False,
+) -> Report:
+    """`distegnn plan` against the run that it speaks of: memory of the largest process, seconds a step and an epoch."""
+    given = case or ["2000:1", "8000:2", "30000:2"]
+    cases = []
+    for one in given:
+        nodes, _, parts = one.partition(":")
+        if not (nodes.isdecimal() and parts.isdecimal()):
+            raise Failure(f"--case {one}: write NODES:PROCESSES, for example 8000:2")
+        cases.append((int(nodes), int(parts)))
+        sizes = {
+            "--snapshots": snapshots,
+            "--epochs": epochs,
+            "--rounds": rounds,
+            "--hidden": hidden,
+            "--layers": layers,
+        }
+        check({"--nodes": int(nodes), "--parts": int(parts), **sizes}, degree)
+    from . import bench_plan
+
+    if write is not None:
+        bench_plan.check_page(write)
+    model = [f"model.hidden={hidden}", f"model.layers={layers}", f"train.epochs={epochs}"]
+    found = bench_plan.run(cases, snapshots, degree, rounds, model, say)
+    command = "distegnn bench plan " + "".join(f"--case {one} " for one in given)
+    command += f"--snapshots {snapshots} --epochs {epochs} --rounds {rounds} --hidden {hidden} --layers {layers}"
+    if write is not None:
+        bench_plan.write_table(write, command, found)
+    title = f"planned and real, H = {hidden}, L = {layers}, {snapshots} snapshots, {epochs} epochs, median of {rounds} rounds"
+    table = Table(title, bench_plan.HEADER, bench_plan.rows(found))
+    note = "CPU: processor seconds of a process in a step; quiet: no means that other programs had more than 15% of the cores"
+    return Report([table], [note], {"cases": found}, json)

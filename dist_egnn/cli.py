@@ -12,7 +12,16 @@ import typer
 
 from . import bench
 from .errors import Failure
-from .runs import make_store, print_table, run_evaluation, run_import, run_training, run_verification
+from .runs import (
+    make_store,
+    print_table,
+    run_doctor,
+    run_evaluation,
+    run_import,
+    run_plan,
+    run_training,
+    run_verification,
+)
 
 # one thread a process unless the user says otherwise: DGL's kernels lose most of their speed when threads outnumber cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -134,6 +143,27 @@ def verify(
     if model is None and (overrides or snapshot is not None):
         raise Failure("--snapshot and config keys are for the comparison of a model: name its config with --model")
     run_verification(store, configs.load(model, overrides or ()) if model else None, snapshot)
+
+
+@app.command(epilog="Example: distegnn doctor --json")
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="the findings again, as JSON on the last line")] = False,
+) -> None:
+    """Check installation and machine: versions, DGL, threads, memory, network, GPU. Exit code 1 if there is a problem."""
+    if not run_doctor(as_json):
+        sys.exit(1)
+
+
+@app.command(epilog="Example: distegnn plan recipes/fluid113k/config.yaml partition.parts=2")
+def plan(
+    config: Annotated[Path, typer.Argument(help="the config that `distegnn train` will be given")],
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="the numbers again, as JSON on the last line")] = False,
+) -> None:
+    """Say what a training run will take: graphs, memory, sums and time of every process, from a few real steps of each."""
+    from . import config as configs
+
+    run_plan(configs.load(config, overrides or ()), as_json)
 
 
 @app.command(

@@ -33,6 +33,11 @@ def ahead(make: Callable[[Key], Made], keys: Iterable[Key]) -> Iterator[Made]:
             yield waiting.result()
 
 
+def kept_bytes(nodes: int, edges: int) -> int:
+    """What a sample that stays in memory is counted as: fields, structure and tiles, roughly."""
+    return 64 * edges + 256 * nodes
+
+
 class Samples:
     """Samples by number; the latest ones stay in memory, ready for use.
 
@@ -51,7 +56,7 @@ class Samples:
             self._kept.move_to_end(number)
             return self._kept[number][0]
         graph = self._read(number)
-        size = 64 * graph.num_edges() + 256 * graph.num_nodes()  # fields, structure and tiles, roughly
+        size = kept_bytes(graph.num_nodes(), graph.num_edges())
         self._kept[number] = graph, size
         self._held += size
         while self._held > self._budget and len(self._kept) > 1:

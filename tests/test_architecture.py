@@ -87,7 +87,7 @@ def misplaced(file: Path, tree: ast.Module) -> set[str]:
     lines = order()
     own = place(module_of(file))
     names = inner(imported(tree, package_of(file))) - {""}
-    if own in ("cli", "runs", "bench*"):
+    if own in ("cli", "runs", "plan_data", "bench*"):
         names -= {"partition"}
     mixed = own == "nn" or "*" in own
     return {n for n in names if not (mixed and place(n) == own) and lines.get(place(n), len(lines)) >= lines[own]}

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from dist_egnn import bench_batch, bench_data, bench_step, bench_worker, cli, graphs, models
+from dist_egnn import bench_batch, bench_data, bench_step, bench_worker, cli, graphs, machine, models
 from dist_egnn.errors import Failure
 
 plain = bench_step.load_peer("plain")
@@ -186,13 +186,13 @@ def test_batch_halves_what_does_not_fit_untiled(monkeypatch: pytest.MonkeyPatch)
     one, whole = (
         bench_step.memory_needed("untiled", replace(options, nodes=n * 50, degree=49, tile=10**9)) for n in (10, 40)
     )
-    monkeypatch.setattr(bench_step, "memory_there", lambda _: one)
+    monkeypatch.setattr(machine, "memory_there", lambda _: one)
     case, note = bench_batch.fitting(nbody, options)
     assert case.graphs == 10
     assert (
         note == f"nbody: 10 of 40 graphs: untiled, all take about {whole / 1e9:.1f} GB and {one / 1e9:.1f} GB are free"
     )
-    monkeypatch.setattr(bench_step, "memory_there", lambda _: 1e6)
+    monkeypatch.setattr(machine, "memory_there", lambda _: 1e6)
     with pytest.raises(Failure, match=r"'nbody', untiled, takes about [\d.]+ GB, 0\.0 GB are free; lower --nodes"):
         bench_batch.fitting(nbody, options)
 
