@@ -60,7 +60,10 @@ def test_its_processes_equal_one(make_store: Callable[..., Path], tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("absent:Model", r"model\.name=absent:Model: cannot import absent \(No module named 'absent'\); run this where"),
+        (
+            "absent:Model",
+            r"model\.name=absent:Model: cannot import absent \(No module named 'absent'\); run this where",
+        ),
         ("powers:Slow", r"powers has no torch\.nn\.Module of that name; docs/extend\.md"),
         ("powers:torch", r"powers has no torch\.nn\.Module of that name"),
         ("powers.py:Powers", r"powers\.py:Powers: cannot import powers\.py"),
