@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -15,7 +16,8 @@ from dgl import DGLGraph
 from test_models import EGNNSuite, MessagePassingSuite, make_graph
 from torch import Tensor
 
-from dist_egnn import config, models
+from dist_egnn import config, models, train
+from dist_egnn.comm import Alone
 from dist_egnn.errors import Failure
 from dist_egnn.nn import schnet
 
@@ -127,6 +129,16 @@ def test_the_cutoff_is_the_data_radius_unless_told() -> None:
                 models.choose(
                     asdict(config.load(None, [f"model.name={name}", f"model.{key}"]).model), defaults, radius=1.0
                 )
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(__file__).parents[1].glob("recipes/*/config.yaml")), ids=lambda p: p.parent.name
+)
+def test_every_recipe_takes_every_model(path: Path) -> None:
+    for name in models.NAMES:
+        given = config.load(path, [f"model.name={name}", "model.hidden=8", "model.layers=1"])
+        model = train.build_model(given, (3, len(given.data.node_attributes)), Alone())
+        assert type(model).__name__ == name
 
 
 @pytest.mark.parametrize("value", ["0", "-1", ".inf", ".nan"])
