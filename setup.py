@@ -3,6 +3,7 @@
 from setuptools import setup
 
 VIZ = ["matplotlib>=3.8,<4"]
+TFN = ["e3nn>=0.5.9,<0.6"]  # 0.5.9 is what was tried: nn/tfn.py sets its jit_mode
 TFRECORDS = ["google-crc32c>=1.5,<2", "protobuf>=4.25,<8"]
 NUMBA = ["numba>=0.61,<1"]
 RECORDS = ["msgpack>=1.0,<2", "msgpack-numpy>=0.4.8,<0.5", "zstandard>=0.22,<1"]
@@ -35,10 +36,11 @@ setup(
         "fluid": ["pysplishsplash==2.19.0", *RECORDS],
         "protein": ["MDAnalysis>=2.7,<3", "MDAnalysisTests>=2.7,<3", "MDAnalysisData>=0.9,<1"],
         "water3d": TFRECORDS,
-        "tfn": ["e3nn>=0.5,<0.6"],
+        "tfn": TFN,
         "viz": VIZ,
         "dev": [
             *VIZ,
+            *TFN,
             *NUMBA,
             *RECORDS,
             *TFRECORDS,

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from . import machine
 from .errors import Failure
 
 app = typer.Typer(help="Measure a step, a partition, the communication, the way from a store into a step.")
@@ -158,6 +160,51 @@ def batch(
     return Report([table], found["notes"], found, json)
 
 
+@app.command(epilog="Example: distegnn bench models --nodes 10000 --json")
+def models(
+    nodes: Annotated[int, typer.Option(help="nodes of the fluid, particles on a jittered lattice")] = 10_000,
+    degree: Annotated[float, typer.Option(help="in-edges of its nodes on average; sets the radius")] = 15,
+    graphs: Annotated[int, typer.Option(help="N-body graphs of a batch, complete graphs of 100 nodes")] = 10,
+    hidden: Hidden = 64,
+    layers: Layers = 4,
+    virtual_nodes: Virtual = 3,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--model", help="a model; may be given several times, also MODULE:CLASS", show_default="all"),
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="timed repetitions after a warm-up; the median counts")] = 3,
+    json: Json = False,
+) -> Report:
+    """Every model on a batch of N-body graphs and on a fluid: parameters, time, memory, equivariance error.
+
+    One thread, float32, a process for each. Equivariance errors are measured with last weights of full size, which start near
+    zero, and are in units of the farthest that the model moves a node.
+    """
+    check({"--nodes": nodes, "--graphs": graphs}, degree)
+    from . import bench_models, bench_step
+
+    sizes: dict[str, Any] = {"hidden": hidden, "layers": layers, "virtual_nodes": virtual_nodes, "repeats": repeats}
+    found = bench_models.run(bench_step.Options(nodes, degree, **sizes), graphs, only, say)
+    header = ["model", "parameters", "forward [s]", "step [s]", "peak [GB]", "not equivariant by", "in float64"]
+    settings = ", ".join(f"{key}={value}" for key, value in sizes.items())
+    tables = [
+        Table(
+            f"{case['case']}: {case['nodes']:,} nodes, {case['edges']:,} edges; {settings}",
+            header,
+            [
+                [
+                    *(name, f"{row['parameters']:,}", *(f"{row[key]:.3f}" for key in ("forward_s", "step_s"))),
+                    f"{row['peak_gb']:.2f}",
+                    *(f"{row[key]:.0e}" for key in ("equivariance_error", "equivariance_error_float64")),
+                ]
+                for name, row in case["models"].items()
+            ],
+        )
+        for case in found["cases"]
+    ]
+    return Report(tables, found["notes"], found, json)
+
+
 @app.command(epilog="Example: distegnn bench partition --nodes 113140 --nodes 1000000 --parts 8")
 def partition(
     nodes: Annotated[
@@ -172,9 +219,7 @@ def partition(
     sizes = nodes or [113_140]
     for size in sizes:
         check({"--nodes": size, "--parts": parts}, degree)
-    from . import bench_step
-
-    bench_step.enough_memory(
+    machine.enough_memory(
         0.5e9 + max(sizes) * (degree * 150 + 500), "cpu", f"a graph of {max(sizes):,} nodes", "lower --nodes"
     )
     from . import bench_road
@@ -249,7 +294,7 @@ def pipeline(
     from . import bench_step
 
     needed = bench_step.memory_needed("ours", bench_step.Options(nodes, degree, hidden, layers, virtual_nodes))
-    bench_step.enough_memory(
+    machine.enough_memory(
         needed + 0.4e9 * parts, "cpu", f"a graph of {nodes:,} nodes", "lower --nodes, --hidden or --layers"
     )
     from . import bench_road
@@ -266,3 +311,52 @@ def pipeline(
     rows = [[label, f"{found[key]:.3f}"] for key, label in labels.items()]
     table = Table(f"{nodes:,} nodes, processes: {parts}, mean of {repeats} steps", ["what", "seconds"], rows)
     return Report([table], [f"new snapshot / fixed graph: {found['ratio']:.3f}"], found, json)
+
+
+@app.command("plan", epilog="Example: distegnn bench plan --case 4000:1 --case 16000:2 --rounds 3 --write docs/plan.md")
+def plan_against_reality(
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="NODES:PROCESSES; may be given several times", show_default="2000:1 8000:2 30000:2"),
+    ] = None,
+    degree: Degree = 14.6,
+    snapshots: Annotated[int, typer.Option(help="training snapshots; a third as many for validation")] = 6,
+    epochs: Annotated[int, typer.Option(help="epochs of the run; the first reads and is left out of the times")] = 3,
+    rounds: Annotated[int, typer.Option(help="plans and runs of each case, in turn; the median one is shown")] = 3,
+    hidden: Hidden = 64,
+    layers: Layers = 4,
+    write: Annotated[
+        Path | None, typer.Option(help="page of docs/ whose table is replaced", show_default="none")
+    ] = None,
+    json: Json = False,
+) -> Report:
+    """`distegnn plan` against the run that it speaks of: memory of the largest process, seconds a step and an epoch."""
+    given = case or ["2000:1", "8000:2", "30000:2"]
+    cases = []
+    for one in given:
+        nodes, _, parts = one.partition(":")
+        if not (nodes.isdecimal() and parts.isdecimal()):
+            raise Failure(f"--case {one}: write NODES:PROCESSES, for example 8000:2")
+        cases.append((int(nodes), int(parts)))
+        sizes = {
+            "--snapshots": snapshots,
+            "--epochs": epochs,
+            "--rounds": rounds,
+            "--hidden": hidden,
+            "--layers": layers,
+        }
+        check({"--nodes": int(nodes), "--parts": int(parts), **sizes}, degree)
+    from . import bench_plan
+
+    if write is not None:
+        bench_plan.check_page(write)
+    model = [f"model.hidden={hidden}", f"model.layers={layers}", f"train.epochs={epochs}"]
+    found = bench_plan.run(cases, snapshots, degree, rounds, model, say)
+    command = "distegnn bench plan " + "".join(f"--case {one} " for one in given)
+    command += f"--snapshots {snapshots} --epochs {epochs} --rounds {rounds} --hidden {hidden} --layers {layers}"
+    if write is not None:
+        bench_plan.write_table(write, command, found)
+    title = f"planned and real, H = {hidden}, L = {layers}, {snapshots} snapshots, {epochs} epochs, median of {rounds} rounds"
+    table = Table(title, bench_plan.HEADER, bench_plan.rows(found))
+    note = "CPU: processor seconds of a process in a step; quiet: no means that other programs had more than 15% of the cores"
+    return Report([table], [note], {"cases": found}, json)

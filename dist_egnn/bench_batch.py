@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from . import bench_data, bench_step
+from . import bench_data, bench_step, machine
 from .bench_step import ONE_TILE, Options, Say
 
 LADDER, DEGREE = (100, 300, 1000, 3000, 10_000, 30_000), 14.6  # nodes of single graphs, and their in-edges of a node
@@ -57,10 +57,10 @@ def fitting(case: Case, options: Options) -> tuple[Case, str]:
     def needed(one: Case) -> float:
         return bench_step.memory_needed("untiled", replace(options_for(one, options), tile=ONE_TILE))
 
-    there, fits = bench_step.memory_there("cpu"), case
+    there, fits = machine.memory_there("cpu"), case
     while fits.graphs > 1 and needed(fits) > there:
         fits = replace(fits, graphs=fits.graphs // 2)
-    bench_step.enough_memory(needed(fits), "cpu", f"'{case.name}', untiled,", "lower --nodes, --hidden or --layers")
+    machine.enough_memory(needed(fits), "cpu", f"'{case.name}', untiled,", "lower --nodes, --hidden or --layers")
     if fits.graphs == case.graphs:
         return fits, ""
     return fits, (

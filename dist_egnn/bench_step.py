@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import math
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from . import machine
 from .errors import Failure
 
 PEERS = {"EGNNConv": "egnnconv.py", "plain": "plain.py"}  # files of tools/bench
@@ -26,7 +26,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Options:
-    """What is run: the graph, the model's widths, and how. tile: None for the model's own."""
+    """What is run: the graph, the model and its widths, and how.
+
+    tile: None for the model's own; full_size: equivariance is measured with last weights of full size, in float64 too.
+    """
 
     nodes: int = 113_140
     degree: float = 14.6
@@ -39,6 +42,8 @@ class Options:
     precision: str = "float32"
     tile: int | None = None
     repeats: int = 3
+    model: str = "FastEGNN"
+    full_size: bool = False
 
 
 def variants(options: Options, peers: bool) -> dict[str, Options]:
@@ -56,36 +61,14 @@ def variants(options: Options, peers: bool) -> dict[str, Options]:
 
 def memory_needed(name: str, options: Options) -> float:
     """About how many bytes the process of a variant takes in a training step, torch and DGL included."""
-    edges, row = options.nodes * options.degree, 4 * options.hidden
-    base = 0.4e9 + options.nodes * (options.layers + 3) * row * 2 + edges * 60
+    edges = options.nodes * options.degree
     if name in PEERS or (options.tile or 0) >= edges:
-        return base + 11 * options.layers * edges * row  # autograd keeps some eleven E×H arrays a layer
-    from . import tiles
+        block = edges
+    else:
+        from . import tiles
 
-    block = (options.tile or tiles.SIZE) * (1 if options.device == "cpu" else tiles.FAR)
-    return base + 12 * block * row
-
-
-def memory_there(device: str) -> float:
-    """Bytes that this machine, or the device, can still give; infinity where it does not say."""
-    if device != "cpu":
-        import torch
-
-        return float(torch.cuda.mem_get_info(device)[0])
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return math.inf
-    limit = Path("/sys/fs/cgroup/memory.max")  # a container may have less than its machine
-    text = limit.read_text().strip() if limit.is_file() else "max"
-    return free if text == "max" else min(free, float(text))
-
-
-def enough_memory(needed: float, device: str, what: str, remedy: str) -> None:
-    """Raise Failure where ``what`` needs more bytes than there are."""
-    if needed > (there := memory_there(device)):
-        raise Failure(f"{what} takes about {needed / 1e9:.1f} GB, {there / 1e9:.1f} GB are free; {remedy}")
+        block = (options.tile or tiles.SIZE) * (1 if options.device == "cpu" else tiles.FAR)
+    return machine.step_bytes(options.nodes, edges, options.hidden, options.layers, block)
 
 
 def check_degree(nodes: int, degree: float) -> None:
@@ -112,7 +95,7 @@ def check(options: Options, peers: bool) -> None:
     for name, one in variants(options, peers).items():
         what = f"{options.nodes:,} nodes of degree {options.degree:g}: '{name}'"
         remedy = "lower --nodes, --hidden or --layers" + ", or leave --peers out" * peers
-        enough_memory(memory_needed(name, one), options.device, what, remedy)
+        machine.enough_memory(memory_needed(name, one), options.device, what, remedy)
 
 
 def check_device(options: Options) -> None:

@@ -1,4 +1,4 @@
-"""A process of `distegnn bench step` or `bench batch`: times a variant, or several that take turns, and prints JSON.
+"""A process of `distegnn bench step`, `batch` or `models`: times a variant, or several that take turns, and prints JSON.
 
 Started as ``python -m dist_egnn.bench_worker FOLDER WANTED``: FOLDER holds graph.npz, WANTED is JSON, name → options.
 """
@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ import numpy as np
 import torch
 from dgl import DGLGraph
 
-from . import devices, graphs, models
+from . import devices, exactness, graphs, models
 from .bench_step import PEERS, Options, load_peer
+from .config import Model
 from .errors import Failure
 from .local import watch
 from .metrics import peak_memory_gb
@@ -39,14 +41,12 @@ def _graph(folder: Path) -> DGLGraph:
 
 def _variant(name: str, options: Options, graph: DGLGraph) -> tuple[torch.nn.Module, Callable[[], torch.Tensor]]:
     """A variant's model and its prediction of the graph's next positions. All have the weights of ours where they can."""
-    chosen: dict[str, Any] = {k: getattr(options, k) for k in ("hidden", "layers", "virtual_nodes", "engine")}
-    if options.tile is not None:
-        chosen["tile"] = options.tile
-    if options.precision != "float32":
-        chosen["precision"] = options.precision
+    keys = ("hidden", "layers", "virtual_nodes", "engine", "precision", *(() if options.tile is None else ("tile",)))
+    settings = {**asdict(Model()), "name": options.model, **{key: getattr(options, key) for key in keys}}
+    kind, chosen = models.choose(settings, asdict(Model()), float(graph.edata["e"].max()))
     torch.manual_seed(0)
     features, attributes, edge = graph.ndata["f"].shape[1], graph.ndata["a"].shape[1], graph.edata["e"].shape[1]
-    ours = models.EGNN(features, attributes, edge, **chosen)
+    ours = kind(features=features, node_attributes=attributes, edge_attributes=edge, **chosen)
     if name in PEERS:
         return load_peer(name).peer(ours, graph, torch.device(options.device))
     ours.to(options.device)
@@ -90,13 +90,15 @@ def _step(model: torch.nn.Module, predict: Callable[[], torch.Tensor], target: t
 
 
 def _equivariance_error(model: torch.nn.Module, graph: DGLGraph) -> float:
-    """max |f(Qx) − Q f(x)| for a random orthogonal Q, in units of the farthest that the model moves a node."""
+    """max |f(Qx) − Q f(x)| for a random orthogonal Q, in units of the farthest that the model moves a node, if it does."""
     q = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
-    turned = graph.local_var()
+    dtype = next(model.parameters()).dtype
+    here, turned = graph.local_var(), graph.local_var()
     for name in ("x", "v", "centroid"):
-        turned.ndata[name] = (graph.ndata[name].double() @ q.t()).to(graph.ndata[name])
-    x, there = model(graph)[0].double().cpu(), model(turned)[0].double().cpu()
-    return float((there - x @ q.t()).abs().max() / (x - graph.ndata["x"]).abs().max())
+        here.ndata[name] = graph.ndata[name].to(dtype)
+        turned.ndata[name] = (graph.ndata[name].double() @ q.t()).to(dtype)
+    x, there = model(here)[0].double().cpu(), model(turned)[0].double().cpu()
+    return float((there - x @ q.t()).abs().max()) / (float((x - graph.ndata["x"]).abs().max()) or 1.0)
 
 
 def worker(folder: Path, wanted: dict[str, Options]) -> dict[str, dict[str, Any]]:
@@ -114,7 +116,9 @@ def worker(folder: Path, wanted: dict[str, Options]) -> dict[str, dict[str, Any]
         model, predicts[name] = _variant(name, options, graph)
         steps[name] = _step(model, predicts[name], graph.ndata["y"].to(options.device))
         if name not in PEERS:
-            more[name], models_of[name] = {"tile": model.tile}, (model, graph)
+            parameters = sum(p.numel() for p in model.parameters())
+            more[name] = {"tile": getattr(model, "tile", None), "parameters": parameters}
+            models_of[name] = model, graph
     step_s = _times(steps, first.repeats, first.device)
     peak = peak_memory_gb(torch.device(first.device))
     with torch.no_grad():
@@ -122,7 +126,11 @@ def worker(folder: Path, wanted: dict[str, Options]) -> dict[str, dict[str, Any]
         for name, predict in predicts.items():
             np.save(folder / f"{name}.npy", predict().cpu().numpy())
         for name, (model, graph) in models_of.items():
+            if wanted[name].full_size:
+                exactness.full_size(model)
             more[name]["equivariance_error"] = _equivariance_error(model, graph)
+            if wanted[name].full_size:
+                more[name]["equivariance_error_float64"] = _equivariance_error(model.double(), graph)
     rates = machine_rates(first.device)
     return {
         name: {

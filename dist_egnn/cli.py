@@ -12,7 +12,16 @@ import typer
 
 from . import bench
 from .errors import Failure
-from .runs import make_store, print_table, run_evaluation, run_training, run_verification
+from .runs import (
+    make_store,
+    print_table,
+    run_doctor,
+    run_evaluation,
+    run_import,
+    run_plan,
+    run_training,
+    run_verification,
+)
 
 # one thread a process unless the user says otherwise: DGL's kernels lose most of their speed when threads outnumber cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -59,6 +68,9 @@ def partition(
         str | None, typer.Option(help="node attributes read by every layer, comma-separated")
     ] = None,
     edge_drop: Annotated[float | None, typer.Option(help="share of the longest edges to drop")] = None,
+    periodic: Annotated[
+        bool, typer.Option("--periodic", help="edges also across the boundary of a trajectory's periodic box")
+    ] = False,
     frames: Annotated[int | None, typer.Option(help="random input frames per trajectory; 0: all")] = None,
     last_frame: Annotated[
         int | None, typer.Option(help="last frame that may be an input; -1: as far as targets exist")
@@ -81,6 +93,7 @@ def partition(
         "features": f"[{features}]" if features is not None else None,
         "node_attributes": f"[{node_attributes}]" if node_attributes is not None else None,
         "edge_drop": edge_drop,
+        "periodic": "true" if periodic else None,
         "frames": frames,
         "last_frame": last_frame,
     }
@@ -130,6 +143,27 @@ def verify(
     if model is None and (overrides or snapshot is not None):
         raise Failure("--snapshot and config keys are for the comparison of a model: name its config with --model")
     run_verification(store, configs.load(model, overrides or ()) if model else None, snapshot)
+
+
+@app.command(epilog="Example: distegnn doctor --json")
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="the findings again, as JSON on the last line")] = False,
+) -> None:
+    """Check installation and machine: versions, DGL, threads, memory, network, GPU. Exit code 1 if there is a problem."""
+    if not run_doctor(as_json):
+        sys.exit(1)
+
+
+@app.command(epilog="Example: distegnn plan recipes/fluid113k/config.yaml partition.parts=2")
+def plan(
+    config: Annotated[Path, typer.Argument(help="the config that `distegnn train` will be given")],
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="the numbers again, as JSON on the last line")] = False,
+) -> None:
+    """Say what a training run will take: graphs, memory, sums and time of every process, from a few real steps of each."""
+    from . import config as configs
+
+    run_plan(configs.load(config, overrides or ()), as_json)
 
 
 @app.command(
@@ -191,6 +225,49 @@ def rollout(
         bounds=bounds,
         fixed=fixed,
     )
+
+
+@app.command(
+    "import-checkpoint",
+    epilog="Example: distegnn import-checkpoint best.pth --config recipes/fluid113k/config.yaml --out runs/published",
+)
+def import_checkpoint(
+    file: Annotated[Path, typer.Argument(help=".pt or .pth file with a FastEGNN state dict of the authors' code")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="folder of the run to make (needed)")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="config of the data that the weights were trained on; options below win")
+    ] = None,
+    normalize: Annotated[bool, typer.Option("--normalize", help="the weights were trained with normalize")] = False,
+    gravity: Annotated[
+        str | None, typer.Option(help="the constant vector they were trained with, as 0,-9.81,0")
+    ] = None,
+    radius: Annotated[
+        float | None, typer.Option(help="edges join nodes up to this distance (inf: complete graph)")
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(help="input features in the weights' order, comma-separated: attributes, speed, NAME/max"),
+    ] = None,
+    horizon: Annotated[int | None, typer.Option(help="frames from input to target")] = None,
+) -> None:
+    """Make a run of published FastEGNN weights, for evaluation and for `dist_egnn.load`. No code in FILE is run."""
+    from . import config as configs
+
+    if out is None:
+        raise Failure("--out is missing: name the folder of the run to make, for example --out runs/published")
+    if config is None and radius is None:
+        raise Failure("--radius is missing: name it (inf joins every pair of nodes), or give a --config")
+    options = {
+        "model.normalize": True if normalize else None,
+        "model.gravity": f"[{gravity}]" if gravity is not None else None,
+        "data.radius": radius,
+        "data.features": f"[{features}]" if features is not None else None,
+        "data.horizon": horizon,
+        "run.dir": out,
+    }
+    given = [f"{k}={v}" for k, v in options.items() if v is not None]
+    run_import(file, configs.load(config, [*given, *(overrides or ())]))
 
 
 @app.command(epilog="Example: distegnn sweep recipes/nbody/sweep.yaml --jobs 2 --minutes 60")

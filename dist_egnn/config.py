@@ -34,6 +34,7 @@ class Data:
     )
     node_attributes: list[str] = _key([], "node attributes that every layer reads (a)")
     edge_drop: float = _key(0.0, "share p of the longest edges to drop, 0 … 1")
+    periodic: bool = _key(False, "edges also across the boundary of the trajectory's periodic box, to nearest images")
     frames: int = _key(0, "random input frames per trajectory; 0: all")
     first_frame: int = _key(0, "first frame that may be an input")
     last_frame: int = _key(-1, "last frame that may be an input; -1: as far as targets exist")
@@ -55,13 +56,22 @@ class Partition:
 class Model:
     """The network."""
 
-    name: str = _key("FastEGNN", "Linear, EGNN or FastEGNN (on several parts: DistEGNN)")
+    name: str = _key(
+        "FastEGNN",
+        "Linear; EGNN, RF, SchNet or TFN; with virtual nodes FastEGNN, FastRF, FastSchNet or FastTFN (on several parts: Dist…); "
+        "or MODULE:CLASS of your own",
+    )
     hidden: int = _key(64, "width H of the hidden features")
     layers: int = _key(4, "layers L")
-    virtual_nodes: int = _key(3, "virtual nodes C of FastEGNN")
+    virtual_nodes: int = _key(3, "virtual nodes C, where the model has them")
     normalize: bool = _key(False, "divide x_i - x_j by its length")
     attention: bool = _key(False, "weigh messages by a learned gate")
     tanh: bool = _key(False, "bound φ_x by tanh")
+    basis: int = _key(20, "radial functions of the distance, in SchNet's filters and TFN's weights")
+    cutoff: float | None = _key(
+        None, "distance up to which they reach; null: data.radius, or 10 for the complete graph"
+    )
+    channels: int = _key(16, "features of degree 1 (vectors) of a node, in TFN")
     gravity: list[float] | None = _key(None, "a constant vector g; adds φ_g(h) g: equivariance then holds about g only")
     precision: str = _key(
         "float32", "float32, or bf16-messages: products of messages in bfloat16, positions as they are"
@@ -185,6 +195,18 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     return result
 
 
+def parse(text: str, where: str) -> Config:
+    """The config that ``to_yaml`` wrote, as a checkpoint holds it. Raises Failure naming ``where`` and the key."""
+    try:
+        given = OmegaConf.create(text)
+    except Exception as error:  # whatever the YAML reader raises
+        raise Failure(f"{where}: not readable as YAML ({str(error).splitlines()[0]})") from error
+    result = OmegaConf.to_object(_merge(OmegaConf.structured(Config), given, where))
+    assert isinstance(result, Config)
+    _check(result)
+    return result
+
+
 def _check(config: Config) -> None:
     """Ranges; what a section alone cannot know is checked where it is used."""
     from . import devices, losses
@@ -198,6 +220,8 @@ def _check(config: Config) -> None:
         "model.hidden": 1,
         "model.layers": 1,
         "model.virtual_nodes": 1,
+        "model.basis": 1,
+        "model.channels": 1,
         "model.tile": 1,
         "loss.mmd": 0,
         "loss.samples": 1,
@@ -217,11 +241,15 @@ def _check(config: Config) -> None:
             raise Failure(f"{key}={value}: must be at least {least}")
     if not config.data.radius > 0:
         raise Failure(f"data.radius={config.data.radius}: must be positive (.inf for the complete graph)")
+    if config.model.cutoff is not None and not 0 < config.model.cutoff < math.inf:
+        raise Failure(f"model.cutoff={config.model.cutoff}: must be positive and finite, or null: data.radius")
     if config.data.edge_drop > 1:
         raise Failure(f"data.edge_drop={config.data.edge_drop}: must lie in 0 … 1")
     if config.train.schedule not in ("constant", "cosine"):
         raise Failure(f"train.schedule={config.train.schedule}: unknown; use constant or cosine")
     devices.check_name(config.train.device, "train.device=", "auto")
+    if config.model.cutoff is not None and not 0 < config.model.cutoff < math.inf:
+        raise Failure(f"model.cutoff={config.model.cutoff}: must be positive and finite, or null: data.radius")
     if config.model.gravity is not None and len(config.model.gravity) != 3:
         raise Failure(f"model.gravity={config.model.gravity}: must be a vector of 3 numbers, or null")
 

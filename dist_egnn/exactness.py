@@ -28,14 +28,20 @@ class Step:
     gradients: dict[str, Tensor]
 
 
-def _step(comm: Comm, config: Config, store: Store, graph: DGLGraph) -> Step:
-    widths = len(store.inputs["features"]), len(store.inputs["node_attributes"])
-    model = train.build_model(config, widths, comm).double()
-    # φ_x and its kind start near zero; at full size an error in what they carry cannot hide
+def full_size(model: torch.nn.Module) -> None:
+    """Draw the last weights of φ_x and its kind anew, at full size: they start near zero, where an error in what they carry
+    would hide."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if name.endswith(("phi_x.2.weight", "phi_xv.2.weight", "phi_z.2.weight")):
-            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            drawn = 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.data = drawn.to(parameter)
+
+
+def _step(comm: Comm, config: Config, store: Store, graph: DGLGraph) -> Step:
+    widths = len(store.inputs["features"]), len(store.inputs["node_attributes"])
+    model = train.build_model(config, widths, comm).double()
+    full_size(model)
     predicted, z = model(graph)
     loss, _ = train.loss_of(config, model, graph, comm, torch.Generator().manual_seed(2))
     loss.backward()
@@ -71,10 +77,15 @@ def compare(config: Config, store: Store, snapshot: int, folder: Path) -> dict[s
     against its own size: a gradient's scale is at least a thousandth of the largest gradient of the model.
     """
     config = copy.deepcopy(config)
-    one = _step(Alone(), config, store, store.whole(snapshot))
     local.run(
         _partitioned, store.parts, config, str(store.path), snapshot, str(folder), timeout_s=config.train.timeout_s
     )
+    return _against_one(config, store, snapshot, folder)
+
+
+def _against_one(config: Config, store: Store, snapshot: int, folder: Path) -> dict[str, float]:
+    """What compare returns, given what each process left in the folder."""
+    one = _step(Alone(), config, store, store.whole(snapshot))
     ranks = [torch.load(folder / f"{p}.pt", weights_only=True) for p in range(store.parts)]
     predicted = torch.cat([r["predicted"] for r in ranks])[torch.cat([r["gid"] for r in ranks]).argsort()]
     found = {

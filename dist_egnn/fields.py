@@ -38,6 +38,7 @@ TABLE = (
     Field("total", "node", 0, "index", False, "-", "N of the whole graph, the same on all its nodes"),
     Field("centroid", "node", 3, "point", False, "length", "mean x of the whole graph, the same on all its nodes"),
     Field("e", "edge", None, "invariant", False, "-", "edge attributes (A)"),
+    Field("shift", "edge", 3, "vector", False, "length", "lattice vector: x_i − x_j − shift is the nearest image's"),
 )
 
 

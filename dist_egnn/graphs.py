@@ -16,15 +16,14 @@ from torch import Tensor
 from .errors import Failure
 
 
-def radius_edges(x: np.ndarray, radius: float, box: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def radius_edges(x: np.ndarray, radius: float, side: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Every ordered pair j→i with ‖x_i − x_j‖ ≤ radius and i ≠ j; an infinite radius gives the complete graph.
 
     x: (N, 3). Squared distances are compared, in float64. Returns (source, destination), int64 (E,), sorted by
     destination, then source. Raises Failure for a radius that is not positive or positions that are not finite.
 
-    box: (2, 3) low and high corner of a periodic box: distances are then to the nearest image, and x may lie anywhere.
-    Raises Failure for a radius above half the shortest side, where a second image could be in reach. Layers subtract
-    positions as they are, so edges across the boundary must not reach a model yet.
+    side: (3,) sides of a periodic box: distances are then to the nearest image, and x may lie anywhere. Raises Failure for a
+    radius of half the shortest side or more, where a second image could be in reach.
     """
     if not radius > 0:
         raise Failure(f"radius={radius}: must be positive (inf for the complete graph)")
@@ -32,16 +31,9 @@ def radius_edges(x: np.ndarray, radius: float, box: np.ndarray | None = None) ->
     n = len(x)
     if not np.isfinite(x).all():
         raise Failure("positions are NaN or infinite: no radius graph can be built; mend the source data")
-    side = None
-    if box is not None:
-        low, high = np.asarray(box, dtype=np.float64)
-        side = high - low
-        if not 0 < 2 * radius <= side.min():
-            raise Failure(
-                f"radius={radius}: in a periodic box at most half its shortest side, {side.min() / 2:g}; lower the radius"
-            )
-        x = np.mod(x - low, side)
-        x = np.where(x < side, x, 0.0)  # the remainder of −1e−20 is rounded up to the side itself
+    if side is not None:
+        check_side(radius, side)
+        x = wrap(x, side)
     if math.isinf(radius):
         dst, src = np.divmod(np.arange(n * max(n - 1, 0)), max(n - 1, 1))
         return src + (src >= dst), dst
@@ -51,16 +43,49 @@ def radius_edges(x: np.ndarray, radius: float, box: np.ndarray | None = None) ->
     return pairs.indices.astype(np.int64), np.repeat(np.arange(n), np.diff(pairs.indptr))
 
 
-def drop_longest(x: np.ndarray, src: np.ndarray, dst: np.ndarray, p: float) -> tuple[np.ndarray, np.ndarray]:
-    """Keep the shortest (1 − p) share of the edges (FastEGNN's edge dropping); p = 1 keeps none. Order is kept."""
+def check_side(radius: float, side: np.ndarray) -> None:
+    """Raise Failure unless at most one image of a node can lie within the radius, in a periodic box of these sides (3,)."""
+    if not 0 < 2 * radius < side.min():
+        raise Failure(
+            f"radius={radius:g}: in a periodic box below half its shortest side, {side.min() / 2:g}; lower the radius"
+        )
+
+
+def wrap(x: np.ndarray, side: np.ndarray) -> np.ndarray:
+    """The image of each position (N, 3) in [0, side), float64."""
+    x = np.mod(np.asarray(x, dtype=np.float64), side)
+    return np.where(x < side, x, 0.0)  # the remainder of −1e−20 is rounded up to the side itself
+
+
+def drop_longest(
+    x: np.ndarray, src: np.ndarray, dst: np.ndarray, p: float, side: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Keep the shortest (1 − p) share of the edges (FastEGNN's edge dropping); p = 1 keeps none. Order is kept.
+
+    side: (3,) sides of a periodic box: lengths are then to the nearest image.
+    """
     if not 0 <= p <= 1:
         raise Failure(f"edge_drop={p}: must lie in [0, 1]")
     if p == 0:
         return src, dst
-    x = np.asarray(x, dtype=np.float64)
-    squared = ((x[src] - x[dst]) ** 2).sum(1)
-    kept = np.sort(np.argsort(squared, kind="stable")[: round((1 - p) * len(src))])
+    kept = np.sort(np.argsort(squared_lengths(x, src, dst, side), kind="stable")[: round((1 - p) * len(src))])
     return src[kept], dst[kept]
+
+
+def squared_lengths(x: np.ndarray, src: np.ndarray, dst: np.ndarray, side: np.ndarray | None = None) -> np.ndarray:
+    """‖x_i − x_j‖² (E,) of edges j→i in float64, to the nearest image in a periodic box of sides (3,)."""
+    x = np.asarray(x, dtype=np.float64)
+    r = x[dst] - x[src]
+    if side is not None:
+        r -= np.rint(r / side) * side
+    return (r**2).sum(1)
+
+
+def edges(
+    x: np.ndarray, radius: float, edge_drop: float = 0.0, side: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """The edges of a sample: ``radius_edges`` less the longest."""
+    return drop_longest(x, *radius_edges(x, radius, side), edge_drop, side)
 
 
 def empty(src: Tensor, dst: Tensor, nodes: int) -> DGLGraph:
@@ -68,20 +93,35 @@ def empty(src: Tensor, dst: Tensor, nodes: int) -> DGLGraph:
     return dgl.graph((src, dst), num_nodes=nodes, idtype=torch.int32)
 
 
-def build(src: np.ndarray, dst: np.ndarray, nodes: Mapping[str, np.ndarray | Tensor]) -> DGLGraph:
-    """A DGLGraph with the node fields and the edge attributes e = (length, length), the benchmarks' A = 2."""
+def build(
+    src: np.ndarray, dst: np.ndarray, nodes: Mapping[str, np.ndarray | Tensor], side: np.ndarray | None = None
+) -> DGLGraph:
+    """A DGLGraph with the node fields and the edge attributes e = (length, length), the benchmarks' A = 2.
+
+    side: (3,) sides of a periodic box: edges then go to nearest images, and have the field shift.
+    """
     graph = empty(torch.from_numpy(src), torch.from_numpy(dst), len(nodes["x"]))
     for name, value in nodes.items():
         graph.ndata[name] = torch.as_tensor(value)
-    set_edge_lengths(graph)
+    set_edge_lengths(graph, side)
     return graph
 
 
-def set_edge_lengths(graph: DGLGraph) -> None:
-    """Set the edge field e (E, 2): the length of the edge, twice, from the node field x."""
+def set_edge_lengths(graph: DGLGraph, side: np.ndarray | None = None) -> None:
+    """Set the edge field e (E, 2): the length of the edge, twice, from the node field x.
+
+    side: (3,) sides of a periodic box: also sets shift (E, 3), the lattice vector that takes x_i − x_j to the nearest image.
+    """
     src, dst = graph.edges()
     x = graph.ndata["x"]
-    graph.edata["e"] = torch.linalg.vector_norm(x[src] - x[dst], dim=1, keepdim=True).expand(-1, 2).contiguous()
+    r = x[dst] - x[src]
+    if side is not None:
+        sides = torch.tensor(side, dtype=torch.float64)
+        # in float64 whatever x is, as in radius_edges: the two must mean the same image
+        turns = ((x[dst].double() - x[src].double()) / sides).round()
+        graph.edata["shift"] = (turns * sides).to(x)
+        r -= graph.edata["shift"]
+    graph.edata["e"] = torch.linalg.vector_norm(r, dim=1, keepdim=True).expand(-1, 2).contiguous()
 
 
 def morton_order(x: np.ndarray, group: np.ndarray | None = None) -> np.ndarray:

@@ -62,17 +62,20 @@ def _worker(
         os._exit(1)  # leaving in order would wait for the peers
 
 
-def run(function: Callable[..., Any], size: int, *args: Any, timeout_s: float = 300.0) -> list[Any]:
-    """function(comm, *args) on ``size`` ranks; what each returned. One rank runs in this process.
+def run(function: Callable[..., Any], size: int, *args: Any, timeout_s: float = 300.0, apart: str = "") -> list[Any]:
+    """function(comm, *args) on ``size`` ranks; what each returned.
+
+    One rank runs in this process, or in one of its own that ``apart`` starts: "forkserver" as ranks of a group are, "spawn" as a
+    program is, with 0.1 GB of libraries that forked ranks do not map.
 
     Raises Failure with the first rank's own line if one raised it, or naming the rank that died.
     """
-    if size == 1:
+    if size == 1 and not apart:
         from . import comm
 
         return [function(comm.Alone(), *args)]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("forkserver")
+    context: Any = multiprocessing.get_context(apart or "forkserver")
     context.set_forkserver_preload(["dist_egnn.train"])  # torch and DGL are imported once, not once a rank
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
         rendezvous = str(Path(folder) / "rendezvous")

@@ -6,19 +6,26 @@ Legend: N nodes, B graphs, C virtual nodes, H width, F input features, K node at
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
-from typing import Any
+import importlib
+import math
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from dgl import DGLGraph
 from torch import Tensor, nn
 
 from . import engine as engines
-from . import tiles
+from . import published, tiles
 from .comm import Alone, Comm
 from .errors import Failure
 from .nn.egnn import EGNNLayer
-from .nn.virtual import VirtualNodes
+from .nn.layer import Layer
+from .nn.rf import RFLayer
+from .nn.schnet import SchNetLayer
+from .nn.tfn import TFNLayer
 
 PRECISIONS = ("float32", "bf16-messages")
 
@@ -61,12 +68,26 @@ def field(graph: DGLGraph, name: str, width: int) -> Tensor:
     return value
 
 
-class EGNN(nn.Module):
-    """EGNN: L layers after an embedding of the features; FastEGNN (arXiv 2506.19482) if it has virtual nodes (C > 0).
+def edge_field(graph: DGLGraph, name: str, width: int) -> Tensor:
+    """An edge field of the given width; Failure if it is missing or misshapen."""
+    value = graph.edata.get(name)
+    if value is None or value.shape[1:] != (width,):
+        shape = "missing" if value is None else tuple(value.shape)
+        raise Failure(f"edge field '{name}' is {shape}, the model was made for (E, {width})")
+    return value
 
-    On partitions (``comm`` of a group) FastEGNN is DistEGNN: every partition holds a replica of the virtual nodes.
-    Initially z_c is the centroid of the whole graph and s_c a learnable vector (C, H), standard normal.
+
+class Network(nn.Module):
+    """L layers of a kind after an embedding of the features, with C virtual nodes if the model has some (arXiv 2506.19482).
+
+    On partitions (``comm`` of a group) every partition holds a replica of the virtual nodes. Initially z_c is the centroid
+    of the whole graph and s_c a learnable vector (C, H), standard normal.
+
+    options: those of the layer's ``build``. Raises Failure for others, naming the config key.
     """
+
+    layer: ClassVar[type[Layer]]
+    virtual_nodes: ClassVar[int] = 0  # C unless told otherwise
 
     def __init__(
         self,
@@ -76,56 +97,61 @@ class EGNN(nn.Module):
         *,
         hidden: int = 64,
         layers: int = 4,
-        virtual_nodes: int = 0,
-        normalize: bool = False,
-        attention: bool = False,
-        tanh: bool = False,
+        virtual_nodes: int | None = None,
         gravity: Sequence[float] | None = None,
         precision: str = "float32",
         engine: str = "auto",
         tile: int = tiles.SIZE,
+        **options: Any,
     ) -> None:
         super().__init__()
         if precision not in PRECISIONS:
             raise Failure(f"model.precision={precision}: unknown; use {' or '.join(PRECISIONS)}")
-        if precision == "bf16-messages" and attention:
+        low = precision != "float32"
+        name = type(self).__name__
+        for key in options:
+            if key not in self.layer.options:
+                raise Failure(f"model.{key}: {name} has no such option; leave it out")
+        if low and "low" not in self.layer.options:
+            raise Failure(f"model.precision={precision}: not with {name}; use float32")
+        if low and options.get("attention"):
             raise Failure("model.precision=bf16-messages: not with model.attention; turn one of them off")
+        count = self.virtual_nodes if virtual_nodes is None else virtual_nodes
         self.widths = {"f": features, "a": node_attributes, "e": edge_attributes}
-        self.count, self.tile, self.engine = virtual_nodes, tile, engine
-        self.embedding = nn.Linear(features, hidden)
-        low = precision == "bf16-messages"
-        if virtual_nodes:
-            self.s = nn.Parameter(torch.randn(virtual_nodes, hidden))
+        self.hidden, self.count, self.tile, self.engine = hidden, count, tile, engine
+        if self.layer.features:
+            self.embedding = nn.Linear(features, hidden)
+            if count:
+                self.s = nn.Parameter(torch.randn(count, hidden))
+        given = {"virtual_nodes": count, "gravity": gravity, "low": low, **options}
         self.layers = nn.ModuleList(
-            EGNNLayer(
-                hidden,
-                edge_attributes,
-                node_attributes,
-                virtual=VirtualNodes(hidden, virtual_nodes, attention, low) if virtual_nodes else None,
-                normalize=normalize,
-                attention=attention,
-                tanh=tanh,
-                gravity=gravity,
-                low=low,
-                last=k == layers - 1,
-            )
-            for k in range(layers)
+            self.layer(hidden, edge_attributes, node_attributes, last=k == layers - 1, **given) for k in range(layers)
         )
         self.comm: Comm = Alone()
 
+    @classmethod
+    def takes(cls, key: str) -> bool:
+        """Whether the key of the config's model section means something to this model."""
+        if key == "virtual_nodes":
+            return bool(cls.virtual_nodes)
+        common = ("hidden", "layers", "gravity", "precision", "engine", "tile")
+        return key in (*common, *cls.layer.options)
+
     def _inputs(self, graph: DGLGraph, cut: tiles.Tiles) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Node and edge fields in the tiles' order and the model's precision."""
-        like = self.embedding.weight
-        widths = {"x": 3, "v": 3, "f": self.widths["f"], **({"a": self.widths["a"]} if self.widths["a"] else {})}
+        like = next(self.parameters())
+        widths = {"x": 3, "v": 3}
+        if self.layer.features:
+            widths |= {name: self.widths[name] for name in ("f", "a") if name == "f" or self.widths[name]}
         node = {name: field(graph, name, width).to(like).index_select(0, cut.order) for name, width in widths.items()}
-        node["h"] = self.embedding(node.pop("f"))
-        if not self.widths["e"]:
-            return node, {}
-        e = graph.edata.get("e")
-        if e is None or e.shape[1:] != (self.widths["e"],):
-            shape = "missing" if e is None else tuple(e.shape)
-            raise Failure(f"edge field 'e' is {shape}, the model was made for (E, {self.widths['e']})")
-        return node, {"e": e.to(like).index_select(0, cut.edge_order)}
+        if self.layer.features:
+            node["h"] = self.embedding(node.pop("f"))
+        edge = {}
+        if self.widths["e"]:
+            edge["e"] = edge_field(graph, "e", self.widths["e"])
+        if "shift" in graph.edata:
+            edge["shift"] = edge_field(graph, "shift", 3)
+        return node, {name: value.to(like).index_select(0, cut.edge_order) for name, value in edge.items()}
 
     def prepare(self, graph: DGLGraph) -> DGLGraph:
         """Cut the graph into tiles, which stay with it, so that a step need not."""
@@ -134,22 +160,23 @@ class EGNN(nn.Module):
 
     def _cut(self, graph: DGLGraph) -> tuple[engines.Engine, tiles.Tiles]:
         field(graph, "x", 3)
-        device = (
-            self.embedding.weight.device
-        )  # the graph stays where it is: DGL may have no build for the model's device
+        # the graph stays where it is: DGL may have no build for the model's device
+        device = next(self.parameters()).device
         engine = engines.choose(self.engine, device)
-        return engine, tiles.of(graph, engine, self.tile, device, self.embedding.out_features)
+        return engine, tiles.of(graph, engine, self.tile, device, self.hidden)
 
     def forward(self, graph: DGLGraph) -> tuple[Tensor, Tensor]:
         engine, cut = self._cut(graph)
         node, edge = self._inputs(graph, cut)
-        z = node["x"].new_zeros(cut.batch, 0, 3)
+        z, s = node["x"].new_zeros(cut.batch, 0, 3), None
         if self.count:
             total, centroid = whole_graph(graph, graph.ndata["x"].to(node["x"]), self.comm)
             z = centroid.unsqueeze(1).expand(-1, self.count, -1)
-            s = self.s.expand(cut.batch, -1, -1)
-        for layer in self.layers:
-            assert isinstance(layer, EGNNLayer)
+            s = self.s.expand(cut.batch, -1, -1) if self.layer.features else None
+        for k, layer in enumerate(self.layers):
+            assert isinstance(layer, Layer)
+            if k == 0:
+                node |= layer.begin(node)
             shared = layer.virtual.shared(z, s, centroid) if layer.virtual else {}
             out = tiles.run(layer, engine, cut, node, edge, shared)
             if layer.virtual:
@@ -158,20 +185,125 @@ class EGNN(nn.Module):
         return node["x"].index_select(0, cut.inverse), z
 
 
+class EGNN(Network):
+    """EGNN (Satorras et al. 2021)."""
+
+    layer = EGNNLayer
+
+
 class FastEGNN(EGNN):
-    """EGNN with C = 3 virtual nodes unless told otherwise."""
+    """EGNN with virtual nodes; on partitions, DistEGNN."""
 
-    def __init__(self, features: int, node_attributes: int = 0, edge_attributes: int = 2, **options: Any) -> None:
-        super().__init__(features, node_attributes, edge_attributes, **{"virtual_nodes": 3, **options})
+    virtual_nodes = 3
+
+    @classmethod
+    def from_published(
+        cls, state_dict: Mapping[str, Tensor], *, normalize: bool = False, gravity: Sequence[float] | None = None
+    ) -> FastEGNN:
+        """The model that a state dict of the authors' code means, sizes and options as its shapes and keys say.
+
+        normalize, gravity: as it was trained; weights do not tell. The result has their dtype, float32 at least. Raises Failure
+        that names the key for one that is unknown, missing or misshapen.
+        """
+        state = published.plain(state_dict)
+        published.check_gravity(state, gravity)
+        model = cls(**published.sizes(state), normalize=normalize, gravity=gravity)
+        weights = published.renamed(state, model.state_dict())
+        model.to(torch.promote_types(weights["s"].dtype, torch.float32)).load_state_dict(weights)
+        for layer in model.layers if gravity is not None else ():
+            layer.g = torch.as_tensor(gravity, dtype=model.s.dtype)  # it was rounded to float32 before
+        return model
 
 
-NAMES: dict[str, type[nn.Module]] = {"Linear": Linear, "EGNN": EGNN, "FastEGNN": FastEGNN}
+class RF(Network):
+    """Radial field (Köhler et al. 2020)."""
+
+    layer = RFLayer
+
+
+class FastRF(RF):
+    """Radial field with virtual nodes."""
+
+    virtual_nodes = 3
+
+
+class SchNet(Network):
+    """SchNet (Schütt et al. 2017) with an equivariant update of positions."""
+
+    layer = SchNetLayer
+
+
+class FastSchNet(SchNet):
+    """SchNet with virtual nodes."""
+
+    virtual_nodes = 3
+
+
+class TFN(Network):
+    """Tensor field network (Thomas et al. 2018) of degrees 0 and 1; needs e3nn."""
+
+    layer = TFNLayer
+
+
+class FastTFN(TFN):
+    """TFN with virtual nodes."""
+
+    virtual_nodes = 3
+
+
+MODELS: tuple[type[nn.Module], ...] = (Linear, EGNN, FastEGNN, RF, FastRF, SchNet, FastSchNet, TFN, FastTFN)
+NAMES = {model.__name__: model for model in MODELS}
 
 
 def named(name: str) -> type[nn.Module]:
-    """The model class called ``name``; Failure suggests the nearest name."""
+    """The model class called ``name``: one of ours, or PACKAGE.MODULE:CLASS, imported (docs/extend.md).
+
+    Raises Failure for a name that is none, with the nearest, and for what cannot be imported.
+    """
+    if ":" in name:
+        return _imported(name)
     if name not in NAMES:
         near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise Failure(f"model.name={name}: unknown; {hint}known: {', '.join(NAMES)}")
+        raise Failure(f"model.name={name}: unknown; {hint}known: {', '.join(NAMES)}, or MODULE:CLASS of your own")
     return NAMES[name]
+
+
+def _imported(name: str) -> type[nn.Module]:
+    """The class that MODULE:CLASS means, from the working directory or installed."""
+    module, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in module.split(".")):
+        raise Failure(f"model.name={name}: '{module}' is no module's name; write PACKAGE.MODULE:CLASS, without .py")
+    if os.getcwd() not in sys.path:  # Python puts there the folder of the console script instead
+        sys.path.append(os.getcwd())
+    try:
+        found = getattr(importlib.import_module(module), attribute, None)
+    except ImportError as error:
+        raise Failure(
+            f"model.name={name}: cannot import {module} ({error}); run this where {module.split('.')[0]} is, or install it"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise Failure(f"model.name={name}: {module} has no torch.nn.Module of that name; docs/extend.md shows one")
+    return found
+
+
+def choose(
+    settings: Mapping[str, Any], defaults: Mapping[str, Any], radius: float
+) -> tuple[type[nn.Module], dict[str, Any]]:
+    """The class and the options that the config's model section means; radius: of the data's edges.
+
+    Raises Failure for a key that is not at its default and means nothing to the model, except virtual_nodes, so that a backbone and
+    its twin can share a file.
+    """
+    kind = named(settings["name"])
+    if not issubclass(kind, Network):
+        return kind, {}
+    options = {}
+    for key, value in settings.items():
+        if key != "name" and kind.takes(key):
+            options[key] = value
+        elif key not in ("name", "virtual_nodes") and value != defaults[key]:
+            raise Failure(f"model.{key}={value}: {kind.__name__} has no such option; leave it at {defaults[key]}")
+    if "cutoff" in options and options["cutoff"] is None:
+        options["cutoff"] = radius if math.isfinite(radius) else 10.0
+    return kind, options

@@ -7,6 +7,7 @@ there they are joined into OUT, byte for byte the same however often the work wa
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -19,16 +20,18 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import progress
+from . import disk, progress
 from .errors import Failure
 from .local import watch
 from .trajectories import Writer, join
 
 SCALES = ("tiny", "small", "full")
+POLL_S = 0.5
 
 
 class Parser(argparse.ArgumentParser):
@@ -95,6 +98,15 @@ def _piece(make: Callable[[int], Iterable[dict[str, Any]]], folder: Path, number
     return number
 
 
+@dataclass(frozen=True)
+class Steps:
+    """How to count progress within pieces: each has ``size`` steps; reached(k): how many piece k has made, while in work."""
+
+    unit: str
+    size: int
+    reached: Callable[[int], int]
+
+
 def write(
     out: Path,
     make: Callable[[int], Iterable[dict[str, Any]]],
@@ -104,15 +116,39 @@ def write(
     workers: int,
     threads: bool = False,
     unit: str = "piece",
+    steps: Steps | None = None,
 ) -> None:
     """Write OUT and OUT.manifest.json: make(k) yields piece k's trajectories, as arguments of ``Writer.add``.
 
     settings: all that decides the data (seed, scale, versions, …): stored in OUT, and pieces made with others are not taken.
-    make runs in ``workers`` processes, so it must be picklable and may depend on k alone; or in threads.
+    make runs in ``workers`` processes, so it must be picklable and may depend on k alone; or in threads. steps: for pieces
+    that take long. Raises Failure where something cannot be written; complete pieces stay.
     """
     if out.is_dir():
         raise Failure(f"{out} is a folder; --out must name a file")
     started = time.monotonic()
+    try:
+        folder = _begin(out, settings)
+        names = [folder / f"{k:06d}.h5" for k in range(pieces)]
+        _make(out, functools.partial(_piece, make, folder), names, workers, threads, unit, steps)
+        with progress.bar(f"{out.name} (joining)", pieces) as tick:
+            join(names, out, settings, tick)
+        manifest = {
+            "command": shlex.join(["python", *sys.argv]),
+            "seconds": round(time.monotonic() - started, 1),
+            "settings": dict(settings),
+            "sha256": sha256(out),
+            "bytes": out.stat().st_size,
+        }
+        replace(out.with_name(out.name + ".manifest.json"), json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    except OSError as error:
+        raise Failure(f"{disk.reason(error, out)}; once that is mended the same command goes on") from error
+    shutil.rmtree(folder)
+    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {time.monotonic() - started:.0f} s")
+
+
+def _begin(out: Path, settings: Mapping[str, Any]) -> Path:
+    """The folder of the pieces, new, or left there by the same settings."""
     folder = out.with_name(out.name + ".parts")
     folder.mkdir(parents=True, exist_ok=True)
     marked, wanted = folder / "settings.json", json.dumps(settings, sort_keys=True, indent=1)
@@ -122,34 +158,56 @@ def write(
         raise Failure(
             f"{folder} has pieces made with other settings ({marked}); delete that folder, or choose another --out"
         )
-    missing = [k for k in range(pieces) if not (folder / f"{k:06d}.h5").exists()]
+    return folder
+
+
+def _make(
+    out: Path,
+    piece: Callable[[int], int],
+    names: Sequence[Path],
+    workers: int,
+    threads: bool,
+    unit: str,
+    steps: Steps | None,
+) -> None:
+    """Make the pieces that are missing, and show how far they are."""
     pool: Executor
     if threads:
         pool = ThreadPoolExecutor(workers)
     else:
         context = multiprocessing.get_context("forkserver")
         pool = ProcessPoolExecutor(workers, context, initializer=watch, initargs=(os.getpid(),))
-    with progress.bar(out.name, pieces, done=pieces - len(missing)) as tick:
+    missing = [k for k, name in enumerate(names) if not name.exists()]
+    size, title = (steps.size, f"{out.name} ({steps.unit})") if steps else (1, out.name)
+    whole, most, note = len(names) - len(missing), 0, ""
+    with progress.bar(title, len(names) * size, done=whole * size) as tick:
         try:
-            for future in as_completed([pool.submit(_piece, make, folder, k) for k in missing]):
-                tick(f"{unit} {future.result()}")
+            futures = {pool.submit(piece, k): k for k in missing}
+            while futures:
+                ended = wait(futures, POLL_S if steps else None, FIRST_COMPLETED).done
+                for future in ended:
+                    del futures[future]
+                    note, whole = f"{unit} {future.result()}", whole + 1
+                part = sum(steps.reached(k) for future, k in futures.items() if future.running()) if steps else 0
+                most = max(most, whole * size + part)  # a piece's own count ends a little before the piece does
+                tick(note, to=most)
         finally:
             pool.shutdown(cancel_futures=True)
-    join([folder / f"{k:06d}.h5" for k in range(pieces)], out, settings)
-    manifest = {
-        "command": shlex.join(["python", *sys.argv]),
-        "seconds": round(time.monotonic() - started, 1),
-        "settings": dict(settings),
-        "sha256": sha256(out),
-        "bytes": out.stat().st_size,
-    }
-    replace(out.with_name(out.name + ".manifest.json"), json.dumps(manifest, indent=1, sort_keys=True) + "\n")
-    shutil.rmtree(folder)
-    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {time.monotonic() - started:.0f} s")
+
+
+def steps_in(path: Path) -> int:
+    """The number that a process keeps in a file of how far it has come; 0 as long as there is none."""
+    try:
+        return int(path.read_text())
+    except (FileNotFoundError, ValueError):
+        return 0
 
 
 def replace(path: Path, text: str) -> None:
     """Write a file completely or not at all."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

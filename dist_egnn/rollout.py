@@ -25,6 +25,7 @@ from .partition import methods
 from .preparing import replace
 from .progress import bar
 from .runs import print_table
+from .samples import spec_of
 from .scene import BOUNDS, Job, Scene, parse_fixed
 from .store import Store
 from .trajectories import SampleSpec, Trajectories, columns
@@ -34,8 +35,8 @@ from .vtkhdf import Rollout, Writer, finish, partial_of
 class Owners:
     """Who owns which node, and the edges among a process's own."""
 
-    def __init__(self, comm: Comm, job: Job, nodes: int) -> None:
-        self.comm, self.job, self.part = comm, job, np.zeros(nodes, np.int64)
+    def __init__(self, comm: Comm, job: Job, nodes: int, side: np.ndarray | None = None) -> None:
+        self.comm, self.job, self.part, self.side = comm, job, np.zeros(nodes, np.int64), side
 
     def edges(self, x: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The nodes that this process owns at a step, ascending, and source and destination of their edges, by rank in them.
@@ -45,19 +46,20 @@ class Owners:
         """
         job, comm, spec = self.job, self.comm, self.job.spec
         if comm.size == 1:
-            return np.arange(len(x)), *graphs.drop_longest(x, *graphs.radius_edges(x, spec.radius), spec.edge_drop)
+            return np.arange(len(x)), *graphs.edges(x, spec.radius, spec.edge_drop, self.side)
         due, last = step % job.repartition == 0, np.zeros(3)
         part = np.zeros_like(self.part)
         if comm.rank == 0 and (due or spec.edge_drop):
-            src, dst = graphs.drop_longest(x, *graphs.radius_edges(x, spec.radius), spec.edge_drop)
+            src, dst = graphs.edges(x, spec.radius, spec.edge_drop, self.side)
             if due:
-                part = methods.assign(job.method, x, src, dst, comm.size, job.method_seed)
+                place = x if self.side is None else graphs.wrap(x, self.side)  # as partition/build.py
+                part = methods.assign(job.method, place, src, dst, comm.size, job.method_seed)
                 part = part if step == 0 else renamed(part, self.part, comm.size)
             last = self._last(x, src, dst)
         if due:
             self.part = comm.sum(torch.from_numpy(part)).numpy()
         own = np.flatnonzero(self.part == comm.rank)
-        src, dst = graphs.radius_edges(x[own], spec.radius)
+        src, dst = graphs.radius_edges(x[own], spec.radius, self.side)
         if spec.edge_drop:
             limit = tuple(comm.sum(torch.from_numpy(last)).numpy())
             squared, to, by = self._keys(x, own[src], own[dst])
@@ -67,11 +69,9 @@ class Owners:
             src, dst = src[kept], dst[kept]
         return own, src, dst
 
-    @staticmethod
-    def _keys(x: np.ndarray, src: np.ndarray, dst: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """What edge dropping sorts by: the squared length as `graphs.drop_longest` computes it, then the order of edges."""
-        ends = x.astype(np.float64)
-        return ((ends[src] - ends[dst]) ** 2).sum(1), dst, src
+    def _keys(self, x: np.ndarray, src: np.ndarray, dst: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What edge dropping sorts by: the squared length, then the order of edges."""
+        return graphs.squared_lengths(x, src, dst, self.side), dst, src
 
     def _last(self, x: np.ndarray, src: np.ndarray, dst: np.ndarray) -> np.ndarray:
         if not len(src):
@@ -97,7 +97,7 @@ def roll(comm: Comm, job: Job) -> str:
     model = model.double() if job.double else model.to(train.device_of(job.config, comm.rank))
     model.eval()
     x, v = (read(job.trajectory, job.start).astype(scene.dtype) for read in (data.position, data.velocity))
-    owners = Owners(comm, job, len(x))
+    owners = Owners(comm, job, len(x), scene.side)
     a = columns(job.spec.node_attributes, v, scene.attributes.__getitem__)
 
     def true(step: int) -> np.ndarray | None:
@@ -132,7 +132,7 @@ def _predict(
     fields = {name: torch.from_numpy(value[own]) for name, value in (("x", x), ("v", v), ("f", f), ("a", a))}
     fields["total"] = torch.full((len(own),), len(x))
     fields["centroid"] = torch.from_numpy(x.astype(np.float64).mean(0)).expand(len(own), 3).contiguous()
-    predicted, z = model(graphs.build(src, dst, fields))
+    predicted, z = model(graphs.build(src, dst, fields, scene.side))
     whole = torch.zeros(x.shape, dtype=torch.from_numpy(x).dtype)
     whole[torch.from_numpy(own)] = predicted.cpu()
     return comm.sum(whole).numpy(), z[0].cpu().numpy()
@@ -277,7 +277,7 @@ def prepare(
         config,
         str((run / "best.pt").absolute()),
         str(file.path.absolute()),
-        SampleSpec(d.radius, d.horizon, tuple(features), tuple(d.node_attributes), d.edge_drop),
+        spec_of(d, features),
         trajectory,
         start,
         steps,

@@ -121,6 +121,53 @@ def run_training(config: Any, resume: bool = False) -> dict[str, float]:
     return last
 
 
+def run_import(file: Path, config: Any) -> None:
+    """Make a run of published FastEGNN weights: its config.yaml and best.pt, which `dist_egnn.load` and evaluation take.
+
+    config: data as the weights were trained on, model.normalize and model.gravity; the rest of the model is what the weights say.
+    Raises Failure for a file that is not such weights, or does not fit the config.
+    """
+    from dataclasses import replace
+
+    from . import checkpoint, models, published
+    from . import config as configs
+    from . import train as training
+    from .comm import Alone
+
+    folder, data, wanted = Path(config.run.dir), config.data, config.model
+    if (folder / "config.yaml").exists():
+        raise Failure(f"{folder}: holds a run already; choose another --out")
+    if wanted.tanh:
+        raise Failure("model.tanh=true: not with published weights, whose code bounds other networks too; leave it out")
+    state = published.read(file)
+    try:
+        model = models.FastEGNN.from_published(state, normalize=wanted.normalize, gravity=wanted.gravity)
+    except Failure as failure:
+        raise Failure(f"{file}: {failure}") from failure
+    widths = model.widths
+    if widths["e"] != 2:
+        raise Failure(f"{file}: made for {widths['e']} edge attributes; samples here carry 2, the edge's length twice")
+    for key, names, width in (("features", data.features, "f"), ("node_attributes", data.node_attributes, "a")):
+        if names is not None and len(names) != widths[width]:
+            raise Failure(
+                f"data.{key}=[{', '.join(names)}]: {len(names)}, but the weights of {file} take {widths[width]}; "
+                "name as many, in their order"
+            )
+    sizes = {"hidden": model.hidden, "layers": len(model.layers), "virtual_nodes": model.count}
+    attention = any("attention" in name for name in model.state_dict())
+    config.model = replace(wanted, name="FastEGNN", attention=attention, **sizes)
+    if data.path:
+        data.path = str(Path(data.path).absolute())  # the run is evaluated from anywhere
+    made: dict[str, Any] = {"model": model.state_dict(), "config": configs.to_yaml(config)}
+    # what the config builds must take the weights
+    checkpoint.load_weights(training.build_model(config, (widths["f"], widths["a"]), Alone()), made, file)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.save(folder / "best.pt", made)
+    (folder / "config.yaml").write_text(made["config"])
+    shown = {**sizes, "features": widths["f"], "node_attributes": widths["a"], "attention": attention}
+    print_table(f"{folder}: FastEGNN of {file}", ["option", "found"], [[k, v] for k, v in shown.items()])
+
+
 def run_evaluation(run: Path, split: str = "test") -> dict[str, float]:
     """Errors of a run's best checkpoint by name, on as many processes as it was trained on; also in evaluate.csv."""
     import pandas as pd
@@ -151,3 +198,71 @@ def run_evaluation(run: Path, split: str = "test") -> dict[str, float]:
         table = pd.concat([before[before["split"] != split], table])
     table.to_csv(path, index=False)
     return found
+
+
+def run_plan(config: Any, as_json: bool = False) -> None:
+    """Try every rank of a config's run and print what the run will take."""
+    import json
+    import sys
+
+    from . import plan
+
+    found = plan.make(config, lambda line: print(line, file=sys.stderr, flush=True))
+    rows = [
+        [
+            r.rank,
+            f"{r.nodes:,.0f}",
+            f"{r.edges:,.0f}",
+            f"{r.cut:,.0f}",
+            f"{r.halo:,.0f}",
+            f"{r.peak_gb:.2f}",
+            f"{r.alone_s:.3f}",
+        ]
+        for r in found.ranks
+    ]
+    counted = ", ".join(f"{n} {split}" for split, n in found.snapshots.items())
+    header = ["rank", "nodes", "edges", "cut", "halo", "memory [GB]", "alone [s]"]
+    print_table(f"{found.data}: {counted} snapshots, {found.parts} processes on {found.cores:g} cores", header, rows)
+    print(f"memory: {found.memory_gb:.2f} GB in all, {found.free_gb:.1f} GB are free")
+    print(
+        f"sums a step: {found.calls} calls, {found.payload_bytes:,} bytes from each process, {found.wire_bytes:,.0f} on the wire, "
+        f"{found.exchange_s:.4f} s"
+    )
+    if found.partition_s:
+        print(f"partition: {found.partition_s:.1f} s, once")
+    total = found.first_epoch_s + (found.epochs - 1) * found.epoch_s
+    print(
+        f"step: {found.step_s:.3f} s; epoch of {found.steps} steps and validation: {found.epoch_s:.2f} s, the first "
+        f"{found.first_epoch_s:.2f} s; {found.epochs} epochs: {total:.0f} s"
+    )
+    if found.busy < 0.9:
+        print(
+            f"the machine is busy: the trial had {found.busy:.0%} of a core; with nothing else to do a step takes "
+            f"{found.idle_step_s:.3f} s, an epoch {found.idle_epoch_s:.2f} s"
+        )
+    if found.memory_gb > found.free_gb:
+        print(
+            f"the {found.parts} processes together need more memory than is free: lower model.hidden, model.layers or "
+            "train.batch_size"
+        )
+    if as_json:
+        print(json.dumps(found.plain()))
+
+
+def run_doctor(as_json: bool = False) -> bool:
+    """Examine machine and installation and print what was found; whether there is no problem."""
+    import json
+
+    from . import doctor
+
+    found = doctor.examine()
+    signs = {"ok": "ok     ", "note": "note   ", "problem": "PROBLEM"}
+    for one in found:
+        print(f"{signs[one.state]} {one.check}: {one.text}")
+        if one.remedy:
+            print(f"        → {one.remedy}")
+    problems = sum(one.state == "problem" for one in found)
+    print("all well" if not problems else f"{problems} problem{'s' * (problems > 1)}")
+    if as_json:
+        print(json.dumps(doctor.plain(found)))
+    return not problems

@@ -33,6 +33,11 @@ def ahead(make: Callable[[Key], Made], keys: Iterable[Key]) -> Iterator[Made]:
             yield waiting.result()
 
 
+def kept_bytes(nodes: int, edges: int) -> int:
+    """What a sample that stays in memory is counted as: fields, structure and tiles, roughly."""
+    return 64 * edges + 256 * nodes
+
+
 class Samples:
     """Samples by number; the latest ones stay in memory, ready for use.
 
@@ -51,7 +56,7 @@ class Samples:
             self._kept.move_to_end(number)
             return self._kept[number][0]
         graph = self._read(number)
-        size = 64 * graph.num_edges() + 256 * graph.num_nodes()  # fields, structure and tiles, roughly
+        size = kept_bytes(graph.num_nodes(), graph.num_edges())
         self._kept[number] = graph, size
         self._held += size
         while self._held > self._budget and len(self._kept) > 1:
@@ -95,6 +100,7 @@ def same_settings(store: Store, data: Data) -> None:
         "features",
         "node_attributes",
         "edge_drop",
+        "periodic",
         "frames",
         "first_frame",
         "last_frame",
@@ -106,6 +112,13 @@ def same_settings(store: Store, data: Data) -> None:
                 f"data.{name}={wanted} in the config, but {store.path} was made with {found}; "
                 f"set data.{name} to that or partition again"
             )
+
+
+def spec_of(data: Data, features: Iterable[str]) -> SampleSpec:
+    """How the data section makes samples; features: its own, or what null stands for."""
+    return SampleSpec(
+        data.radius, data.horizon, tuple(features), tuple(data.node_attributes), data.edge_drop, data.periodic
+    )
 
 
 def open_samples(config: Config, part: int, count: int) -> Samples:
@@ -120,7 +133,10 @@ def open_samples(config: Config, part: int, count: int) -> Samples:
     d = config.data
     file = Trajectories(d.path)
     features = tuple(d.features) if d.features is not None else (*file[0].attributes, "speed")
-    spec = SampleSpec(d.radius, d.horizon, features, tuple(d.node_attributes), d.edge_drop)
+    spec = spec_of(d, features)
+    if spec.periodic:
+        for k in range(len(file)):
+            file.sides(k, spec.radius)
     listed = list(snapshots(file, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed))
     splits = {name: [i for i, s in enumerate(listed) if s.split == name] for name in SPLITS}
     return Samples(

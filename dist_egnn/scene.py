@@ -40,6 +40,7 @@ class Scene:
     def __init__(self, data: Trajectories, job: Job) -> None:
         k, self.trajectory = job.trajectory, data[job.trajectory]
         self.bounds, self.box = job.bounds, data.box(k)
+        self.side = data.sides(k, job.spec.radius) if job.spec.periodic else None
         self.dtype = np.dtype(np.float64 if job.double else np.float32)
         self.attributes = {name: data.attribute(k, name).astype(self.dtype) for name in self.trajectory.attributes}
         # v is length per time where velocities are stored, else length per frame
@@ -61,6 +62,8 @@ class Scene:
         wrong = ~np.isfinite(x).all(1)
         if wrong.any():
             return f"{wrong.sum()} positions are NaN or infinite, the first of node {wrong.argmax()}"
+        if self.side is not None:  # nodes may travel through many boxes
+            return ""
         far = np.abs(x - self.centre).max(1)
         if far.max() > self.reach:
             of = "the box's" if self.box is not None else "the data's"

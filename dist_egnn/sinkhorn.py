@@ -205,7 +205,8 @@ def divergence(
     OT_ε = min_π Σ π C + ε KL(π | a ⊗ b) with C = ‖x − y‖² and ε = blur² (Feydy et al., arXiv 1810.08278). It is zero for
     the same cloud in any order, and ‖t‖² for a cloud and its copy shifted by t, at any ε. ``blur``: the length below
     which it does not look, say the points' spacing; ``weights``: positive, ones unless given; iterations end when the plan misses
-    at most ``tolerance`` of the weight (at 0.01 S is off by less than a thousandth where that was tried). Every process of ``comm`` gives the whole clouds and does its share of the work.
+    at most ``tolerance`` of the weight (at 0.01 S is off by less than a thousandth where that was tried). Every process of
+    ``comm`` gives the whole clouds and does its share of the work.
     """
     if not blur > 0:
         raise Failure(f"blur={blur}: must be positive; the points' spacing is a good choice")

@@ -25,6 +25,8 @@ from . import fields, graphs
 from .errors import Failure
 
 FORMAT, VERSION, GRAPH = "dist_egnn.store", 1, "dist_egnn"
+LATER = {"periodic": False}  # inputs that older stores do not name, and what they were made with
+SIDES = ("side_x", "side_y", "side_z")  # columns of snapshots.csv in a store with periodic boxes
 
 
 @dataclass
@@ -101,7 +103,7 @@ class Store:
             self.manifest: dict[str, Any] = yaml.safe_load(manifest.read_text())
             found = self.manifest["format"], self.manifest["version"]
             if found == (FORMAT, VERSION):
-                self.inputs: dict[str, Any] = dict(self.manifest["inputs"])
+                self.inputs: dict[str, Any] = LATER | self.manifest["inputs"]
                 self.parts: int = self.inputs["parts"]
                 self.disk = FromDisk(self.path, dict(self.manifest["files"]))
         except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
@@ -130,10 +132,16 @@ class Store:
         """The snapshots of train, valid or test."""
         return self.snapshots.index[self.snapshots["split"] == name].tolist()
 
+    def sides(self, snapshot: int) -> np.ndarray | None:
+        """The sides (3,) of the snapshot's periodic box; None unless the store was made with data.periodic."""
+        if not self.inputs["periodic"]:
+            return None
+        return self.snapshots.loc[snapshot, list(SIDES)].to_numpy(np.float64)
+
     def read(self, snapshot: int, part: int) -> DGLGraph:
         """A part of a snapshot as the bridge mode sees it: its nodes, and the edges among them.
 
-        Node fields x, v, f, a, y, gid and the whole graph's total and centroid; edge field e.
+        Node fields x, v, f, a, y, gid and the whole graph's total and centroid; edge field e, and shift in a periodic box.
         """
         row = self.snapshots.loc[snapshot]
         held = self.source.part(row["shard"], part)
@@ -167,7 +175,7 @@ class Store:
         graph.ndata["total"] = torch.full((n,), int(row["nodes"]))
         centroid = torch.tensor([row["centroid_x"], row["centroid_y"], row["centroid_z"]], dtype=torch.float64)
         graph.ndata["centroid"] = centroid.expand(n, 3).contiguous()
-        graphs.set_edge_lengths(graph)
+        graphs.set_edge_lengths(graph, self.sides(row["snapshot"]))
         fields.check(graph, f"{self.path}: snapshot {row['snapshot']}", target=True)
 
     def summary(self) -> dict[str, float]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import checkpoint, devices, engine, losses, metrics, models
 from .comm import Comm
-from .config import Config, to_yaml
+from .config import Config, Model, to_yaml
 from .errors import Failure
 from .progress import bar
 from .samples import Samples, ahead, open_samples
@@ -31,11 +31,7 @@ def device_of(config: Config, rank: int = 0) -> torch.device:
 
 def build_model(config: Config, widths: tuple[int, int], comm: Comm) -> torch.nn.Module:
     """The model of a config for F features and K node attributes, on the CPU: the same weights on every rank and device."""
-    kind = models.named(config.model.name)
-    options = asdict(config.model)
-    options.pop("name")
-    if kind is models.EGNN:
-        options.pop("virtual_nodes")
+    kind, options = models.choose(asdict(config.model), asdict(Model()), config.data.radius)
     torch.manual_seed(config.train.seed)
     model = kind(features=widths[0], node_attributes=widths[1], **options)
     model.comm = comm  # type: ignore[assignment]
@@ -72,7 +68,7 @@ def _batched(model: torch.nn.Module, samples: Samples, batches: list[list[int]])
 
     def make(numbers: list[int]) -> DGLGraph:
         graph = samples[numbers[0]] if len(numbers) == 1 else dgl.batch([samples[n] for n in numbers])
-        return model.prepare(graph) if isinstance(model, models.EGNN) else graph
+        return model.prepare(graph) if isinstance(model, models.Network) else graph
 
     return ahead(make, batches)
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import h5py
 import numpy as np
 
+from .disk import Sink, check_room
 from .errors import Failure
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ SPLITS = ("train", "valid", "test")
 
 class Writer:
     """Write a trajectories file completely or not at all: into PATH.partial, renamed when the block ends without error.
+
+    Raises Failure where the file cannot be written, saying of a full disk how much it would take.
 
     >>> with Writer("out.h5", {"command": "prepare.py --seed 1", "seed": 1}) as out:
     ...     out.add(position, split="train", dt=0.02, source="SPlisHSPlasH 2.19.0", attributes={"mass": mass})
@@ -36,7 +39,8 @@ class Writer:
 
     def __enter__(self) -> Writer:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = h5py.File(self.partial, "w")
+        self.sink = Sink(self.partial, self.path)
+        self.file = h5py.File(self.sink, "w")
         self.file.attrs.update(format=FORMAT, version=VERSION, meta=json.dumps(self.meta, sort_keys=True))
         self.group = self.file.create_group("trajectories")
         return self
@@ -55,8 +59,10 @@ class Writer:
     ) -> None:
         """Append a trajectory.
 
-        position, velocity: (T, N, 3); attributes: name → (N,); box: (2, 3) low and high corner; dt: time from frame to
-        frame. Raises Failure for a wrong shape, an unknown split or a value that is not finite.
+        position, velocity: (T, N, 3); attributes: name → (N,); box: (2, 3) low and high corner; periodic: whether nodes that
+        leave the box come in on the other side, rather than meet walls; positions must then be those of ``unwrap``. dt: time
+        from frame to frame. Raises Failure for a wrong shape, an unknown split, a value that is not finite, a periodic
+        trajectory without a box or with a node that jumps across it, or a full disk.
         """
         name = f"{len(self.group):06d}"
         if split not in SPLITS:
@@ -70,6 +76,8 @@ class Writer:
             arrays[f"attributes/{key}"] = (value, position.shape[1:2])
         if box is not None:
             arrays["box"] = (box, (2, 3))
+        if periodic and box is None:
+            raise Failure(f"{self.path}: trajectory {name}: periodic, but there is no box; give it with box=")
         group = self.group.create_group(name)
         group.attrs.update(split=split, dt=float(dt), source=source, periodic=bool(periodic))
         for key, (value, shape) in arrays.items():
@@ -84,22 +92,74 @@ class Writer:
             group.create_dataset(
                 key, data=value, chunks=chunks, shuffle=bool(chunks), compression="gzip" if chunks else None
             )
+        if periodic and box is not None:
+            side = sides_of(box)
+            for t in range(len(position) - 1):
+                check_step(position[t], position[t + 1], side, f"{self.path}: trajectory {name}, frame {t}")
+        self.sink.check()
+
+    def copy(self, piece: Path) -> None:
+        """Append the trajectories of another file as they are, not compressed anew."""
+        with h5py.File(piece, "r") as file:
+            for name in sorted(file["trajectories"]):
+                file.copy(f"trajectories/{name}", self.group, name=f"{len(self.group):06d}")
+                self.sink.check()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.file.close()
-        if kind is None:
-            os.replace(self.partial, self.path)
-        else:
+        try:
+            self.file.close()
+            if kind is None:
+                self.sink.check()
+                self.sink.close()
+                os.replace(self.partial, self.path)
+        finally:
+            self.sink.close()
             self.partial.unlink(missing_ok=True)
 
 
-def join(pieces: Sequence[Path], path: str | Path, meta: Mapping[str, Any]) -> None:
-    """Write the trajectories of several files, in their order, as one file: copied as they are, not compressed anew."""
+def sides_of(box: np.ndarray) -> np.ndarray:
+    """The sides (3,) float64 of a box given by its low and high corner (2, 3)."""
+    low, high = np.asarray(box, dtype=np.float64)
+    return high - low
+
+
+def unwrap(position: np.ndarray, side: np.ndarray) -> None:
+    """Let nodes that left a periodic box go on where they left it, instead of coming in on the other side; in place.
+
+    position: (T, N, 3); side: (3,) sides of the box. From frame to frame each node goes to its nearest image, so nodes must not
+    travel half a side in a frame. Images in the first frame stay as they are.
+    """
+    turns, before = np.zeros(position.shape[1:]), None
+    for frame in position:
+        now = frame.astype(np.float64)
+        if before is not None:
+            turns += np.rint((now - before) / side)
+        frame[:], before = now - turns * side, now
+
+
+def check_step(before: np.ndarray, after: np.ndarray, side: np.ndarray, where: str) -> None:
+    """Raise Failure if a node of a periodic box moves by more than half a side (3,) between two frames (N, 3): a node that
+    left the box came in on the other side, and no difference of positions would be a displacement."""
+    far = (np.abs(np.asarray(after, np.float64) - before) > side / 2).any(1)
+    if far.any():
+        raise Failure(
+            f"{where}: node {int(far.argmax())} moves by more than half of its periodic box until the next frame; positions "
+            "must go on across the boundary: unwrap them (dist_egnn.trajectories.unwrap), or keep more frames"
+        )
+
+
+def join(
+    pieces: Sequence[Path], path: str | Path, meta: Mapping[str, Any], tick: Callable[[], object] = lambda: None
+) -> None:
+    """Write the trajectories of several files, in their order, as one file; tick() after each of them.
+
+    Raises Failure where the disk has no room for as many bytes as the pieces have.
+    """
+    check_room(Path(path), sum(piece.stat().st_size for piece in pieces))
     with Writer(path, meta) as out:
         for piece in pieces:
-            with h5py.File(piece, "r") as file:
-                for name in sorted(file["trajectories"]):
-                    file.copy(f"trajectories/{name}", out.group, name=f"{len(out.group):06d}")
+            out.copy(piece)
+            tick()
 
 
 @dataclass(frozen=True)
@@ -198,6 +258,22 @@ class Trajectories(Sequence[Trajectory]):
         """Low and high corner (2, 3) of the container, if the source has one."""
         return self._read(k, "box") if "box" in self.file["trajectories"][self._all[k].name] else None
 
+    def sides(self, k: int, radius: float) -> np.ndarray:
+        """The sides (3,) float64 of a periodic box. Raises Failure where there is none, or where the radius of edges is too
+        large for it."""
+        from . import graphs
+
+        box, where = self.box(k), f"{self.path}: trajectory {k}"
+        if box is None or not self._all[k].periodic:
+            found = "has no box" if box is None else "has a box with walls"
+            raise Failure(f"{where} {found}, and data.periodic needs a periodic one; set data.periodic=false")
+        side = sides_of(box)
+        try:
+            graphs.check_side(radius, side)
+        except Failure as failure:
+            raise Failure(f"{where}: {failure}") from failure
+        return side
+
     def close(self) -> None:
         self.file.close()
 
@@ -212,6 +288,7 @@ class SampleSpec:
     features: tuple[str, ...]
     node_attributes: tuple[str, ...] = ()
     edge_drop: float = 0.0
+    periodic: bool = False
 
 
 @dataclass(frozen=True)
@@ -243,7 +320,10 @@ def snapshots(data: Trajectories, horizon: int, count: int, first: int, last: in
 
 
 def columns(names: Sequence[str], v: np.ndarray, attribute: Callable[[str], np.ndarray]) -> np.ndarray:
-    """Features by name (N, len(names)), in the precision of the velocities v (N, 3); attribute: name → (N,)."""
+    """Features by name, as SampleSpec defines them: (N, len(names)), in the precision of v.
+
+    v: (N, 3); attribute: gives a node attribute (N,) by its name. Raises Failure for an unknown scaling.
+    """
 
     def column(name: str) -> np.ndarray:
         base, _, scale = name.partition("/")
@@ -259,9 +339,8 @@ def node_fields(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> dic
     """The node fields x, v, f, a, y (float32) and gid of a snapshot."""
     k, t = snapshot.trajectory, snapshot.frame
     fields = {"x": data.position(k, t), "v": data.velocity(k, t), "y": data.position(k, t + spec.horizon)}
-
     for field, names in (("f", spec.features), ("a", spec.node_attributes)):
-        fields[field] = columns(names, fields["v"], lambda name: data.attribute(k, name)).astype(np.float32)
+        fields[field] = columns(names, fields["v"], lambda name: data.attribute(k, name))
     fields["gid"] = np.arange(len(fields["x"]))
     for name, value in fields.items():
         if not np.isfinite(value).all():
@@ -269,13 +348,25 @@ def node_fields(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> dic
             raise Failure(
                 f"{data.path}: trajectory {k}, frame {t}: field '{name}' is NaN or infinite at node {row}; mend the source data"
             )
+    if spec.periodic:
+        side = data.sides(k, spec.radius)
+        check_step(fields["x"], data.position(k, t + 1), side, f"{data.path}: trajectory {k}, frame {t}")
     return fields
+
+
+def connect(fields: Mapping[str, np.ndarray], spec: SampleSpec, side: np.ndarray | None = None) -> DGLGraph:
+    """The graph that the spec makes of node fields, with its edge fields.
+
+    side: (3,) sides of the periodic box, where spec.periodic. Raises Failure for one without the other.
+    """
+    from . import graphs
+
+    if spec.periodic != (side is not None):
+        raise Failure("data.periodic=true needs a box" if side is None else "data.periodic=false: leave the box out")
+    return graphs.build(*graphs.edges(fields["x"], spec.radius, spec.edge_drop, side), fields, side)
 
 
 def sample(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> DGLGraph:
     """The snapshot as a DGLGraph with the fields of fields.py."""
-    from . import graphs
-
-    fields = node_fields(data, snapshot, spec)
-    src, dst = graphs.radius_edges(fields["x"], spec.radius)
-    return graphs.build(*graphs.drop_longest(fields["x"], src, dst, spec.edge_drop), fields)
+    side = data.sides(snapshot.trajectory, spec.radius) if spec.periodic else None
+    return connect(node_fields(data, snapshot, spec), spec, side)

@@ -8,6 +8,7 @@ the end; a run that was killed goes on from the last complete snapshot.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
 import json
@@ -26,9 +27,9 @@ import torch
 import yaml
 from dist_egnn.partition import methods
 
-from dist_egnn import __version__, graphs
+from dist_egnn import __version__, disk, graphs
 from dist_egnn.errors import Failure
-from dist_egnn.store import FORMAT, GRAPH, VERSION
+from dist_egnn.store import FORMAT, GRAPH, LATER, SIDES, VERSION
 from dist_egnn.trajectories import SampleSpec, Snapshot, Trajectories, node_fields, snapshots
 
 SHARD_NODES = 262_144  # small enough that loading a part costs little beside a step, large enough to keep files few
@@ -49,6 +50,7 @@ class Inputs:
     features: tuple[str, ...]
     node_attributes: tuple[str, ...]
     edge_drop: float
+    periodic: bool
     frames: int
     first_frame: int
     last_frame: int
@@ -57,7 +59,7 @@ class Inputs:
 
     @property
     def sample(self) -> SampleSpec:
-        return SampleSpec(self.radius, self.horizon, self.features, self.node_attributes, self.edge_drop)
+        return SampleSpec(self.radius, self.horizon, self.features, self.node_attributes, self.edge_drop, self.periodic)
 
     def plain(self) -> dict[str, Any]:
         """As YAML and JSON give it back."""
@@ -89,6 +91,7 @@ def inputs_of(
         features=tuple(features),
         node_attributes=tuple(settings.node_attributes),
         edge_drop=float(settings.edge_drop),
+        periodic=settings.periodic,
         frames=settings.frames,
         first_frame=settings.first_frame,
         last_frame=settings.last_frame,
@@ -98,12 +101,14 @@ def inputs_of(
 
 
 def listing(data: Trajectories, inputs: Inputs) -> list[Snapshot]:
-    """The snapshots of a store. Raises Failure where one has fewer nodes than parts."""
+    """The snapshots of a store. Raises Failure where one has fewer nodes than parts, or not the periodic box it needs."""
     for k, trajectory in enumerate(data):
         if trajectory.nodes < inputs.parts:
             raise Failure(
                 f"{data.path}: trajectory {k} has {trajectory.nodes} nodes, fewer than {inputs.parts} parts; lower --parts"
             )
+        if inputs.periodic:
+            data.sides(k, inputs.radius)
     return list(
         snapshots(data, inputs.horizon, inputs.frames, inputs.first_frame, inputs.last_frame, inputs.frame_seed)
     )
@@ -121,18 +126,30 @@ def _shards(data: Trajectories, listed: list[Snapshot], limit: int) -> Iterator[
     yield range(first, len(listed))
 
 
+def _graph(
+    data: Trajectories, snapshot: Snapshot, inputs: Inputs
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
+    """Node fields of a snapshot, the places (N, 3) by which it is partitioned, its edges, and the sides of its periodic box.
+
+    In a periodic box places are positions wrapped into it: far-travelled neighbours then share a part, as they share an edge.
+    """
+    fields = node_fields(data, snapshot, inputs.sample)
+    x = fields["x"]
+    side = data.sides(snapshot.trajectory, inputs.radius) if inputs.periodic else None
+    src, dst = graphs.edges(x, inputs.radius, inputs.edge_drop, side)
+    return fields, x if side is None else graphs.wrap(x, side), src, dst, side
+
+
 def _spool(data: Trajectories, snapshot: Snapshot, index: int, inputs: Inputs, folder: Path) -> dict[str, Any]:
     """Partition one snapshot and write its pieces to folder/INDEX-PART.npz. Returns its row and its parts' rows.
 
     A piece holds the node fields of its inner nodes, its edges in local numbers (inner nodes first, then halo nodes) and
     the halo nodes' ranks in the snapshot, nodes being ranked by part, then along a Z-order curve.
     """
-    fields = node_fields(data, snapshot, inputs.sample)
-    x = fields["x"]
-    n = len(x)
-    src, dst = graphs.drop_longest(x, *graphs.radius_edges(x, inputs.radius), inputs.edge_drop)
-    part = methods.assign(inputs.method, x, src, dst, inputs.parts, inputs.method_seed)
-    order = graphs.morton_order(x, part)
+    fields, place, src, dst, side = _graph(data, snapshot, inputs)
+    n = len(place)
+    part = methods.assign(inputs.method, place, src, dst, inputs.parts, inputs.method_seed)
+    order = graphs.morton_order(place, part)
     rank = np.empty(n, np.int64)
     rank[order] = np.arange(n)
     start = np.concatenate([[0], np.cumsum(np.bincount(part, minlength=inputs.parts))])
@@ -145,13 +162,14 @@ def _spool(data: Trajectories, snapshot: Snapshot, index: int, inputs: Inputs, f
         lo, hi = start[p], start[p + 1]
         from_, to = src[ends[lo] : ends[hi]], dst[ends[lo] : ends[hi]] - lo
         remote = (from_ < lo) | (from_ >= hi)
-        halo, place = np.unique(from_[remote], return_inverse=True)
+        halo, at = np.unique(from_[remote], return_inverse=True)
         local = from_ - lo
-        local[remote] = hi - lo + place
+        local[remote] = hi - lo + at
         rows = {name: value[order[lo:hi]] for name, value in fields.items()}
         rows["snapshot"] = np.full(hi - lo, index)
         _save_npz(folder / f"{index:06d}-{p}.npz", src=local, dst=to, halo=halo, **rows)
         parts_rows.append([int(hi - lo), len(to), int(remote.sum()), len(halo)])
+    centroid = fields["x"].astype(np.float64).mean(0)
     row = {
         "snapshot": index,
         "split": snapshot.split,
@@ -160,7 +178,8 @@ def _spool(data: Trajectories, snapshot: Snapshot, index: int, inputs: Inputs, f
         "target_frame": snapshot.frame + inputs.horizon,
         "nodes": n,
         "edges": len(src),
-        **dict(zip(("centroid_x", "centroid_y", "centroid_z"), x.astype(np.float64).mean(0).tolist(), strict=True)),
+        **dict(zip(("centroid_x", "centroid_y", "centroid_z"), centroid.tolist(), strict=True)),
+        **({} if side is None else dict(zip(SIDES, side.tolist(), strict=True))),
     }
     return {"row": row, "parts": parts_rows}
 
@@ -214,10 +233,13 @@ def _assemble(folder: Path, spool: Path, indices: range, counts: np.ndarray) -> 
         graph.edata["inner_edge"] = torch.ones(graph.num_edges(), dtype=torch.uint8)
         target = folder / f"part{p}"
         target.mkdir(parents=True, exist_ok=True)
-        dgl.save_graphs(str(target / "graph.dgl"), [graph], formats=["coo"])
         features = {f"_N/{name}": torch.from_numpy(np.concatenate(value)) for name, value in rows.items()}
-        dgl.data.utils.save_tensors(str(target / "node_feat.dgl"), features)
-        dgl.data.utils.save_tensors(str(target / "edge_feat.dgl"), {})
+        # int64: both ends and the number of an edge, the number of a node; bytes: inner or not
+        size = 25 * graph.num_edges() + 9 * graph.num_nodes()
+        disk.save(target / "graph.dgl", size, functools.partial(dgl.save_graphs, g_list=[graph], formats=["coo"]))
+        for name, tensors in (("node_feat", features), ("edge_feat", {})):
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            disk.save(target / f"{name}.dgl", size, functools.partial(dgl.data.utils.save_tensors, tensor_dict=tensors))
         meta[f"part-{p}"] = {
             "node_feats": f"part{p}/node_feat.dgl",
             "edge_feats": f"part{p}/edge_feat.dgl",
@@ -236,7 +258,7 @@ def _made_with(inputs: Inputs, file: Path) -> bool:
     """Whether a manifest or an unfinished run's stamp is there and names these inputs."""
     try:
         found = yaml.safe_load(file.read_text()) if file.suffix == ".yaml" else {"inputs": json.loads(file.read_text())}
-        return found["inputs"] == inputs.plain()
+        return LATER | found["inputs"] == inputs.plain()
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return False
 
@@ -254,18 +276,33 @@ def _begin(out: Path, inputs: Inputs) -> Path | None:
         return None
     if work.exists() and not _made_with(inputs, stamp):
         raise Failure(f"{work}: left by an unfinished run with other settings; remove it or choose another --out")
+    fresh = not work.exists()
     work.mkdir(parents=True, exist_ok=True)
-    _write_atomically(stamp, json.dumps(inputs.plain()))
+    try:
+        _write_atomically(stamp, json.dumps(inputs.plain()))
+    except OSError:
+        if fresh:  # without the stamp it would look like somebody else's
+            shutil.rmtree(work)
+        raise
     return work
 
 
 def write(data: Trajectories, out: Path, inputs: Inputs, progress: Callable[[int, int], None]) -> bool:
     """Write the store of a trajectories file to ``out``; False if it stands there complete already.
 
-    progress(done, all) is called after each snapshot. Raises Failure for inputs that cannot be partitioned, and for an
-    ``out`` that holds something else.
+    progress(done, all) is called after each snapshot. Raises Failure for inputs that cannot be partitioned, for an
+    ``out`` that holds something else, and where something cannot be written; what is complete stays.
     """
     listed = listing(data, inputs)
+    try:
+        return _write(data, out, inputs, listed, progress)
+    except OSError as error:
+        raise Failure(f"{disk.reason(error, out)}; once that is mended the same command goes on") from error
+
+
+def _write(
+    data: Trajectories, out: Path, inputs: Inputs, listed: list[Snapshot], progress: Callable[[int, int], None]
+) -> bool:
     work = _begin(out, inputs)
     if work is None:
         return False
@@ -334,12 +371,10 @@ def _finish(work: Path, out: Path, inputs: Inputs, done: list[dict[str, Any]]) -
 
 def compare(data: Trajectories, inputs: Inputs) -> list[tuple[str, methods.Quality, float]]:
     """Every method on the first snapshot: its name, what its cut costs, and the seconds it took."""
-    fields = node_fields(data, listing(data, inputs)[0], inputs.sample)
-    x = fields["x"]
-    src, dst = graphs.drop_longest(x, *graphs.radius_edges(x, inputs.radius), inputs.edge_drop)
+    _, place, src, dst, _ = _graph(data, listing(data, inputs)[0], inputs)
     rows = []
     for name in methods.METHODS:
         started = time.perf_counter()
-        part = methods.assign(name, x, src, dst, inputs.parts, inputs.method_seed)
+        part = methods.assign(name, place, src, dst, inputs.parts, inputs.method_seed)
         rows.append((name, methods.quality(part, src, dst, inputs.parts), time.perf_counter() - started))
     return rows

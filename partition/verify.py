@@ -57,8 +57,8 @@ def verify(store: Store, progress: Callable[[int, int], None]) -> dict[str, int]
                     raise Failure(f"{where}: an edge joins two snapshots; partition again")
                 found.append(gid_of[ids[src[inner]]] * n + gid_of[ids[dst[inner]]])
             x = store.whole(int(snapshot)).ndata["x"].numpy()  # also checks fields, shapes and NaN
-            src, dst = graphs.radius_edges(x, store.inputs["radius"])
-            src, dst = graphs.drop_longest(x, src, dst, store.inputs["edge_drop"])
+            side = store.sides(int(snapshot))
+            src, dst = graphs.edges(x, store.inputs["radius"], store.inputs["edge_drop"], side)
             if not np.array_equal(np.sort(np.concatenate(found)), np.sort(src * n + dst)):
                 raise Failure(f"{where}: its edges are not those of its positions, each once; partition again")
             nodes, edges = nodes + n, edges + len(src)

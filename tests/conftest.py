@@ -14,13 +14,11 @@ from typing import Any
 import hypothesis
 import numpy as np
 import pytest
+from small import DATA
 
 hypothesis.settings.register_profile("ours", deadline=None)  # machines differ, and are shared
 hypothesis.settings.load_profile("ours")
 
-# how the tests turn `small` into samples, where they have no reason to differ: 10 to 15 neighbours, 3 frames each
-DATA = {"radius": 0.27, "horizon": 3, "frames": 3, "features": ["mass", "viscosity/max", "speed"]}
-DATA["node_attributes"] = ["mass"]
 SIZES = (200, 250, 220, 210)
 SPLITS = ("train", "train", "valid", "test")
 FRAMES = 14

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from dist_egnn import bench_batch, bench_data, bench_step, bench_worker, cli, graphs, models
+from dist_egnn import bench_batch, bench_data, bench_models, bench_step, bench_worker, cli, graphs, machine, models
 from dist_egnn.errors import Failure
 
 plain = bench_step.load_peer("plain")
@@ -186,13 +186,13 @@ def test_batch_halves_what_does_not_fit_untiled(monkeypatch: pytest.MonkeyPatch)
     one, whole = (
         bench_step.memory_needed("untiled", replace(options, nodes=n * 50, degree=49, tile=10**9)) for n in (10, 40)
     )
-    monkeypatch.setattr(bench_step, "memory_there", lambda _: one)
+    monkeypatch.setattr(machine, "memory_there", lambda _: one)
     case, note = bench_batch.fitting(nbody, options)
     assert case.graphs == 10
     assert (
         note == f"nbody: 10 of 40 graphs: untiled, all take about {whole / 1e9:.1f} GB and {one / 1e9:.1f} GB are free"
     )
-    monkeypatch.setattr(bench_step, "memory_there", lambda _: 1e6)
+    monkeypatch.setattr(machine, "memory_there", lambda _: 1e6)
     with pytest.raises(Failure, match=r"'nbody', untiled, takes about [\d.]+ GB, 0\.0 GB are free; lower --nodes"):
         bench_batch.fitting(nbody, options)
 
@@ -225,6 +225,43 @@ def test_the_chain_is_compact() -> None:
     assert np.linalg.norm(x, axis=1).max() <= 22.001
     degree = len(graphs.radius_edges(x, 10.0)[0]) / len(x)
     assert 70 < degree < 130
+
+
+def test_models_are_measured_and_one_that_cannot_run_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(wanted: dict[str, bench_step.Options], folder: Path) -> dict[str, dict[str, Any]]:
+        if "EGNN" in wanted:
+            raise Failure("pip install what it needs")
+        return spawn(wanted, folder)
+
+    spawn = bench_step.spawn
+    monkeypatch.setattr(bench_step, "spawn", lacking)
+    sizes = ("--nodes", 40, "--degree", 5, "--graphs", 1, "--hidden", 8, "--layers", 2, "--repeats", 1)
+    found = here("models", *sizes, "--model", "FastSchNet", "--model", "EGNN")
+    assert found["notes"] == ["EGNN left out: pip install what it needs"]
+    assert [(case["nodes"], case["edges"]) for case in found["cases"]] == [(100, 9900), (40, 200)]
+    for case in found["cases"]:
+        ((name, row),) = case["models"].items()
+        assert name == "FastSchNet"
+        assert row["forward_s"] > 0
+        assert row["step_s"] > 0
+        assert 0.05 < row["peak_gb"] < 2
+        assert 0 < row["equivariance_error_float64"] < 1e-12
+        assert 1e-12 < row["equivariance_error"] < 1e-4
+        model = models.FastSchNet(3, 2, 2, hidden=8, layers=2)
+        assert row["parameters"] == sum(p.numel() for p in model.parameters())
+
+
+def test_a_model_that_moves_nothing_is_equivariant() -> None:
+    assert bench_worker._equivariance_error(models.Linear().double(), block(20, 5)) < 1e-15
+
+
+def test_models_where_none_runs_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*_: Any) -> Any:
+        raise Failure("no")
+
+    monkeypatch.setattr(bench_step, "spawn", lacking)
+    with pytest.raises(Failure, match=r"EGNN left out: no; RF left out: no"):
+        bench_models.run(bench_step.Options(nodes=30, degree=5), 1, ["EGNN", "RF"])
 
 
 @pytest.mark.parametrize(("parts", "count"), [(2, 3), (3, 1)])
@@ -276,6 +313,10 @@ def test_pipeline_times_both_roads(tmp_path: Path) -> None:
         ("batch --repeats 0", r"--repeats 0: must be at least 1"),
         ("batch --engine fast", r"--engine fast: unknown; use auto, dgl or torch"),
         ("batch --nodes 1000000", r"takes about"),
+        ("models --graphs 0", r"--graphs 0: must be at least 1"),
+        ("models --hidden 0", r"--hidden 0: must be at least 1"),
+        ("models --model EGN", r"model\.name=EGN: unknown; did you mean EGNN"),
+        ("models --nodes 100000000000", r"takes about"),
         ("partition --nodes 100000000000", r"takes about"),
         ("partition --nodes 20 --parts 30", r"--parts 30: more parts than the 20 nodes"),
         ("comm --parts 1", r"--parts 1: must be at least 2"),
@@ -306,7 +347,7 @@ def test_a_worker_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         bench_step.run(bench_step.Options(nodes=50, degree=5, hidden=4, layers=1, tile=0, repeats=1), peers=False)
 
 
-@pytest.mark.parametrize("benchmark", ["step", "batch", "partition", "comm", "pipeline"])
+@pytest.mark.parametrize("benchmark", ["step", "batch", "models", "partition", "comm", "pipeline"])
 def test_help_has_an_example(benchmark: str) -> None:
     ran = CliRunner().invoke(cli.app, ["bench", benchmark, "--help"])
     assert ran.exit_code == 0

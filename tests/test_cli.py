@@ -17,7 +17,7 @@ import pytest
 from dist_egnn.config import load
 from dist_egnn.trajectories import Trajectories, snapshots
 
-COMMANDS = ("partition", "verify", "train", "evaluate", "rollout", "config")
+COMMANDS = ("partition", "verify", "doctor", "plan", "train", "evaluate", "rollout", "import-checkpoint", "config")
 RADIUS, HORIZON = 0.27, 3
 
 

@@ -9,7 +9,7 @@ import dgl
 import pandas as pd
 import pytest
 import torch
-from conftest import DATA
+from small import DATA
 from test_models import make_graph
 
 from dist_egnn import cli, config, devices, engine, losses, models, samples, train

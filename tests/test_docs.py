@@ -82,7 +82,7 @@ def names_of_files() -> set[str]:
 def wrong_distegnn(words: list[str]) -> Iterator[str]:
     name, rest = "", [w for w in words if w != "--debug"]
     groups = {n.rpartition(" ")[0] for n in subcommands() if n}
-    while rest and name in groups and re.fullmatch(r"[a-z]+", rest[0]):  # not COMMAND, nor --help
+    while rest and name in groups and re.fullmatch(r"[a-z][a-z-]*", rest[0]):  # not COMMAND, nor --help
         name = f"{name} {rest.pop(0)}".strip()
         if name not in subcommands():
             yield f"distegnn {name}: no such command"

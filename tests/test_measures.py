@@ -67,7 +67,7 @@ def aligned(x: np.ndarray, y: np.ndarray, m: np.ndarray) -> float:
 def test_rmsd_is_the_best_of_all_rotations(seed: int) -> None:
     x, y, _, m = clouds(seed=seed)
     assert measures.rmsd(x, y, m) == pytest.approx(aligned(x, y, m), rel=1e-9)
-    turned = Rotation.random(random_state=seed).apply(x) + [5.0, -2, 1]
+    turned = Rotation.random(random_state=seed).apply(x) + np.array([5.0, -2, 1])
     assert measures.rmsd(turned, y, m) == pytest.approx(measures.rmsd(x, y, m), rel=1e-9)
     assert measures.rmsd(turned, x) < 1e-6
     mirror = x * [1, 1, -1]  # no rotation makes it x
@@ -171,7 +171,7 @@ def test_sinkhorn_leaves_out_only_what_does_not_matter(monkeypatch: pytest.Monke
 def test_sinkhorn_of_a_shift_is_its_square() -> None:
     x = np.random.default_rng(2).uniform(size=(400, 3))
     for blur in (0.1, 0.5):
-        found = sinkhorn.divergence(x, x + [0.03, 0, 0.04], blur, tolerance=1e-4)
+        found = sinkhorn.divergence(x, x + np.array([0.03, 0, 0.04]), blur, tolerance=1e-4)
         assert found == pytest.approx(0.05**2, rel=1e-3)
 
 

@@ -29,6 +29,7 @@ from dist_egnn.vtkhdf import Writer as FrameWriter
 
 HORIZON, STEPS = 3, 5
 BOX = np.array([[-1.0, -1, -1], [2.0, 2, 2]])
+UNIT = np.array([[0.0, 0, 0], [1.0, 1, 1]])  # full of nodes
 
 
 def write(path: Path, *, velocity: bool = True, box: np.ndarray | None = BOX, dt: float = 0.5, **given: Any) -> Path:
@@ -132,14 +133,15 @@ def plain_loop(run: Path, data: Path, parts: int, repartition: int, method: str)
     from dist_egnn.partition import methods
 
     for step in range(STEPS):
-        kept = graphs.drop_longest(x, *graphs.radius_edges(x, settings.data.radius), settings.data.edge_drop)
+        side = file.sides(0, settings.data.radius) if settings.data.periodic else None
+        kept = graphs.edges(x, settings.data.radius, settings.data.edge_drop, side)
         if step % repartition == 0:
-            part = methods.assign(method, x, *kept, parts)
+            part = methods.assign(method, x if side is None else graphs.wrap(x, side), *kept, parts)
         src, dst = (end[part[kept[0]] == part[kept[1]]] for end in kept)
         speed = np.linalg.norm(v, axis=1)
         fields = {"x": x, "v": v, "f": np.stack([mass / mass.max(), speed / speed.max()], 1), "a": mass[:, None]}
         with torch.no_grad():
-            y = model(graphs.build(src, dst, fields))[0].numpy()
+            y = model(graphs.build(src, dst, fields, side))[0].numpy()
         v = (y - x) / (HORIZON * 0.5)
         x = y
         found.append(x)
@@ -147,14 +149,22 @@ def plain_loop(run: Path, data: Path, parts: int, repartition: int, method: str)
 
 
 @pytest.mark.parametrize(
-    ("parts", "repartition", "drop", "method"),
-    [(1, 1, 0.0, "metis"), (2, 1, 0.3, "metis"), (3, 2, 0.0, "metis"), (2, 2, 0.3, "bisection")],
+    ("parts", "repartition", "drop", "method", "periodic"),
+    [
+        (1, 1, 0.0, "metis", False),
+        (2, 1, 0.3, "metis", False),
+        (3, 2, 0.0, "metis", False),
+        (2, 2, 0.3, "bisection", False),
+        (1, 1, 0.3, "metis", True),
+        (2, 2, 0.3, "bisection", True),
+    ],
 )
 def test_processes_equal_one_on_the_same_cut_graphs(
-    tmp_path: Path, parts: int, repartition: int, drop: float, method: str
+    tmp_path: Path, parts: int, repartition: int, drop: float, method: str, periodic: bool
 ) -> None:
-    data = write(tmp_path / "a.h5")
-    run = make_run(tmp_path / "run", data, f"data.edge_drop={drop}", f"partition.method={method}")
+    data = write(tmp_path / "a.h5", periodic=periodic, box=UNIT if periodic else BOX)
+    keys = [f"data.edge_drop={drop}", f"partition.method={method}", f"data.periodic={periodic}"]
+    run = make_run(tmp_path / "run", data, *keys)
     frames = roll(run, tmp_path / "out.vtkhdf", parts=parts, double=True, repartition=repartition)
     wanted = plain_loop(run, data, parts, repartition, method)
     for frame, x in zip(frames, wanted, strict=True):
@@ -167,6 +177,15 @@ def test_processes_equal_one_on_the_same_cut_graphs(
         changed = [(a.part != b.part).any() for a, b in itertools.pairwise(frames[1:])]
         assert any(changed)
         assert not any(changed[k - 1] for k in range(1, STEPS) if k % repartition)
+
+
+def test_a_rollout_in_a_periodic_box_feels_across_its_boundary(tmp_path: Path) -> None:
+    data = write(tmp_path / "a.h5", periodic=True, box=UNIT)
+    ends = [
+        roll(make_run(tmp_path / f"{p}", data, f"data.periodic={p}"), tmp_path / f"{p}.vtkhdf", double=True)[1].position
+        for p in (True, False)
+    ]
+    assert np.abs(ends[0] - ends[1]).max() > 1e-4
 
 
 def test_cut_edges_matter(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def test_round_trip_is_exact(tmp_path):
     draw = np.random.default_rng(1)
     position, velocity = walk(7, 4), walk(7, 4, 2)
     attributes = {"charge": draw.normal(size=4).astype(np.float32), "mass": np.arange(4.0, dtype=np.float32)}
-    box = np.array([[0, 0, -1], [1, 2, 3]], np.float32)
+    box = np.array([[0, 0, -10], [19, 20, 30]], np.float32)
     meta = {"command": "make it", "seed": 3, "versions": {"engine": "1.2"}}
     with Writer(tmp_path / "new" / "t.h5", meta) as out:
         out.add(

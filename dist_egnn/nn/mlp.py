@@ -11,11 +11,12 @@ def mlp(inputs: int, hidden: int, outputs: int | None = None, *, activate: bool 
     return nn.Sequential(*layers, nn.SiLU()) if activate else nn.Sequential(*layers)
 
 
-def coordinate_mlp(hidden: int) -> nn.Sequential:
-    """φ_x, φ_xv, φ_z: Linear, SiLU, Linear(→1, no bias) whose last weight starts Xavier-uniform with gain 0.001."""
-    last = nn.Linear(hidden, 1, bias=False)
+def coordinate_mlp(hidden: int, inputs: int | None = None, *, outputs: int = 1) -> nn.Sequential:
+    """φ_x, φ_xv, φ_z: Linear(inputs or hidden→hidden), SiLU, Linear(→outputs, no bias) whose last weight starts
+    Xavier-uniform with gain 0.001."""
+    last = nn.Linear(hidden, outputs, bias=False)
     nn.init.xavier_uniform_(last.weight, gain=0.001)
-    return nn.Sequential(nn.Linear(hidden, hidden), nn.SiLU(), last)
+    return nn.Sequential(nn.Linear(inputs or hidden, hidden), nn.SiLU(), last)
 
 
 def first_blocks(phi: nn.Sequential, *widths: int) -> tuple[Tensor, ...]:

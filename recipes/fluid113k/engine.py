@@ -1,9 +1,11 @@
 """Run one SPlisHSPlasH scene in this process and keep its frames: ``python engine.py DIR``.
 
-Reads DIR/job.npz (position (N, 3), velocity (3,), box (2, 3), radius, dt, frames); writes DIR/position.npy and
+Reads DIR/job.npz (position (N, 3), velocity (3,), box (2, 3), radius, dt, frames, leg); writes DIR/position.npy and
 DIR/velocity.npy (frames, N, 3), frame by frame, DIR/mass.npy and DIR/viscosity.npy (N,), and keeps the number of frames
-done in DIR/frames. prepare.py starts one such process for every trajectory, because the engine keeps global state and a
-crash in it ends its process.
+done in DIR/frames; DIR/whole when all is there. A process does ``leg`` frames, leaves DIR/state.npz and ends; the next one goes
+on from there. prepare.py starts one process after the other for every trajectory, because the engine keeps global state
+and a crash in it ends its process, and so that a long simulation that is killed loses one leg at most. Only the pressure
+solver's first guess is lost from one leg to the next.
 """
 
 from __future__ import annotations
@@ -56,8 +58,8 @@ def load_engine() -> Any:
     return pysplishsplash
 
 
-def write_scene(directory: Path, job: Mapping[str, np.ndarray]) -> None:
-    """scene.json and the files it names, in the formats of the engine."""
+def write_scene(directory: Path, job: Mapping[str, np.ndarray], step: float = 0.0) -> None:
+    """scene.json and the files it names, in the formats of the engine; step: the first time step, if it is not the longest."""
     rows = job["position"]
     header = f"ATTRIBUTES\nposition\nTYPES\nV\nNUMBER_OF_PARTICLES: {len(rows)}\nBEGIN DATA"
     np.savetxt(directory / "fluid.pda", rows, fmt="%.8g", header=header, comments="")
@@ -68,7 +70,7 @@ def write_scene(directory: Path, job: Mapping[str, np.ndarray]) -> None:
     dt, frames = float(job["dt"]), int(job["frames"])
     configuration = CONFIGURATION | {
         "particleRadius": float(job["radius"]),
-        "timeStepSize": dt / 4,
+        "timeStepSize": step or dt / 4,
         "cflMaxTimeStepSize": dt / 4,  # 5 ms at full size
         "stopAt": (frames - 1) * dt * 1.0001,  # the engine counts in float32
     }
@@ -81,6 +83,14 @@ def write_scene(directory: Path, job: Mapping[str, np.ndarray]) -> None:
     (directory / "scene.json").write_text(json.dumps(content, indent=1))
 
 
+def allocated(path: Path, shape: tuple[int, ...]) -> np.memmap:
+    """A float32 array in a .npy file that has its place on the disk: writing to one without ends the process by SIGBUS."""
+    array = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    with path.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+    return array
+
+
 class Recorder:
     """Called after every step of the engine; fills the frames at exact multiples of dt.
 
@@ -90,17 +100,27 @@ class Recorder:
     divides by h², then adds energy.)
     """
 
-    def __init__(self, fluid: Any, clock: Any, dt: float, frames: int, directory: Path) -> None:
-        self.fluid, self.clock, self.dt, self.directory = fluid, clock, dt, directory
+    def __init__(self, fluid: Any, clock: Any, job: Mapping[str, np.ndarray], directory: Path) -> None:
+        self.fluid, self.clock, self.directory = fluid, clock, directory
+        self.dt, self.total, leg = float(job["dt"]), int(job["frames"]), int(job["leg"])
         self.parent = os.getppid()
         self.nodes = fluid.numActiveParticles()
-        shape = (frames, self.nodes, 3)  # on disk: half a gigabyte at full size
-        self.frames = [
-            np.lib.format.open_memmap(directory / f"{name}.npy", "w+", np.float32, shape)
-            for name in ("position", "velocity")
-        ]
-        self.time, self.state, self.done, self.total = 0.0, self.read(), 0, frames
-        self.keep(self.state)
+        names = [directory / f"{name}.npy" for name in ("position", "velocity")]
+        self.state_file = directory / "state.npz"
+        if self.state_file.exists():
+            before = np.load(self.state_file)
+            self.begun, self.state, self.done = float(before["time"]), before["state"], int(before["done"])
+            self.frames = [np.load(name, mmap_mode="r+") for name in names]
+            ids = np.array(fluid.getFieldBuffer("id"))[: self.nodes].ravel()
+            for name, values in zip(("position", "velocity"), self.state, strict=True):
+                np.asarray(fluid.getFieldBuffer(name))[: self.nodes] = values[ids]  # the engine's own memory
+        else:
+            self.begun, self.state, self.done = 0.0, self.read(), 0
+            shape = (self.total, self.nodes, 3)  # on disk: half a gigabyte at full size
+            self.frames = [allocated(name, shape) for name in names]
+            self.keep(self.state)
+        self.time = self.begun
+        self.end = min(self.total, (self.done // leg + 1) * leg)
 
     def read(self) -> np.ndarray:
         """Position and velocity (2, N, 3), by particle id: the engine re-sorts its particles now and then."""
@@ -118,22 +138,34 @@ class Recorder:
         for frames, values in zip(self.frames, state, strict=True):
             frames[self.done] = values
         self.done += 1
-        (self.directory / "frames").write_text(str(self.done))
+        count = self.directory / "frames"
+        count.with_suffix(".new").write_text(str(self.done))
+        os.replace(count.with_suffix(".new"), count)  # prepare.py reads it at any time
 
     def __call__(self) -> None:
         if os.getppid() != self.parent:  # prepare.py was killed
             os._exit(1)
-        time, state = self.clock.getTime(), self.read()
+        time, state = self.begun + self.clock.getTime(), self.read()
         while self.done < self.total and self.done * self.dt <= time:
             part = (self.done * self.dt - self.time) / (time - self.time)
             self.keep((1 - part) * self.state + part * state)
         self.time, self.state = time, state
+        if self.end <= self.done < self.total:
+            self.flush()
+            fresh = self.state_file.with_suffix(".new.npz")
+            np.savez(fresh, time=time, state=state, done=self.done, step=self.clock.getTimeStepSize())
+            os.replace(fresh, self.state_file)
+            os._exit(0)
+
+    def flush(self) -> None:
+        for frames in self.frames:
+            frames.flush()
 
 
 def run(directory: Path) -> None:
-    """Simulate DIR/job.npz and write its frames."""
-    job = np.load(directory / "job.npz")
-    write_scene(directory, job)
+    """Simulate DIR/job.npz, or its next leg, and write the frames."""
+    job, before = np.load(directory / "job.npz"), directory / "state.npz"
+    write_scene(directory, job, float(np.load(before)["step"]) if before.exists() else 0.0)
     engine = load_engine()
     # the engine logs to standard output as it pleases
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -147,19 +179,22 @@ def run(directory: Path) -> None:
     )
     base.initSimulation()
     fluid = engine.Simulation.getCurrent().getFluidModel(0)
-    record = Recorder(fluid, engine.TimeManager.getCurrent(), float(job["dt"]), int(job["frames"]), directory)
+    record = Recorder(fluid, engine.TimeManager.getCurrent(), job, directory)
     mass = np.array([fluid.getMass(node) for node in range(record.nodes)], np.float32)
     base.setTimeStepCB(record)
     base.runSimulation()
     if record.done < job["frames"]:
         raise SystemExit(f"SPlisHSPlasH stopped at {record.time:.3f} s, after {record.done} of {job['frames']} frames")
-    for frames in record.frames:
-        frames.flush()
+    record.flush()
     np.save(directory / "mass.npy", mass)
     np.save(directory / "viscosity.npy", np.full_like(mass, FLUID["viscosity"]))
+    (directory / "whole").touch()
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]).resolve())
+    try:
+        run(Path(sys.argv[1]).resolve())
+    except OSError as error:
+        raise SystemExit(f"{error.filename or sys.argv[1]}: {error.strerror or error}") from None
     # the engine's destructors crash at times; everything is written by now
     os._exit(0)

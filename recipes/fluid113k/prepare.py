@@ -31,6 +31,7 @@ import physics
 import records
 
 from dist_egnn import preparing
+from dist_egnn.disk import check_room
 from dist_egnn.errors import Failure
 from dist_egnn.trajectories import SPLITS
 
@@ -39,6 +40,7 @@ BOX = np.array([5.0, 10.0, 5.0])
 DROP = 2.0  # the block's lowest point starts at most this far above its lowest place: it lands within 40 frames
 SPEED = np.array([4.0, 1.0, 4.0])
 GAP = 4 * RADIUS  # free space between the block and the walls at the start
+LARGE, LEG = 50_000, 20  # from so many particles on, an engine process does so many frames
 FILL = 0.8586  # mean volume of a unit cube scaled by U(0.9, 1), half the time by axis, half the time as a whole
 INSTALL = ".venv/bin/pip install -e '.[fluid]' (on Debian also: apt-get install libgl1 libglu1-mesa libopengl0)"
 # particles, trajectories, frames
@@ -126,17 +128,43 @@ class Engines:
             raise Failure(self.reason)
 
 
+def folder_of(options: argparse.Namespace, k: int) -> Path:
+    """Where the engine of trajectory k keeps its frames."""
+    return options.out.with_name(options.out.name + ".parts") / f"{k:06d}.engine"
+
+
 def simulate(options: argparse.Namespace, engines: Engines, k: int) -> Iterator[dict[str, Any]]:
-    """Trajectory k, simulated, as the one piece of its number."""
-    name = f"trajectory {k}"
-    directory = options.out.with_name(options.out.name + ".parts") / f"{k:06d}.engine"
-    shutil.rmtree(directory, ignore_errors=True)  # of a run that was killed
-    directory.mkdir()
+    """Trajectory k, simulated, as the one piece of its number. Its frames go when it has been written; after a failure, if
+    no leg is complete."""
+    name, directory = f"trajectory {k}", folder_of(options, k)
+    going_on = directory / "state.npz"
+    if not going_on.exists():
+        shutil.rmtree(directory, ignore_errors=True)  # of a run that was killed
     scene = draw(options.seed, k, options.particles)
-    np.savez(directory / "job.npz", **asdict(scene), radius=RADIUS, frames=options.frames)
-    engines.run(directory, name)
+    # positions and velocities: the engine's, and the piece's at most
+    copies = 1 if going_on.exists() else 2
+    check_room(directory, copies * 2 * options.frames * scene.position.size * np.dtype(np.float32).itemsize)
+    directory.mkdir(exist_ok=True)
+    try:
+        yield simulated(options, engines, k, scene, directory, name)
+        going_on.unlink(missing_ok=True)
+    finally:
+        if not going_on.exists():
+            shutil.rmtree(directory)
+
+
+def simulated(
+    options: argparse.Namespace, engines: Engines, k: int, scene: Scene, directory: Path, name: str
+) -> dict[str, Any]:
+    """Arguments of ``Writer.add`` for a scene, after its simulation in ``directory``; its records, if they are wanted."""
+    leg = LEG if len(scene.position) >= LARGE else options.frames
+    np.savez(directory / "job.npz", **asdict(scene), radius=RADIUS, frames=options.frames, leg=leg)
+    while not (directory / "whole").exists():
+        before = preparing.steps_in(directory / "frames")
+        engines.run(directory, name)
+        if preparing.steps_in(directory / "frames") <= before and not (directory / "whole").exists():
+            raise Failure(f"{name}: the engine ended without a new frame, after {before} of {options.frames}")
     fields = {key: np.load(directory / f"{key}.npy") for key in ("position", "velocity", "mass", "viscosity")}
-    shutil.rmtree(directory)
     record = records.Record(**fields, box=scene.box, dt=scene.dt)
     if outside := physics.first_outside(record.position, record.box):
         engines.stop(f"{name}: particle {outside[1]} is outside the box at frame {outside[0]}; take another --seed")
@@ -144,7 +172,7 @@ def simulate(options: argparse.Namespace, engines: Engines, k: int) -> Iterator[
     record = check_and_round(record, name, options.quantum)
     if options.records:
         records.write(options.records, k + 1, record, RADIUS)
-    yield as_piece(record, k, options, f"SPlisHSPlasH {importlib.metadata.version('pysplishsplash')}")
+    return as_piece(record, k, options, f"SPlisHSPlasH {importlib.metadata.version('pysplishsplash')}")
 
 
 def reread(options: argparse.Namespace, numbers: Sequence[int], k: int) -> Iterator[dict[str, Any]]:
@@ -212,7 +240,14 @@ def prepare(options: argparse.Namespace) -> None:
     engines = Engines()
     before = signal.signal(signal.SIGINT, engines.interrupted)
     try:
-        write(functools.partial(simulate, options, engines), len(options.splits), settings=settings)
+        write(
+            functools.partial(simulate, options, engines),
+            len(options.splits),
+            settings=settings,
+            steps=preparing.Steps(
+                "frames", options.frames, lambda k: preparing.steps_in(folder_of(options, k) / "frames")
+            ),
+        )
     finally:
         signal.signal(signal.SIGINT, before)
     for k in range(len(options.splits)) if options.records else ():

@@ -91,8 +91,12 @@ def write(folder: Path, number: int, record: Record, radius: float) -> None:
             for t in part
         ]
         partial = path.with_name(path.name + ".partial")
-        partial.write_bytes(zstandard.compress(msgpack.packb(frames, default=msgpack_numpy.encode)))
-        os.replace(partial, path)
+        try:
+            partial.write_bytes(zstandard.compress(msgpack.packb(frames, default=msgpack_numpy.encode)))
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(path)) from error  # a write that fails names no file
 
 
 def read(folder: Path, number: int, most: int | None = None) -> Record:

@@ -33,7 +33,7 @@ PIECE = 25  # systems
 SCALES = {
     "tiny": "30 + 10 + 10 systems (train, valid, test): 4 s of a core, 6 MB",
     "small": "500 + 200 + 200 systems: 1 minute of a core, 106 MB",
-    "full": "5,000 + 2,000 + 2,000 systems, as published: 10 minutes of a core, 1.1 GB (extrapolated)",
+    "full": "5,000 + 2,000 + 2,000 systems, as published: 10 minutes of a core, 1.1 GB",
 }
 
 

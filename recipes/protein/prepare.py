@@ -14,8 +14,6 @@ import argparse
 import functools
 import importlib.util
 import itertools
-import os
-import shutil
 import socket
 import sys
 import warnings
@@ -27,8 +25,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dist_egnn import graphs, preparing
+from dist_egnn.disk import check_room
 from dist_egnn.errors import Failure
-from dist_egnn.trajectories import SPLITS
+from dist_egnn.trajectories import SPLITS, unwrap
 
 if TYPE_CHECKING:
     from MDAnalysis import AtomGroup
@@ -165,8 +164,7 @@ def positions(atoms: AtomGroup, source: Source, lo: int, hi: int, side: np.ndarr
                 "does not change (by more than 0.1%); --no-box leaves it out"
             )
     if side is not None:
-        turns = np.rint(np.diff(result, axis=0, prepend=result[:1]) / side)
-        result -= (np.cumsum(turns, axis=0) * side).astype(np.float32)
+        unwrap(result, side)
     return result
 
 
@@ -201,25 +199,14 @@ def piece(
 
 
 def tell_crossing(x: np.ndarray, side: np.ndarray) -> None:
-    """Say what radius graphs, which know no boundary, leave out in the first frame."""
-    radius = min(RADIUS, side.min() / 2)
-    every = len(graphs.radius_edges(x, radius, np.stack([np.zeros(3), side]))[0])
+    """Say what the config's data.periodic decides about, in the first frame."""
+    radius = min(RADIUS, 0.49 * side.min())
+    every = len(graphs.radius_edges(x, radius, side)[0])
     across = every - len(graphs.radius_edges(x, radius)[0])
     print(
         f"periodic box of {' x '.join(f'{s:g}' for s in side)} Å: {across:,} of {every:,} pairs within {radius:g} Å in frame 0 "
-        "are neighbours across it; radius graphs leave these out"
+        "are neighbours across it: edges with data.periodic=true, left out without"
     )
-
-
-def check_room(out: Path, atoms: int, frames: int) -> None:
-    """Raise Failure where the splits and the file joined from them may not fit: HDF5 can crash on a full disk."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    need, free = 2 * 12 * atoms * frames, shutil.disk_usage(out.parent).free
-    if free < need:
-        raise Failure(
-            f"{out}: may take {need / 1e6:,.1f} MB while it is made, and its disk has {free / 1e6:,.1f} MB left; "
-            "free some space, or choose another --out"
-        )
 
 
 def parser() -> preparing.Parser:
@@ -233,7 +220,11 @@ def parser() -> preparing.Parser:
     option("--select", default="backbone", help="the atoms to take, in MDAnalysis's language (default backbone)")
     option("--splits", type=float, nargs=3, metavar=("TRAIN", "VALID", "TEST"), help="shares (default: as published)")
     option("--horizon", type=int, default=15, help="data.horizon that the splits are made for (default 15)")
-    option("--no-box", action="store_true", help="leave the box out; your molecules must then be whole")
+    option(
+        "--no-box",
+        action="store_true",
+        help="leave the box out, which data.periodic needs; your molecules must then be whole",
+    )
     found.epilog = (found.epilog or "").replace(
         "\n\nexample",
         "\nWith --topology: tiny takes the first 40 frames, small and full take all; a split lies in memory as it is made,\n"
@@ -289,7 +280,9 @@ def run(arguments: Sequence[str] | None = None) -> None:
         tell_crossing(atoms.positions, side)
     counts = ", ".join(f"{split} {hi - lo:,}" for split, (lo, hi) in zip(SPLITS, spans, strict=True))
     print(f"{name}: {frames:,} frames, {len(atoms):,} of {len(atoms.universe.atoms):,} atoms; inputs: {counts}")
-    check_room(options.out, len(atoms), sum(hi - lo + options.horizon for lo, hi in spans))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    # the splits, and the file joined from them
+    check_room(options.out, 2 * 12 * len(atoms) * sum(hi - lo + options.horizon for lo, hi in spans))
     settings = {
         "description": f"{name}: {len(atoms)} atoms ({options.select}), lengths in Å, dt in ps, charge in e",
         "files": [[path.name, preparing.sha256(path)] for path in (source.topology, *source.trajectory)],
@@ -300,12 +293,9 @@ def run(arguments: Sequence[str] | None = None) -> None:
         "versions": preparing.versions("MDAnalysis", "numpy", "h5py"),
     }
     make = functools.partial(piece, options, source, spans, side, charge)
-    out, workers = options.out, options.workers
-    try:
-        preparing.write(out, make, len(SPLITS), settings=settings, workers=workers, threads=True, unit="split")
-    except OSError as error:
-        why = os.strerror(error.errno) if error.errno else reason(error)
-        raise Failure(f"{out}: cannot be written ({why}); the same command goes on once that is mended") from error
+    preparing.write(
+        options.out, make, len(SPLITS), settings=settings, workers=options.workers, threads=True, unit="split"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Run one block of water in SPlisHSPlasH in this process and keep its frames: ``python engine.py DIR``.
 
 Reads DIR/job.json: box and block (2, 3) low and high corner, velocity (3,), radius, dt, steps (engine steps a frame),
-frames. Writes DIR/position.npy (frames, N, 3) float32. prepare.py starts one such process for every trajectory, because
-the engine keeps global state and a crash in it ends its process.
+frames. Writes DIR/position.npy (frames, N, 3) float32 at the end, and keeps the number of frames done in DIR/frames.
+prepare.py starts one such process for every trajectory, because the engine keeps global state and a crash in it ends its
+process.
 """
 
 from __future__ import annotations
@@ -76,6 +77,8 @@ def run(directory: Path) -> None:
         ids, x = (np.array(fluid.getFieldBuffer(name))[:nodes] for name in ("id", "position"))
         frames.append(np.empty((nodes, 3), np.float32))
         frames[-1][ids.ravel()] = x
+        (directory / "frames.new").write_text(str(len(frames)))
+        os.replace(directory / "frames.new", directory / "frames")  # prepare.py reads it at any time
 
     def stepped() -> None:
         nonlocal steps
@@ -92,6 +95,9 @@ def run(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]).resolve())
+    try:
+        run(Path(sys.argv[1]).resolve())
+    except OSError as error:
+        raise SystemExit(f"{error.filename or sys.argv[1]}: {error.strerror or error}") from None
     # the engine's destructors crash at times; everything is written by now
     os._exit(0)

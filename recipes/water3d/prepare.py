@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ import gns
 import numpy as np
 
 from dist_egnn import preparing
+from dist_egnn.disk import check_room
 from dist_egnn.errors import Failure
 from dist_egnn.trajectories import SPLITS
 
@@ -62,22 +63,39 @@ class Simulations:
 
     def __call__(self, number: int) -> Iterator[dict[str, Any]]:
         """Trajectory ``number`` as arguments of ``Writer.add``; Failure if the engine fails or a particle escapes."""
-        job = scene(self.seed, number, self.particles)
-        with tempfile.TemporaryDirectory(dir=self.scratch) as folder:
-            timing = {"radius": RADIUS, "dt": DT, "steps": 2, "frames": self.frames}
-            (Path(folder) / "job.json").write_text(json.dumps(job | timing))
-            command = [sys.executable, str(Path(__file__).with_name("engine.py")), folder]
-            # one thread: the engine's sums depend on their number
-            env = os.environ | {"OMP_NUM_THREADS": "1"}
-            done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-            if done.returncode:
-                reason = (done.stderr.strip().splitlines() or [f"the engine ended with code {done.returncode}"])[-1]
-                raise Failure(f"trajectory {number}: {reason}")
-            position = np.load(Path(folder) / "position.npy")
+        job, folder = scene(self.seed, number, self.particles), self.folder(number)
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
+        # a block has up to a fifth more particles; the engine's frames, and the piece's at most
+        check_room(folder, int(1.2 * 2 * 12 * self.particles * self.frames))
+        folder.mkdir()
+        try:
+            yield self.simulated(number, job, folder)
+        finally:
+            shutil.rmtree(folder)
+
+    def folder(self, number: int) -> Path:
+        """Where a trajectory's engine works."""
+        return self.scratch / f"{number:06d}.engine"
+
+    def reached(self, number: int) -> int:
+        """How many frames of a trajectory are done."""
+        return preparing.steps_in(self.folder(number) / "frames")
+
+    def simulated(self, number: int, job: dict[str, Any], folder: Path) -> dict[str, Any]:
+        timing = {"radius": RADIUS, "dt": DT, "steps": 2, "frames": self.frames}
+        (folder / "job.json").write_text(json.dumps(job | timing))
+        command = [sys.executable, str(Path(__file__).with_name("engine.py")), str(folder)]
+        # one thread: the engine's sums depend on their number
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or [f"the engine ended with code {done.returncode}"])[-1]
+            raise Failure(f"trajectory {number}: {reason}")
+        position = np.load(folder / "position.npy")
         box = np.array(job["box"])
         if ((position < box[0]) | (position > box[1])).any():
             raise Failure(f"trajectory {number}: a particle left the box; take another --seed")
-        yield {
+        return {
             "position": position,
             "split": self.splits[number],
             "dt": DT,
@@ -115,11 +133,13 @@ def run(arguments: Sequence[str] | None = None) -> None:
     full = options.scale == "full"
     limits = COUNTS[options.scale]
     make: Any
+    steps = None
     if source == "splishsplash":
         need("pip install -e '.[fluid]', or name GNS' files by --source DIR", "pysplishsplash")
         splits = [split for split, count in zip(SPLITS, limits, strict=True) for _ in range(count)]
         scratch = options.out.with_name(options.out.name + ".parts")
         make = Simulations(options.seed, splits, *SIMULATED[options.scale], scratch)
+        steps = preparing.Steps("frames", make.frames, make.reached)
         pieces, packages = len(splits), ["pysplishsplash"]
         settings["source"] = source
     else:
@@ -142,6 +162,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         workers=options.workers,
         threads=source == "splishsplash",
         unit="trajectory",
+        steps=steps,
     )
 
 

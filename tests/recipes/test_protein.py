@@ -22,7 +22,7 @@ import pytest
 
 from dist_egnn import preparing
 from dist_egnn.graphs import radius_edges
-from dist_egnn.trajectories import Trajectories, Writer, snapshots
+from dist_egnn.trajectories import SampleSpec, Snapshot, Trajectories, Writer, sample, snapshots
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "protein"
 for package in ("MDAnalysis", "MDAnalysisData", "MDAnalysisTests"):
@@ -139,6 +139,10 @@ def test_the_config_trains(tiny, tmp_path):
     assert (tmp_path / "run" / "best.pt").is_file()
 
 
+def test_run_py_ends_with_a_table(tiny, check_run_py):
+    check_run_py(RECIPE, f"data.path={tiny}")
+
+
 def test_a_full_disk_is_one_line_and_the_rest_can_follow(tiny, tmp_path, call, monkeypatch):
     """The second of three pieces meets it. Whole pieces stay, and the file is the same in the end, byte for byte."""
     out = tmp_path / "again.h5"
@@ -153,7 +157,8 @@ def test_a_full_disk_is_one_line_and_the_rest_can_follow(tiny, tmp_path, call, m
         patch.setattr(Writer, "add", full)
         ran = call("--scale", "tiny", "--out", out, "--workers", 1)
     assert (ran.code, ran.err.count("\n")) == (2, 1)
-    assert f"error: {out}: cannot be written (No space left on device); the same command goes on" in ran.err
+    assert f"error: {out}: No space left on device, " in ran.err
+    assert " MB are free; once that is mended the same command goes on" in ran.err
     assert not out.exists()
     assert {f.name for f in (tmp_path / "again.h5.parts").glob("*.h5*")} <= {"000000.h5", "000002.h5"}
     assert call("--scale", "tiny", "--out", out, "--workers", 3, "--seed", 5).code == 0
@@ -166,8 +171,8 @@ def test_too_little_room_is_told_before(tmp_path, call, monkeypatch):
     ran = call("--scale", "tiny", "--out", tmp_path / "x.h5")
     assert (ran.code, ran.err) == (
         2,
-        f"error: {tmp_path / 'x.h5'}: may take 1.4 MB while it is made, and its disk has 0.0 MB left; "
-        "free some space, or choose another --out\n",
+        f"error: {tmp_path / 'x.h5'}: disk full: needs 1.44 MB or more, 0.00 MB are free; "
+        "make room there, or choose another place\n",
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -244,9 +249,11 @@ def test_a_periodic_box_is_kept_and_its_boundary_told_of(tmp_path, call):
             np.testing.assert_allclose(data.position(k, t), moved[t], atol=1e-4)
     x = np.mod(true[0], SIDE)
     d = np.abs(x[:, None] - x[None])
-    plain, image = (((np.linalg.norm(v, axis=2) <= 10).sum() - 40) for v in (d, np.minimum(d, SIDE - d)))
+    plain, image = (((np.linalg.norm(v, axis=2) <= 9.8).sum() - 40) for v in (d, np.minimum(d, SIDE - d)))
     assert 0 < plain < image
-    assert f"{image - plain:,} of {image:,} pairs within 10 Å in frame 0 are neighbours across it" in ran.out
+    assert f"{image - plain:,} of {image:,} pairs within 9.8 Å in frame 0 are neighbours across it" in ran.out
+    spec = SampleSpec(9.8, 3, (), periodic=True)
+    assert sample(data, Snapshot("train", 0, 0), spec).num_edges() == image
     assert call("--out", tmp_path / "open.h5", *options, "--horizon", 3, "--no-box").code == 0
     left = Trajectories(tmp_path / "open.h5")
     assert (left[0].periodic, left.box(0)) == (False, None)

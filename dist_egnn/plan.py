@@ -1,0 +1,216 @@
+"""`distegnn plan`: what a training run will take, from a short trial of every rank on real snapshots, before the run.
+
+Legend: S snapshots of a split, P parts.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import calibrate, local, machine, models, plan_data, samples, tiles, train
+from .calibrate import PHASES, Times, Trial
+from .config import Config
+from .plan_data import TRIED, Say, Source
+
+
+@dataclass(frozen=True)
+class Rank:
+    """One process of the run, means over snapshots. edges: those that it computes on, among its own nodes; cut: in-edges that
+    the partition drops; halo: nodes of others that these came from. peak_gb: largest resident memory of the process
+    (device: of the device), in 10⁹ bytes; alone_s: its own work of a step, alone on this machine; cpu_s: the same
+    by the processor's clock."""
+
+    rank: int
+    nodes: float
+    edges: float
+    cut: float
+    halo: float
+    peak_gb: float
+    alone_s: float
+    cpu_s: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will take. calls: sums over the group in one step, payload_bytes: what each rank hands to them, wire_bytes: what
+    each rank sends, 2(P − 1)/P of the payload, by gloo's ring. exchange_s: their time in a step. epoch_s: an epoch with its
+    validation, samples in memory as far as they fit; first_epoch_s: the first, which reads all of them; idle_…: the same by the
+    processor's clock: what an idle machine would take; busy: the share of a core that the trials got. partition_s: writing the
+    store first, from a trajectories file. memory_gb: of all ranks together."""
+
+    data: str
+    parts: int
+    snapshots: dict[str, int]
+    ranks: list[Rank]
+    steps: int
+    calls: int
+    payload_bytes: int
+    wire_bytes: float
+    exchange_s: float
+    step_s: float
+    epoch_s: float
+    first_epoch_s: float
+    idle_step_s: float
+    idle_epoch_s: float
+    busy: float
+    epochs: int
+    partition_s: float
+    memory_gb: float
+    free_gb: float
+    cores: float
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON gives it back."""
+        return asdict(self)
+
+
+def _rows(counts: np.ndarray) -> np.ndarray:
+    """What time goes with: edges, and nodes at the tiles' rate."""
+    return tiles.NODES * counts[..., 0] + counts[..., 1]
+
+
+def _picked(source: Source, size: int) -> list[list[int]]:
+    """Batches of places in ``source.numbers``, the largest snapshot among them, the others spread over all (and over shards)."""
+    count = len(source.numbers)
+    size = min(size, count)
+    spread = np.linspace(0, count - 1, min(TRIED * size, count)).round().astype(int).tolist()
+    places = list(dict.fromkeys([int(_rows(source.tried).max(1).argmax()), *spread]))
+    return [places[k : k + size] for k in range(0, len(places) - size + 1, size)][:TRIED]
+
+
+def _check_memory(config: Config, counts: np.ndarray, device: str) -> None:
+    """Raise Failure where the first guess of a rank's memory is more than there is: then even the trial is too much."""
+    m, parts = config.model, counts.shape[1]
+    block = m.tile * (1 if device == "cpu" else tiles.FAR)
+    most = counts.max(0) * config.train.batch_size  # (P, 2)
+    guess = max(machine.step_bytes(n, e, m.hidden, m.layers, block) for n, e in most.tolist())
+    remedy = "raise partition.parts, or lower model.hidden, model.layers or train.batch_size"
+    machine.enough_memory(guess, device, f"{config.data.path}: a step of one of {parts} processes", remedy)
+
+
+def _counted(counts: np.ndarray) -> np.ndarray:
+    """What the ranks' samples together are counted as, in bytes (P,)."""
+    return (counts * [samples.kept_bytes(1, 0), samples.kept_bytes(0, 1)]).sum((0, 2))
+
+
+def _held(source: Source, picked: list[int], trials: list[Trial], group: float) -> list[float]:
+    """Bytes of each rank's process at its largest: the trial's, the group's, the samples that a run keeps beside those tried."""
+    tried = _counted(source.tried[picked])
+    kept = np.minimum(sum(map(_counted, source.counts.values())), np.maximum(samples.CACHE_BYTES // len(trials), tried))
+    return [
+        trial.peak + group + more * trial.held_ratio
+        for trial, more in zip(trials, (kept - tried).clip(0).tolist(), strict=True)
+    ]
+
+
+def make(config: Config, say: Say = lambda line: None) -> Plan:
+    """Try every rank of a config's run and say what the run will take.
+
+    Raises Failure for data or a model that `train` would refuse, and where a rank's step alone exceeds the memory there is.
+    """
+    models.named(config.model.name)
+    device = train.device_of(config)
+    parts = samples.parts(config)
+    with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
+        source = plan_data.of(config, parts, Path(folder), say)
+        _check_memory(config, source.counts["train"], str(device))
+        batches = _picked(source, config.train.batch_size)
+        numbers = [[source.numbers[k] for k in batch] for batch in batches]
+        # alone, a run stays in the command's own process, with the threads that this one has
+        start, threads = ("spawn", torch.get_num_threads()) if parts == 1 else ("forkserver", 1)
+        trials: list[Trial] = []
+        for p in range(parts):
+            trials += local.run(calibrate.rank, 1, source.config, p, parts, numbers, threads, apart=start)
+            say(f"rank {p}: {trials[-1].wall.batch:.3f} s a batch, {trials[-1].peak / 1e9:.2f} GB")
+        found = [(dict.fromkeys(PHASES, 0.0), 0.0)]
+        if parts > 1:
+            found = local.run(calibrate.exchange, parts, trials[0].calls)
+    sums = {phase: max(seconds[phase] for seconds, _ in found) for phase in PHASES}
+    picked = [k for batch in batches for k in batch]
+    memory = [trial.peak for trial in trials]
+    if device.type == "cpu":  # samples and sums stay on the CPU
+        memory = _held(source, picked, trials, max(grown for _, grown in found))
+    return _summed(config, source, picked, trials, sums, memory)
+
+
+class _Clock:
+    """Seconds of a step and an epoch by one of the trials' clocks."""
+
+    def __init__(self, config: Config, source: Source, picked: list[int], times: list[Times], sums: dict[str, float]):
+        tried = _rows(source.tried[picked]).mean(0)  # (P,)
+        self.times, self.sums, self.cores = times, sums, machine.cores()
+        self.scale = {name: (_rows(c).mean(0) / tried).tolist() for name, c in source.counts.items()}
+        self.batches = {name: -(-len(c) // config.train.batch_size) for name, c in source.counts.items()}
+        self.steps = -(-self.batches["train"] // config.train.accumulate)
+        self.finish = self._wall([t.finish for t in times], [0.0]) + sums["gradients"]
+
+    def _wall(self, work: Sequence[float], beside: Sequence[float]) -> float:
+        """Seconds until the last of P processes is done, each with ``work`` and a thread beside it, on the cores there are."""
+        return max(*work, *beside, (sum(work) + sum(beside)) / self.cores)
+
+    def batch(self, split: str, fresh: bool) -> float:
+        """Seconds of one batch, the next one being read (fresh) or fetched from memory beside."""
+        factors = list(zip(self.times, self.scale[split], strict=True))
+        work = [(t.batch if split == "train" else t.forward) * f for t, f in factors]
+        sent = self.sums["forward"] + (self.sums["backward"] if split == "train" else 0.0)
+        return self._wall(work, [(t.fresh if fresh else t.ready) * f for t, f in factors]) + sent
+
+    def step(self, fresh: bool) -> float:
+        return self.batch("train", fresh) * self.batches["train"] / self.steps + self.finish
+
+    def epoch(self, fresh: bool) -> float:
+        """Seconds of an epoch and its validation."""
+        return self.steps * self.step(fresh) + self.batches["valid"] * self.batch("valid", fresh)
+
+    def alone(self, rank: int) -> float:
+        """Seconds of a rank's own work of a step."""
+        t, batches = self.times[rank], self.batches["train"] / self.steps
+        return t.batch * self.scale["train"][rank] * batches + t.finish
+
+
+def _summed(
+    config: Config, source: Source, picked: list[int], trials: list[Trial], sums: dict[str, float], memory: list[float]
+) -> Plan:
+    """The plan, from what every rank and the group showed."""
+    parts = len(trials)
+    now = _Clock(config, source, picked, [t.wall for t in trials], sums)
+    idle = _Clock(config, source, picked, [t.cpu for t in trials], sums)
+    counted = sum(float(_counted(counts).sum()) for counts in source.counts.values())
+    fresh = counted > samples.CACHE_BYTES  # not all can stay in memory
+    mean, own = source.table.mean(0), source.counts["train"].mean(0)
+    columns = zip(*own.T.tolist(), *mean[:, 2:].T.tolist(), memory, strict=True)
+    each = min(config.train.accumulate, now.batches["train"])  # batches of a step
+    calls = [c for c in trials[0].calls for _ in range(1 if c.phase == "gradients" else each)]
+    payload = sum(c.numbers * c.width for c in calls)
+    return Plan(
+        data=config.data.path,
+        parts=parts,
+        snapshots={name: len(c) for name, c in source.counts.items()},
+        ranks=[
+            Rank(p, n, e, cut, halo, held / 1e9, now.alone(p), idle.alone(p))
+            for p, (n, e, cut, halo, held) in enumerate(columns)
+        ],
+        steps=now.steps,
+        calls=len(calls),
+        payload_bytes=payload,
+        wire_bytes=payload * 2 * (parts - 1) / parts,
+        exchange_s=each * (sums["forward"] + sums["backward"]) + sums["gradients"],
+        step_s=now.step(fresh),
+        epoch_s=now.epoch(fresh),
+        first_epoch_s=now.epoch(True),
+        idle_step_s=idle.step(fresh),
+        idle_epoch_s=idle.epoch(fresh),
+        busy=float(np.mean([t.busy for t in trials])),
+        epochs=config.train.epochs,
+        partition_s=source.partition_s,
+        memory_gb=sum(memory) / 1e9,
+        free_gb=machine.memory_there("cpu") / 1e9,
+        cores=now.cores,
+    )

@@ -1,0 +1,85 @@
+"""What the tests of recipes/fluid113k share: its files as modules, a falling block, the authors' records written by hand."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import msgpack
+import numpy as np
+import zstandard
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "fluid113k"
+RADIUS = 0.025
+
+
+def load(name: str) -> ModuleType:
+    """A file of the recipe as a module."""
+    spec = importlib.util.spec_from_file_location(name, RECIPE / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+physics, records = load("physics"), load("records")
+prepare = load("prepare")
+del sys.modules["prepare"]  # every recipe has one
+
+
+def run(*words: object) -> int:
+    return prepare.preparing.main(prepare.run, [str(word) for word in words])
+
+
+def block(n: int = 12, frames: int = 20, dt: float = 0.02) -> tuple[np.ndarray, np.ndarray]:
+    """A cube of n³ particles at rest density in free fall: position, velocity (T, n³, 3)."""
+    lattice = np.stack(np.meshgrid(*[np.arange(n) * 2 * RADIUS] * 3, indexing="ij"), -1).reshape(-1, 3)
+    t = dt * np.arange(frames)[:, None, None]
+    gravity = np.array([0, -9.81, 0])
+    position = lattice + [-0.3, 1.5, -0.3] + gravity * t**2 / 2
+    return position.astype(np.float32), np.broadcast_to(gravity * t, position.shape).astype(np.float32)
+
+
+MASS = 1000 * (2 * RADIUS) ** 3
+BOX = np.array([[-0.5, 0, -0.5], [0.5, 2.5, 0.5]], np.float32)
+
+
+# ---- records as others write them: msgpack and zstd alone, the arrays' encoding by hand
+
+
+def raw(array: np.ndarray) -> dict:
+    head = {b"nd": True, b"type": array.dtype.str, b"kind": b"", b"shape": list(array.shape)}
+    return head | {b"data": array.tobytes()}
+
+
+def frame_of(number: int, t: int, position: np.ndarray, velocity: np.ndarray, first: bool) -> dict:
+    n = len(position)
+    corners = np.array(np.meshgrid(*BOX.T)).reshape(3, 8).T.copy()
+    walls = {"box": raw(corners), "box_normals": raw(-np.sign(corners))}
+    return (walls if first else {}) | {
+        "frame_id": {b"nd": False, b"type": "<i8", b"data": t.to_bytes(8, "little")},
+        "scene_id": f"sim_{number:04d}",
+        "pos": raw(position),
+        "vel": raw(velocity),
+        "m": raw(np.full(n, MASS, np.float32)),
+        "viscosity": raw(np.full(n, 0.01, np.float32)),
+    }
+
+
+def pack(path: Path, frames: object) -> None:
+    path.write_bytes(zstandard.ZstdCompressor(level=3).compress(msgpack.packb(frames, use_bin_type=True)))
+
+
+def foreign(folder: Path, number: int, position: np.ndarray, velocity: np.ndarray) -> list[Path]:
+    """20 frames as the authors' files hold them: two in each of the first four files, one in each of the other twelve."""
+    folder.mkdir(exist_ok=True)
+    paths, t = [folder / f"sim_{number:04d}_{k:02d}.msgpack.zst" for k in range(16)], 0
+    for k, path in enumerate(paths):
+        count = 2 if k < 4 else 1
+        pack(path, [frame_of(number, s, position[s], velocity[s], s == t) for s in range(t, t + count)])
+        t += count
+    return paths

@@ -1,0 +1,345 @@
+"""recipes/fluid113k: the scene, its physics, and engines that fail or are killed."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from fluid113k import BOX, MASS, RADIUS, RECIPE, block, physics, prepare, run
+
+# ---- physics
+
+
+def test_density_of_a_block_and_of_one_too_dense():
+    position, velocity = block()
+    mass = np.full(len(position[0]), MASS)
+    assert physics.inner_density(position[0], mass, BOX, RADIUS) == pytest.approx(1000, rel=0.01)
+    assert physics.complaints(position, velocity, mass, BOX, RADIUS) == []
+    (complaint,) = physics.complaints(position, velocity, 1.1 * mass, BOX, RADIUS)
+    assert complaint.startswith("density 11")
+    thin = position[0][position[0][:, 1] < 1.65]
+    assert np.isnan(physics.inner_density(thin, mass[: len(thin)], BOX, RADIUS))
+
+
+def test_energy_that_grows():
+    position, velocity = block()
+    mass = np.full(len(position[0]), MASS)
+    energies = physics.energy(position, velocity, mass, 0.5)
+    height = position[0, :, 1].mean() - 0.5
+    np.testing.assert_allclose(energies, mass.sum() * 9.81 * height, rtol=1e-5)
+    assert physics.energy_gain(np.array([10.0, 4.0, 4.5, 3.0, 3.8])) == pytest.approx(0.08)
+    (complaint,) = physics.complaints(position, 1.5 * velocity, mass, BOX, RADIUS)
+    assert complaint.startswith("energy rises by")
+
+
+def test_who_is_outside():
+    position = block()[0]
+    assert physics.first_outside(position, BOX) is None
+    position[3, 17, 1] = 2.6
+    position[5, 2, 0] = -9
+    assert physics.first_outside(position, BOX) == (3, 17)
+
+
+def test_the_sample_obeys():
+    with h5py.File(RECIPE / "sample.h5") as file:
+        for group in file["trajectories"].values():
+            position, box, mass = group["position"][()], group["box"][()], group["attributes/mass"][()]
+            assert physics.first_outside(position, box) is None
+            for t in (0, 30, 45, 59):
+                assert physics.inner_density(position[t], mass, box, RADIUS) == pytest.approx(1000, rel=0.01)
+            velocity = np.diff(position, axis=0) / group.attrs["dt"]
+            middle = (position[1:] + position[:-1]) / 2
+            assert physics.energy_gain(physics.energy(middle, velocity, mass, 0.0)) < 0.001
+
+
+def test_scenes_fit_their_box():
+    sizes = []
+    for k in range(20):
+        scene = prepare.draw(0, k, 1500)
+        s = (1500 / 113_140) ** (1 / 3)
+        np.testing.assert_allclose(scene.box[1] - scene.box[0], s * np.array([5, 10, 5]))
+        assert ((scene.position >= scene.box[0] + 0.0999) & (scene.position <= scene.box[1] - 0.0999)).all()
+        assert (np.abs(scene.velocity) <= np.sqrt(s) * np.array([4, 1, 4])).all()
+        assert scene.dt == pytest.approx(np.sqrt(s) / 50)
+        np.testing.assert_array_equal(scene.position, prepare.draw(0, k, 1500).position)
+        sizes.append(len(scene.position))
+    assert np.mean(sizes) == pytest.approx(1500, rel=0.15)
+    assert not np.array_equal(prepare.draw(1, 0, 1500).velocity, prepare.draw(0, 0, 1500).velocity)
+
+
+# ---- engines
+
+STILL = """
+import os, sys, time
+import numpy as np
+folder = sys.argv[1]
+job = dict(np.load(folder + "/job.npz"))
+k = int(os.path.basename(folder).split(".")[0])
+{}
+x = np.repeat(job["position"][None], job["frames"], 0)
+n = x.shape[1]
+results = dict(position=x, velocity=0 * x, mass=np.full(n, 0.125), viscosity=np.full(n, 0.01))
+for name, value in results.items():
+    np.save(folder + "/" + name + ".npy", value.astype(np.float32))
+open(folder + "/whole", "w").close()
+"""
+FIRST_DONE = "while not os.path.exists(os.path.dirname(folder) + '/000000.h5'): time.sleep(0.02)"
+
+
+@pytest.fixture
+def engine(tmp_path, monkeypatch):
+    """engine(lines): lets a small program, where nothing moves, with these lines in it, stand for the engine."""
+    (tmp_path / "fake").mkdir()
+    monkeypatch.setattr(prepare, "__file__", str(tmp_path / "fake" / "prepare.py"))
+    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: name)
+    version = prepare.importlib.metadata.version
+    monkeypatch.setattr(
+        prepare.importlib.metadata, "version", lambda name: "0.0" if name == "pysplishsplash" else version(name)
+    )
+    return lambda lines="": (tmp_path / "fake" / "engine.py").write_text(STILL.format(lines))
+
+
+SMALL = ("--particles", 1000, "--trajectories", 2, 1, 1, "--frames", 16)
+
+
+def test_what_is_simulated_and_its_records_are_the_same_trajectories(tmp_path, engine):
+    engine()
+    assert run("--out", tmp_path / "a.h5", *SMALL, "--quantum", 0.001, "--records", tmp_path / "records") == 0
+    assert run("--from-records", tmp_path / "records", "--out", tmp_path / "b.h5") == 0
+    with h5py.File(tmp_path / "a.h5") as a, h5py.File(tmp_path / "b.h5") as b:
+        assert [g.attrs["split"] for g in a["trajectories"].values()] == ["train", "train", "valid", "test"]
+        for name, group in a["trajectories"].items():
+            other = b["trajectories"][name]
+            for key in ("position", "velocity", "attributes/mass", "attributes/viscosity", "box"):
+                np.testing.assert_array_equal(group[key], other[key], err_msg=key)
+            assert {**group.attrs, "source": ""} == {**other.attrs, "source": ""}
+            np.testing.assert_allclose(group["position"][0], prepare.draw(0, int(name), 1000).position, atol=6e-4)
+
+
+def test_an_engine_that_fails_ends_the_others_and_the_rest_is_kept(tmp_path, engine, capsys):
+    engine(f"if k == 3:\n  {FIRST_DONE}\n  sys.exit('no more memory')\nif k in (1, 2): time.sleep(60)")
+    started = time.monotonic()
+    assert run("--out", tmp_path / "b.h5", *SMALL, "--workers", 4) == 2
+    assert time.monotonic() - started < 20
+    assert capsys.readouterr().err == "error: trajectory 3: no more memory\n"
+    assert [p.name for p in (tmp_path / "b.h5.parts").glob("*.h5")] == ["000000.h5"]
+    engine()
+    assert run("--out", tmp_path / "b.h5", *SMALL, "--workers", 2) == 0
+    assert run("--out", tmp_path / "a.h5", *SMALL, "--workers", 1) == 0
+    assert (tmp_path / "a.h5").read_bytes() == (tmp_path / "b.h5").read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith("b.h5")) == ["b.h5", "b.h5.manifest.json"]
+
+
+def test_progress_is_told_in_frames(tmp_path, engine, monkeypatch):
+    """While a simulation runs, counted over all of them; what was made before counts too."""
+    engine(f"if k > 0:\n  {FIRST_DONE}\n  sys.exit('no more memory')")
+    words = ("--out", tmp_path / "x.h5", *SMALL, "--workers", 1)
+    assert run(*words) == 2
+    go, told = tmp_path / "go", []
+
+    @contextlib.contextmanager
+    def bar(title, total, done=0):
+        def tick(note="", to=None):
+            told.append((title, total, done, to, note))
+            if to == 16 + 5:
+                go.touch()
+
+        yield tick
+
+    monkeypatch.setattr(prepare.preparing.progress, "bar", bar)
+    monkeypatch.setattr(prepare.preparing, "POLL_S", 0.02)
+    engine(f"""if k == 1:
+  open(folder + "/frames", "w").write("5")
+  ends = time.monotonic() + 60
+  while not os.path.exists({str(go)!r}):
+    if time.monotonic() > ends: sys.exit("nobody has seen the frames")
+    time.sleep(0.02)""")
+    assert run(*words) == 0
+    simulating = [(total, done, to, note) for title, total, done, to, note in told if title == "x.h5 (frames)"]
+    assert {(total, done) for total, done, *_ in simulating} == {(64, 16)}
+    reached = [to for *_, to, _ in simulating]
+    assert reached == sorted(reached)
+    assert {21, 32, 48, 64} <= set(reached)
+    assert simulating[-1][3] == "trajectory 3"
+    assert [to for title, _, _, to, _ in told if title == "x.h5 (joining)"] == [None] * 4
+
+
+def test_no_simulation_starts_without_room_for_its_frames(tmp_path, engine, monkeypatch, capsys):
+    engine("sys.exit('was started')")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5))
+    assert run("--out", tmp_path / "x.h5", *SMALL, "--workers", 1) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    numbers = (
+        16 * prepare.draw(0, 0, 1000).position.size
+    )  # of positions; as many velocities; both once more in the piece
+    says = f"needs {4 * 4 * numbers / 1e6:.2f} MB or more, 0.10 MB are free"
+    assert line.startswith(f"error: {tmp_path / 'x.h5.parts' / '000000.engine'}: disk full: {says}"), line
+
+
+LEGS = """
+def leg(end):
+    open(folder + '/calls', 'a').write(f"{job['leg']} ")
+    if not os.path.exists(folder + '/state.npz'):
+        open(folder + '/frames', 'w').write('8')
+        np.savez(folder + '/state.npz')
+        sys.exit(0)
+    if end:
+        sys.exit(end)
+"""
+
+
+def test_legs_of_a_large_simulation_are_kept_when_one_fails(tmp_path, engine, capsys, monkeypatch):
+    monkeypatch.setattr(prepare, "LARGE", 500)
+    monkeypatch.setattr(prepare, "LEG", 8)
+    one = ("--out", tmp_path / "b.h5", "--particles", 1000, "--trajectories", 1, 0, 0, "--frames", 16)
+    engine(LEGS + "leg('no more memory')")
+    assert run(*one) == 2
+    assert "no more memory" in capsys.readouterr().err
+    calls = tmp_path / "b.h5.parts" / "000000.engine" / "calls"
+    assert calls.read_text() == "8 8 "
+    engine(LEGS + "leg(0)\nassert open(folder + '/calls').read() == '8 8 8 '")
+    assert run(*one) == 0
+    assert not (tmp_path / "b.h5.parts").exists()
+
+
+def test_an_engine_that_makes_no_frames_is_not_asked_for_ever(tmp_path, engine, capsys):
+    engine("sys.exit(0)")
+    assert run("--out", tmp_path / "b.h5", *SMALL) == 2
+    assert "without a new frame, after 0 of 16" in capsys.readouterr().err
+
+
+def test_a_particle_outside_is_refused(tmp_path, engine, capsys):
+    engine("if k == 1: job['position'][5, 1] = -0.01")
+    assert run("--out", tmp_path / "x.h5", *SMALL) == 2
+    assert (
+        capsys.readouterr().err
+        == "error: trajectory 1: particle 5 is outside the box at frame 0; take another --seed\n"
+    )
+
+
+def test_a_doubtful_trajectory_is_told_of(tmp_path, engine, capsys):
+    engine("if k == 1: job['position'] = job['position'] * 0.9 + job['box'][1] * 0.1")
+    assert run("--out", tmp_path / "x.h5", *SMALL) == 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: trajectory 1: density 13")
+
+
+def test_records_in_another_folder_than_before_are_missed(tmp_path, engine, capsys):
+    engine(f"if k > 0:\n  {FIRST_DONE}\n  sys.exit('killed')")
+    words = ("--out", tmp_path / "x.h5", *SMALL)
+    assert run(*words, "--records", tmp_path / "one") == 2
+    engine()
+    assert run(*words, "--records", tmp_path / "two") == 2
+    first = tmp_path / "two" / "sim_0001_00.msgpack.zst"
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {first}: missing")
+
+
+def test_without_the_engine_one_line_says_how_to_get_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare.importlib.util, "find_spec", lambda name: None)
+    assert run("--out", tmp_path / "x.h5", "--scale", "tiny") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "SPlisHSPlasH is not installed; .venv/bin/pip install -e '.[fluid]'" in line
+
+
+def loadable() -> bool:
+    try:
+        ctypes.CDLL("libGLdispatch.so.0")
+    except OSError:
+        return False
+    return importlib.util.find_spec("pysplishsplash") is not None
+
+
+needs_engine = pytest.mark.skipif(not loadable(), reason="pysplishsplash or its libraries are not installed")
+REAL = ("--scale", "tiny", "--trajectories", 2, 1, 0, "--frames", 24)
+
+
+def command(out: Path) -> list[str]:
+    return [sys.executable, str(RECIPE / "prepare.py"), "--out", str(out), *map(str, REAL)]
+
+
+@needs_engine
+def test_the_engine_killed_and_resumed_gives_the_same_bytes(tmp_path):
+    first, second = tmp_path / "a.h5", tmp_path / "b.h5"
+    subprocess.run([*command(first), "--workers", "2"], check=True)
+    process = subprocess.Popen([*command(second), "--workers", "1"])
+    piece, deadline = tmp_path / "b.h5.parts" / "000000.h5", time.monotonic() + 60
+    while not piece.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not second.exists()
+    subprocess.run([*command(second), "--workers", "2"], check=True)
+    assert first.read_bytes() == second.read_bytes()
+
+
+@needs_engine
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_no_engine_outlives_prepare(tmp_path, sent, code):
+    """Also where the signal reaches prepare.py alone."""
+    process = subprocess.Popen([*command(tmp_path / "x.h5"), "--workers", "1", "--frames", "4000"])
+    deadline = time.monotonic() + 60
+
+    def wait_for(condition) -> None:
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    wait_for((tmp_path / "x.h5.parts" / "000000.engine" / "log").exists)  # the engine makes it
+    tasks = Path(f"/proc/{process.pid}/task").iterdir()
+    (child,) = {int(c) for task in tasks for c in (task / "children").read_text().split()}
+    process.send_signal(sent)
+    assert process.wait(20) == code
+    state = Path(f"/proc/{child}/status")
+    wait_for(lambda: not state.exists() or "zombie" in state.read_text())
+
+
+IN_LEGS = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import prepare
+prepare.LARGE, prepare.LEG = 500, 7
+sys.exit(prepare.preparing.main(prepare.run))
+"""
+
+
+@needs_engine
+def test_legs_killed_and_resumed_give_the_same_bytes(tmp_path):
+    words = ["--particles", "1000", "--trajectories", "1", "0", "0", "--frames", "25"]
+    command = [sys.executable, "-c", IN_LEGS, str(Path(prepare.__file__).parent), *words, "--out"]
+    first, second = tmp_path / "a.h5", tmp_path / "b.h5"
+    subprocess.run([*command, str(first)], check=True)
+    process = subprocess.Popen([*command, str(second)])
+    while not (tmp_path / "b.h5.parts" / "000000.engine" / "state.npz").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not second.exists()
+    subprocess.run([*command, str(second)], check=True)
+    assert first.read_bytes() == second.read_bytes()
+
+
+@needs_engine
+def test_the_simulated_fluid_obeys(tmp_path):
+    out = tmp_path / "x.h5"
+    subprocess.run([*command(out), "--workers", "2"], check=True)
+    with h5py.File(out) as file:
+        for group in file["trajectories"].values():
+            keys = ("position", "velocity", "attributes/mass", "box")
+            position, velocity, mass, box = (group[key][()] for key in keys)
+            assert physics.first_outside(position, box) is None
+            assert physics.complaints(position, velocity, mass, box, RADIUS) == []
+            assert physics.inner_density(position[-1], mass, box, RADIUS) == pytest.approx(1000, rel=0.05)
+            fall = np.diff(position[:4], axis=0).mean(1) / group.attrs["dt"]
+            np.testing.assert_allclose(np.diff(fall, axis=0)[:, 1] / group.attrs["dt"], -9.81, atol=0.01)

@@ -1,0 +1,195 @@
+"""A disk that is really full, as recipes meet it: one line and exit code 2; what is whole stays, and the rest can follow."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from gns_files import METADATA, command
+
+from dist_egnn import disk
+from dist_egnn.errors import Failure
+from dist_egnn.store import Store
+from dist_egnn.trajectories import Trajectories, Writer
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SWEEP = """
+import sys
+from pathlib import Path
+import numpy as np
+from dist_egnn.errors import Failure
+from dist_egnn.trajectories import Writer
+
+folder = Path(sys.argv[1])
+draw = np.random.default_rng(0)
+for free in range(0, 640_000, 32_000):
+    (folder / "filler").write_bytes(bytes(4_194_304 - free))
+    try:
+        with Writer(folder / "x.h5", {"what": "x" * 5000}) as out:
+            for _ in range(3):
+                out.add(draw.normal(size=(8, 2000, 3)), split="train", dt=1.0, source="x", box=np.zeros((2, 3)))
+        print("whole")
+    except Failure as failure:
+        print(failure)
+    (folder / "x.h5").unlink(missing_ok=True)
+    assert [path.name for path in folder.iterdir()] == ["filler"]
+"""
+
+
+def test_writer_on_a_full_disk(small_disk):
+    """Wherever it gets full, also only as the file is closed. In a process, since HDF5 by itself would end it."""
+    done = subprocess.run([sys.executable, "-c", SWEEP, str(small_disk)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert set(lines[-2:]) == {"whole"}
+    refused = [line for line in lines if line != "whole"]
+    assert len(refused) > 10
+    for line in refused:
+        assert line.startswith(f"{small_disk / 'x.h5'}: disk full: needs 0."), line
+    needs, free = zip(*([float(w) for w in line.split() if w[0].isdigit()] for line in refused), strict=True)
+    assert all(n >= f for n, f in zip(needs, free, strict=True))
+    np.testing.assert_allclose(free, 0.032 * np.arange(len(free)), atol=0.02)
+
+
+def test_what_stood_there_stays(small_disk):
+    path = small_disk / "x.h5"
+    position = np.random.default_rng(0).normal(size=(4, 1000, 3))
+    with Writer(path, {}) as out:
+        out.add(position, split="train", dt=1.0, source="x")
+    before = path.read_bytes()
+
+    def endlessly() -> None:
+        with Writer(path, {}) as out:
+            while True:
+                out.add(position, split="train", dt=1.0, source="x")
+
+    with pytest.raises(Failure, match="disk full"):
+        endlessly()
+    assert path.read_bytes() == before
+    assert [p.name for p in small_disk.iterdir()] == ["x.h5"]
+
+
+def test_prepare_on_a_full_disk_goes_on_once_there_is_room(small_disk, tmp_path):
+    """It gets full among the pieces, then by the file that joins them; then there is room."""
+    source, draw = tmp_path / "hdf5", np.random.default_rng(0)
+    source.mkdir()
+    (source / "metadata.json").write_text(f'{{"bounds": {METADATA["bounds"]}, "dt": 0.005}}')
+    for split, count in {"train": 4, "valid": 1, "test": 1}.items():
+        with h5py.File(source / f"{split}.h5", "w") as file:
+            for k in range(count):
+                file[f"{k:05d}/particle_type"] = np.full(2000, 5)
+                file[f"{k:05d}/position"] = draw.uniform(0.2, 0.8, size=(40, 2000, 3)).astype("f4")
+    out, options = small_disk / "x.h5", ("--source", source, "--scale", "tiny", "--workers", 1, "--out")
+
+    def run(path: Path) -> tuple[int, list[str]]:
+        done = subprocess.run(command(*options, path), capture_output=True, text=True, timeout=120)
+        return done.returncode, [line for line in done.stderr.splitlines() if " s left" not in line]
+
+    def pieces() -> set[str]:
+        return {path.name for path in (small_disk / "x.h5.parts").glob("0*")}
+
+    code, (line,) = run(out)
+    assert code == 2
+    assert line.startswith(f"error: {small_disk / 'x.h5.parts'}/00000"), line
+    assert ".h5: disk full: needs 0." in line
+    some = pieces()
+    assert some
+    assert some < {f"{k:06d}.h5" for k in range(6)}
+    subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
+    code, (line,) = run(out)
+    assert code == 2
+    need = sum(piece.stat().st_size for piece in (small_disk / "x.h5.parts").glob("0*"))
+    assert line.startswith(f"error: {out}: disk full: needs {need / 1e6:.2f} MB or more, "), line
+    assert pieces() == {f"{k:06d}.h5" for k in range(6)}
+    assert not out.exists()
+    subprocess.run(["mount", "-o", "remount,size=32m", str(small_disk)], check=True)
+    assert run(out) == (0, [])
+    assert {path.name for path in small_disk.iterdir()} == {"x.h5", "x.h5.manifest.json"}
+    assert run(tmp_path / "x.h5") == (0, [])
+    assert out.read_bytes() == (tmp_path / "x.h5").read_bytes()
+
+
+def test_partition_on_a_full_disk(small_disk, small, make_inputs):
+    """Wherever it gets full: one line, no store; with room the same call ends with a whole one."""
+    from dist_egnn.partition import build
+    from dist_egnn.partition.verify import verify
+
+    out, filler, inputs = small_disk / "store", small_disk / "filler", make_inputs(2)
+    lines = set()
+    for free in (0, 20_000, 300_000, 450_000, 550_000, 650_000, 850_000):
+        filler.write_bytes(bytes(4_194_304 - free))
+        try:
+            build.write(Trajectories(small), out, inputs, lambda *_: None)
+        except Failure as failure:
+            lines.add(str(failure))
+            assert not out.exists()
+        filler.unlink()
+        if out.exists():
+            break
+        if free == 300_000:  # the others go on from what the one before has left
+            shutil.rmtree(small_disk / "store.partial")
+    assert len(lines) > 3
+    for line in lines:
+        assert line.startswith(str(out)), line
+        assert "\n" not in line
+        assert "disk full: needs" in line or "No space left on device, 0.0" in line, line
+    build.write(Trajectories(small), out, inputs, lambda *_: None)
+    verify(Store(out), lambda *_: None)
+
+
+def test_the_end_of_a_file_is_not_lost(small_disk):
+    """DGL says nothing when the last page of a file finds no place on the disk."""
+    import dgl
+    import torch
+
+    tensors = {"x": torch.ones(5000, 3)}  # 14.6 pages
+    (small_disk / "filler").write_bytes(bytes(4_194_304 - 14 * 4096))
+    dgl.data.utils.save_tensors(str(small_disk / "x"), tensors)
+    assert (small_disk / "x").stat().st_size < 60_000
+    (small_disk / "x").unlink()
+    with pytest.raises(OSError, match="No space left"):
+        disk.save(small_disk / "x", 0, lambda path: dgl.data.utils.save_tensors(path, tensors))
+    (small_disk / "filler").unlink()
+    disk.save(small_disk / "x", 60_000, lambda path: dgl.data.utils.save_tensors(path, tensors))
+    np.testing.assert_array_equal(dgl.data.utils.load_tensors(str(small_disk / "x"))["x"], tensors["x"])
+
+
+def test_the_engine_takes_its_place_before_it_simulates(small_disk):
+    """An array in a sparse file would end the process by a signal, hours later."""
+    spec = importlib.util.spec_from_file_location("fluid113k_engine", RECIPES / "fluid113k" / "engine.py")
+    assert spec is not None
+    assert spec.loader is not None
+    engine = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(engine)
+    frames = engine.allocated(small_disk / "a.npy", (10, 1000, 3))
+    frames[:] = 1
+    with pytest.raises(OSError, match="No space left"):
+        engine.allocated(small_disk / "b.npy", (100, 10000, 3))
+
+
+def test_a_reason_names_the_file_and_the_room(tmp_path):
+    error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    free = shutil.disk_usage(tmp_path).free / 1e6
+    text = disk.reason(error, tmp_path / "x.h5")
+    assert text.startswith(f"{tmp_path / 'x.h5'}: No space left on device, ")
+    assert float(text.split()[-4].replace(",", "")) == pytest.approx(free, rel=0.1)
+    assert disk.reason(PermissionError(13, "Permission denied", "/a"), tmp_path / "x") == "/a: Permission denied"
+
+
+def test_two_writers_of_one_file(tmp_path):
+    with Writer(tmp_path / "x.h5", {}) as one:
+        one.add(np.zeros((2, 3, 3)), split="train", dt=1.0, source="x")
+        with (
+            pytest.raises(Failure, match=r"x\.h5\.partial: another process is writing it"),
+            Writer(tmp_path / "x.h5", {}),
+        ):
+            pass
+    assert [path.name for path in tmp_path.iterdir()] == ["x.h5"]

@@ -1,0 +1,222 @@
+"""recipes/water3d: GNS' files read, and refused where they are damaged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from gns_files import METADATA, RECIPE, command, framed, needs_records, record, run, trajectories
+
+from dist_egnn import config
+from dist_egnn.errors import Failure
+from dist_egnn.trajectories import SampleSpec, Snapshot, Trajectories, node_fields
+
+
+def same(path: Path, counts: tuple[int, int, int]) -> None:
+    """The file holds what trajectories() says, ``counts`` of each split."""
+    data = Trajectories(path)
+    wanted = [
+        (split, *arrays) for (split, all_), n in zip(trajectories().items(), counts, strict=True) for arrays in all_[:n]
+    ]
+    assert len(data) == len(wanted)
+    for k, (split, kind, position) in enumerate(wanted):
+        assert data[k].split == split
+        assert data[k].dt == METADATA["dt"]
+        assert data[k].source.startswith(f"GNS Water-3D, {split}")
+        assert data[k].frames == len(position)
+        for t, x in enumerate(position):
+            np.testing.assert_array_equal(data.position(k, t), x)
+        np.testing.assert_array_equal(data.attribute(k, "type"), kind)
+        np.testing.assert_array_equal(data.box(k), np.array(METADATA["bounds"], "f4").T)
+
+
+@needs_records
+def test_tfrecords_are_read_as_written(gns_folder, water3d, tmp_path):
+    """All of them at full scale, 4 + 1 + 1 at tiny; the same bytes by processes and by threads."""
+    a, b, c = (tmp_path / f"{name}.h5" for name in "abc")
+    done = run("--source", gns_folder, "--scale", "full", "--out", a, "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    water3d.run(["--source", str(gns_folder), "--scale", "full", "--out", str(b), "--workers", "1"])
+    water3d.run(["--source", str(gns_folder), "--scale", "tiny", "--out", str(c)])
+    same(a, (5, 2, 1))
+    same(c, (4, 1, 1))
+    assert a.read_bytes() == b.read_bytes()
+    manifest = json.loads((tmp_path / "a.h5.manifest.json").read_text())
+    assert manifest["sha256"] == hashlib.sha256(a.read_bytes()).hexdigest()
+
+
+def test_hdf5_form_is_read_as_written(hdf5_folder, water3d, tmp_path):
+    water3d.run(["--source", str(hdf5_folder), "--scale", "full", "--out", str(tmp_path / "a.h5")])
+    same(tmp_path / "a.h5", (5, 2, 1))
+
+
+@needs_records
+def test_its_samples_have_the_published_features(gns_folder, water3d, tmp_path):
+    """‖v‖ and type/max type, no node attributes."""
+    water3d.run(["--source", str(gns_folder), "--scale", "tiny", "--out", str(tmp_path / "a.h5")])
+    told = config.load(RECIPE / "config.yaml").data
+    spec = SampleSpec(told.radius, 2, tuple(told.features or ()), tuple(told.node_attributes))
+    kind, position = trajectories()["train"][1]
+    fields = node_fields(Trajectories(tmp_path / "a.h5"), Snapshot("train", 1, 3), spec)
+    speed = np.linalg.norm(position[4] - position[3], axis=1)
+    np.testing.assert_allclose(fields["f"], np.stack([speed, kind / kind.max()], 1), rtol=1e-6)
+    assert fields["a"].shape == (9, 0)
+
+
+@needs_records
+def test_run_py_from_gns_files_to_a_table(gns_folder, water3d, tmp_path, check_run_py):
+    water3d.run(["--source", str(gns_folder), "--scale", "tiny", "--out", str(tmp_path / "a.h5")])
+    check_run_py(RECIPE, f"data.path={tmp_path / 'a.h5'}", "data.horizon=2", "data.radius=0.5")
+
+
+def test_killed_and_resumed_gives_the_same_bytes(hdf5_folder, water3d, tmp_path):
+    """Killed once the first trajectory is there; trajectories long enough to be in time."""
+    draw = np.random.default_rng(0)
+    with h5py.File(hdf5_folder / "train.h5", "w") as file:
+        for k in range(24):
+            file[f"{k:05d}/particle_type"] = np.full(2000, 5)
+            file[f"{k:05d}/position"] = draw.uniform(size=(40, 2000, 3)).astype("f4")
+    whole, killed, parts = (tmp_path / name for name in ("whole.h5", "killed.h5", "killed.h5.parts"))
+    options = ("--source", str(hdf5_folder), "--scale", "full", "--workers", "1", "--out")
+    process = subprocess.Popen(command(*options, killed), start_new_session=True, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while not list(parts.glob("0*.h5")) and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    while time.monotonic() < until:  # its workers notice, and leave nothing in /dev/shm
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.05)
+    else:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail("workers outlive the process that was killed")
+    assert list(parts.glob("0*.h5"))
+    assert not killed.exists()
+    water3d.run([*options, str(killed)])
+    water3d.run([*options, str(whole)])
+    assert killed.read_bytes() == whole.read_bytes()
+    assert not parts.exists()
+
+
+# --- what is damaged or missing --------------------------------------------------------------------------------------
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def without(path: Path, key: str) -> None:
+    path.write_text(json.dumps({k: v for k, v in METADATA.items() if k != key}))
+
+
+def first(folder: Path, payload: bytes) -> None:
+    (folder / "train.tfrecord").write_bytes(framed(payload))
+
+
+KIND, POSITION = trajectories()["train"][0]
+DAMAGE = {
+    "truncated": (
+        lambda f: os.truncate(f / "train.tfrecord", (f / "train.tfrecord").stat().st_size - 3),
+        "train.tfrecord: truncated within record 4; fetch it again",
+    ),
+    "length": (lambda f: flip(f / "valid.tfrecord", 2), "valid.tfrecord: record 0: wrong checksum of its length"),
+    "payload": (lambda f: flip(f / "test.tfrecord", 300), "test.tfrecord: record 0: wrong checksum"),
+    "empty": (lambda f: (f / "valid.tfrecord").write_bytes(b""), "valid.tfrecord: holds no trajectory"),
+    "no file": (lambda f: (f / "test.tfrecord").unlink(), "test.tfrecord: no such file; --download fetches"),
+    "no type": (
+        lambda f: first(f, record(0, KIND, POSITION, without="particle_type")),
+        "train.tfrecord: record 0: feature 'particle_type' is missing (it has: key, position, step_context)",
+    ),
+    "no position": (
+        lambda f: first(f, record(0, KIND, POSITION, without="position")),
+        "train.tfrecord: record 0: feature 'position' is missing (it has: key, particle_type, step_context)",
+    ),
+    "a frame too few": (
+        lambda f: first(f, record(0, KIND, POSITION[1:])),
+        "record 0: feature 'particle_type' has 56 bytes and 'position' 420: no int64 (N,) and float32 (6, N, 3)",
+    ),
+    "no protobuf": (lambda f: first(f, b"\xff" * 9), "train.tfrecord: record 0: no tf.train.SequenceExample"),
+    "no bounds": (lambda f: without(f / "metadata.json", "bounds"), "metadata.json: key 'bounds' (low and high corner"),
+    "no dt": (lambda f: without(f / "metadata.json", "dt"), "metadata.json: key 'dt' (time from frame to frame) is"),
+    "no length": (lambda f: without(f / "metadata.json", "sequence_length"), "metadata.json: key 'sequence_length'"),
+    "2-D": (
+        lambda f: (f / "metadata.json").write_text(json.dumps(METADATA | {"bounds": [[0, 1], [0, 1]]})),
+        "metadata.json: key 'bounds' has shape (2, 2), expected (3, 2)",
+    ),
+    "no JSON": (lambda f: (f / "metadata.json").write_text("{"), "metadata.json: no JSON"),
+    "no metadata": (lambda f: (f / "metadata.json").unlink(), "metadata.json: no such file; --download fetches"),
+}
+
+
+@needs_records
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damage_is_one_clear_line(gns, gns_folder, kind):
+    damage, says = DAMAGE[kind]
+    damage(gns_folder)
+
+    def read_all():
+        found, _ = gns.find(gns_folder, (99,) * 3, whole=True)
+        for k in range(len(found.places)):
+            list(found(k))
+
+    with pytest.raises(Failure) as caught:
+        read_all()
+    assert says in str(caught.value)
+    assert str(gns_folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@needs_records
+def test_nothing_stands_where_the_input_is_damaged(gns_folder, tmp_path):
+    """Found by a worker, after other trajectories were written: one line, exit code 2, no file."""
+    flip(gns_folder / "test.tfrecord", 300)
+    done = run("--source", gns_folder, "--scale", "full", "--out", tmp_path / "a.h5", "--workers", 1)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    told = "record 0: wrong checksum; the file is damaged, fetch it again"
+    assert line == f"error: {gns_folder / 'test.tfrecord'}: {told}"
+    assert not (tmp_path / "a.h5").exists()
+    assert not (tmp_path / "a.h5.manifest.json").exists()
+
+
+def test_damage_of_the_hdf5_form(gns, hdf5_folder):
+    with h5py.File(hdf5_folder / "valid.h5", "a") as file:
+        del file["00001/position"]
+    (hdf5_folder / "test.h5").write_bytes(b"no HDF5")
+    with pytest.raises(Failure, match=r"test\.h5: not a readable HDF5 file"):
+        gns.find(hdf5_folder, (5, 2, 1), whole=True)
+    with h5py.File(hdf5_folder / "test.h5", "w") as file:
+        file["00000"] = np.zeros(3)
+    found, _ = gns.find(hdf5_folder, (5, 2, 1), whole=True)
+    for number, says in (
+        (6, r"valid\.h5: group 00001: dataset 'position'"),
+        (7, "group 00000: dataset 'particle_type'"),
+    ):
+        with pytest.raises(Failure, match=says):
+            list(found(number))
+
+
+def test_a_source_must_be_named(water3d, tmp_path):
+    out = ["--out", str(tmp_path / "a.h5")]
+    for options, says in (
+        ([], "--scale small: name the folder of GNS' files: --source DIR, or --source splishsplash"),
+        (["--scale", "tiny", "--download"], "--scale tiny: name the folder of GNS' files: --source DIR;"),
+        (["--download", "--source", "splishsplash"], "--scale small: name the folder of GNS' files: --source DIR;"),
+        (["--source", str(tmp_path / "absent")], "absent/metadata.json: no such file"),
+    ):
+        with pytest.raises(Failure) as caught:
+            water3d.run([*out, *options])
+        assert says in str(caught.value)

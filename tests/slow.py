@@ -1,0 +1,102 @@
+"""FastEGNN in numpy, written from the paper's formulas alone: one node, one edge, one virtual node at a time, no torch.
+
+Weights come by name from a state dict turned into arrays; names are all that this shares with the model.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy import ndarray as Array
+
+Weights = dict[str, Array]
+
+
+def silu(a: Array) -> Array:
+    return a / (1 + np.exp(-a))
+
+
+def sigmoid(a: Array) -> Array:
+    return 1 / (1 + np.exp(-a))
+
+
+def perceptron(w: Weights, name: str, inputs: list[Any], end: bool = False) -> Array:
+    """Linear, SiLU, Linear, and SiLU once more if ``end``."""
+    row = np.concatenate([np.atleast_1d(part) for part in inputs])
+    inner = silu(w[f"{name}.0.weight"] @ row + w[f"{name}.0.bias"])
+    out = w[f"{name}.2.weight"] @ inner + w.get(f"{name}.2.bias", 0.0)
+    return silu(out) if end else out
+
+
+def gated(w: Weights, name: str, m: Array) -> Array:
+    """m · sigmoid(Linear(m)), where the model has the gate."""
+    return m * sigmoid(w[f"{name}.weight"] @ m + w[f"{name}.bias"]) if f"{name}.weight" in w else m
+
+
+def mean(values: list[Array], like: Array) -> Array:
+    return sum(values, np.zeros_like(like)) / max(len(values), 1)
+
+
+def length(r: Array) -> float:
+    return math.sqrt(float(r @ r))
+
+
+def layer(
+    w: Weights,
+    x: Array,
+    v: Array,
+    h: Array,
+    a: Array,
+    z: Array,
+    s: Array,
+    edges: list[tuple[int, int, Array]],
+    *,
+    normalize: bool,
+    tanh: bool,
+    g: list[float] | None,
+) -> tuple[Array, Array, Array, Array]:
+    """x', h', z', s' from x, v (N, 3), h (N, H), a (N, K), z (C, 3), s (C, H) and edges (j, i, e_ij) from j to i."""
+    n, count, centroid = len(x), len(z), x.mean(0)
+    gram = [[float((z[b] - centroid) @ (z[c] - centroid)) for b in range(count)] for c in range(count)]
+    x_new, h_new, z_new, s_new = x.copy(), h.copy(), z.copy(), s.copy()
+    m_virtual = [[np.zeros(0)] * count for _ in range(n)]
+    for i in range(n):
+        for c in range(count):
+            row = [h[i], s[c], length(z[c] - x[i]), gram[c]]
+            m_virtual[i][c] = gated(w, "virtual.attention_v", perceptron(w, "virtual.phi_ev", row, end=True))
+        said, pushed = [], []
+        for j, to, e in edges:
+            if to != i:
+                continue
+            r = x[i] - x[j]
+            m = gated(w, "attention", perceptron(w, "phi_e", [h[i], h[j], float(r @ r), e], end=True))
+            push = perceptron(w, "phi_x", [m])
+            push = np.tanh(push) if tanh else push
+            said.append(m)
+            pushed.append((r / (length(r) + 1e-8) if normalize else r) * push)
+        pulled = [(x[i] - z[c]) * perceptron(w, "virtual.phi_xv", [m_virtual[i][c]]) for c in range(count)]
+        x_new[i] += mean(pushed, x[i]) + mean(pulled, x[i]) + perceptron(w, "phi_v", [h[i]]) * v[i]
+        if g is not None:
+            x_new[i] += perceptron(w, "phi_g", [h[i]]) * np.array(g)
+        h_new[i] += perceptron(w, "phi_h", [h[i], mean(said, h[i]), mean(m_virtual[i], h[i]), a[i]])
+    for c in range(count):
+        z_new[c] += mean([(z[c] - x[i]) * perceptron(w, "virtual.phi_z", [m_virtual[i][c]]) for i in range(n)], z[c])
+        s_new[c] += perceptron(w, "virtual.phi_s", [s[c], mean([m_virtual[i][c] for i in range(n)], s[c])])
+    return x_new, h_new, z_new, s_new
+
+
+def fast_egnn(
+    weights: Weights, layers: int, fields: dict[str, Array], edges: list[tuple[int, int, Array]], **options: Any
+) -> tuple[Array, Array]:
+    """(x^L, z^L) of one graph; fields: x, v, f, a by name."""
+    x, v, a = fields["x"], fields["v"], fields["a"]
+    h = fields["f"] @ weights["embedding.weight"].T + weights["embedding.bias"]
+    s = weights["s"]
+    z = np.stack([x.mean(0)] * len(s))
+    for k in range(layers):
+        own = f"layers.{k}."
+        w = {name.removeprefix(own): value for name, value in weights.items() if name.startswith(own)}
+        x, h, z, s = layer(w, x, v, h, a, z, s, edges, **options)
+    return x, z

@@ -1,0 +1,72 @@
+"""Tiles: cut again when edges change, bounded memory, small graphs in one piece, threads. Any model's values: test_models.py."""
+
+from __future__ import annotations
+
+import dgl
+import pytest
+import reference
+import torch
+from test_models import assert_close, gradients, make_graph
+from torch import Tensor
+
+from dist_egnn import engine, models, tiles
+
+
+@pytest.fixture(autouse=True)
+def no_graph_is_too_small_for_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "WHOLE", 0)
+
+
+def test_tiles_are_cut_again_when_edges_change() -> None:
+    graph, model = make_graph(40, 1), models.EGNN(3, 2, hidden=8, tile=50).double()
+    model(graph)
+    graph.remove_edges(graph.edges("eid")[::2])
+    x, _ = model(graph)
+    assert torch.allclose(x, reference.egnn(model, graph)[0], atol=1e-12)
+
+
+def test_memory_of_a_backward_pass_is_one_tile() -> None:
+    """Tiled, autograd keeps a layer's inputs; untiled, arrays of E rows."""
+    graph = make_graph(400, 1, radius=0.3)
+
+    def kept(tile: int) -> int:
+        sizes: dict[int, int] = {}
+
+        def pack(t: Tensor) -> Tensor:
+            sizes[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            models.FastEGNN(3, 2, hidden=16, tile=tile).double()(graph)
+        return sum(sizes.values())
+
+    assert graph.num_edges() > 20 * graph.num_nodes()
+    assert kept(500) < kept(10**9) / 8
+
+
+def test_a_graph_of_few_blocks_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiles, "WHOLE", 2)
+    graph = make_graph(40, 1)
+    rows = graph.num_edges() + tiles.NODES * 40
+    for width in (64, 16):
+        needed = -(-rows * width // (2 * 64))
+        assert tiles.cut(graph, engine.choose("auto"), needed, width=width).whole
+        assert not tiles.cut(graph, engine.choose("auto"), needed - 1, width=width).whole
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_share_the_tiles(threads: int) -> None:
+    graph = dgl.batch([make_graph(50, 1), make_graph(35, 3)])
+    model = models.FastEGNN(3, 2, hidden=8, tile=20).double()
+    wanted, found = model(graph)[0], gradients(model, graph)
+    torch.set_num_threads(threads)
+    try:
+        first, again = model(graph)[0], model(graph)[0]
+        assert torch.equal(first, again)  # a share of the tiles is fixed
+        assert torch.allclose(first, wanted, atol=1e-13)
+        assert_close(gradients(model, graph), found, 1e-12)
+        with torch.inference_mode():
+            assert torch.allclose(model(graph)[0], wanted, atol=1e-13)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)
