@@ -97,7 +97,7 @@ def _equivariance_error(model: torch.nn.Module, graph: DGLGraph) -> float:
     for name in ("x", "v", "centroid"):
         here.ndata[name] = graph.ndata[name].to(dtype)
         turned.ndata[name] = (graph.ndata[name].double() @ q.t()).to(dtype)
-    x, there = model(here)[0].double().cpu(), model(turned)[0].double().cpu()
+    x, there = (model(seen)[0].detach().double().cpu() for seen in (here, turned))
     return float((there - x @ q.t()).abs().max()) / (float((x - graph.ndata["x"]).abs().max()) or 1.0)
 
 
