@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from . import stopping
 from .errors import Failure
 
 
@@ -34,6 +35,11 @@ def watch(pid: int, folder: Path | None = None) -> None:
     threading.Thread(target=look, daemon=True).start()
 
 
+def _word(rendezvous: str) -> Path:
+    """Where the launcher says that its processes shall stop."""
+    return Path(rendezvous).with_name("stop")
+
+
 def _worker(
     function: Callable[..., Any],
     rank: int,
@@ -48,6 +54,7 @@ def _worker(
 
     from . import comm
 
+    stopping.heed(_word(rendezvous))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     watch(launcher, Path(rendezvous).parent)
     torch.set_num_threads(1)
@@ -89,7 +96,8 @@ def run(function: Callable[..., Any], size: int, *args: Any, timeout_s: float = 
             pipes.append(here)
             processes.append(process)
         try:
-            return _collect(pipes, processes)
+            with stopping.passing_on(_word(rendezvous)):
+                return _collect(pipes, processes)
         finally:
             for process in processes:
                 process.join(5)
