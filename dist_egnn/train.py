@@ -241,7 +241,6 @@ def steps(
         started = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         told = torch.zeros(3, device=device)  # loss, MSE, whether to stop: these travel with the gradients
-        told[2] = float(stopping.asked())
         for index in group:
             with watch.phase("data_s", sums, device):
                 graph = next(graphs)
@@ -250,6 +249,7 @@ def steps(
             with watch.phase("backward_s", sums, device):
                 (loss / len(group)).backward()
             told[:2] += torch.stack([loss.detach(), mse])
+        told[2] = float(stopping.asked())
         with watch.phase("backward_s", sums, device):
             total = comm.sum_gradients(model.parameters(), told)
         assert total is not None

@@ -44,8 +44,9 @@ def culprit(model: torch.nn.Module, samples: Samples, numbers: list[int], group:
 
     numbers: the samples of the step. They are run again one by one, so that the guilty one has a name.
     """
-    if bad := bad_parameter(model):
-        return bad
+    bad = bad_parameter(model)
+    if group.max(float(bool(bad))):  # parameters are alike on all ranks, unless something is broken
+        return bad or "a parameter of another rank is not finite"
     names = ("the predicted positions", "the virtual nodes' positions", "the squared error")
     for number in numbers:
         graph = samples[number]
