@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,4 +89,5 @@ class Recorder:
             ) from error
 
     def close(self) -> None:
-        self.events.close()
+        with suppress(OSError):  # a full disk was told of by `add`
+            self.events.close()

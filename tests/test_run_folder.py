@@ -178,13 +178,17 @@ def disk(tmp_path: Path):
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_folder_that_may_only_be_read(run, disk):
+def test_a_folder_that_may_only_be_read(run, disk, capsys):
     folder, mount = disk
     shutil.copytree(run, folder / "run")
     runs.resume_training(folder / "run", [])
     assert mount("remount", "ro")
     with pytest.raises(Failure, match=r"run: cannot be written to \(Read-only file system\)"):
         runs.resume_training(folder / "run", ["train.epochs=5"])
+    found = runs.run_evaluation(folder / "run")
+    assert found["FastEGNN"] > 0
+    says = f"warning: {folder}/run/evaluate.csv: not written (Read-only file system)\n"
+    assert capsys.readouterr().err.endswith(says)
     with pytest.raises(Failure, match=r"new: cannot be written to \(Read-only file system\)"):
         runs.run_training(settings(folder / "absent.h5", folder / "new"))
 
