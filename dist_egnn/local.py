@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -64,8 +65,9 @@ def _worker(
         comm.leave()
     except BaseException as error:
         # a peer that lost us raises an error of its own; the parent reports the first that is a Failure
-        out.send(("failure" if isinstance(error, Failure) else "error", str(error), traceback.format_exc()))
-        out.close()
+        with suppress(OSError):  # a parent that is gone does not listen
+            out.send(("failure" if isinstance(error, Failure) else "error", str(error), traceback.format_exc()))
+            out.close()
         os._exit(1)  # leaving in order would wait for the peers
 
 
