@@ -121,7 +121,7 @@ def _count(group: comm.Comm, config: Config) -> dict[str, list[tuple[str, int, i
         ends.append(len(calls))
         loss.backward()
         ends.append(len(calls))
-        group.sum_gradients(model.parameters())
+        group.sum_gradients(model.parameters(), torch.zeros(3))
         ends.append(len(calls))
     finally:
         for name, plain in before.items():
@@ -178,7 +178,7 @@ def _road(group: comm.Comm, config: Config, repeats: int) -> dict[str, float]:
             optimizer.zero_grad(set_to_none=True)
             loss, _ = train.loss_of(config, model, graph, group, torch.Generator().manual_seed(0))
             loss.backward()
-            group.sum_gradients(model.parameters())
+            group.sum_gradients(model.parameters(), torch.zeros(3))
             optimizer.step()
             ends.append(time.perf_counter())
         return (ends[-1] - ends[0]) / (len(ends) - 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -69,10 +69,12 @@ class Lonely(Alone):
     def sum(self, t: Tensor) -> Tensor:
         return _Noted.apply(t, self._note)
 
-    def sum_gradients(self, parameters: Any) -> None:
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], beside: Tensor | None = None) -> Tensor | None:
         found = list(parameters)
-        super().sum_gradients(found)
-        self._note("gradients", torch.cat([p.grad.reshape(-1) for p in found]))
+        super().sum_gradients(found, beside)
+        more = [] if beside is None else [beside]
+        self._note("gradients", torch.cat([*(p.grad.reshape(-1) for p in found if p.grad is not None), *more]))
+        return beside
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def rank(_: Comm, config: Config, number: int, size: int, batches: Sequence[Sequ
                 loss, _ = train.loss_of(config, model, graph, group, torch.Generator().manual_seed(0))
                 loss.backward()
             with timed("finish"):
-                group.sum_gradients(model.parameters())
+                group.sum_gradients(model.parameters(), torch.zeros(3, device=device))  # as train.steps
                 optimizer.step()
         calls[:] = group.calls
         model.eval()

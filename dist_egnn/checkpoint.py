@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from . import files
 from .errors import Failure
 
-FORMAT, VERSION = "dist_egnn.checkpoint", 1
+FORMAT, VERSION = "dist_egnn.checkpoint", 2
+LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+
+
+class Damaged(Failure):
+    """A checkpoint that is not as it was written."""
 
 
 def _on_cpu(state: Any) -> Any:
@@ -23,30 +31,68 @@ def _on_cpu(state: Any) -> Any:
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint: tensors, numbers and text only (``torch.load(weights_only=True)`` reads it)."""
-    fresh = path.with_name(path.name + ".partial")
-    with open(fresh, "wb") as file:
-        torch.save({"format": FORMAT, "version": VERSION, **_on_cpu(state)}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
+    """Write a checkpoint: tensors, numbers and text only (``torch.load(weights_only=True)`` reads it).
+
+    The file ends with the sha256 of all before, as the comment that a zip archive may have.
+    """
+    buffer = io.BytesIO()
+    torch.save({"format": FORMAT, "version": VERSION, **_on_cpu(state)}, buffer)
+    content = buffer.getvalue()[:-2] + len(_comment(b"")).to_bytes(2, "little")  # the archive's last field: its length
+    files.write_whole(path, content + _comment(content))
+
+
+def _comment(content: bytes) -> bytes:
+    return b"sha256 " + hashlib.sha256(content).hexdigest().encode()
+
+
+def save_last(folder: Path, state: dict[str, Any], keep: bool = True) -> None:
+    """Write last.pt; the one before becomes previous.pt, unless it is not worth keeping."""
+    last = folder / LAST
+    if keep and last.exists():  # between the two renames there is no last.pt; then `load_last` takes previous.pt
+        os.replace(last, folder / PREVIOUS)
+    save(last, state)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint. Raises Failure for a file that is missing, damaged or not ours."""
+    """Read a checkpoint. Raises Failure for a file that is missing or not ours, Damaged for one that is not whole."""
     if not path.is_file():
         raise Failure(f"{path}: no such checkpoint; is its folder a run of `distegnn train`?")
+    content = path.read_bytes()
+    end = len(content) - len(_comment(b""))
+    marked = end > 0 and content[end:].startswith(b"sha256 ")
+    if marked and content[end:] != _comment(content[:end]):
+        raise Damaged(f"{path}: damaged: its content is not what was written (sha256); use another one of the run")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise Failure(
+        raise Damaged(
             f"{path}: damaged or not a checkpoint ({type(error).__name__}); use another one of the run"
         ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise Failure(f"{path}: not a checkpoint of this program")
+    if state["version"] == 1:  # had no checksum, and stood at the end of an epoch always
+        return {**state, "epoch": state["epoch"] + 1, "scale": 1.0}
     if state["version"] != VERSION:
-        raise Failure(f"{path}: checkpoint version {state['version']}, this program reads {VERSION}")
+        raise Failure(f"{path}: checkpoint version {state['version']}, this program reads {VERSION}: use a newer one")
+    if not marked:
+        raise Damaged(f"{path}: damaged: its end is missing; use another one of the run")
     return state
+
+
+def load_last(folder: Path) -> tuple[dict[str, Any], str]:
+    """The newest whole checkpoint of a run, and what is wrong with last.pt if it is not that one ("": nothing)."""
+    try:
+        return load(folder / LAST), ""
+    except Damaged as error:
+        wrong = str(error).split(";")[0]
+    except Failure as failure:
+        if (folder / LAST).exists() or not (folder / PREVIOUS).exists():
+            raise
+        wrong = str(failure).split(";")[0]
+    try:
+        return load(folder / PREVIOUS), wrong
+    except Failure as failure:
+        raise Failure(f"{wrong}; and {failure}") from failure
 
 
 def load_weights(model: torch.nn.Module, state: dict[str, Any], path: Path) -> None:

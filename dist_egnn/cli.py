@@ -15,6 +15,7 @@ from .errors import Failure
 from .runs import (
     make_store,
     print_table,
+    resume_training,
     run_doctor,
     run_evaluation,
     run_import,
@@ -170,14 +171,31 @@ def plan(
     epilog="Example: distegnn train recipes/fluid113k/config.yaml data.path=store train.epochs=10 run.dir=runs/fluid"
 )
 def train(
-    config: Annotated[Path, typer.Argument(help="a recipe's config.yaml; `distegnn config` prints every key")],
+    config: Annotated[
+        str | None,
+        typer.Argument(help="a recipe's config.yaml; `distegnn config` prints every key", show_default=False),
+    ] = None,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from run.dir/last.pt")] = False,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="go on with the run in this folder, under its own config")
+    ] = None,
 ) -> None:
-    """Train a model; several parts mean several processes, one per part."""
+    """Train a model; several parts mean several processes, one per part.
+
+    A run that was killed or stopped goes on with distegnn train --resume RUN, more epochs with train.epochs=N behind it.
+    SIGTERM and Ctrl-C write a checkpoint first: exit code 75.
+    """
     from . import config as configs
 
-    run_training(configs.load(config, overrides or ()), resume)
+    words = [*([config] if config is not None else []), *(overrides or ())]
+    if resume is not None:
+        if words and "=" not in words[0]:
+            raise Failure(f"{words[0]}: --resume {resume} goes on under the run's own config; leave this one out")
+        resume_training(resume, words)
+    elif config is None:
+        raise Failure("the config is missing: distegnn train CONFIG, or distegnn train --resume RUN")
+    else:
+        run_training(configs.load(config, overrides or ()))
 
 
 @app.command(epilog="Example: distegnn evaluate runs/fluid")
@@ -338,7 +356,7 @@ app.add_typer(bench.app, name="bench", result_callback=show_report)
 
 
 def main() -> None:
-    """The console script: 0 done, 2 something the user can mend, 130 interrupted."""
+    """The console script: 0 done, 2 something the user can mend, 75 stopped and can go on, 130 interrupted."""
     debug = "--debug" in sys.argv
     if len(sys.argv) == 1:  # not an error
         sys.argv.append("--help")

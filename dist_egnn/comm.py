@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
 from collections.abc import Iterable
 from typing import Any, Protocol
 
@@ -24,8 +25,11 @@ class Comm(Protocol):
     def sum(self, t: Tensor) -> Tensor:
         """The sum of t over all partitions, on every one of them; differentiable."""
 
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replace every gradient by its sum over the partitions (parameters without one get zeros)."""
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], beside: Tensor | None = None) -> Tensor | None:
+        """Replace every gradient by its sum over the partitions (parameters without one get zeros).
+
+        beside (n,): a few numbers that travel along; returns their sum.
+        """
 
     def max(self, value: float) -> float:
         """The largest value over the partitions."""
@@ -49,11 +53,27 @@ class Alone:
     def sum(self, t: Tensor) -> Tensor:
         return t
 
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], beside: Tensor | None = None) -> Tensor | None:
         _fill(parameters)
+        return beside
 
     def max(self, value: float) -> float:
         return value
+
+
+_spent = 0.0
+
+
+def seconds() -> float:
+    """Seconds this process has spent in collectives, waiting for the others included."""
+    return _spent
+
+
+def _all_reduce(t: Tensor, **options: Any) -> None:
+    global _spent
+    started = time.perf_counter()
+    dist.all_reduce(t, **options)
+    _spent += time.perf_counter() - started
 
 
 class _Sum(torch.autograd.Function):
@@ -62,13 +82,13 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, t: Tensor) -> Tensor:
         total = t.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
+        _all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
+        _all_reduce(grad)
         return grad
 
 
@@ -81,16 +101,19 @@ class Group:
     def sum(self, t: Tensor) -> Tensor:
         return _Sum.apply(t)
 
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], beside: Tensor | None = None) -> Tensor | None:
         grads = _fill(parameters)
-        bucket = torch.cat([g.reshape(-1) for g in grads])
-        dist.all_reduce(bucket)
-        for grad, total in zip(grads, bucket.split([g.numel() for g in grads]), strict=True):
+        more = [] if beside is None else [beside.to(grads[0])]
+        bucket = torch.cat([g.reshape(-1) for g in (*grads, *more)])
+        _all_reduce(bucket)
+        totals = bucket.split([g.numel() for g in (*grads, *more)])
+        for grad, total in zip(grads, totals, strict=False):
             grad.copy_(total.view_as(grad))
+        return totals[-1] if more else None
 
     def max(self, value: float) -> float:
         t = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(t, op=dist.ReduceOp.MAX)
+        _all_reduce(t, op=dist.ReduceOp.MAX)
         return float(t)
 
 

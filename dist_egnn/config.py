@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import Failure
+
+SCHEDULES = ("constant", "cosine", "plateau")
 
 
 def _key(default: Any, comment: str) -> Any:
@@ -98,20 +100,26 @@ class Train:
     batch_size: int = _key(1, "snapshots a batch")
     accumulate: int = _key(1, "batches a step of the optimiser")
     lr: float = _key(5e-4, "learning rate of Adam")
-    schedule: str = _key("constant", "constant, or cosine: to zero over the epochs")
+    schedule: str = _key(
+        "constant", "of the rate: constant; cosine (to zero over the epochs); plateau (falls when stuck)"
+    )
+    warmup: float = _key(0.0, "epochs, or a part of one, over which the rate rises to lr, step by step")
+    plateau_epochs: int = _key(10, "plateau: epochs without a better validation MSE after which the rate falls")
+    plateau_factor: float = _key(0.5, "plateau: what it is multiplied by")
     weight_decay: float = _key(1e-12, "Adam's weight decay")
     clip: float = _key(0.0, "largest norm of the gradient; 0: no clipping")
     patience: int = _key(0, "epochs without a better validation MSE before training stops; 0: never")
     seed: int = _key(0, "seed of weights, order and sampling")
     device: str = _key("cpu", "cpu, cuda:N, cuda (each process the next one), or auto: cuda if there is one")
     timeout_s: float = _key(300.0, "how long a process waits for the others before it gives up")
+    checkpoint_minutes: float = _key(10.0, "time between checkpoints inside an epoch; 0: one after every step")
 
 
 @dataclass
 class Run:
     """Where results go."""
 
-    dir: str = _key("runs/run", "folder of checkpoints, metrics.csv, TensorBoard events and config.yaml")
+    dir: str = _key("runs/run", "folder of checkpoints, metrics.csv, TensorBoard events, config.yaml, about.yaml")
 
 
 @dataclass
@@ -169,17 +177,33 @@ def _merge(config: Any, given: Any, where: str) -> Any:
     return config
 
 
+def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Any, str]]:
+    """A file's contents with its name, after those of the file it includes, and so on: later ones win."""
+    if not path.is_file():
+        by = f" (include of {above[-1]})" if above else ""
+        raise Failure(f"{path}: no such config file{by}; `distegnn config > my.yaml` writes one to start from")
+    if path.resolve() in [file.resolve() for file in above]:
+        raise Failure(f"{above[-1]}: include: {path}: the files include each other in a circle; take one include out")
+    try:
+        given = OmegaConf.load(path)
+    except Exception as error:  # whatever the YAML reader raises
+        raise Failure(f"{path}: not readable as YAML ({str(error).splitlines()[0]})") from error
+    if not isinstance(given, DictConfig) or "include" not in given:
+        return [(given, str(path))]
+    base = given.pop("include")
+    if not isinstance(base, str) or not base:
+        raise Failure(f"{path}: include: must name one config file, relative to this one, not {base!r}")
+    return [*_layers(path.parent / base, (*above, path)), (given, str(path))]
+
+
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """The defaults, then the YAML file, then key=value overrides. Raises Failure naming the file or override and the key."""
+    """The defaults, then the YAML file (after the one it includes), then key=value overrides, the last of a key winning.
+
+    Raises Failure naming the file or override and the key.
+    """
     config = OmegaConf.structured(Config)
-    if path is not None:
-        if not Path(path).is_file():
-            raise Failure(f"{path}: no such config file; `distegnn config > my.yaml` writes one to start from")
-        try:
-            given = OmegaConf.load(path)
-        except Exception as error:  # whatever the YAML reader raises
-            raise Failure(f"{path}: not readable as YAML ({str(error).splitlines()[0]})") from error
-        config = _merge(config, given, str(path))
+    for given, where in _layers(Path(path)) if path is not None else ():
+        config = _merge(config, given, where)
     for override in overrides:
         if "=" not in override:
             raise Failure(f"override '{override}': write key=value, for example train.epochs=10")
@@ -208,7 +232,7 @@ def parse(text: str, where: str) -> Config:
 
 
 def _check(config: Config) -> None:
-    """Ranges; what a section alone cannot know is checked where it is used."""
+    """Ranges, and what cannot be together; what a config alone cannot know is checked where it is used."""
     from . import devices, losses
 
     losses.check(config.loss.kernel, config.loss.sigma)
@@ -216,6 +240,8 @@ def _check(config: Config) -> None:
         "data.horizon": 1,
         "data.edge_drop": 0,
         "data.frames": 0,
+        "data.first_frame": 0,
+        "data.last_frame": -1,
         "partition.parts": 0,
         "model.hidden": 1,
         "model.layers": 1,
@@ -229,29 +255,54 @@ def _check(config: Config) -> None:
         "train.batch_size": 1,
         "train.accumulate": 1,
         "train.lr": 0,
+        "train.warmup": 0,
+        "train.plateau_epochs": 1,
         "train.weight_decay": 0,
         "train.clip": 0,
         "train.patience": 0,
         "train.timeout_s": 1,
+        "train.checkpoint_minutes": 0,
     }
     for key, least in low.items():
-        section, name = key.split(".")
-        value = getattr(getattr(config, section), name)
+        value = value_of(config, key)
         if not value >= least:
             raise Failure(f"{key}={value}: must be at least {least}")
-    if not config.data.radius > 0:
-        raise Failure(f"data.radius={config.data.radius}: must be positive (.inf for the complete graph)")
-    if config.model.cutoff is not None and not 0 < config.model.cutoff < math.inf:
-        raise Failure(f"model.cutoff={config.model.cutoff}: must be positive and finite, or null: data.radius")
-    if config.data.edge_drop > 1:
-        raise Failure(f"data.edge_drop={config.data.edge_drop}: must lie in 0 … 1")
-    if config.train.schedule not in ("constant", "cosine"):
-        raise Failure(f"train.schedule={config.train.schedule}: unknown; use constant or cosine")
-    devices.check_name(config.train.device, "train.device=", "auto")
-    if config.model.cutoff is not None and not 0 < config.model.cutoff < math.inf:
-        raise Failure(f"model.cutoff={config.model.cutoff}: must be positive and finite, or null: data.radius")
+    data, train = config.data, config.train
+    if not data.radius > 0:
+        raise Failure(f"data.radius={data.radius}: must be positive (.inf for the complete graph)")
+    cutoff = config.model.cutoff
+    if cutoff is not None and not 0 < cutoff < math.inf:
+        raise Failure(f"model.cutoff={cutoff}: must be positive and finite, or null: data.radius")
+    if data.edge_drop > 1:
+        raise Failure(f"data.edge_drop={data.edge_drop}: must lie in 0 … 1")
+    if 0 <= data.last_frame < data.first_frame:
+        raise Failure(f"data.last_frame={data.last_frame}: lies before data.first_frame={data.first_frame}")
+    if train.schedule not in SCHEDULES:
+        raise Failure(f"train.schedule={train.schedule}: unknown; use {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}")
+    if not 0 < train.plateau_factor < 1:
+        raise Failure(f"train.plateau_factor={train.plateau_factor}: must lie between 0 and 1")
+    if train.warmup >= train.epochs:
+        raise Failure(f"train.warmup={train.warmup}: must be shorter than train.epochs={train.epochs}")
+    if train.schedule == "plateau" and 0 < train.patience <= train.plateau_epochs:
+        raise Failure(
+            f"train.patience={train.patience}: training would stop before the rate falls, after "
+            f"train.plateau_epochs={train.plateau_epochs}; raise the one or lower the other"
+        )
+    devices.check_name(train.device, "train.device=", "auto")
     if config.model.gravity is not None and len(config.model.gravity) != 3:
         raise Failure(f"model.gravity={config.model.gravity}: must be a vector of 3 numbers, or null")
+
+
+def value_of(config: Config, key: str) -> Any:
+    """The value of a dotted key."""
+    section, name = key.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def differences(there: Config, wanted: Config, but: Collection[str] = ()) -> list[tuple[str, Any, Any]]:
+    """(key, value there, value wanted) of each key, except ``but``, in which two configs differ."""
+    pairs = ((key, value_of(there, key), value_of(wanted, key)) for key in keys() if key not in but)
+    return [(key, was, now) for key, was, now in pairs if was != now]
 
 
 def to_yaml(config: Config) -> str:

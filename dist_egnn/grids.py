@@ -163,7 +163,7 @@ def _runs(path: Path, given: Settings, grid: Any, where: str) -> Iterator[Run]:
             plain = config.partition.parts > 1 and not samples.is_store(config.data.path)
         except Failure as failure:
             raise Failure(f"{where}: {failure}") from failure
-        as_set = {k: getattr(getattr(config, k.split(".")[0]), k.split(".")[1]) for k in chosen}
+        as_set = {k: configs.value_of(config, k) for k in chosen}
         name = re.sub(r"[^\w.=,+-]+", "_", ",".join(f"{short(k)}={text(v)}" for k, v in as_set.items())) or "base"
         store = None
         if plain:
@@ -184,13 +184,8 @@ def _same(run: Run) -> None:
     marked = run.folder / "wanted.yaml"
     if not marked.is_file() or marked.read_text() == configs.to_yaml(run.config):
         return
-    found, wanted = asdict(configs.load(marked)), asdict(run.config)
-    for section, name in (k.split(".") for k in KEYS):
-        if found[section][name] != wanted[section][name]:
-            was, now = found[section][name], wanted[section][name]
-            raise Failure(
-                f"{run.folder}: holds a run with {section}.{name}={was}, now it would be {now}; remove it or change out"
-            )
+    for key, was, now in configs.differences(configs.load(marked), run.config):
+        raise Failure(f"{run.folder}: holds a run with {key}={was}, now it would be {now}; remove it or change out")
 
 
 def check(sweep: Sweep) -> None:

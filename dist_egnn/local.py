@@ -11,10 +11,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from . import stopping
 from .errors import Failure
 
 
@@ -34,6 +36,11 @@ def watch(pid: int, folder: Path | None = None) -> None:
     threading.Thread(target=look, daemon=True).start()
 
 
+def _word(rendezvous: str) -> Path:
+    """Where the launcher says that its processes shall stop."""
+    return Path(rendezvous).with_name("stop")
+
+
 def _worker(
     function: Callable[..., Any],
     rank: int,
@@ -48,6 +55,7 @@ def _worker(
 
     from . import comm
 
+    stopping.heed(_word(rendezvous))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
     watch(launcher, Path(rendezvous).parent)
     torch.set_num_threads(1)
@@ -57,8 +65,9 @@ def _worker(
         comm.leave()
     except BaseException as error:
         # a peer that lost us raises an error of its own; the parent reports the first that is a Failure
-        out.send(("failure" if isinstance(error, Failure) else "error", str(error), traceback.format_exc()))
-        out.close()
+        with suppress(OSError):  # a parent that is gone does not listen
+            out.send(("failure" if isinstance(error, Failure) else "error", str(error), traceback.format_exc()))
+            out.close()
         os._exit(1)  # leaving in order would wait for the peers
 
 
@@ -92,7 +101,8 @@ def run(function: Callable[..., Any], size: int, *args: Any, timeout_s: float = 
             pipes.append(here)
             processes.append(process)
         try:
-            return _collect(pipes, processes)
+            with stopping.passing_on(_word(rendezvous)):
+                return _collect(pipes, processes)
         finally:
             for process in processes:
                 process.join(5)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ import torch
 from dgl import DGLGraph
 from torch import Tensor
 
+from . import files
 from .comm import Comm
+from .errors import Failure
 
 
 def peak_memory_gb(device: torch.device | None = None) -> float:
@@ -47,28 +50,44 @@ def fitted_time(graphs: Iterable[DGLGraph], comm: Comm) -> float:
     return float(total[0] / total[1].clamp(min=1e-300))
 
 
+def rows_before(path: Path, epoch: int) -> list[dict[str, Any]]:
+    """The rows of a metrics.csv that lie before an epoch, exactly as they were written. Raises Failure if it is damaged."""
+    if not path.is_file():
+        return []
+    try:
+        table = pd.read_csv(path, float_precision="round_trip")
+        return table[table["epoch"] < epoch].to_dict("records")
+    except (ValueError, KeyError) as error:  # what pandas raises for text that is no such table
+        raise Failure(f"{path}: not the metrics of a run ({str(error).splitlines()[0]}); copy it again") from error
+
+
 class Recorder:
     """metrics.csv and TensorBoard events of a run; only rank 0 has one."""
 
-    def __init__(self, folder: Path, keep: int = 0) -> None:
-        """keep: rows of an earlier metrics.csv to go on from (a resumed run has that many epochs behind it)."""
+    def __init__(self, folder: Path, epoch: int = 0) -> None:
+        """epoch: where the run goes on; what earlier attempts recorded of it and later ones is dropped."""
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = folder / "metrics.csv"
-        self.rows: list[dict[str, Any]] = []
-        if keep and self.path.is_file():
-            self.rows = pd.read_csv(self.path).head(keep).to_dict("records")
-        self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=keep)
+        self.rows = rows_before(self.path, epoch)
+        self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=epoch)
 
-    def add(self, epoch: int, row: dict[str, float]) -> None:
-        """Record an epoch."""
+    def add(self, epoch: int, row: dict[str, float], memory: Sequence[float] = (), z: Tensor | None = None) -> None:
+        """Record an epoch. memory: peak of each rank in GB; z (n, 3): positions of virtual nodes."""
         self.rows.append({"epoch": epoch, **row})
-        fresh = self.path.with_suffix(".csv.partial")
-        pd.DataFrame(self.rows).to_csv(fresh, index=False)
-        fresh.replace(self.path)
-        for name, value in row.items():
-            self.events.add_scalar(name, value, epoch)
-        self.events.flush()
+        files.write_whole(self.path, pd.DataFrame(self.rows).to_csv(index=False).encode())
+        ranks = {f"memory_gb/rank{rank}": gb for rank, gb in enumerate(memory)}
+        try:
+            for name, value in {**row, **ranks}.items():
+                self.events.add_scalar(name, value, epoch)
+            for axis, values in zip("xyz", z.T if z is not None and len(z) else (), strict=False):
+                self.events.add_histogram(f"virtual_nodes/{axis}", values, epoch)
+            self.events.flush()
+        except OSError as error:
+            raise Failure(
+                f"{self.events.log_dir}: cannot be written ({error.strerror}); make room, then go on"
+            ) from error
 
     def close(self) -> None:
-        self.events.close()
+        with suppress(OSError):  # a full disk was told of by `add`
+            self.events.close()

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from . import disk, progress
+from . import disk, files, progress
 from .errors import Failure
 from .local import watch
 from .trajectories import Writer, join
@@ -140,7 +140,8 @@ def write(
             "sha256": sha256(out),
             "bytes": out.stat().st_size,
         }
-        replace(out.with_name(out.name + ".manifest.json"), json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+        files.write_whole(out.with_name(out.name + ".manifest.json"), text.encode())
     except OSError as error:
         raise Failure(f"{disk.reason(error, out)}; once that is mended the same command goes on") from error
     shutil.rmtree(folder)
@@ -153,7 +154,7 @@ def _begin(out: Path, settings: Mapping[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     marked, wanted = folder / "settings.json", json.dumps(settings, sort_keys=True, indent=1)
     if not marked.exists():
-        replace(marked, wanted)
+        files.write_whole(marked, wanted.encode())
     elif marked.read_text() != wanted:
         raise Failure(
             f"{folder} has pieces made with other settings ({marked}); delete that folder, or choose another --out"
@@ -201,13 +202,3 @@ def steps_in(path: Path) -> int:
         return int(path.read_text())
     except (FileNotFoundError, ValueError):
         return 0
-
-
-def replace(path: Path, text: str) -> None:
-    """Write a file completely or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        partial.write_text(text)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -27,9 +27,12 @@ def bar(title: str, total: int, *, shown: bool = True, done: int = 0) -> Iterato
             TimeElapsedColumn,
             TimeRemainingColumn,
         )
+        from rich.table import Column
 
-        columns = (TextColumn(title), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Progress(*columns, TextColumn("{task.fields[note]}"), console=Console(stderr=True)) as progress:
+        columns = (TextColumn(title), BarColumn(10), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        # the note takes the room that is left, and is cut where there is too little
+        rest = TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+        with Progress(*columns, rest, console=Console(stderr=True), expand=True) as progress:
             task = progress.add_task(title, total=total, completed=done, note="")
 
             def on_terminal(note: str = "", to: int | None = None) -> None:

@@ -7,12 +7,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from . import config as configs
-from . import preparing, runs
+from . import preparing, resume, runs
+from .config import Config
 from .errors import Failure
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as cli.py does
@@ -65,26 +64,16 @@ def data_of(recipe: Path, scale: str, path: Path) -> None:
         raise SystemExit(done.returncode)  # it has said why
 
 
-def finished(config: Any) -> bool:
+def finished(config: Config) -> bool:
     """Whether the run of a config is over. Failure where its folder holds a run of another config."""
-    from . import checkpoint
-
     folder = Path(config.run.dir)
-    started, last = folder / "config.yaml", folder / "last.pt"
-    if not last.exists():
-        started.unlink(missing_ok=True)  # interrupted before its first epoch was done
+    if not resume.begun(folder):
         return False
-    there, wanted = asdict(configs.load(started)), asdict(config)
-    for section, keys in wanted.items():
-        for key, value in keys.items():
-            if there[section][key] != value:
-                raise Failure(
-                    f"{started}: {section}.{key} is {there[section][key]} there and {value} now; "
-                    "delete that folder, or choose another --out"
-                )
-    state = checkpoint.load(last)
-    settings = config.train
-    return state["epoch"] + 1 >= settings.epochs or bool(settings.patience and state["waited"] >= settings.patience)
+    for key, was, now in configs.differences(configs.load(folder / "config.yaml"), config):
+        raise Failure(
+            f"{folder / 'config.yaml'}: {key} is {was} there and {now} now; delete that folder, or choose another --out"
+        )
+    return resume.finished(folder, config.train)
 
 
 def run(recipe: Path, scales: Mapping[str, Sequence[str]], arguments: Sequence[str] | None = None) -> None:
@@ -118,7 +107,7 @@ def run(recipe: Path, scales: Mapping[str, Sequence[str]], arguments: Sequence[s
         if finished(config):
             print(f"{config.run.dir}: trained already")
         else:
-            runs.run_training(config, resume=(options.out / name / "last.pt").exists())
+            runs.run_training(config, resume=resume.begun(options.out / name))
         errors |= runs.run_evaluation(options.out / name)
     table = pd.DataFrame({"prediction": errors.keys(), "test MSE": errors.values()})
     for reference in ("linear", "static"):

@@ -21,8 +21,8 @@ from . import checkpoint, graphs, local, measures, train
 from . import config as configs
 from .comm import Comm
 from .errors import Failure
+from .files import write_whole
 from .partition import methods
-from .preparing import replace
 from .progress import bar
 from .runs import print_table
 from .samples import spec_of
@@ -310,7 +310,7 @@ def run_rollout(run: Path, parts: int | None = None, **options: Any) -> pd.DataF
         if 0 < done < job.steps + 1:
             print(f"{shown}: {done} of {job.steps + 1} frames")
     table = errors(out)
-    replace(out.with_suffix(".csv"), table.to_csv(index=False))
+    write_whole(out.with_suffix(".csv"), table.to_csv(index=False).encode())
     _show(shown, table)
     if stopped:
         raise Failure(

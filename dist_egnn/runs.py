@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +103,12 @@ def run_verification(path: Path, config: Any, snapshot: int | None = None) -> No
 
 
 def run_training(config: Any, resume: bool = False) -> dict[str, float]:
-    """Partition if need be, train on as many processes as there are parts, and say where the results are."""
-    from . import local, models, samples
+    """Partition if need be, train on as many processes as there are parts, and say where the results are.
+
+    resume: go on with the run in run.dir. Raises Stopped, after a checkpoint, if a signal asks this process to stop.
+    """
+    from . import files, local, models, samples, stopping
+    from . import resume as resuming
     from . import train as training
 
     models.named(config.model.name)
@@ -110,14 +116,27 @@ def run_training(config: Any, resume: bool = False) -> dict[str, float]:
     folder = Path(config.run.dir)
     if config.data.path:
         config.data.path = str(Path(config.data.path).absolute())  # the run is evaluated from anywhere
-    if (folder / "config.yaml").exists() and not resume:
-        raise Failure(f"{folder}: holds a run already; choose another run.dir, or --resume it")
+    check = resuming.check_resumed if resume else resuming.check_fresh
+    check(config)  # before there is a folder
     parts = samples.parts(config)
-    if parts > 1 and not samples.is_store(config.data.path):
-        run_partition(config, folder / "store")
-    last = local.run(training.train, parts, config, resume, timeout_s=config.train.timeout_s)[0]
+    with files.hold(folder, "another run is at work there; wait for it, or choose another run.dir"):
+        if not resume:
+            check(config)  # now that nobody else begins one
+        if parts > 1 and not samples.is_store(config.data.path):
+            run_partition(config, folder / (f"store-{parts}" if resume else "store"))
+        with stopping.listening():
+            last = local.run(training.train, parts, config, resume, timeout_s=config.train.timeout_s)[0]
+    if "stopped" in last:
+        print(
+            f"{folder}: stopped in epoch {last['epoch']:g} after step {last['step']:g}; go on: distegnn train --resume {folder}",
+            file=sys.stderr,
+        )
+        raise stopping.Stopped
     on = "1 process" if parts == 1 else f"{parts} processes"
-    print(f"{folder}: best validation MSE {last['best_valid_mse']:.4e}, {last.get('step_s', 0):.3f} s a step on {on}")
+    if "step_s" in last:
+        print(f"{folder}: best validation MSE {last['best_valid_mse']:.4e}, {last['step_s']:.3f} s a step on {on}")
+    else:
+        print(f"{folder}: best validation MSE {last['best_valid_mse']:.4e}; done before, train.epochs=N adds to it")
     return last
 
 
@@ -168,19 +187,35 @@ def run_import(file: Path, config: Any) -> None:
     print_table(f"{folder}: FastEGNN of {file}", ["option", "found"], [[k, v] for k, v in shown.items()])
 
 
+def resume_training(run: Path, overrides: Sequence[str]) -> dict[str, float]:
+    """Go on with a run under its own config, but for the overrides."""
+    from . import config as configs
+    from . import resume as resuming
+
+    resuming.check_run(run)
+    given = {word.partition("=")[0] for word in overrides}
+    if "data.path" in given and "partition.parts" not in given:  # a store's parts decide
+        overrides = ["partition.parts=0", *overrides]
+    config = configs.load(run / "config.yaml", overrides)
+    if "run.dir" in given:
+        raise Failure(f"override 'run.dir': a resume goes on in {run}; copy the folder to go on elsewhere")
+    config.run.dir = str(run)
+    return run_training(config, resume=True)
+
+
 def run_evaluation(run: Path, split: str = "test") -> dict[str, float]:
     """Errors of a run's best checkpoint by name, on as many processes as it was trained on; also in evaluate.csv."""
     import pandas as pd
 
     from . import config as configs
     from . import local, samples
+    from . import resume as resuming
     from . import train as training
     from .trajectories import SPLITS
 
     if split not in SPLITS:
         raise Failure(f"--split {split}: use one of {', '.join(SPLITS)}")
-    if not (run / "config.yaml").is_file():
-        raise Failure(f"{run}: not a run (no config.yaml); `distegnn train` makes one")
+    resuming.check_run(run)
     config = configs.load(run / "config.yaml")
     config.run.dir = str(run)
     try:
@@ -196,7 +231,10 @@ def run_evaluation(run: Path, split: str = "test") -> dict[str, float]:
     if path.is_file():
         before = pd.read_csv(path)
         table = pd.concat([before[before["split"] != split], table])
-    table.to_csv(path, index=False)
+    try:
+        table.to_csv(path, index=False)
+    except OSError as error:  # a run that may only be read can be evaluated all the same
+        print(f"warning: {path}: not written ({error.strerror})", file=sys.stderr)
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -21,7 +21,7 @@ Made = TypeVar("Made")
 CACHE_BYTES = 2 << 30  # graphs kept ready by all processes of a machine together
 
 
-def ahead(make: Callable[[Key], Made], keys: Iterable[Key]) -> Iterator[Made]:
+def ahead(make: Callable[[Key], Made], keys: Iterable[Key]) -> Generator[Made, None, None]:
     """make(key) of each key in order, the next one being made in a thread while the last is in use."""
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
         waiting: Future[Made] | None = None
@@ -41,13 +41,18 @@ def kept_bytes(nodes: int, edges: int) -> int:
 class Samples:
     """Samples by number; the latest ones stay in memory, ready for use.
 
-    splits: name → numbers; widths: F and K of the fields f and a; step: time from input to target, in units of v.
+    splits: name → numbers; widths: F and K of the fields f and a; frames: trajectory and frame of each number.
     """
 
     def __init__(
-        self, read: Callable[[int], DGLGraph], splits: dict[str, list[int]], widths: tuple[int, int], budget: int
+        self,
+        read: Callable[[int], DGLGraph],
+        splits: dict[str, list[int]],
+        widths: tuple[int, int],
+        budget: int,
+        frames: list[tuple[int, int]],
     ) -> None:
-        self._read, self.splits, self.widths = read, splits, widths
+        self._read, self.splits, self.widths, self.frames = read, splits, widths, frames
         self._budget, self._held = budget, 0
         self._kept: OrderedDict[int, tuple[DGLGraph, int]] = OrderedDict()
 
@@ -129,7 +134,9 @@ def open_samples(config: Config, part: int, count: int) -> Samples:
         same_settings(store, config.data)
         splits = {name: store.split(name) for name in SPLITS}
         widths = len(store.inputs["features"]), len(store.inputs["node_attributes"])
-        return Samples(lambda number: store.read(number, part), splits, widths, budget)
+        table = store.snapshots
+        frames = list(zip(table["trajectory"].tolist(), table["frame"].tolist(), strict=True))
+        return Samples(lambda number: store.read(number, part), splits, widths, budget, frames)
     d = config.data
     file = Trajectories(d.path)
     features = tuple(d.features) if d.features is not None else (*file[0].attributes, "speed")
@@ -139,6 +146,5 @@ def open_samples(config: Config, part: int, count: int) -> Samples:
             file.sides(k, spec.radius)
     listed = list(snapshots(file, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed))
     splits = {name: [i for i, s in enumerate(listed) if s.split == name] for name in SPLITS}
-    return Samples(
-        lambda number: sample(file, listed[number], spec), splits, (len(features), len(d.node_attributes)), budget
-    )
+    widths, frames = (len(features), len(d.node_attributes)), [(s.trajectory, s.frame) for s in listed]
+    return Samples(lambda number: sample(file, listed[number], spec), splits, widths, budget, frames)

@@ -5,7 +5,6 @@ Each run is a process of its own. A killed sweep takes its runs along, and the n
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import multiprocessing
@@ -14,8 +13,6 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -23,14 +20,14 @@ from typing import Any
 import pandas as pd
 import torch
 
-from . import checkpoint, plots, runs, samples
+from . import checkpoint, files, plots, resume, runs, samples
 from . import config as configs
-from .errors import Failure
+from .files import write_whole
 from .grids import Run, Sweep, short
-from .preparing import replace
 from .progress import bar
 
 NUMBERS = ("valid_mse", "epochs", "epoch_s", "seconds", "parameters", "processes", "peak_gb")
+BUSY = "another sweep is at work there; wait for it or choose another out"
 
 
 def _leave_with_parent() -> None:
@@ -49,12 +46,9 @@ def _work(run: Run) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)
-    resume = (folder / "last.pt").exists()
-    if not resume:  # killed before its first epoch was saved
-        (folder / "config.yaml").unlink(missing_ok=True)
     if run.store:
         runs.run_partition(run.config, run.store)
-    runs.run_training(run.config, resume)
+    runs.run_training(run.config, resume.begun(folder))
     test = runs.run_evaluation(folder)[run.config.model.name]
     epochs = pd.read_csv(folder / "metrics.csv")
     found = {
@@ -67,19 +61,7 @@ def _work(run: Run) -> None:
         "processes": samples.parts(run.config),
         "peak_gb": float(epochs["peak_gb"].max()),
     }
-    replace(folder / "result.json", json.dumps(found, indent=1) + "\n")
-
-
-@contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Hold the sweep's folder against a second sweep; the system lets go of it however this process ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise Failure(f"{out}: another sweep is at work there; wait for it or choose another out") from error
-        yield
+    write_whole(folder / "result.json", (json.dumps(found, indent=1) + "\n").encode())
 
 
 def execute(sweep: Sweep, jobs: int = 1, minutes: float = math.inf) -> dict[str, str]:
@@ -88,7 +70,7 @@ def execute(sweep: Sweep, jobs: int = 1, minutes: float = math.inf) -> dict[str,
     context = multiprocessing.get_context("spawn")
     deadline, failed = time.monotonic() + 60 * minutes, {}
     live: dict[Any, tuple[Run, Any]] = {}
-    with _alone(sweep.out), bar("runs", len(sweep.runs), done=len(sweep.runs) - sweep.missing()) as tick:
+    with files.hold(sweep.out, BUSY), bar("runs", len(sweep.runs), done=len(sweep.runs) - sweep.missing()) as tick:
         queue = [run for run in sweep.runs if run.result() is None]
         try:
             while live or (queue and time.monotonic() < deadline):
@@ -98,7 +80,7 @@ def execute(sweep: Sweep, jobs: int = 1, minutes: float = math.inf) -> dict[str,
                 if ready is not None and len(live) < jobs and time.monotonic() < deadline:
                     run = queue.pop(ready)
                     run.folder.mkdir(parents=True, exist_ok=True)
-                    replace(run.folder / "wanted.yaml", configs.to_yaml(run.config))
+                    write_whole(run.folder / "wanted.yaml", configs.to_yaml(run.config).encode())
                     process = context.Process(target=_work, args=(run,))
                     process.start()
                     live[process.sentinel] = run, process
@@ -146,8 +128,8 @@ def table(sweep: Sweep) -> pd.DataFrame:
         reference = found[by].merge(base[[*by, "test_mse"]], on=by, how="left") if by else base[["test_mse"]]
         values = reference["test_mse"] if by else next(iter(reference["test_mse"]), math.nan)
         found.insert(found.columns.get_loc("test_mse_std") + 1, "of_baseline", found["test_mse"] / values)
-    replace(sweep.out / "results.csv", found.to_csv(index=False))
-    replace(sweep.out / "runs.csv", pd.DataFrame(single).to_csv(index=False))
+    write_whole(sweep.out / "results.csv", found.to_csv(index=False).encode())
+    write_whole(sweep.out / "runs.csv", pd.DataFrame(single).to_csv(index=False).encode())
     if sweep.x:
         curves: dict[str, dict[str, tuple[float, float]]] = {}
         for row in found.fillna({"test_mse_std": 0.0}).to_dict("records"):

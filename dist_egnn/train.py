@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,16 @@ import torch
 from dgl import DGLGraph
 from torch import Tensor
 
-from . import checkpoint, devices, engine, losses, metrics, models
+from . import checkpoint, devices, engine, files, losses, metrics, models, schedules, stopping, watch
 from .comm import Comm
-from .config import Config, Model, to_yaml
+from .config import Config, Model, Train
+from .desk import Desk, opened
 from .errors import Failure
 from .progress import bar
+from .resume import Position, fingerprint, restore
 from .samples import Samples, ahead, open_samples
+
+HISTOGRAM_EVERY = 10  # epochs
 
 
 def device_of(config: Config, rank: int = 0) -> torch.device:
@@ -63,7 +68,7 @@ def _batches(numbers: list[int], size: int) -> list[list[int]]:
     return [numbers[i : i + size] for i in range(0, len(numbers), size)]
 
 
-def _batched(model: torch.nn.Module, samples: Samples, batches: list[list[int]]) -> Iterator[DGLGraph]:
+def _batched(model: torch.nn.Module, samples: Samples, batches: list[list[int]]) -> Generator[DGLGraph, None, None]:
     """The batches in order, each read and cut into tiles while the one before is in use."""
 
     def make(numbers: list[int]) -> DGLGraph:
@@ -81,20 +86,31 @@ def _seeded(*seed: int) -> torch.Generator:
     return torch.Generator(device="cpu").manual_seed(mixed)
 
 
-def evaluate_split(model: torch.nn.Module, samples: Samples, split: str, config: Config, comm: Comm) -> float:
-    """The model's MSE on every sample of a split."""
+def evaluate_split(
+    model: torch.nn.Module,
+    samples: Samples,
+    split: str,
+    config: Config,
+    comm: Comm,
+    virtual: list[Tensor] | None = None,
+) -> float:
+    """The model's MSE on every sample of a split. virtual: takes the virtual nodes' positions (n, 3)."""
     model.eval()
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for graph in _batched(model, samples, _batches(samples.splits[split], config.train.batch_size)):
-            yield model(graph)[0], graph.ndata["y"]
+            predicted, z = model(graph)
+            if virtual is not None:
+                virtual.append(z.flatten(0, 1).cpu())
+            yield predicted, graph.ndata["y"]
 
     with torch.no_grad():
         return metrics.mean_squared_error(pairs(), comm)
 
 
 def train(comm: Comm, config: Config, resume: bool = False) -> dict[str, float]:
-    """Train a model as configured; returns the last epoch's numbers. Every rank runs the same loop.
+    """Train a model as configured, or go on; returns the last epoch's numbers and `best_valid_mse`, with `stopped`,
+    `epoch` and `step` if it was asked to stop. Every rank runs the same loop.
 
     Parameters, losses and sums live on `train.device`; graphs stay on the CPU (PyPI's DGL knows no other device).
     """
@@ -105,98 +121,149 @@ def train(comm: Comm, config: Config, resume: bool = False) -> dict[str, float]:
             raise Failure(f"{config.data.path}: no snapshot in split '{split}'; prepare data with one")
     model = build_model(config, samples.widths, comm).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay)
-    # constant: a schedule all the same, so that checkpoints have one shape
-    cosine = config.train.schedule == "cosine"
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda epoch: 0.5 * (1 + math.cos(math.pi * epoch / config.train.epochs)) if cosine else 1.0
-    )
-    folder, best, waited, first = Path(config.run.dir), math.inf, 0, 0
-    if resume:
-        state = checkpoint.load(folder / "last.pt")
-        checkpoint.load_weights(model, state, folder / "last.pt")
-        optimizer.load_state_dict(state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        torch.set_rng_state(state["rng"])
-        best, waited, first = state["best"], state["waited"], state["epoch"] + 1
-    if comm.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(config))
-    recorder = metrics.Recorder(folder, first) if comm.rank == 0 else None
-    row: dict[str, float] = {}
-    with bar("training", config.train.epochs, shown=comm.rank == 0, done=first) as tick:
-        for epoch in range(first, config.train.epochs):
-            if config.train.patience and waited >= config.train.patience:  # first: a resumed run may be at its end
-                break
-            started = time.perf_counter()
-            row = _epoch(comm, config, model, optimizer, samples, epoch)
-            scheduler.step()
-            row["valid_mse"] = evaluate_split(model, samples, "valid", config, comm)
-            row["peak_gb"] = comm.max(metrics.peak_memory_gb(device))
-            row["epoch_s"] = time.perf_counter() - started
-            improved = row["valid_mse"] < best
-            best, waited = (row["valid_mse"], 0) if improved else (best, waited + 1)
-            if recorder:
-                state = _state(config, model, optimizer, scheduler, epoch, best, waited)
-                if improved:
-                    checkpoint.save(folder / "best.pt", state)
-                recorder.add(epoch, row)
-                checkpoint.save(folder / "last.pt", state)  # last: of the epochs it counts, all else is on disk
-            tick(f"train {row['train_mse']:.3e}  valid {row['valid_mse']:.3e}  {row['step_s']:.2f} s/step")
-    if recorder:
-        recorder.close()
-    return {**row, "best_valid_mse": best}
+    print_of = fingerprint(samples, comm)
+    position, wrong = restore(config, model, optimizer, print_of) if resume else (Position(), "")
+    with ExitStack() as stack:
+        desk = None
+        if comm.size > 1:  # a rank: signals reach it too, and the run's folder is its own while it lives
+            stack.enter_context(stopping.listening())
+        if comm.rank == 0:
+            stack.enter_context(files.hold(Path(config.run.dir), "another run is at work there", first=False))
+            fresh = Desk(config, model, optimizer, position, print_of)
+            desk = stack.enter_context(opened(fresh, comm.size, resume, wrong))
+        return _epochs(comm, config, model, optimizer, samples, position, desk)
 
 
-def _epoch(
-    comm: Comm, config: Config, model: torch.nn.Module, optimizer: torch.optim.Optimizer, samples: Samples, epoch: int
+def _epochs(
+    comm: Comm, config: Config, model: Any, optimizer: Any, samples: Samples, position: Position, desk: Desk | None
 ) -> dict[str, float]:
-    """One pass over the training split; the epoch's means, all partitions counted."""
-    settings = config.train
-    model.train()
+    """The loop. desk: where rank 0 writes things down."""
+    settings, row = config.train, dict[str, float]()
+    device = next(model.parameters()).device
+    count = math.ceil(math.ceil(len(samples.splits["train"]) / settings.batch_size) / settings.accumulate)
+    with bar(
+        "training", settings.epochs * count, shown=desk is not None, done=position.epoch * count + position.step
+    ) as tick:
+        while not position.over(settings):
+            mark = time.perf_counter()
+            for stop in steps(comm, config, model, optimizer, samples, position):
+                mark = _lap(position, mark)
+                tick(_note(position, settings, row))
+                if desk and (stop or desk.due()):
+                    desk.save()
+                if stop:
+                    return _stopped(position)
+            virtual: list[Tensor] | None = [] if position.epoch % HISTOGRAM_EVERY == 0 else None
+            valid = evaluate_split(model, samples, "valid", config, comm, virtual)
+            if not math.isfinite(valid):
+                bad = watch.culprit(model, samples, samples.splits["valid"], comm)
+                raise watch.diverged(config, position.epoch, None, bad)
+            stop, memory = _told(comm, device)
+            _lap(position, mark)
+            row = _row(position, count, optimizer.param_groups[0]["lr"], valid, max(memory))
+            epoch, improved = position.epoch, position.end_epoch(valid, settings)
+            if desk:
+                desk.end_epoch(epoch, row, memory, torch.cat(virtual) if virtual else None, improved)
+            if stop:
+                return _stopped(position)
+    return {**row, "best_valid_mse": position.best}
+
+
+def _lap(position: Position, mark: float) -> float:
+    """Add the time since ``mark`` to the epoch's; returns now."""
+    now = time.perf_counter()
+    position.sums["epoch_s"] += now - mark
+    return now
+
+
+def _stopped(position: Position) -> dict[str, float]:
+    return {"best_valid_mse": position.best, "stopped": 1.0, "epoch": position.epoch, "step": position.step}
+
+
+def _note(position: Position, settings: Train, row: dict[str, float]) -> str:
+    """The epoch's mean loss so far, the rate, the epoch, the last validation: what matters first, lest it be cut."""
+    sums = position.sums
+    valid = f"  valid {row['valid_mse']:.1e}" if row else ""
+    loss, rate = sums["loss"] / sums["batches"], sums["step_s"] / position.step
+    return f"loss {loss:.1e}  {rate:.2g} s/step  epoch {position.epoch + 1}/{settings.epochs}{valid}"
+
+
+def _told(comm: Comm, device: torch.device) -> tuple[bool, list[float]]:
+    """Whether any rank was asked to stop, and every rank's peak memory in GB."""
+    told = torch.zeros(comm.size + 1, dtype=torch.float64, device="cpu")
+    told[comm.rank], told[-1] = metrics.peak_memory_gb(device), float(stopping.asked())
+    *memory, stop = comm.sum(told).tolist()
+    return stop > 0, memory
+
+
+def _row(position: Position, count: int, lr: float, valid: float, peak_gb: float) -> dict[str, float]:
+    """An epoch's line of metrics.csv."""
+    sums = position.sums
+    return {
+        "train_loss": sums["loss"] / sums["batches"],
+        "train_mse": sums["mse"] / sums["batches"],
+        "lr": lr,
+        **{name: sums[name] / count for name in ("step_s", *watch.PHASES, "grad_norm")},
+        "valid_mse": valid,
+        "peak_gb": peak_gb,
+        "epoch_s": sums["epoch_s"],
+    }
+
+
+def _clipped(model: torch.nn.Module, largest: float) -> float:
+    """Clip the gradient's norm, if it shall be; what it was. NaN, and nothing done, if it is not finite."""
+    try:  # clipping by infinity only measures
+        return float(torch.nn.utils.clip_grad_norm_(model.parameters(), largest or math.inf, error_if_nonfinite=True))
+    except RuntimeError:
+        return math.nan
+
+
+def steps(
+    comm: Comm, config: Config, model: Any, optimizer: torch.optim.Optimizer, samples: Samples, position: Position
+) -> Iterator[bool]:
+    """The optimiser steps of an epoch from position.step on; yields after each whether any rank was asked to stop.
+
+    position.sums grows by the loss and MSE of each batch, all partitions counted, the number of batches, the gradient's norm
+    before clipping, and seconds. Raises Failure, before the weights change, where loss or gradient is not finite.
+    """
+    settings, sums, epoch = config.train, position.sums, position.epoch
     device, draw = next(model.parameters()).device, _seeded(settings.seed, epoch)
     order = torch.randperm(len(samples.splits["train"]), generator=draw, device=draw.device).tolist()
     batches = _batches([samples.splits["train"][i] for i in order], settings.batch_size)
-    summed = torch.zeros(2, dtype=torch.float64, device=device)
-    norm, steps, seconds = 0.0, 0, 0.0
-    rate = optimizer.param_groups[0]["lr"]
-    graphs = _batched(model, samples, batches)
-    for group in _batches(list(range(len(batches))), settings.accumulate):
-        optimizer.zero_grad(set_to_none=True)
+    groups = _batches(list(range(len(batches))), settings.accumulate)
+    graphs = _batched(model, samples, batches[position.step * settings.accumulate :])
+    for group in groups[position.step :]:
+        model.train()
         started = time.perf_counter()
+        optimizer.zero_grad(set_to_none=True)
+        told = torch.zeros(3, device=device)  # loss, MSE, whether to stop: these travel with the gradients
         for index in group:
-            loss, mse = loss_of(config, model, next(graphs), comm, _seeded(settings.seed, epoch, index))
-            (loss / len(group)).backward()
-            summed += torch.stack([loss.detach(), mse]).double()
-        comm.sum_gradients(model.parameters())
-        if settings.clip:
-            norm += float(torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip))
+            with watch.phase("data_s", sums, device):
+                graph = next(graphs)
+            with watch.phase("forward_s", sums, device):
+                loss, mse = loss_of(config, model, graph, comm, _seeded(settings.seed, epoch, index))
+            with watch.phase("backward_s", sums, device):
+                (loss / len(group)).backward()
+            told[:2] += torch.stack([loss.detach(), mse])
+        told[2] = float(stopping.asked())
+        with watch.phase("backward_s", sums, device):
+            total = comm.sum_gradients(model.parameters(), told)
+        assert total is not None
+        lost, erred, stop = total.tolist()
+        norm = _clipped(model, settings.clip)
+        if not (math.isfinite(lost) and math.isfinite(norm)):
+            graphs.close()  # no other thread reads samples now
+            numbers = [n for index in group for n in batches[index]]
+            raise watch.diverged(config, epoch, position.step, watch.culprit(model, samples, numbers, comm))
+        for options in optimizer.param_groups:
+            options["lr"] = schedules.rate(settings, epoch, (position.step + 1) / len(groups), position.scale)
         optimizer.step()
         devices.wait(device)
-        seconds += time.perf_counter() - started
-        steps += 1
-    loss_mean, mse_mean = (comm.sum(summed) / len(batches)).tolist()
-    if not math.isfinite(loss_mean):
-        raise Failure(
-            f"{config.run.dir}: the loss is {loss_mean} in epoch {epoch}; lower train.lr or set train.clip "
-            f"(the last good checkpoint is kept)"
-        )
-    row = {"train_loss": loss_mean, "train_mse": mse_mean, "lr": rate, "step_s": seconds / steps}
-    return {**row, "grad_norm": norm / steps} if settings.clip else row
-
-
-def _state(
-    config: Config, model: Any, optimizer: Any, scheduler: Any, epoch: int, best: float, waited: int
-) -> dict[str, Any]:
-    return {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
-        "rng": torch.get_rng_state(),
-        "epoch": epoch,
-        "best": best,
-        "waited": waited,
-        "config": to_yaml(config),
-    }
+        position.step += 1
+        for name, value in (("loss", lost), ("mse", erred), ("batches", len(group)), ("grad_norm", norm)):
+            sums[name] += value
+        sums["step_s"] += time.perf_counter() - started
+        yield stop > 0
 
 
 def evaluate(comm: Comm, config: Config, weights: Path | None, split: str = "test") -> dict[str, float]:

@@ -12,30 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
-import numpy as np
 import pytest
-from small import DATA
+from small import DATA, falling_swirl
 
 hypothesis.settings.register_profile("ours", deadline=None)  # machines differ, and are shared
 hypothesis.settings.load_profile("ours")
 
 SIZES = (200, 250, 220, 210)
 SPLITS = ("train", "train", "valid", "test")
-FRAMES = 14
-
-
-def falling_swirl(nodes: int, seed: int) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Nodes of a unit cube that turn about its axis, spread, and fall: position, velocity (T, N, 3), attributes (N,)."""
-    draw = np.random.default_rng(seed)
-    start = draw.uniform(size=(nodes, 3))
-    mass = draw.uniform(0.5, 2.0, nodes)
-    viscosity = np.full(nodes, 0.01 * (seed + 1))
-    swirl = 0.03 * np.stack([0.5 - start[:, 1], start[:, 0] - 0.5, 0.2 * draw.normal(size=nodes)], 1)
-    gravity = np.array([0.0, 0.0, -0.002])
-    t = np.arange(FRAMES)[:, None, None]
-    position = start + swirl * t + gravity * t**2 / 2 * mass[:, None]
-    velocity = swirl + gravity * t * mass[:, None]
-    return position, velocity, {"mass": mass, "viscosity": viscosity}
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,23 @@
-"""How tests turn their small trajectories file into samples, where they have no reason to differ: 10 to 15 neighbours, 3 frames."""
+"""The tests' small trajectories, and how they are turned into samples where there is no reason to differ: 10 to 15 neighbours."""
+
+from __future__ import annotations
+
+import numpy as np
 
 DATA = {"radius": 0.27, "horizon": 3, "frames": 3, "features": ["mass", "viscosity/max", "speed"]}
 DATA["node_attributes"] = ["mass"]
+FRAMES = 14
+
+
+def falling_swirl(nodes: int, seed: int) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Nodes of a unit cube that turn about its axis, spread, and fall: position, velocity (T, N, 3), attributes (N,)."""
+    draw = np.random.default_rng(seed)
+    start = draw.uniform(size=(nodes, 3))
+    mass = draw.uniform(0.5, 2.0, nodes)
+    viscosity = np.full(nodes, 0.01 * (seed + 1))
+    swirl = 0.03 * np.stack([0.5 - start[:, 1], start[:, 0] - 0.5, 0.2 * draw.normal(size=nodes)], 1)
+    gravity = np.array([0.0, 0.0, -0.002])
+    t = np.arange(FRAMES)[:, None, None]
+    position = start + swirl * t + gravity * t**2 / 2 * mass[:, None]
+    velocity = swirl + gravity * t * mass[:, None]
+    return position, velocity, {"mass": mass, "viscosity": viscosity}

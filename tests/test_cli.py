@@ -142,7 +142,9 @@ def test_train_then_evaluate(run, small):
     assert "runs/one: best validation MSE" in ran.out
     assert sorted(f.name for f in folder.iterdir()) == ["my.yaml", "runs"]
     one = folder / "runs" / "one"
-    assert {"best.pt", "last.pt", "config.yaml", "metrics.csv", "tensorboard"} <= {f.name for f in one.iterdir()}
+    assert {"best.pt", "last.pt", "config.yaml", "about.yaml", "metrics.csv", "tensorboard"} <= {
+        f.name for f in one.iterdir()
+    }
     assert len(pd.read_csv(one / "metrics.csv")) == 1
 
     code, out, err = distegnn("evaluate", "runs/one", cwd=folder)
@@ -170,5 +172,6 @@ def test_a_second_run_leaves_the_first_alone(run):
     before = files(folder)
     code, out, err = distegnn(*arguments, cwd=folder)
     assert (code, out) == (2, "")
-    assert err == "error: runs/one: holds a run already; choose another run.dir, or --resume it\n"
+    assert err.startswith("error: runs/one: holds a run already; choose another run.dir, or go on: ")
+    assert err.endswith("distegnn train --resume runs/one\n")
     assert files(folder) == before

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
 import math
 from pathlib import Path
 
 import pytest
 import yaml
 
+from dist_egnn import models
 from dist_egnn.config import SECTIONS, Config, keys, load, to_yaml
 from dist_egnn.errors import Failure
 
-RECIPES = sorted(Path(__file__).parents[1].glob("recipes/*/config.yaml"))
+ROOT = Path(__file__).parents[1]
+RECIPES = sorted(ROOT.glob("recipes/*/config.yaml"))
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -152,6 +156,8 @@ LOWEST = {
     "data.horizon": 1,
     "data.edge_drop": 0,
     "data.frames": 0,
+    "data.first_frame": 0,
+    "data.last_frame": -1,
     "partition.parts": 0,
     "model.hidden": 1,
     "model.layers": 1,
@@ -163,10 +169,13 @@ LOWEST = {
     "train.batch_size": 1,
     "train.accumulate": 1,
     "train.lr": 0,
+    "train.warmup": 0,
+    "train.plateau_epochs": 1,
     "train.weight_decay": 0,
     "train.clip": 0,
     "train.patience": 0,
     "train.timeout_s": 1,
+    "train.checkpoint_minutes": 0,
 }
 
 
@@ -174,8 +183,8 @@ LOWEST = {
 def test_ranges(key):
     section, name = key.split(".")
     assert getattr(getattr(load(None, [f"{key}={LOWEST[key]}"]), section), name) == LOWEST[key]
-    with pytest.raises(Failure, match=f"{key}=-1(.0)?: must be at least {LOWEST[key]}"):
-        load(None, [f"{key}=-1"])
+    with pytest.raises(Failure, match=f"{key}=-2(.0)?: must be at least {LOWEST[key]}"):
+        load(None, [f"{key}=-2"])
 
 
 @pytest.mark.parametrize(
@@ -187,11 +196,13 @@ def test_ranges(key):
         ("data.radius=-1", r"data\.radius=-1"),
         ("data.radius=.nan", r"data\.radius=nan"),
         ("train.lr=.nan", r"train\.lr=nan"),
-        ("train.schedule=linear", r"train\.schedule=linear: unknown; use constant or cosine"),
+        ("train.schedule=linear", r"train\.schedule=linear: unknown; use constant, cosine or plateau"),
         *(
             (f"train.device={name}", rf"train\.device={name}: unknown; use cpu, cuda, cuda:N or auto$")
             for name in ("gpu", "Cuda", "cuda:x", "cuda:-1", "cuda:01", "cuda:N", "cpu:0", "1")
         ),
+        ("train.warmup=100", r"train\.warmup=100\.0: must be shorter than train\.epochs=100"),
+        *((f"train.plateau_factor={x}", r"train\.plateau_factor=.*: must lie between 0 and 1") for x in (0, 1, ".nan")),
         ("model.gravity=[1,2]", r"model\.gravity=\[1\.0, 2\.0\]: must be a vector of 3"),
         ("loss.kernel=cosine", "kernel"),
         ("loss.sigma=0", "sigma"),
@@ -200,6 +211,81 @@ def test_ranges(key):
 def test_values_out_of_range(override, says):
     with pytest.raises(Failure, match=says):
         load(None, [override])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["data.first_frame=5", "data.last_frame=4"], r"data\.last_frame=4: lies before data\.first_frame=5"),
+        (["train.epochs=3", "train.warmup=3"], r"train\.warmup=3\.0: must be shorter than train\.epochs=3"),
+        (
+            ["train.schedule=plateau", "train.patience=10"],
+            r"train\.patience=10: training would stop before the rate falls, after train\.plateau_epochs=10",
+        ),
+    ],
+)
+def test_what_cannot_be_together(overrides, says):
+    for k in range(len(overrides)):
+        load(None, overrides[:k])
+    with pytest.raises(Failure, match=says):
+        load(None, overrides)
+
+
+def test_an_included_file_comes_first(tmp_path):
+    """Relative to the file that includes it; what that sets wins, key by key; overrides win over both."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "root.yaml").write_text("train: {lr: 0.1, epochs: 7, seed: 3}\n")
+    (tmp_path / "base" / "more.yaml").write_text("include: root.yaml\ntrain: {lr: 0.2}\nmodel: {hidden: 8}\n")
+    path = write(tmp_path, "include: base/more.yaml\ntrain: {epochs: 9}\n")
+    config = load(path, ["train.seed=4"])
+    assert (config.train.lr, config.train.epochs, config.train.seed, config.model.hidden) == (0.2, 9, 4, 8)
+    assert "include" not in to_yaml(config)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("include: absent.yaml", r"/absent\.yaml: no such config file \(include of .*/my\.yaml\)"),
+        ("include: my.yaml", r"/my\.yaml: include: .*/my\.yaml: the files include each other in a circle"),
+        ("include: other.yaml", r"/other\.yaml: include: .*my\.yaml: the files include each other in a circle"),
+        ("include: [a.yaml, b.yaml]", r"/my\.yaml: include: must name one config file, .*, not \['a"),
+        ("include:", r"/my\.yaml: include: must name one config file"),
+        ("include: wrong.yaml", r"/wrong\.yaml: unknown key 'train\.epoch'; did you mean train\.epochs\?"),
+        ("include: ok.yaml\ntrain: {epoch: 3}", r"/my\.yaml: unknown key 'train\.epoch'; did you mean train\.epochs\?"),
+    ],
+)
+def test_mistakes_in_an_include(tmp_path, text, says):
+    (tmp_path / "other.yaml").write_text("include: ./my.yaml")
+    (tmp_path / "wrong.yaml").write_text("train: {epoch: 3}")
+    (tmp_path / "ok.yaml").write_text("train: {epochs: 3}")
+    with pytest.raises(Failure, match=says) as caught:
+        load(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+ALIASES = {"data": ("settings", "data", "d"), "train": ("settings", "train")}  # names of a section's object in the code
+
+
+def test_every_key_is_read():
+    """Outside config.py: as section.key, by a known name of the section, or as an option of a model."""
+    options = set(inspect.signature(models.EGNN).parameters)
+    for model in models.MODELS:
+        if issubclass(model, models.Network):
+            options |= set(inspect.signature(model.layer.build).parameters)
+    package = Path(models.__file__).parent
+    files = [f for f in [*package.rglob("*.py"), *(ROOT / "partition").glob("*.py")] if f.name != "config.py"]
+    read = set()
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                of = node.value
+                name = of.attr if isinstance(of, ast.Attribute) else of.id if isinstance(of, ast.Name) else ""
+                read |= {f"{s}.{node.attr}" for s in SECTIONS if name in ALIASES.get(s, (s,)) or name == s}
+    read |= {f"model.{name}" for name in options}
+    assert [key for key in [*keys(), "train.absent", "model.absent"] if key not in read] == [
+        "train.absent",
+        "model.absent",
+    ]
 
 
 def test_sections_are_dataclasses_with_defaults():

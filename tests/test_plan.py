@@ -63,7 +63,7 @@ def test_sums_are_those_of_a_run(make_store: Any) -> None:
         model = train.build_model(config, ours.widths, group)
         loss, _ = train.loss_of(config, model, ours[ours.splits["train"][0]], group, torch.Generator().manual_seed(0))
         loss.backward()
-        group.sum_gradients(model.parameters())
+        group.sum_gradients(model.parameters(), torch.zeros(3))
         assert [(c.phase, c.numbers, c.numbers * c.width) for c in group.calls] == real
     assert len(real) == 2 * config.model.layers + 1
 
@@ -143,7 +143,7 @@ def test_plan_of_a_store_as_users_see_it(make_store: Any, tmp_path: Path, monkey
     assert found["calls"] == 4 * (2 + 2) + 1  # batches of a step, layers forward and backward; the gradients
     numbers = 3 + 3 * 3 + 8 * 3
     model = train.build_model(load(config), (3, 1), Lonely(0, 2))
-    assert found["payload_bytes"] == 4 * (16 * numbers + sum(p.numel() for p in model.parameters()))
+    assert found["payload_bytes"] == 4 * (16 * numbers + sum(p.numel() for p in model.parameters()) + 3)
     assert found["wire_bytes"] == found["payload_bytes"]  # 2(P − 1)/P
     assert [rank["rank"] for rank in found["ranks"]] == [0, 1]
     for rank in found["ranks"]:

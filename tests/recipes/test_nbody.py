@@ -288,18 +288,18 @@ def test_road_goes_on_after_an_interruption(data, tmp_path, monkeypatch):
 
     arguments = [f"data.path={data}", "--models", "EGNN", "--epochs", "4"]
     road.run(RECIPE, SCALES, ["--out", str(tmp_path / "whole"), *arguments])
-    epoch = train._epoch
+    steps = train.steps
 
     def stopping(*given):
-        if given[-1] == 2:
+        if given[-1].epoch == 2:
             raise KeyboardInterrupt
-        return epoch(*given)
+        return steps(*given)
 
     stopped = ["--out", str(tmp_path / "stopped"), *arguments]
-    monkeypatch.setattr(train, "_epoch", stopping)
+    monkeypatch.setattr(train, "steps", stopping)
     with pytest.raises(KeyboardInterrupt):
         road.run(RECIPE, SCALES, stopped)
-    monkeypatch.setattr(train, "_epoch", epoch)
+    monkeypatch.setattr(train, "steps", steps)
     road.run(RECIPE, SCALES, stopped)
     whole, mended = (torch.load(tmp_path / name / "EGNN" / "last.pt")["model"] for name in ("whole", "stopped"))
     assert all(torch.equal(value, mended[key]) for key, value in whole.items())
