@@ -48,7 +48,7 @@ SIZES = {"tiny": (1_500, (1, 1, 1), 40), "small": (20_000, (8, 2, 2), 80), "full
 SCALES = {
     "tiny": "1,500 particles, 1/1/1 trajectories of 40 frames: 10 s of a core, 3 MB",
     "small": "20,000 particles, 8/2/2 trajectories of 80 frames: 40 to 70 minutes of a core, 0.35 GB (extrapolated)",
-    "full": "113,140 particles, 100/20/20 trajectories of 200 frames: 140 to 280 hours of a core, 60 GB (extrapolated)",
+    "full": "113,140 particles, 100/20/20 trajectories of 200 frames: 4 to 12 hours of a core each, 60 GB (extrapolated)",
 }
 EXAMPLE = """\
 python recipes/fluid113k/prepare.py --out recipes/fluid113k/sample.h5 --particles 3200 --trajectories 4 1 1 \\
