@@ -260,7 +260,11 @@ def run_plan(config: Any, as_json: bool = False) -> None:
     ]
     counted = ", ".join(f"{n} {split}" for split, n in found.snapshots.items())
     header = ["rank", "nodes", "edges", "cut", "halo", "memory [GB]", "alone [s]"]
-    print_table(f"{found.data}: {counted} snapshots, {found.parts} processes on {found.cores:g} cores", header, rows)
+    print_table(
+        f"{found.data}: {counted} snapshots, {found.parts} process{'es' * (found.parts > 1)} on {found.cores:g} cores",
+        header,
+        rows,
+    )
     print(f"memory: {found.memory_gb:.2f} GB in all, {found.free_gb:.1f} GB are free")
     print(
         f"sums a step: {found.calls} calls, {found.payload_bytes:,} bytes from each process, {found.wire_bytes:,.0f} on the wire, "
@@ -272,6 +276,7 @@ def run_plan(config: Any, as_json: bool = False) -> None:
     print(
         f"step: {found.step_s:.3f} s; epoch of {found.steps} steps and validation: {found.epoch_s:.2f} s, the first "
         f"{found.first_epoch_s:.2f} s; {found.epochs} epochs: {total:.0f} s"
+        + (f" ({total / 3600:.1f} hours)" if total > 3600 else "")
     )
     if found.busy < 0.9:
         print(
