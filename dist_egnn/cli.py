@@ -245,6 +245,23 @@ def rollout(
     )
 
 
+@app.command(epilog="Example: distegnn report runs/fluid --rollout runs/fluid/rollout.vtkhdf")
+def report(
+    run: Annotated[Path, typer.Argument(help="folder of a run")],
+    rollout: Annotated[
+        Path | None,
+        typer.Option(help="file that `distegnn rollout` wrote", show_default="the newest .vtkhdf in the run's folder"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="page to write, .html; an older one is replaced", show_default="RUN/report.html")
+    ] = None,
+) -> None:
+    """Show a run on one page: curves, errors, a sample, a rollout, seconds by phase, settings. The file needs no other."""
+    from .report import run_report
+
+    run_report(run, rollout, out)
+
+
 @app.command(epilog="Example: distegnn render runs/fluid/rollout.vtkhdf --out runs/fluid/rollout.gif --fps 4")
 def render(
     rollout: Annotated[Path, typer.Argument(help="file that `distegnn rollout` wrote")],

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import os
 import shutil
-import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
-from . import plots
+from . import films, plots
 from .errors import Failure
 from .progress import bar
 from .vtkhdf import Frame, Rollout
@@ -171,140 +168,29 @@ class Camera:
         plots.view(axes, self.low, self.high, zoom=1.08)
         axes.tick_params(labelsize=7, pad=-2)
         if self.box is not None:
-            for ends in self._edges():
+            for ends in self._edges(self.box):
                 axes.plot(*ends[:, [0, 2, 1]].T, color="0.4", lw=0.8, zorder=0.5)
         if x is not None:
             c = GREY if colour is None else self.paint(colour)
             axes.scatter(*self._inside(x)[:, [0, 2, 1]].T, c=c, s=self.size, linewidths=0, depthshade=False)
 
-    def _edges(self) -> Iterator[np.ndarray]:
+    def _edges(self, box: np.ndarray) -> Iterator[np.ndarray]:
         """The box's twelve edges as far as they are in the view, each (2, 3)."""
-        corners = np.clip(self.box, self.low, self.high)  # type: ignore[arg-type]
+        corners = np.clip(box, self.low, self.high)
         for axis in range(3):
             for one, two in itertools.product((0, 1), repeat=2):
                 ends = np.empty((2, 3))
                 ends[:, axis] = corners[:, axis]
                 ends[:, (axis + 1) % 3], ends[:, (axis + 2) % 3] = corners[one, axis - 2], corners[two, axis - 1]
-                if not (ends[:, 1] == self.high[1]).all() or self.high[1] == self.box[1][1]:  # type: ignore[index]
+                if self.high[1] == box[1, 1] or (ends[:, 1] < self.high[1]).any():
                     yield ends  # all but the lid of a box that is higher than the view
 
     def _inside(self, x: np.ndarray) -> np.ndarray:
         """x, with NaN for what lies outside the view: matplotlib would draw it across the page."""
-        return np.where(((x >= self.low) & (x <= self.high)).all(1)[:, None], x, np.nan)
+        return np.where(np.all((x >= self.low) & (x <= self.high), axis=1, keepdims=True), x, np.nan)
 
     def close(self) -> None:
         plots.pyplot().close(self.figure)
-
-
-class Sink(Protocol):
-    """Takes pictures, all of one size."""
-
-    def add(self, picture: np.ndarray) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class Folder:
-    """frame-0000.png and so on."""
-
-    def __init__(self, path: Path, fps: float) -> None:
-        self.path, self.count = path, 0
-        path.mkdir()
-
-    def add(self, picture: np.ndarray) -> None:
-        from PIL import Image
-
-        Image.fromarray(picture).save(self.path / f"frame-{self.count:04d}.png", optimize=True)
-        self.count += 1
-
-    def close(self) -> None:
-        pass
-
-
-class Gif:
-    """Frame by frame: Pillow's own way to write a GIF keeps all of them."""
-
-    def __init__(self, path: Path, fps: float) -> None:
-        self.file, self.begun = open(path, "wb"), False  # noqa: SIM115 (closed below)
-        self.ms = max(round(1000 / fps), 20)  # browsers slow down what is faster
-
-    def add(self, picture: np.ndarray) -> None:
-        from PIL import GifImagePlugin, Image
-
-        image = Image.fromarray(picture).quantize(128, dither=Image.Dither.NONE)
-        if not self.begun:
-            self.file.writelines(GifImagePlugin.getheader(image.copy(), info={"loop": 0})[0])
-            self.begun = True
-        self.file.writelines(GifImagePlugin.getdata(image, duration=self.ms, include_color_table=True))
-
-    def close(self) -> None:
-        if self.begun:
-            self.file.write(b";")
-        self.file.close()
-
-
-class Mp4:
-    """H.264 by ffmpeg, which gets raw pictures through a pipe."""
-
-    def __init__(self, path: Path, fps: float) -> None:
-        self.path, self.fps = path, fps
-        self.process: subprocess.Popen[bytes] | None = None
-        self.log = open(path.with_name(path.name + ".log"), "w+b")  # noqa: SIM115 (closed below)
-
-    def add(self, picture: np.ndarray) -> None:
-        even = picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2]  # H.264 wants even sides
-        if self.process is None:
-            size = f"{even.shape[1]}x{even.shape[0]}"
-            source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(self.fps), "-i", "-"]
-            coded = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-movflags", "+faststart", str(self.path)]
-            command = ["ffmpeg", "-loglevel", "error", "-y", *source, *coded]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=self.log, stderr=self.log)
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(np.ascontiguousarray(even).tobytes())
-        except BrokenPipeError:
-            self.close()
-
-    def close(self) -> None:
-        process, self.process = self.process, None
-        try:
-            if process is not None:
-                process.communicate()
-                if process.returncode:
-                    self.log.seek(0)
-                    said = (self.log.read().decode(errors="replace").strip().splitlines() or ["nothing said"])[-1]
-                    raise Failure(f"{self.path}: ffmpeg failed ({said}); write a .gif, or a folder of PNG")
-        finally:
-            self.log.close()
-            Path(self.log.name).unlink(missing_ok=True)
-
-
-SINKS: dict[str, type[Folder] | type[Gif] | type[Mp4]] = {"": Folder, ".gif": Gif, ".mp4": Mp4}
-
-
-@contextmanager
-def _whole(path: Path, fps: float) -> Iterator[Sink]:
-    """A sink whose file or folder gets its name at the end; whatever goes wrong before leaves nothing."""
-    fresh = path.with_name(f"{path.stem}.partial{path.suffix}")
-
-    def remove() -> None:
-        shutil.rmtree(fresh) if fresh.is_dir() else fresh.unlink(missing_ok=True)
-
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove()  # of one that was killed
-        sink = SINKS[path.suffix](fresh, fps)
-        try:
-            yield sink
-        finally:
-            sink.close()
-        os.replace(fresh, path)
-    except OSError as error:
-        remove()
-        raise Failure(f"{path}: cannot be written ({error.strerror}); make room or rights, or choose --out") from error
-    except BaseException:
-        remove()
-        raise
 
 
 def run_render(path: Path, out: Path | None, fps: float, every: int, colour: str) -> None:
@@ -314,7 +200,7 @@ def run_render(path: Path, out: Path | None, fps: float, every: int, colour: str
         raise Failure(f"--colour {colour}: use one of {', '.join(COLOURS)}")
     if not (every >= 1 and 0 < fps <= 1000):
         raise Failure(f"--every {every} --fps {fps:g}: must be at least 1; above 0 and at most 1000")
-    if out.suffix not in SINKS:
+    if out.suffix not in films.SINKS:
         raise Failure(f"--out {out}: must end in .mp4 or .gif; a name without an ending is a folder of PNG")
     if out.exists():
         raise Failure(f"{out}: exists; remove it or choose another --out")
@@ -329,7 +215,7 @@ def run_render(path: Path, out: Path | None, fps: float, every: int, colour: str
         shots = Shots(rollout, every, colour)
         camera = Camera(shots, colour)
         try:
-            with _whole(out, fps) as sink, bar("rendering", len(shots)) as tick:
+            with films.whole(out, fps) as sink, bar("rendering", len(shots)) as tick:
                 for shot in shots:
                     sink.add(camera.draw(shot))
                     tick()

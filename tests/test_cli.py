@@ -17,7 +17,19 @@ import pytest
 from dist_egnn.config import load
 from dist_egnn.trajectories import Trajectories, snapshots
 
-COMMANDS = ("partition", "verify", "doctor", "plan", "train", "evaluate", "rollout", "import-checkpoint", "config")
+COMMANDS = (
+    "partition",
+    "verify",
+    "doctor",
+    "plan",
+    "train",
+    "evaluate",
+    "rollout",
+    "report",
+    "render",
+    "import-checkpoint",
+    "config",
+)
 RADIUS, HORIZON = 0.27, 3
 
 
