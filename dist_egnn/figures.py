@@ -25,7 +25,7 @@ def _figure(three: bool = False) -> tuple[Any, Any]:
     figure = plt.figure(figsize=SIZE, dpi=DPI, layout=None if three else "constrained")
     axes = figure.add_subplot(projection="3d" if three else None)
     if three:
-        axes.set_position((0.02, 0.05, 0.9, 0.84))
+        axes.set_position((0.03, 0.09, 0.9, 0.83))
         axes.computed_zorder = False
     else:
         axes.grid(alpha=0.3, which="both")
@@ -91,8 +91,9 @@ def _scene(axes: Any, x: np.ndarray) -> None:
     slack = 0.03 * np.ptp(x, 0) + max(0.04 * np.ptp(x, 0).max(), 1e-6)
     low, high = x.min(0) - slack, x.max(0) + slack
     tall = (high - low)[1] / np.linalg.norm(high - low)
-    plots.view(axes, low, high, zoom=min(1.22, 0.74 / float(tall)))
+    plots.view(axes, low, high, zoom=min(1.15, 0.68 / float(tall)))
     axes.locator_params(nbins=5)
+    axes.xaxis.labelpad = axes.yaxis.labelpad = -4
 
 
 def parts(x: np.ndarray, part: np.ndarray) -> bytes:
