@@ -42,6 +42,8 @@ def _png(figure: Any) -> bytes:
 def _aside(figure: Any, axes: Any) -> None:
     """A legend above the axes, where no data are."""
     marks, names = axes.get_legend_handles_labels()
+    if not names:
+        return
     # in 3-D there is no layout that makes room: the axes leave it
     place = "upper center" if axes.name == "3d" else "outside upper center"
     figure.legend(marks, names, loc=place, ncols=min(len(names), 3), fontsize=9, frameon=False, columnspacing=1.2)
@@ -64,7 +66,8 @@ def curves(
     figure, axes = _figure()
     for k, (name, values) in enumerate(lines.items()):
         y = np.asarray(values, float)
-        axes.plot(x, np.where(y > 0, y, np.nan), marker="o", ms=3.5, color=f"C{k}", label=name)
+        if (y > 0).any():
+            axes.plot(x, np.where(y > 0, y, np.nan), marker="o", ms=3.5, color=f"C{k}", label=name)
     for k, (name, value) in enumerate(levels.items()):
         axes.axhline(value, color="0.35", ls=(":", "--")[k % 2], label=name)
     axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log")
@@ -144,5 +147,6 @@ def timing(epochs: Sequence[float], seconds: Mapping[str, Sequence[float]], step
     axes.set(xlabel="epoch", ylabel="seconds a step")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(False, axis="x")
+    axes.set_axisbelow(True)
     _aside(figure, axes)
     return _png(figure)

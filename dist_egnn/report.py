@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from . import checkpoint, figures, models, plots, resume, rollout, samples, train
+from . import checkpoint, figures, plots, resume, rollout, samples, train
 from . import config as configs
 from .comm import Alone
 from .config import Config
@@ -33,10 +33,12 @@ figure { margin: 0; break-inside: avoid; }
 img { width: 100%; height: auto; }
 figcaption, .left-out { color: #555; font-size: .9rem; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
+.wide + .wide { margin-top: 1rem; }
 table { border-collapse: collapse; }
 th, td { padding: .2rem .8rem .2rem 0; text-align: right; font-variant-numeric: tabular-nums; border-bottom: 1px solid #eee; }
 th:first-child, td:first-child { text-align: left; }
 pre { font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .6rem; }
+@media print { .pictures { grid-template-columns: 1fr 1fr; } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } h2 { break-after: avoid; } pre { background: none; } }
 """
 # what a browser may do with the page: show what is in it, and nothing else
@@ -100,11 +102,12 @@ class Report:
 
     def numbers(self) -> str:
         table = self.metrics()
-        best, last = table.loc[table["valid_mse"].idxmin()], table.iloc[-1]
+        known, last = table["valid_mse"].dropna(), table.iloc[-1]  # NaN: a validation split without samples
+        best = f"{known.min():.4e} (epoch {int(table.loc[known.idxmin(), 'epoch'])})" if len(known) else "none"
         rows: list[list[object]] = [
             ["model", self.config.model.name],
             ["epochs", len(table)],
-            ["best validation MSE", f"{best['valid_mse']:.4e} (epoch {int(best['epoch'])})"],
+            ["best validation MSE", best],
             ["last validation MSE", f"{last['valid_mse']:.4e}"],
             ["last training MSE", f"{last['train_mse']:.4e}"],
         ]
@@ -305,7 +308,6 @@ def run_report(run: Path, rolled: Path | None, out: Path | None) -> None:
         Rollout(rolled).close()
     config = configs.load(run / "config.yaml")
     plots.pyplot()  # says what is missing before any work
-    models.named(config.model.name)
     text, count, missing = page(Report(run, config, rolled or newest_rollout(run)))
     write_whole(out, text.encode())
     print(f"{out}: {count} pictures, {len(text) / 1e6:.1f} MB")
