@@ -245,6 +245,42 @@ def rollout(
     )
 
 
+@app.command(epilog="Example: distegnn report runs/fluid --rollout runs/fluid/rollout.vtkhdf")
+def report(
+    run: Annotated[Path, typer.Argument(help="folder of a run")],
+    rollout: Annotated[
+        Path | None,
+        typer.Option(help="file that `distegnn rollout` wrote", show_default="the newest .vtkhdf in the run's folder"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="page to write, .html; an older one is replaced", show_default="RUN/report.html")
+    ] = None,
+) -> None:
+    """Show a run on one page: curves, errors, a sample, a rollout, seconds by phase, settings. The file needs no other."""
+    from .report import run_report
+
+    run_report(run, rollout, out)
+
+
+@app.command(epilog="Example: distegnn render runs/fluid/rollout.vtkhdf --out runs/fluid/rollout.gif --fps 4")
+def render(
+    rollout: Annotated[Path, typer.Argument(help="file that `distegnn rollout` wrote")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="a new .mp4 (needs ffmpeg), .gif, or folder of PNG", show_default="ROLLOUT with .mp4"),
+    ] = None,
+    fps: Annotated[float, typer.Option(help="pictures a second")] = 5.0,
+    every: Annotated[int, typer.Option(help="draw every n-th frame")] = 1,
+    colour: Annotated[
+        str, typer.Option(help="colour nodes by speed, error (where the truth is known) or part")
+    ] = "speed",
+) -> None:
+    """Draw a rollout as a film, the predicted nodes beside the true ones where the data have them."""
+    from .render import run_render
+
+    run_render(rollout, out, fps, every, colour)
+
+
 @app.command(
     "import-checkpoint",
     epilog="Example: distegnn import-checkpoint best.pth --config recipes/fluid113k/config.yaml --out runs/published",

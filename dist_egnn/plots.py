@@ -11,7 +11,7 @@ import numpy as np
 from .errors import Failure
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
@@ -22,12 +22,16 @@ def _pyplot() -> Any:
     return plt
 
 
-def _scene(axes: Any, box: np.ndarray | None, x: np.ndarray) -> None:
-    """A 3-D view with y up: data (x, y, z) is drawn at (x, z, y), with equal scales."""
+def scene(axes: Any, box: np.ndarray | None, x: np.ndarray) -> None:
+    """A 3-D view of the box, up to the highest of x, or of x (N, 3) itself."""
     low, high = (box[0], box[1]) if box is not None else (x.min(0), x.max(0))
-    high = np.array([high[0], min(high[1], low[1] + 1.15 * (x[:, 1].max() - low[1])), high[2]])
+    view(axes, low, np.array([high[0], min(high[1], low[1] + 1.15 * (x[:, 1].max() - low[1])), high[2]]))
+
+
+def view(axes: Any, low: np.ndarray, high: np.ndarray, zoom: float = 1.0) -> None:
+    """A 3-D view from corner low (3,) to high (3,) with y up: data (x, y, z) is drawn at (x, z, y), with equal scales."""
     axes.set(xlim=(low[0], high[0]), ylim=(low[2], high[2]), zlim=(low[1], high[1]))
-    axes.set_box_aspect((high - low)[[0, 2, 1]])
+    axes.set_box_aspect((high - low)[[0, 2, 1]], zoom=zoom)
     axes.set(xlabel="x", ylabel="z", zlabel="y")
     axes.tick_params(labelsize=6, pad=-2)
     axes.view_init(elev=18, azim=-60)
@@ -51,7 +55,7 @@ def report(
     x, y: (N, 3) input and target; part: (N,); predicted: model → (N, 3); virtual: (C, 3) final virtual nodes of the last
     model; curves: model → validation MSE by epoch; baselines: name → MSE on the same split.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure = plt.figure(figsize=(13, 9.5), layout="constrained")
     figure.suptitle(title)
     grid = figure.add_gridspec(2, 2)
@@ -60,7 +64,7 @@ def report(
 
     axes = figure.add_subplot(grid[0, 0], projection="3d")
     axes.scatter(*x[rank][:, [0, 2, 1]].T, c=colours[part[rank]], s=4, linewidths=0, alpha=0.7)
-    _scene(axes, box, x)
+    scene(axes, box, x)
     axes.set_title(f"input, coloured by partition ({part.max() + 1} parts)")
 
     axes = figure.add_subplot(grid[0, 1], projection="3d")
@@ -69,7 +73,7 @@ def report(
         *virtual[:, [0, 2, 1]].T, marker="*", s=260, c="black", edgecolors="white", label="virtual nodes z", zorder=9
     )
     axes.legend(loc="upper right")
-    _scene(axes, box, np.concatenate([x, y, virtual]))
+    scene(axes, box, np.concatenate([x, y, virtual]))
     axes.set_title("true target, with the virtual nodes where the last layer left them")
 
     axes = figure.add_subplot(grid[1, 0])
@@ -103,7 +107,7 @@ def sweep(path: Path, key: str, ticks: Sequence[str], curves: Mapping[str, Mappi
 
     curves: name → value of the key → (mean, standard deviation); the value "" does not depend on the key: a level line.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
     for n, (name, points) in enumerate(curves.items()):
         aside = 0.2 * ((n + 0.5) / len(curves) - 0.5)  # side by side, so that all bars are seen

@@ -17,7 +17,19 @@ import pytest
 from dist_egnn.config import load
 from dist_egnn.trajectories import Trajectories, snapshots
 
-COMMANDS = ("partition", "verify", "doctor", "plan", "train", "evaluate", "rollout", "import-checkpoint", "config")
+COMMANDS = (
+    "partition",
+    "verify",
+    "doctor",
+    "plan",
+    "train",
+    "evaluate",
+    "rollout",
+    "report",
+    "render",
+    "import-checkpoint",
+    "config",
+)
 RADIUS, HORIZON = 0.27, 3
 
 
@@ -175,3 +187,17 @@ def test_a_second_run_leaves_the_first_alone(run):
     assert err.startswith("error: runs/one: holds a run already; choose another run.dir, or go on: ")
     assert err.endswith("distegnn train --resume runs/one\n")
     assert files(folder) == before
+
+
+def test_rollout_then_look(run, small):
+    folder = run[1]
+    rolled = ("--data", small, "--trajectory", 3, "--steps", 2, "--out", "runs/rolled.vtkhdf")
+    for arguments, says, made in (
+        (("rollout", "runs/one", *rolled), "runs/rolled.vtkhdf: 3 frames", "rolled.vtkhdf"),
+        (("report", "runs/one", "--rollout", "runs/rolled.vtkhdf", "--out", "runs/one.html"), "pictures", "one.html"),
+        (("render", "runs/rolled.vtkhdf", "--out", "runs/a.gif", "--every", 2, "--colour", "error"), "2 pic", "a.gif"),
+    ):
+        code, out, err = distegnn(*arguments, cwd=folder)
+        assert (code, err) == (0, ""), err
+        assert says in out
+        assert (folder / "runs" / made).stat().st_size > 1000
