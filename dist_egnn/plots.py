@@ -120,7 +120,7 @@ def sweep(path: Path, key: str, ticks: Sequence[str], curves: Mapping[str, Mappi
     axes.set_xticks(range(len(ticks)), ticks)
     axes.set(xlabel=key, ylabel="test MSE of the best epoch", yscale="log")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)
+    figure.legend(loc="outside upper center", ncols=3, fontsize=8)  # anywhere inside it may cover bars
     fresh = path.with_name(path.stem + ".partial.png")
     figure.savefig(fresh, dpi=110)
     plt.close(figure)
