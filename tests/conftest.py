@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -14,6 +15,9 @@ from typing import Any
 import hypothesis
 import pytest
 from small import DATA, falling_swirl
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as shells leave it to jobs in the background: tests send it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 hypothesis.settings.register_profile("ours", deadline=None)  # machines differ, and are shared
 hypothesis.settings.load_profile("ours")
