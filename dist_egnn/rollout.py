@@ -115,7 +115,7 @@ def roll(comm: Comm, job: Job) -> str:
                     out = stack.enter_context(contextlib.closing(_Output(job, scene, len(z))))
                 if step == 0:
                     out.add(x, v, owners.part, true(0), None)
-            if problem := scene.lost(predicted):
+            if problem := scene.lost(predicted, x):
                 return f"step {step + 1}: {problem}"
             x, v = scene.settle(x, predicted)
             if out is not None:

@@ -57,12 +57,15 @@ class Scene:
         corners = self.box if self.box is not None else np.stack([np.min(ends, (0, 1)), np.max(ends, (0, 1))])
         self.centre, self.reach = corners.mean(0), FAR * float(np.ptp(corners, 0).max())
 
-    def lost(self, x: np.ndarray) -> str:
-        """What is wrong with positions (N, 3), empty if nothing is."""
+    def lost(self, x: np.ndarray, before: np.ndarray) -> str:
+        """What is wrong with positions (N, 3), given those a step before; empty if nothing is."""
         wrong = ~np.isfinite(x).all(1)
         if wrong.any():
             return f"{wrong.sum()} positions are NaN or infinite, the first of node {wrong.argmax()}"
-        if self.side is not None:  # nodes may travel through many boxes
+        if self.side is not None:  # nodes may travel through many boxes, but not in a step
+            step = np.abs(x - before).max(1)
+            if step.max() > self.reach:
+                return f"node {step.argmax()} moves by {step.max():.3g}, over {FAR:g} times the box's size"
             return ""
         far = np.abs(x - self.centre).max(1)
         if far.max() > self.reach:

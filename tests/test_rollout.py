@@ -358,6 +358,14 @@ def test_a_rollout_that_explodes_is_stopped(tmp_path: Path, distegnn: Callable[.
     assert run.is_dir()
 
 
+def test_one_that_explodes_in_a_periodic_box_is_stopped(tmp_path: Path) -> None:
+    data = write(tmp_path / "a.h5", periodic=True, box=UNIT)
+    run = make_run(tmp_path / "run", data, "model.name=Linear", "data.periodic=true", weights=linear(30.0))
+    with pytest.raises(Failure, match=r"stopped at step \d+: node \d+ moves by .*, over 10 times the box's size"):
+        rollout.run_rollout(run, trajectory=0, steps=50, out=tmp_path / "out.vtkhdf")
+    assert len(pd.read_csv(tmp_path / "out.csv")) > 1
+
+
 def test_nan_is_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = make_run(tmp_path / "run", write(tmp_path / "a.h5"), "model.name=Linear", weights=linear(float("nan")))
     with pytest.raises(Failure, match=r"out.vtkhdf: stopped at step 1: 60 positions are NaN or infinite"):
