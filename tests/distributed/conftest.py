@@ -1,0 +1,27 @@
+"""Emulated hosts for tests (docs/hosts.md)."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
+from hosts import Hosts, missing
+
+
+@pytest.fixture
+def make_hosts() -> Iterator[Callable[..., Hosts]]:
+    """make_hosts("a", "b", **options of Hosts): hosts that are up until the test ends."""
+    if reason := missing():
+        pytest.skip(reason)
+    with contextlib.ExitStack() as up:
+
+        def make(*names: str, **options: Any) -> Hosts:
+            return up.enter_context(Hosts(names, **options))
+
+        yield make

@@ -1,0 +1,362 @@
+"""Emulated hosts: what each has of its own, what the network between them does, what is left when they end."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import hosts_bridge
+import pytest
+from hosts import Failure, Hosts
+from hosts_namespaces import members, network_of
+
+TOOL = Path(__file__).parents[2] / "tools" / "hosts.py"
+PYTHON = [sys.executable, "-S", "-c"]
+ECHO = """if True:
+    import socket, sys
+    echo = socket.socket(type=socket.SOCK_DGRAM)
+    echo.bind((sys.argv[1], 7000))
+    print("ready", flush=True)
+    while True:
+        echo.sendto(*echo.recvfrom(2000))
+"""
+ASK = """if True:  # ADDRESS COUNT: as many numbers at once; prints what came back, and after how many seconds the first did
+    import socket, sys, time
+    ask = socket.socket(type=socket.SOCK_DGRAM)
+    ask.settimeout(0.5)
+    begun, took, back = time.monotonic(), 0, []
+    for number in range(int(sys.argv[2])):
+        ask.sendto(b"%d" % number, (sys.argv[1], 7000))
+    try:
+        while len(back) < int(sys.argv[2]):
+            back.append(int(ask.recv(2000)))
+            took = took or time.monotonic() - begun
+    except TimeoutError:
+        pass
+    print(took, *back)
+"""
+
+
+def echo(hosts: Hosts, name: str) -> None:
+    server = hosts.run(name, [*PYTHON, ECHO, hosts.address(name)], stdout=subprocess.PIPE)
+    with server.stdout as out:
+        assert out.readline() == b"ready\n"
+
+
+def ask(hosts: Hosts, source: str, target: str, count: int = 1) -> tuple[float, list[int]]:
+    """Seconds until the first answer, 0 if none came; the answers."""
+    client = hosts.run(source, [*PYTHON, ASK, hosts.address(target), str(count)], stdout=subprocess.PIPE)
+    took, *back = client.communicate(timeout=10)[0].split()
+    return float(took), [int(number) for number in back]
+
+
+def output(hosts: Hosts, name: str, command: str) -> str:
+    return hosts.run(name, ["sh", "-c", command], stdout=subprocess.PIPE, text=True).communicate(timeout=10)[0]
+
+
+def until(true: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + 10
+    while not true():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def ending(process: subprocess.Popen) -> Iterator[None]:
+    """Kills it when the block ends, so that a failed test does not wait for it."""
+    try:
+        yield
+    finally:
+        process.kill()
+
+
+def test_each_host_has_its_own(make_hosts, tmp_path, monkeypatch):
+    """Addresses, ports, names, /dev/shm, process ids, a private folder; files, working folder, environment are shared."""
+    private = tmp_path / "disk"
+    private.mkdir()
+    (tmp_path / "shared").write_text("all see this")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIVEN", "too")
+    hosts = make_hosts("a", "b", private=[private])
+    for name, other in (("a", "b"), ("b", "a")):
+        lines = output(
+            hosts, name, f"hostname; getent hosts {other}; cat shared; echo; echo $GIVEN; pwd; ls /dev/shm disk"
+        )
+        assert [x.split() for x in lines.splitlines()[:2]] == [[name], [hosts.address(other), other]]
+        assert lines.splitlines()[2:] == ["all see this", "too", str(tmp_path), "/dev/shm:", "", "disk:"]
+        output(hosts, name, f"echo {name} > /dev/shm/{name}; echo {name} > disk/{name}")
+        echo(hosts, name)  # both use one port
+    assert (hosts.shared("a"), hosts.shared("b")) == (["a"], ["b"])
+    assert hosts.inside("a", private / "a").read_text() == "a\n"
+    assert not list(private.iterdir())
+    with pytest.raises(Failure, match="is /absent a folder there"):
+        hosts.run("a", ["true"], cwd="/absent")
+    with pytest.raises(Failure, match="private folder /absent is not there"):
+        make_hosts("a", private=["/absent"])
+    assert ask(hosts, "a", "b", 3)[1] == ask(hosts, "b", "a", 3)[1] == [0, 1, 2]
+    assert hosts.counts()["a", "b"] == hosts.counts()["b", "a"] == {"packets": 6, "bytes": 6 * 29, "lost": 0}
+    alone = hosts.run("a", ["sh", "-c", "cd /proc; echo [0-9]*"], stdout=subprocess.PIPE).communicate()[0].split()
+    assert (alone[0], len(alone)) == (b"1", 3)  # its process 1, the echo, this
+
+
+def test_two_sets_of_hosts_do_not_meet(make_hosts):
+    one, other = make_hosts("a", "b"), make_hosts("a", "b")
+    assert one.address("b") == other.address("b")
+    echo(one, "b")
+    assert ask(one, "a", "b")[1] == [0]
+    assert ask(other, "a", "b")[1] == []
+
+
+def test_delay_and_its_change(make_hosts):
+    hosts = make_hosts("a", "b", "c")
+    echo(hosts, "b")
+    echo(hosts, "c")
+    hosts.set(delay_ms=150, between=("a", "b"))
+    assert ask(hosts, "a", "b")[0] >= 0.3
+    assert 0 < ask(hosts, "b", "c")[0] < 0.3  # not this link
+    hosts.set(delay_ms=0, jitter_ms=30)
+    took, back = ask(hosts, "a", "b", 200)
+    assert took > 0
+    assert back == list(range(200))  # in their order
+
+
+def test_loss(make_hosts):
+    """Of 1000 packets a tenth is lost on the way there, of the others a tenth on the way back; within four sigma."""
+    hosts = make_hosts("a", "b", seed=3)
+    echo(hosts, "b")
+    hosts.set(loss=0.1)
+    counts = hosts.counts
+    back = sum(len(ask(hosts, "a", "b", 200)[1]) for _ in range(5))
+    assert abs(counts()["a", "b"]["lost"] - 100) < 40
+    assert back == 1000 - counts()["a", "b"]["lost"] - counts()["b", "a"]["lost"]
+    assert abs(back - 810) < 50
+    with pytest.raises(Failure, match=r"loss is in \[0, 1\]"):
+        hosts.set(loss=2)
+
+
+def test_rate_spaces_packets_and_its_queue_has_an_end():
+    host = hosts_bridge.Host("a", "10.0.0.1")
+    link = hosts_bridge.Link(host, host, rate=1e6, delay=0.5)
+    due = [link.due(1000, 7.0, lambda: 0.0) for _ in range(300)]
+    assert due[:3] == pytest.approx([7.501, 7.502, 7.503])
+    assert [d > 0 for d in due].count(True) == pytest.approx(hosts_bridge.QUEUE * 1000, abs=2)
+    assert link.due(1000, 8.0, lambda: 0.0) == pytest.approx(8.501)
+
+
+def test_cut_and_heal(make_hosts):
+    hosts = make_hosts("a", "b", "c")
+    for name in "abc":
+        echo(hosts, name)
+
+    def reached() -> set[str]:
+        pairs = list(itertools.permutations("abc", 2))
+        with ThreadPoolExecutor(6) as threads:
+            answers = list(threads.map(lambda pair: ask(hosts, *pair)[1], pairs))
+        return {x + y for (x, y), answer in zip(pairs, answers, strict=True) if answer}
+
+    hosts.cut("a", "b")
+    assert reached() == {"ac", "ca", "bc", "cb"}
+    hosts.cut("c")
+    assert reached() == set()
+    hosts.heal("a", "b")
+    assert reached() == {"ab", "ba"}
+    hosts.heal()
+    assert len(reached()) == 6
+    with pytest.raises(Failure, match="no host d: there are a, b, c"):
+        hosts.cut("d")
+
+
+def test_kill_ends_a_host_and_nothing_else(make_hosts, tmp_path):
+    hosts = make_hosts("a", "b")
+    here = hosts.run("a", ["sleep", "1000"])
+    stays = hosts.run("b", ["sleep", "1000"])
+    output(hosts, "a", "touch /dev/shm/x; setsid sh -c 'sleep 1001 & sleep 1002 &' < /dev/null > /dev/null 2>&1")
+    until(lambda: len(hosts.processes("a")) == 3, "daemons did not start")
+    network = network_of(here.pid)
+    hosts.kill("a")
+    assert not members(network)
+    assert here.wait() == -signal.SIGKILL
+    assert hosts.processes("a") == {}
+    assert hosts.processes("b") == {stays.pid: "sleep 1000"}
+    with pytest.raises(Failure, match="host a is down"):
+        hosts.run("a", ["true"])
+    hosts.revive("a")
+    echo(hosts, "a")
+    assert hosts.shared("a") == []
+    assert ask(hosts, "b", "a")[1] == [0]
+
+
+OWNER = """if True:
+    import subprocess, sys, time
+    from hosts import Hosts
+    with Hosts(["a", "b"], private=[sys.argv[1]]) as hosts:
+        hosts.run("a", ["sleep", "1000"])
+        subprocess.Popen([*hosts.ssh, "b", "sleep 1000"], stdin=subprocess.PIPE)
+        while not hosts.processes("b"):
+            time.sleep(0.01)
+        print(hosts.name, hosts._bridge.pid, *(host["first"] for host in hosts.show()["hosts"].values()), flush=True)
+        time.sleep(1000)
+"""
+
+
+@pytest.mark.parametrize("victim", ["owner", "bridge"])
+def test_nothing_is_left_after_a_kill(make_hosts, tmp_path, victim):
+    """Of the owner; and of the bridge itself, which can leave its socket only, and the next of that name removes it."""
+    before = Path("/proc/self/mounts").read_text(), os.listdir("/sys/class/net"), os.listdir("/dev/shm")
+    words = [sys.executable, "-c", OWNER, str(tmp_path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=TOOL.parent) as owner, ending(owner):
+        name, *pids = owner.stdout.readline().split()
+        networks = [network_of(pid) for pid in pids[1:]]
+        assert all(len(members(network)) >= 2 for network in networks)
+        os.kill(owner.pid if victim == "owner" else int(pids[0]), signal.SIGKILL)
+        until(lambda: not any(members(network) for network in networks), "a host lives")
+        until(lambda: not network_of(pids[0]), "the bridge lives")
+    socket = Path(f"/tmp/emulated-hosts-{name}.sock")
+    assert socket.exists() == (victim == "bridge")
+    assert (Path("/proc/self/mounts").read_text(), os.listdir("/sys/class/net"), os.listdir("/dev/shm")) == before
+    make_hosts("a", name=name)
+    with pytest.raises(Failure, match="are up already"):
+        make_hosts("a", name=name)
+
+
+def ssh(hosts: Hosts, *words: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([*hosts.ssh, *words], capture_output=True, timeout=10, **options)
+
+
+def test_ssh(make_hosts, tmp_path):
+    hosts = make_hosts("a", "b")
+    data = bytes(range(256)) * 5000
+    there = ssh(hosts, "-p", "22", "-o", "BatchMode=yes", "me@a", "cat;", "hostname >&2;", "exit", "7", input=data)
+    assert (there.returncode, there.stdout, there.stderr) == (7, data, b"a\n")
+    assert ssh(hosts, "a", "env", env={"SECRET": "x"}).stdout.count(b"SECRET") == 0
+    assert ssh(hosts, "a", "kill -9 $$").returncode == 255
+    assert ssh(hosts, "a", input=b"hostname").stdout == b"a\n"  # no command: a shell
+    words = [*hosts.ssh, "b", "hostname"]
+    assert hosts.run("a", words, stdout=subprocess.PIPE).communicate(timeout=10)[0] == b"b\n"  # from a host to another
+    hosts.kill("b")
+    for name, text in {"x": "no host x: there are a, b", "b": "host b is down"}.items():
+        refused = ssh(hosts, name, "true")
+        assert (refused.returncode, refused.stderr.decode()) == (255, f"hosts: {text}\n")
+    hosts.revive("b")
+    hosts.cut("a", "b")
+    assert ssh(hosts, "b", "true").stderr == b"hosts: host b is cut off\n"
+    nowhere = ssh(hosts, "--name", "absent", "b", "true")
+    assert nowhere.returncode == 255
+    assert b"no hosts named absent are up" in nowhere.stderr
+
+
+def test_a_session_that_ends_early(make_hosts, tmp_path):
+    """Killed here, ssh leaves what it started without input and output; a host's death ends ssh."""
+    hosts = make_hosts("a")
+    command = f"echo up; cat; echo on > {tmp_path}/on; sleep 1000"
+    for dies in ("client", "host"):
+        with subprocess.Popen([*hosts.ssh, "a", command], stdin=-1, stdout=-1, stderr=-1) as client, ending(client):
+            assert client.stdout.readline() == b"up\n"
+            if dies == "client":
+                client.kill()
+                until((tmp_path / "on").exists, "its input did not end")
+                assert any("sleep 1000" in line for line in hosts.processes("a").values())
+            else:
+                hosts.kill("a")
+                assert client.wait(10) == 255
+                assert client.stderr.read() == b"hosts: connection to a lost: it is down\n"
+
+
+@pytest.mark.skipif(shutil.which("rsync") is None, reason="no rsync here")
+def test_rsync_goes_through_it(make_hosts, tmp_path):
+    private = tmp_path / "disk"
+    private.mkdir()
+    hosts = make_hosts("a", private=[private])
+    (tmp_path / "file").write_bytes(os.urandom(300_000))
+    subprocess.run(
+        ["rsync", "-e", " ".join(hosts.ssh), tmp_path / "file", f"root@a:{private}/"], check=True, timeout=10
+    )
+    assert hosts.inside("a", private / "file").read_bytes() == (tmp_path / "file").read_bytes()
+
+
+@pytest.fixture
+def by_hand(make_hosts) -> Iterator[Callable[..., subprocess.CompletedProcess]]:
+    """by_hand("show"): the tool's command on a set of hosts that "up" holds; the set ends by "down"."""
+    name = f"test-{os.getpid()}"
+
+    def call(command: str, *words: str) -> subprocess.CompletedProcess:
+        words = (sys.executable, str(TOOL), command, "--name", name, *words)
+        return subprocess.run(words, capture_output=True, text=True, timeout=10)
+
+    words = [sys.executable, TOOL, "up", "--name", name, "a", "b"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as up, ending(up):
+        while "Ctrl-C" not in (line := up.stdout.readline()):
+            assert line, "it did not come up"
+        yield call
+        call("down")
+        assert up.wait(10) == 0
+
+
+def test_by_hand(by_hand):
+    assert by_hand("set", "--delay", "20", "--loss", "0.5", "--rate", "100", "--between", "a", "b").returncode == 0
+    shown = by_hand("show").stdout
+    assert "a            10.77.0.1    0 processes\n" in shown
+    assert "a → b: 20 ms, jitter 0 ms, loss 0.5, 100 Mbit/s; 0 packets, 0 bytes, 0 lost\n" in shown
+    by_hand("cut", "a")
+    assert "b → a: cut" in by_hand("show").stdout
+    by_hand("heal")
+    by_hand("kill", "b")
+    assert "b            10.77.0.2    down" in by_hand("show").stdout
+    assert by_hand("kill", "z").stderr == "hosts: no host z: there are a, b\n"
+    by_hand("revive", "b")
+    assert by_hand("ssh", "b", "hostname").stdout == "b\n"
+
+
+GLOO = """if True:  # RANK ADDRESS: a sum over two ranks for every line of stdin; prints it, or the error, and the seconds
+    import datetime, sys, time
+    import torch, torch.distributed as dist
+    dist.init_process_group("gloo", init_method=f"tcp://{sys.argv[2]}:7001", rank=int(sys.argv[1]), world_size=2,
+                            timeout=datetime.timedelta(seconds=2))
+    for _ in sys.stdin:
+        begun, x = time.monotonic(), torch.full((300_000,), 1.0 + int(sys.argv[1]))
+        try:
+            dist.all_reduce(x)
+            said = set(x.tolist())
+        except RuntimeError as error:
+            said = "error"
+        print(said, time.monotonic() - begun, sep=";", flush=True)
+    import os
+    os._exit(0)
+"""
+
+
+def test_gloo_over_it(make_hosts):
+    """torch's all-reduce between two hosts; with a delay; an error at its timeout when the link is cut."""
+    hosts = make_hosts("a", "b")
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "net0"}
+    ranks = [
+        hosts.run(
+            name, [sys.executable, "-c", GLOO, str(rank), hosts.address("a")], stdin=-1, stdout=-1, env=environment
+        )
+        for rank, name in enumerate("ab")
+    ]
+
+    def sums() -> list[tuple[str, float]]:
+        for process in ranks:
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+        lines = [process.stdout.readline().decode().split(";") for process in ranks]
+        return [(said, float(took)) for said, took in lines]
+
+    assert [said for said, _ in sums()] == ["{3.0}", "{3.0}"]
+    assert hosts.counts()["a", "b"]["bytes"] > 1e6  # 300,000 numbers, over this network
+    hosts.set(delay_ms=20)
+    assert [(said, took >= 0.02) for said, took in sums()] == [("{3.0}", True)] * 2
+    hosts.cut("a", "b")
+    assert [(said, 1 < took < 20) for said, took in sums()] == [("error", True)] * 2
+    for process in ranks:
+        process.communicate(timeout=10)
