@@ -25,7 +25,7 @@ from . import fields, graphs
 from .errors import Failure
 
 FORMAT, VERSION, GRAPH = "dist_egnn.store", 1, "dist_egnn"
-LATER = {"periodic": False}  # inputs that older stores do not name, and what they were made with
+LATER = {"periodic": False, "trainers": 1}  # inputs that older stores do not name, and what they were made with
 SIDES = ("side_x", "side_y", "side_z")  # columns of snapshots.csv in a store with periodic boxes
 
 
@@ -104,7 +104,9 @@ class Store:
             found = self.manifest["format"], self.manifest["version"]
             if found == (FORMAT, VERSION):
                 self.inputs: dict[str, Any] = LATER | self.manifest["inputs"]
-                self.parts: int = self.inputs["parts"]
+                self.machines: int = self.inputs["parts"]
+                self.trainers: int = self.inputs["trainers"]
+                self.parts = self.machines * self.trainers  # one process each; rank r is on machine r // trainers
                 self.disk = FromDisk(self.path, dict(self.manifest["files"]))
         except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
             raise Failure(f"{manifest}: damaged ({type(error).__name__}); partition again") from error
@@ -119,14 +121,16 @@ class Store:
         self.parts_table = pd.read_csv(self.path / "parts.csv")
 
     @cached_property
-    def _ranges(self) -> np.ndarray:
-        """(snapshots, parts, 4): first and last inner node, first and last edge, within the part of the shard."""
-        counts = self.parts_table[["nodes", "edges"]].to_numpy().reshape(len(self.snapshots), self.parts, 2)
-        ranges = np.empty((len(self.snapshots), self.parts, 4), np.int64)
+    def ranges(self) -> np.ndarray:
+        """(snapshots, parts, 4): first and last inner node, first and last edge, within the machine's part of the shard."""
+        shape = len(self.snapshots), self.machines, self.trainers
+        counts = self.parts_table[["nodes", "edges"]].to_numpy().reshape(*shape, 2)
+        ranges = np.empty((*shape, 4), np.int64)
         for rows in self.snapshots.groupby("shard", sort=False).indices.values():
-            ends = np.cumsum(counts[rows], 0)
-            ranges[rows, :, 0::2], ranges[rows, :, 1::2] = ends - counts[rows], ends
-        return ranges
+            one = counts[rows].swapaxes(1, 2)  # on a machine: snapshot after snapshot, in it trainer after trainer
+            ends = np.cumsum(one.reshape(-1, self.machines, 2), 0).reshape(one.shape).swapaxes(1, 2)
+            ranges[rows, ..., 0::2], ranges[rows, ..., 1::2] = ends - counts[rows], ends
+        return ranges.reshape(len(self.snapshots), self.parts, 4)
 
     def split(self, name: str) -> list[int]:
         """The snapshots of train, valid or test."""
@@ -143,15 +147,17 @@ class Store:
 
         Node fields x, v, f, a, y, gid and the whole graph's total and centroid; edge field e, and shift in a periodic box.
         """
-        row = self.snapshots.loc[snapshot]
-        held = self.source.part(row["shard"], part)
-        lo, hi, elo, ehi = self._ranges[snapshot, part].tolist()
+        row, machine = self.snapshots.loc[snapshot], part // self.trainers
+        held = self.source.part(row["shard"], machine)
+        lo, hi, elo, ehi = self.ranges[snapshot, part].tolist()
         src, dst = held.src[elo:ehi], held.dst[elo:ehi]
-        own = src < held.inner
+        own = (src >= lo) & (src < hi)
         graph = graphs.empty(src[own] - lo, dst[own] - lo, hi - lo)
         for name in ("x", "v", "f", "a", "y", "gid"):
             if name not in held.nodes:
-                raise Failure(f"{self.path}/{row['shard']}/part{part}: node field '{name}' is missing; partition again")
+                raise Failure(
+                    f"{self.path}/{row['shard']}/part{machine}: node field '{name}' is missing; partition again"
+                )
             graph.ndata[name] = held.nodes[name][lo:hi]
         self._mark(graph, row)
         return graph
