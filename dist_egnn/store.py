@@ -1,7 +1,7 @@
-"""A store that `distegnn partition` wrote: one partition of one snapshot as a DGLGraph, from disk, without servers.
+"""A store that `distegnn partition` wrote: one partition of one snapshot as a DGLGraph.
 
-A ``Source`` hands out a part of a shard; ``FromDisk`` is one. A DistDGL server is another (its door is ``Store``'s
-``source`` argument), and what is cut out of a part is the same for both.
+A ``Source`` hands out a part of a shard; ``FromDisk`` is one, a DistDGL server another (serving.py). What is cut out of a part
+is the same for both, and who asks does not know which it is.
 """
 
 from __future__ import annotations
@@ -65,18 +65,16 @@ class FromDisk:
                 raise Failure(f"{path}: its sha256 is not the manifest's: damaged or changed; partition again")
         self._checked.add(name)
 
+    def config(self, shard: str, part: int) -> Path:
+        """DGL's partition config of a shard, after a check of it and of the part's files."""
+        for name in (f"{GRAPH}.json", *(f"part{part}/{kind}.dgl" for kind in ("graph", "node_feat", "edge_feat"))):
+            self.check(f"{shard}/{name}")
+        return self.folder / shard / f"{GRAPH}.json"
+
     def part(self, shard: str, part: int) -> Part:
         key = (shard, part)
         if key not in self._kept:
-            for name in (
-                f"{GRAPH}.json",
-                f"part{part}/graph.dgl",
-                f"part{part}/node_feat.dgl",
-                f"part{part}/edge_feat.dgl",
-            ):
-                self.check(f"{shard}/{name}")
-            config = str(self.folder / shard / f"{GRAPH}.json")
-            graph, node_feats, *_ = dgl.distributed.load_partition(config, part)
+            graph, node_feats, *_ = dgl.distributed.load_partition(str(self.config(shard, part)), part)
             src, dst = graph.edges(order="eid")
             inner = int(graph.ndata["inner_node"].sum())
             self._kept[key] = Part(src, dst, inner, {k.removeprefix("_N/"): t for k, t in node_feats.items()})
@@ -84,6 +82,14 @@ class FromDisk:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         return self._kept[key]
+
+
+_served: dict[Path, Source] = {}
+
+
+def serve_from(path: Path, source: Source) -> None:
+    """Have every Store of this path take its parts from ``source``, in this process."""
+    _served[path.resolve()] = source
 
 
 class Store:
@@ -114,7 +120,7 @@ class Store:
             raise Failure(
                 f"{manifest}: {found[0]} version {found[1]}, this program reads {FORMAT} {VERSION}; partition again"
             )
-        self.source: Source = source or self.disk
+        self.source: Source = source or _served.get(self.path.resolve(), self.disk)
         for name in ("snapshots.csv", "parts.csv"):
             self.disk.check(name)
         self.snapshots = pd.read_csv(self.path / "snapshots.csv", float_precision="round_trip")
