@@ -150,6 +150,33 @@ def _end_on_signals(here: Address) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def _tolerate_lost_groups() -> None:
+    """Go on where trainers are gone before they are connected; DGL's server would end with them, and the next group hang."""
+    connect_receiver, send_response = rpc.connect_receiver, rpc.send_response
+    lost: set[int] = set()
+
+    def connect(host: str, port: str, client: int, group: int) -> bool:
+        if not connect_receiver(host, port, client, group):
+            lost.add(group)
+        return True
+
+    def send(client: int, response: Any, group: int) -> None:
+        if group not in lost:
+            send_response(client, response, group)
+
+    rpc.connect_receiver, rpc.send_response = connect, send
+
+
+def _say_when_listening(line: str) -> None:
+    plain = rpc.wait_for_senders
+
+    def wait_for_senders(*args: Any, **options: Any) -> None:
+        plain(*args, **options)
+        print(line, flush=True)
+
+    rpc.wait_for_senders = wait_for_senders
+
+
 def serve(path: Path, machine: int, ip_config: Path) -> None:
     """Serve a machine's partition until a signal ends this process; says so on standard output once trainers may connect.
 
@@ -163,13 +190,8 @@ def serve(path: Path, machine: int, ip_config: Path) -> None:
         check_room(SHARED / here.name, shared_bytes(store, machine))
         _end_on_signals(here)
         _seam(here, machine)
-        plain = rpc.wait_for_senders
-
-        def wait_for_senders(*args: Any, **options: Any) -> None:
-            plain(*args, **options)
-            print(f"distegnn server {machine} ready on {here}", flush=True)
-
-        rpc.wait_for_senders = wait_for_senders
+        _tolerate_lost_groups()
+        _say_when_listening(f"distegnn server {machine} ready on {here}")
         try:
             with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
                 named = Path(folder) / "served.json"
