@@ -53,7 +53,7 @@ class Address:
 
     def files(self) -> list[Path]:
         """What a server here, alive or dead, has put into /dev/shm."""
-        return [f for f in SHARED.iterdir() if f.name.startswith(self.name) and f.lstat().st_uid == os.getuid()]
+        return [file for file in SHARED.iterdir() if file.name.startswith(self.name)]
 
     def __str__(self) -> str:
         return f"{self.host}:{self.port}"
@@ -95,8 +95,11 @@ def _held(here: Address) -> Iterator[None]:
 
 def _unlink(here: Address) -> int:
     files = here.files()
-    for file in files:
-        file.unlink(missing_ok=True)
+    try:
+        for file in files:
+            file.unlink(missing_ok=True)
+    except PermissionError as error:
+        raise Failure(f"{error.filename}: another user's; name another port than {here.port}") from error
     return len(files)
 
 
@@ -232,13 +235,13 @@ def _config(store: Store, machine: int, here: Address) -> dict[str, Any]:
 class FromServer:
     """Parts of the store's only graph: this machine's from shared memory, without a copy; another's pulled from its server."""
 
-    def __init__(self, graph: DistGraph, machine: int, timeout_s: float) -> None:
-        self.graph, self.machine, self.timeout_s = graph, machine, timeout_s
+    def __init__(self, graph: DistGraph, machine: int, places: list[Address], timeout_s: float) -> None:
+        self.graph, self.machine, self.places, self.timeout_s = graph, machine, places, timeout_s
         self._kept: tuple[int, Part] | None = None
 
     def part(self, shard: str, part: int) -> Part:
         if self._kept is None or self._kept[0] != part:
-            with _bounded(self.timeout_s, f"machine {part}: its part did not arrive"):
+            with _bounded(self.timeout_s, f"{self.places[part]}: part {part} did not arrive"):
                 self._kept = part, self._local() if part == self.machine else self._pulled(part)
         return self._kept[1]
 
@@ -271,7 +274,7 @@ def _bounded(timeout_s: float, what: str) -> Iterator[None]:
     """End the process with one line if the block takes longer: inside DGL's C++ no exception reaches it."""
 
     def end() -> None:
-        print(f"error: {what} within {timeout_s:g} s; is its host there, and its server?", file=sys.stderr, flush=True)
+        print(f"error: {what} within {timeout_s:g} s; is every host there and reachable?", file=sys.stderr, flush=True)
         os._exit(2)
 
     timer = threading.Timer(timeout_s, end)
@@ -303,25 +306,26 @@ def connect(path: Path, rank: int, ip_config: Path, group: int, timeout_s: float
         DGL_DIST_MAX_TRY_TIMES=str(max(1, int(timeout_s / TRY_S))),
     )
     _seam(here, machine)
-    with _bounded(timeout_s + TRY_S, f"{ip_config}: not all {store.parts} trainers and {store.machines} servers met"):
+    everybody = ", ".join(map(str, listed))
+    with _bounded(timeout_s + TRY_S, f"{everybody}: these servers and {store.parts} trainers did not all meet"):
         try:
             dgl.distributed.initialize(str(ip_config), net_type="tensorpipe")
         except rpc.DistConnectError as error:
             peer = re.search(r"\[(.*?)\]", error.message)
-            where = peer[1] if peer else ", ".join(map(str, listed))
+            where = peer[1] if peer else everybody
             raise Failure(
                 f"{where}: no graph server within {timeout_s:g} s; does it run, can it be reached?"
             ) from error
         atexit.unregister(dist_context.exit_client)  # a barrier of all trainers
-        if not here.files():
+        if {file.stat().st_uid for file in here.files()} != {os.getuid()}:  # DGL unpickles from there
             raise Failure(
-                f"{here}: shares nothing in {SHARED} of this machine; run rank {rank} where partition {machine} is served"
+                f"{here}: nothing of this user's in {SHARED} here; run rank {rank} where partition {machine} is served"
             )
         graph = DistGraph(here.name)
     found = graph.get_partition_book().partid
     if found != machine:
         raise Failure(f"{here}: serves partition {found}, rank {rank} needs {machine}; start its server with {machine}")
-    serve_from(store.path, FromServer(graph, machine, timeout_s))
+    serve_from(store.path, FromServer(graph, machine, listed, timeout_s))
 
 
 def enter(
