@@ -55,9 +55,17 @@ def save_last(folder: Path, state: dict[str, Any], keep: bool = True) -> None:
 
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint. Raises Failure for a file that is missing or not ours, Damaged for one that is not whole."""
+    return parsed(_content(path), path)
+
+
+def _content(path: Path) -> bytes:
     if not path.is_file():
         raise Failure(f"{path}: no such checkpoint; is its folder a run of `distegnn train`?")
-    content = path.read_bytes()
+    return path.read_bytes()
+
+
+def parsed(content: bytes, path: Path) -> dict[str, Any]:
+    """The checkpoint that a file held. Raises Failure as ``load`` does."""
     end = len(content) - len(_comment(b""))
     marked = end > 0 and content[end:].startswith(b"sha256 ")
     if marked and content[end:] != _comment(content[:end]):
@@ -81,8 +89,14 @@ def load(path: Path) -> dict[str, Any]:
 
 def load_last(folder: Path) -> tuple[dict[str, Any], str]:
     """The newest whole checkpoint of a run, and what is wrong with last.pt if it is not that one ("": nothing)."""
+    content, wrong = newest(folder)
+    return parsed(content, folder / LAST), wrong
+
+
+def newest(folder: Path) -> tuple[bytes, str]:
+    """What ``load_last`` reads, as the file holds it."""
     try:
-        return load(folder / LAST), ""
+        return _whole(folder / LAST), ""
     except Damaged as error:
         wrong = str(error).split(";")[0]
     except Failure as failure:
@@ -90,9 +104,15 @@ def load_last(folder: Path) -> tuple[dict[str, Any], str]:
             raise
         wrong = str(failure).split(";")[0]
     try:
-        return load(folder / PREVIOUS), wrong
+        return _whole(folder / PREVIOUS), wrong
     except Failure as failure:
         raise Failure(f"{wrong}; and {failure}") from failure
+
+
+def _whole(path: Path) -> bytes:
+    content = _content(path)
+    parsed(content, path)
+    return content
 
 
 def load_weights(model: torch.nn.Module, state: dict[str, Any], path: Path) -> None:

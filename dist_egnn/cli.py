@@ -50,6 +50,10 @@ def partition(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="folder of the store (needed unless --compare)")] = None,
     parts: Annotated[int, typer.Option(help="parts of each graph: one process each in training")] = 2,
+    trainers: Annotated[
+        int,
+        typer.Option(help="cut each part once more, into as many: then a part is a machine, a piece a process on it"),
+    ] = 1,
     method: Annotated[
         str,
         typer.Option(
@@ -109,6 +113,7 @@ def partition(
     inputs = build.inputs_of(
         file,
         parts=parts,
+        trainers=trainers,
         method=method,
         method_seed=seed,
         settings=settings,
@@ -117,7 +122,7 @@ def partition(
     if compare:
         rows = build.compare(file, inputs)
         print_table(
-            f"first snapshot of {data}, {parts} parts",
+            f"first snapshot of {data}, {inputs.processes} parts",
             ["method", "edges cut", "largest/mean", "halo/nodes", "seconds"],
             [[name, f"{q.edge_cut:.1%}", f"{q.balance:.3f}", f"{q.halo_share:.1%}", f"{s:.2f}"] for name, q, s in rows],
         )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import socket
 import time
 from collections.abc import Iterable
 from typing import Any, Protocol
@@ -14,6 +15,8 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .errors import Failure
 
 
 class Comm(Protocol):
@@ -33,6 +36,9 @@ class Comm(Protocol):
 
     def max(self, value: float) -> float:
         """The largest value over the partitions."""
+
+    def share(self, content: bytes) -> bytes:
+        """Rank 0's content, on every rank; what others pass is ignored."""
 
 
 def _fill(parameters: Iterable[torch.nn.Parameter]) -> list[Tensor]:
@@ -59,6 +65,9 @@ class Alone:
 
     def max(self, value: float) -> float:
         return value
+
+    def share(self, content: bytes) -> bytes:
+        return content
 
 
 _spent = 0.0
@@ -116,6 +125,15 @@ class Group:
         _all_reduce(t, op=dist.ReduceOp.MAX)
         return float(t)
 
+    def share(self, content: bytes) -> bytes:
+        size = torch.tensor(len(content), device="cpu")
+        dist.broadcast(size, 0)
+        t = torch.empty(int(size), dtype=torch.uint8, device="cpu")
+        if self.rank == 0:
+            t.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else t)
+        dist.broadcast(t, 0)
+        return t.numpy().tobytes()
+
 
 def join(rank: int, size: int, rendezvous: str, timeout_s: float) -> Comm:
     """Join the group of ``size`` local processes that meet at ``rendezvous`` (a file that none of them has made yet).
@@ -132,6 +150,34 @@ def join(rank: int, size: int, rendezvous: str, timeout_s: float) -> Comm:
         world_size=size,
         timeout=datetime.timedelta(seconds=timeout_s),
     )
+    return Group()
+
+
+def meet(rank: int, size: int, address: str, port: int, interface: str, timeout_s: float) -> Comm:
+    """Join the group of ``size`` processes of any hosts that meet at rank 0's address and port, which it listens on there only.
+
+    interface: name of the one that reaches the others. Raises Failure where they do not meet within timeout_s.
+    """
+    if size == 1:
+        return Alone()
+    os.environ["GLOO_SOCKET_IFNAME"] = interface
+    if interface not in (name for _, name in socket.if_nameindex()):
+        known = ", ".join(name for _, name in socket.if_nameindex())
+        raise Failure(f"{interface}: no network interface of this host, which has {known}; name one of them")
+    timeout, listening = datetime.timedelta(seconds=timeout_s), None
+    if rank == 0:
+        try:  # a store that opens its own socket listens on every interface
+            listening = socket.create_server((address, port), backlog=size).detach()
+        except OSError as error:
+            raise Failure(
+                f"{address}:{port}: rank 0 cannot listen there ({error.strerror}); name another port"
+            ) from error
+    try:
+        store = dist.TCPStore(address, port, size, rank == 0, timeout, master_listen_fd=listening)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
+    except RuntimeError as error:
+        line = str(error).splitlines()[0][:200]
+        raise Failure(f"{address}:{port}: rank {rank} did not meet the other {size - 1} there ({line})") from error
     return Group()
 
 

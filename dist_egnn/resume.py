@@ -75,13 +75,27 @@ def fingerprint(samples: Samples, comm: Comm) -> dict[str, Any]:
     return {"listed": hashlib.sha256(text.encode()).hexdigest(), "bits": int(comm.sum(torch.as_tensor(bits)))}
 
 
-def restore(config: Config, model: Any, optimizer: Any, print_of: dict[str, Any]) -> tuple[Position, str]:
+def _agreed(comm: Comm, folder: Path) -> tuple[dict[str, Any], str]:
+    """`checkpoint.load_last` of rank 0, on all ranks: others may not see the folder. Its Failure is everybody's."""
+    content, failed, wrong = b"", "", ""
+    if comm.rank == 0:
+        try:
+            content, wrong = checkpoint.newest(folder)
+        except Failure as failure:
+            failed = str(failure)
+    failed, wrong = json.loads(comm.share(json.dumps([failed, wrong]).encode()))
+    if failed:
+        raise Failure(failed)
+    return checkpoint.parsed(comm.share(content), folder / checkpoint.LAST), wrong
+
+
+def restore(comm: Comm, config: Config, model: Any, optimizer: Any, print_of: dict[str, Any]) -> tuple[Position, str]:
     """Take up a run from its last checkpoint; also returns what is wrong with last.pt, if an older one was taken.
 
     Raises Failure where the samples are not those that the run was begun with.
     """
     folder = Path(config.run.dir)
-    state, wrong = checkpoint.load_last(folder)
+    state, wrong = _agreed(comm, folder)
     before = state.get("samples", print_of)
     if before["listed"] != print_of["listed"] or before["bits"] != print_of["bits"]:
         what = "frames" if before["listed"] != print_of["listed"] else "positions"

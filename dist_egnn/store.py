@@ -1,7 +1,7 @@
-"""A store that `distegnn partition` wrote: one partition of one snapshot as a DGLGraph, from disk, without servers.
+"""A store that `distegnn partition` wrote: one partition of one snapshot as a DGLGraph.
 
-A ``Source`` hands out a part of a shard; ``FromDisk`` is one. A DistDGL server is another (its door is ``Store``'s
-``source`` argument), and what is cut out of a part is the same for both.
+A ``Source`` hands out a part of a shard; ``FromDisk`` is one, a DistDGL server another (serving.py). What is cut out of a part
+is the same for both, and who asks does not know which it is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from . import fields, graphs
 from .errors import Failure
 
 FORMAT, VERSION, GRAPH = "dist_egnn.store", 1, "dist_egnn"
-LATER = {"periodic": False}  # inputs that older stores do not name, and what they were made with
+LATER = {"periodic": False, "trainers": 1}  # inputs that older stores do not name, and what they were made with
 SIDES = ("side_x", "side_y", "side_z")  # columns of snapshots.csv in a store with periodic boxes
 
 
@@ -65,18 +65,16 @@ class FromDisk:
                 raise Failure(f"{path}: its sha256 is not the manifest's: damaged or changed; partition again")
         self._checked.add(name)
 
+    def config(self, shard: str, part: int) -> Path:
+        """DGL's partition config of a shard, after a check of it and of the part's files."""
+        for name in (f"{GRAPH}.json", *(f"part{part}/{kind}.dgl" for kind in ("graph", "node_feat", "edge_feat"))):
+            self.check(f"{shard}/{name}")
+        return self.folder / shard / f"{GRAPH}.json"
+
     def part(self, shard: str, part: int) -> Part:
         key = (shard, part)
         if key not in self._kept:
-            for name in (
-                f"{GRAPH}.json",
-                f"part{part}/graph.dgl",
-                f"part{part}/node_feat.dgl",
-                f"part{part}/edge_feat.dgl",
-            ):
-                self.check(f"{shard}/{name}")
-            config = str(self.folder / shard / f"{GRAPH}.json")
-            graph, node_feats, *_ = dgl.distributed.load_partition(config, part)
+            graph, node_feats, *_ = dgl.distributed.load_partition(str(self.config(shard, part)), part)
             src, dst = graph.edges(order="eid")
             inner = int(graph.ndata["inner_node"].sum())
             self._kept[key] = Part(src, dst, inner, {k.removeprefix("_N/"): t for k, t in node_feats.items()})
@@ -84,6 +82,14 @@ class FromDisk:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
         return self._kept[key]
+
+
+_served: dict[Path, Source] = {}
+
+
+def serve_from(path: Path, source: Source) -> None:
+    """Have every Store of this path take its parts from ``source``, in this process."""
+    _served[path.resolve()] = source
 
 
 class Store:
@@ -104,7 +110,9 @@ class Store:
             found = self.manifest["format"], self.manifest["version"]
             if found == (FORMAT, VERSION):
                 self.inputs: dict[str, Any] = LATER | self.manifest["inputs"]
-                self.parts: int = self.inputs["parts"]
+                self.machines: int = self.inputs["parts"]
+                self.trainers: int = self.inputs["trainers"]
+                self.parts = self.machines * self.trainers  # one process each; rank r is on machine r // trainers
                 self.disk = FromDisk(self.path, dict(self.manifest["files"]))
         except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
             raise Failure(f"{manifest}: damaged ({type(error).__name__}); partition again") from error
@@ -112,21 +120,23 @@ class Store:
             raise Failure(
                 f"{manifest}: {found[0]} version {found[1]}, this program reads {FORMAT} {VERSION}; partition again"
             )
-        self.source: Source = source or self.disk
+        self.source: Source = source or _served.get(self.path.resolve(), self.disk)
         for name in ("snapshots.csv", "parts.csv"):
             self.disk.check(name)
         self.snapshots = pd.read_csv(self.path / "snapshots.csv", float_precision="round_trip")
         self.parts_table = pd.read_csv(self.path / "parts.csv")
 
     @cached_property
-    def _ranges(self) -> np.ndarray:
-        """(snapshots, parts, 4): first and last inner node, first and last edge, within the part of the shard."""
-        counts = self.parts_table[["nodes", "edges"]].to_numpy().reshape(len(self.snapshots), self.parts, 2)
-        ranges = np.empty((len(self.snapshots), self.parts, 4), np.int64)
+    def ranges(self) -> np.ndarray:
+        """(snapshots, parts, 4): first and last inner node, first and last edge, within the machine's part of the shard."""
+        shape = len(self.snapshots), self.machines, self.trainers
+        counts = self.parts_table[["nodes", "edges"]].to_numpy().reshape(*shape, 2)
+        ranges = np.empty((*shape, 4), np.int64)
         for rows in self.snapshots.groupby("shard", sort=False).indices.values():
-            ends = np.cumsum(counts[rows], 0)
-            ranges[rows, :, 0::2], ranges[rows, :, 1::2] = ends - counts[rows], ends
-        return ranges
+            one = counts[rows].swapaxes(1, 2)  # on a machine: snapshot after snapshot, in it trainer after trainer
+            ends = np.cumsum(one.reshape(-1, self.machines, 2), 0).reshape(one.shape).swapaxes(1, 2)
+            ranges[rows, ..., 0::2], ranges[rows, ..., 1::2] = ends - counts[rows], ends
+        return ranges.reshape(len(self.snapshots), self.parts, 4)
 
     def split(self, name: str) -> list[int]:
         """The snapshots of train, valid or test."""
@@ -143,15 +153,17 @@ class Store:
 
         Node fields x, v, f, a, y, gid and the whole graph's total and centroid; edge field e, and shift in a periodic box.
         """
-        row = self.snapshots.loc[snapshot]
-        held = self.source.part(row["shard"], part)
-        lo, hi, elo, ehi = self._ranges[snapshot, part].tolist()
+        row, machine = self.snapshots.loc[snapshot], part // self.trainers
+        held = self.source.part(row["shard"], machine)
+        lo, hi, elo, ehi = self.ranges[snapshot, part].tolist()
         src, dst = held.src[elo:ehi], held.dst[elo:ehi]
-        own = src < held.inner
+        own = (src >= lo) & (src < hi)
         graph = graphs.empty(src[own] - lo, dst[own] - lo, hi - lo)
         for name in ("x", "v", "f", "a", "y", "gid"):
             if name not in held.nodes:
-                raise Failure(f"{self.path}/{row['shard']}/part{part}: node field '{name}' is missing; partition again")
+                raise Failure(
+                    f"{self.path}/{row['shard']}/part{machine}: node field '{name}' is missing; partition again"
+                )
             graph.ndata[name] = held.nodes[name][lo:hi]
         self._mark(graph, row)
         return graph

@@ -122,7 +122,7 @@ def train(comm: Comm, config: Config, resume: bool = False) -> dict[str, float]:
     model = build_model(config, samples.widths, comm).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay)
     print_of = fingerprint(samples, comm)
-    position, wrong = restore(config, model, optimizer, print_of) if resume else (Position(), "")
+    position, wrong = restore(comm, config, model, optimizer, print_of) if resume else (Position(), "")
     with ExitStack() as stack:
         desk = None
         if comm.size > 1:  # a rank: signals reach it too, and the run's folder is its own while it lives

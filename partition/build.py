@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,7 +34,16 @@ from dist_egnn.store import FORMAT, GRAPH, LATER, SIDES, VERSION
 from dist_egnn.trajectories import SampleSpec, Snapshot, Trajectories, node_fields, snapshots
 
 SHARD_NODES = 262_144  # small enough that loading a part costs little beside a step, large enough to keep files few
-NODE_FIELDS = ("x", "v", "f", "a", "y", "gid", "snapshot")
+NODE_FIELDS = (
+    "x",
+    "v",
+    "f",
+    "a",
+    "y",
+    "gid",
+    "snapshot",
+    "trainer_id",
+)  # the last one with several trainers a part only
 
 
 @dataclass(frozen=True)
@@ -43,6 +53,7 @@ class Inputs:
     source: str
     source_sha256: str
     parts: int
+    trainers: int
     method: str
     method_seed: int
     radius: float
@@ -56,6 +67,10 @@ class Inputs:
     last_frame: int
     frame_seed: int
     shard_nodes: int
+
+    @property
+    def processes(self) -> int:
+        return self.parts * self.trainers
 
     @property
     def sample(self) -> SampleSpec:
@@ -73,10 +88,12 @@ def sha256(path: Path) -> str:
 
 
 def inputs_of(
-    data: Trajectories, *, parts: int, method: str, method_seed: int, settings: Any, shard_nodes: int
+    data: Trajectories, *, parts: int, trainers: int = 1, method: str, method_seed: int, settings: Any, shard_nodes: int
 ) -> Inputs:
     """The inputs of a store from a config's data section. ``features: null`` means every node attribute, then speed."""
     methods.check(method, parts)
+    if trainers < 1:
+        raise Failure(f"trainers={trainers}: must be at least 1")
     features = settings.features
     if features is None:
         features = [*data[0].attributes, "speed"]
@@ -84,6 +101,7 @@ def inputs_of(
         source=data.path.name,
         source_sha256=sha256(data.path),
         parts=parts,
+        trainers=trainers,
         method=method,
         method_seed=method_seed,
         radius=float(settings.radius),
@@ -103,10 +121,13 @@ def inputs_of(
 def listing(data: Trajectories, inputs: Inputs) -> list[Snapshot]:
     """The snapshots of a store. Raises Failure where one has fewer nodes than parts, or not the periodic box it needs."""
     for k, trajectory in enumerate(data):
-        if trajectory.nodes < inputs.parts:
-            raise Failure(
-                f"{data.path}: trajectory {k} has {trajectory.nodes} nodes, fewer than {inputs.parts} parts; lower --parts"
+        if trajectory.nodes < inputs.processes:
+            many = (
+                f"{inputs.parts} parts of {inputs.trainers} trainers"
+                if inputs.trainers > 1
+                else f"{inputs.parts} parts"
             )
+            raise Failure(f"{data.path}: trajectory {k} has {trajectory.nodes} nodes, fewer than {many}; lower --parts")
         if inputs.periodic:
             data.sides(k, inputs.radius)
     return list(
@@ -140,35 +161,65 @@ def _graph(
     return fields, x if side is None else graphs.wrap(x, side), src, dst, side
 
 
+def _owners(method: str, place: np.ndarray, src: np.ndarray, dst: np.ndarray, inputs: Inputs) -> np.ndarray:
+    """The rank (N,) that owns each node: first the parts, then each part's own graph among its trainers.
+
+    Raises Failure where a part has fewer nodes than trainers.
+    """
+    part = methods.assign(method, place, src, dst, inputs.parts, inputs.method_seed)
+    if inputs.trainers == 1:
+        return part
+    rank, local = np.empty_like(part), np.empty_like(part)
+    for p in range(inputs.parts):
+        nodes = np.flatnonzero(part == p)
+        if len(nodes) < inputs.trainers:
+            raise Failure(
+                f"part {p} of {inputs.parts} has {len(nodes)} nodes, fewer than its trainers; lower --trainers"
+            )
+        local[nodes] = np.arange(len(nodes))
+        own = (part[src] == p) & (part[dst] == p)
+        cut = methods.assign(
+            method, place[nodes], local[src[own]], local[dst[own]], inputs.trainers, inputs.method_seed
+        )
+        rank[nodes] = p * inputs.trainers + cut
+    return rank
+
+
 def _spool(data: Trajectories, snapshot: Snapshot, index: int, inputs: Inputs, folder: Path) -> dict[str, Any]:
-    """Partition one snapshot and write its pieces to folder/INDEX-PART.npz. Returns its row and its parts' rows.
+    """Partition one snapshot and write its pieces to folder/INDEX-PART.npz. Returns its row and its ranks' rows.
 
     A piece holds the node fields of its inner nodes, its edges in local numbers (inner nodes first, then halo nodes) and
-    the halo nodes' ranks in the snapshot, nodes being ranked by part, then along a Z-order curve.
+    the halo nodes' places in the snapshot, where nodes are ordered by rank, then along a Z-order curve.
     """
     fields, place, src, dst, side = _graph(data, snapshot, inputs)
-    n = len(place)
-    part = methods.assign(inputs.method, place, src, dst, inputs.parts, inputs.method_seed)
-    order = graphs.morton_order(place, part)
-    rank = np.empty(n, np.int64)
-    rank[order] = np.arange(n)
-    start = np.concatenate([[0], np.cumsum(np.bincount(part, minlength=inputs.parts))])
+    n, trainers = len(place), inputs.trainers
+    owner = _owners(inputs.method, place, src, dst, inputs)
+    order = graphs.morton_order(place, owner)
+    at = np.empty(n, np.int64)
+    at[order] = np.arange(n)
+    start = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=inputs.processes))])
     indptr = np.concatenate([[0], np.cumsum(np.bincount(dst, minlength=n))])
     ends, pick = graphs.in_edges(indptr, order)
-    src, dst = rank[src[pick]], np.repeat(np.arange(n), np.diff(ends))
+    src, dst = at[src[pick]], np.repeat(np.arange(n), np.diff(ends))
 
     parts_rows = []
+    for r in range(inputs.processes):
+        lo, hi = start[r], start[r + 1]
+        from_ = src[ends[lo] : ends[hi]]
+        remote = from_[(from_ < lo) | (from_ >= hi)]
+        parts_rows.append([int(hi - lo), len(from_), len(remote), len(np.unique(remote))])
     for p in range(inputs.parts):
-        lo, hi = start[p], start[p + 1]
+        lo, hi = start[p * trainers], start[(p + 1) * trainers]
         from_, to = src[ends[lo] : ends[hi]], dst[ends[lo] : ends[hi]] - lo
-        remote = (from_ < lo) | (from_ >= hi)
-        halo, at = np.unique(from_[remote], return_inverse=True)
+        away = (from_ < lo) | (from_ >= hi)
+        halo, which = np.unique(from_[away], return_inverse=True)
         local = from_ - lo
-        local[remote] = hi - lo + at
+        local[away] = hi - lo + which
         rows = {name: value[order[lo:hi]] for name, value in fields.items()}
         rows["snapshot"] = np.full(hi - lo, index)
+        if trainers > 1:
+            rows["trainer_id"] = owner[order[lo:hi]]
         _save_npz(folder / f"{index:06d}-{p}.npz", src=local, dst=to, halo=halo, **rows)
-        parts_rows.append([int(hi - lo), len(to), int(remote.sum()), len(halo)])
     centroid = fields["x"].astype(np.float64).mean(0)
     row = {
         "snapshot": index,
@@ -212,7 +263,7 @@ def _assemble(folder: Path, spool: Path, indices: range, counts: np.ndarray) -> 
     for p in range(parts):
         inner = int(node_lo[p + 1] - node_lo[p])
         src, dst, halo_ids, halo_seen = [], [], [], 0
-        rows: dict[str, list[np.ndarray]] = {name: [] for name in NODE_FIELDS}
+        rows: dict[str, list[np.ndarray]] = defaultdict(list)
         for s, index in enumerate(indices):
             with np.load(spool / f"{index:06d}-{p}.npz") as piece:
                 n, halo, from_ = counts[s, p, 0], piece["halo"], piece["src"]
@@ -221,7 +272,7 @@ def _assemble(folder: Path, spool: Path, indices: range, counts: np.ndarray) -> 
                 owner = np.searchsorted(starts[s], halo, side="right") - 1
                 halo_ids.append(node_lo[owner] + within[s, owner] + halo - starts[s, owner])
                 halo_seen += len(halo)
-                for name in NODE_FIELDS:
+                for name in (name for name in NODE_FIELDS if name in piece):
                     rows[name].append(piece[name])
         graph = dgl.graph(
             (torch.from_numpy(np.concatenate(src)), torch.from_numpy(np.concatenate(dst))), num_nodes=inner + halo_seen
@@ -321,7 +372,9 @@ def _write(
                 rows.append(json.loads(mark.read_text()))
                 progress(index + 1, len(listed))
             shutil.rmtree(work / shard, ignore_errors=True)
-            _assemble(work / shard, spool, indices, np.array([r["parts"] for r in rows])[:, :, :2])
+            counts = np.array([r["parts"] for r in rows])[:, :, :2]
+            counts = counts.reshape(len(rows), inputs.parts, inputs.trainers, 2).sum(2)
+            _assemble(work / shard, spool, indices, counts)
             files = {str(f.relative_to(work)): sha256(f) for f in sorted((work / shard).rglob("*")) if f.is_file()}
             _write_atomically(complete, json.dumps({"rows": rows, "files": files, "shard": shard}))
             for index in indices:
@@ -375,6 +428,6 @@ def compare(data: Trajectories, inputs: Inputs) -> list[tuple[str, methods.Quali
     rows = []
     for name in methods.METHODS:
         started = time.perf_counter()
-        part = methods.assign(name, place, src, dst, inputs.parts, inputs.method_seed)
-        rows.append((name, methods.quality(part, src, dst, inputs.parts), time.perf_counter() - started))
+        owner = _owners(name, place, src, dst, inputs)
+        rows.append((name, methods.quality(owner, src, dst, inputs.processes), time.perf_counter() - started))
     return rows

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import dgl
 import numpy as np
+from torch import Tensor
 
 from dist_egnn import graphs
 from dist_egnn.errors import Failure
@@ -27,7 +28,7 @@ def verify(store: Store, progress: Callable[[int, int], None]) -> dict[str, int]
     nodes = edges = 0
     for shard, rows in store.snapshots.groupby("shard", sort=False).indices.items():
         config = str(store.path / shard / f"{GRAPH}.json")
-        held = [_load(config, p) for p in range(store.parts)]
+        held = [_load(config, p, store.trainers) for p in range(store.machines)]
         # global id → (node of the snapshot), for the sources that live elsewhere
         gid_of = np.concatenate([feats["_N/gid"].numpy() for _, feats in held])
         snapshot_of = np.concatenate([feats["_N/snapshot"].numpy() for _, feats in held])
@@ -36,13 +37,8 @@ def verify(store: Store, progress: Callable[[int, int], None]) -> dict[str, int]
         for snapshot in rows:
             row = store.snapshots.loc[snapshot]
             where = f"{store.path}: snapshot {snapshot}"
-            for p, (_, feats) in enumerate(held):
-                mine = int((feats["_N/snapshot"] == snapshot).sum())
-                wanted = store.parts_table.query("snapshot == @snapshot and part == @p")["nodes"].item()
-                if mine != wanted:
-                    raise Failure(
-                        f"{where}: part {p} holds {mine} nodes of it, parts.csv says {wanted}; partition again"
-                    )
+            for r in range(store.parts):
+                _check_owned(store, int(snapshot), r, held[r // store.trainers][1])
             own = snapshot_of == snapshot
             gid = gid_of[own]
             n = int(row["nodes"])
@@ -66,7 +62,20 @@ def verify(store: Store, progress: Callable[[int, int], None]) -> dict[str, int]
     return {"files": len(store.manifest["files"]), "snapshots": len(store.snapshots), "nodes": nodes, "edges": edges}
 
 
-def _load(config: str, part: int):
+def _check_owned(store: Store, snapshot: int, rank: int, feats: dict[str, Tensor]) -> None:
+    """Raise Failure unless the rank's nodes of a snapshot are as many as parts.csv says, and where it says."""
+    lo, hi = store.ranges[snapshot, rank, :2].tolist()
+    own = feats["_N/snapshot"] == snapshot
+    if store.trainers > 1:
+        own &= feats["_N/trainer_id"] == rank
+    if int(own.sum()) != hi - lo or not own[lo:hi].all():
+        raise Failure(
+            f"{store.path}: snapshot {snapshot}: part {rank} holds {int(own.sum())} nodes of it, parts.csv says {hi - lo}"
+            f"{', others' * (int(own.sum()) == hi - lo)}; partition again"
+        )
+
+
+def _load(config: str, part: int, trainers: int):
     """A part by DGL's loader, its own assertions switched on."""
     before = os.environ.get("DGL_DIST_DEBUG")
     os.environ["DGL_DIST_DEBUG"] = "1"
@@ -79,7 +88,7 @@ def _load(config: str, part: int):
             del os.environ["DGL_DIST_DEBUG"]
         else:
             os.environ["DGL_DIST_DEBUG"] = before
-    for name in ("gid", "snapshot"):
+    for name in ("gid", "snapshot", *(["trainer_id"] if trainers > 1 else [])):
         if f"_N/{name}" not in feats:
             raise Failure(f"{config}: part {part}: node field '{name}' is missing; partition again")
     return graph, feats

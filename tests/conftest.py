@@ -39,7 +39,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _inputs(path: Path, parts: int, method: str = "metis", shard_nodes: int = 1500, **data: Any) -> Any:
+def _inputs(
+    path: Path, parts: int, method: str = "metis", shard_nodes: int = 1500, trainers: int = 1, **data: Any
+) -> Any:
     """The inputs of a store of ``path`` under DATA, other settings by name."""
     from dist_egnn.partition import build
 
@@ -49,6 +51,7 @@ def _inputs(path: Path, parts: int, method: str = "metis", shard_nodes: int = 15
     return build.inputs_of(
         Trajectories(path),
         parts=parts,
+        trainers=trainers,
         method=method,
         method_seed=0,
         settings=Data(**{**DATA, **data}),
@@ -58,24 +61,25 @@ def _inputs(path: Path, parts: int, method: str = "metis", shard_nodes: int = 15
 
 @pytest.fixture(scope="session")
 def make_inputs(small: Path) -> Callable[..., Any]:
-    """make_inputs(parts, method="metis", shard_nodes=1500, **data settings): the inputs of such a store of ``small``."""
+    """make_inputs(parts, method="metis", shard_nodes=1500, trainers=1, **data settings): the inputs of such a store of ``small``."""
     return functools.partial(_inputs, small)
 
 
 @pytest.fixture(scope="session")
 def make_store(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """make_store(parts, method="metis", shard_nodes=1500, **data settings): the store of ``small``, made once a session."""
+    """make_store(parts, method="metis", shard_nodes=1500, trainers=1, **data settings): such a store, made once a session."""
     from dist_egnn.partition import build
 
     from dist_egnn.trajectories import Trajectories
 
     made: dict[str, Path] = {}
 
-    def make(parts: int, method: str = "metis", shard_nodes: int = 1500, **data: Any) -> Path:
-        key = repr((parts, method, shard_nodes, sorted(data.items())))
+    def make(parts: int, method: str = "metis", shard_nodes: int = 1500, trainers: int = 1, **data: Any) -> Path:
+        key = repr((parts, method, shard_nodes, trainers, sorted(data.items())))
         if key not in made:
             out = tmp_path_factory.mktemp("store") / "store"
-            build.write(Trajectories(small), out, _inputs(small, parts, method, shard_nodes, **data), lambda *_: None)
+            inputs = _inputs(small, parts, method, shard_nodes, trainers, **data)
+            build.write(Trajectories(small), out, inputs, lambda *_: None)
             made[key] = out
         return made[key]
 

@@ -299,6 +299,32 @@ def outcome_bytes(run: Path) -> dict[str, bytes]:
     return {name: (run / name).read_bytes() for name in ("last.pt", "best.pt", "metrics.csv", "config.yaml")}
 
 
+def _elsewhere(comm, chosen: config.Config) -> None:
+    """Go on with a run whose folder only rank 0 sees, as on another host."""
+    if comm.rank:
+        chosen.run.dir = "/nowhere/run"
+    train.train(comm, chosen, True)
+
+
+def test_only_rank_0_needs_the_folder(inputs, whole, tmp_path):
+    with pytest.raises(Failure, match=f"{tmp_path}/run/last.pt: no such checkpoint"):  # and not that of rank 1
+        local.run(_elsewhere, 2, settings(inputs[2], tmp_path / "run", SHORT))
+    runs.run_training(settings(inputs[2], tmp_path / "run", "train.epochs=2", "train.schedule=constant"))
+    runs.run_training(settings(inputs[2], tmp_path / "other", SHORT, "train.schedule=constant"))
+    local.run(_elsewhere, 2, settings(inputs[2], tmp_path / "run", SHORT, "train.schedule=constant"))
+    assert_same(tmp_path / "run", tmp_path / "other")
+
+
+def _shared(comm, contents: list[bytes]) -> list[bytes]:
+    return [comm.share(content if comm.rank == 0 else b"not mine") for content in contents]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_what_rank_0_shares(size):
+    contents = [b"", b"a", bytes(range(256)) * 1000]
+    assert local.run(_shared, size, contents) == [contents] * size
+
+
 def _state(comm, chosen: config.Config) -> bytes:
     train.train(comm, chosen)
     return bytes(torch.get_rng_state().numpy())

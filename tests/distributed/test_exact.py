@@ -36,6 +36,12 @@ def test_many_processes_equal_one(
     assert sum(name.startswith("gradient") for name in found) > 40
 
 
+def test_trainers_of_several_machines_equal_one(make_store: Callable[..., Path], tmp_path: Path) -> None:
+    store = Store(make_store(2, "metis", trainers=2))
+    found = exactness.compare(config.load(None, SETTINGS), store, 1, tmp_path)
+    assert max(found.values()) <= exactness.TOLERANCE, found
+
+
 def _each(group: comm.Comm, settings: dict[str, config.Config], path: str, folder: str) -> None:
     """Every model in one group of processes, which take longer to start than to compute."""
     for name, one in settings.items():

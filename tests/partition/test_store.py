@@ -60,6 +60,8 @@ LAYOUTS = [
     (5, "random", 300, {}),  # a snapshot a shard
     (5, "bisection", 0, {"edge_drop": 0.3, "frames": 1}),
     (3, "kmeans", 1500, {"radius": float("inf"), "frames": 1}),
+    (2, "metis", 1500, {"trainers": 2}),
+    (2, "kmeans", 0, {"trainers": 3, "frames": 2}),
     (3, "morton", 700, {"edge_drop": 1.0, "features": [], "node_attributes": [], "first_frame": 8}),
 ]
 
@@ -71,7 +73,8 @@ def test_round_trip(make_store, make_inputs, small, parts, method, shard_nodes, 
     inputs = make_inputs(parts, method, shard_nodes, **settings)
     data = Trajectories(small)
     listed = build.listing(data, inputs)
-    assert store.parts == parts
+    assert (store.machines, store.trainers) == (parts, settings.get("trainers", 1))
+    parts = store.parts
     assert len(store.snapshots) == len(listed) == 4 * len({s.frame for s in listed if s.trajectory == 0})
     for k, snapshot in enumerate(listed):
         full = sample(data, snapshot, inputs.sample)
@@ -116,6 +119,34 @@ def test_verify_passes(make_store, parts, method, shard_nodes, settings):
     assert counted["snapshots"] == len(store.snapshots)
     assert (counted["nodes"], counted["edges"]) == tuple(store.snapshots[["nodes", "edges"]].sum())
     assert told == [(k + 1, len(store.snapshots)) for k in range(len(store.snapshots))]
+
+
+def test_parts_are_cut_among_their_trainers(make_store):
+    """Machines hold what they hold with one trainer each; a trainer's nodes and edges of a snapshot lie side by side there."""
+    one, two = Store(make_store(2)), Store(make_store(2, trainers=2))
+    for k in range(len(one.snapshots)):
+        for machine in range(2):
+            pieces = [two.read(k, 2 * machine + t) for t in range(2)]
+            gid = torch.cat([g.ndata["gid"] for g in pieces])
+            assert sorted(gid.tolist()) == sorted(one.read(k, machine).ndata["gid"].tolist())
+            assert min(g.num_nodes() for g in pieces) > 0.4 * len(gid)  # by the method, and not by chance
+        rows = [store.parts_table[store.parts_table["snapshot"] == k].reset_index() for store in (one, two)]
+        pairs = rows[1].groupby(rows[1]["part"] // 2)[["nodes", "edges"]].sum()
+        assert (pairs.to_numpy() == rows[0][["nodes", "edges"]].to_numpy()).all()
+        assert rows[0]["cut_edges"].sum() < rows[1]["cut_edges"].sum() < 0.5 * rows[1]["edges"].sum()
+    for machine in range(2):
+        fields = load_tensors(str(two.path / SHARD / f"part{machine}" / "node_feat.dgl"))
+        trainer, snapshot = fields["_N/trainer_id"], fields["_N/snapshot"]
+        assert set(trainer.tolist()) == {2 * machine, 2 * machine + 1}
+        assert torch.equal(snapshot * 4 + trainer, (snapshot * 4 + trainer).sort().values)
+    assert "_N/trainer_id" not in load_tensors(str(one.path / SHARD / "part0" / "node_feat.dgl"))
+
+
+def test_a_store_from_before_there_were_trainers(copy):
+    manifest = yaml.safe_load((copy / "manifest.yaml").read_text())
+    del manifest["inputs"]["trainers"]
+    (copy / "manifest.yaml").write_text(yaml.safe_dump(manifest))
+    assert (Store(copy).machines, Store(copy).parts) == (2, 2)
 
 
 def test_splits_and_summary(make_store):
@@ -303,6 +334,15 @@ def elsewhere(fields, rows):
     fields["_N/snapshot"][rows[-1]] = 3
 
 
+def another_trainer(fields, rows):
+    fields["_N/trainer_id"][rows[-1]] = 2
+
+
+def trainers_exchanged(fields, rows):
+    of = fields["_N/trainer_id"]
+    of[rows[0]], of[rows[-1]] = 3, 2
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -384,6 +424,20 @@ def test_verify_finds_a_row_that_is_gone(copy):
         verify(Store(copy), silent)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (another_trainer, "snapshot 2: part 2 holds .* nodes of it, parts.csv says [0-9]+; partition again"),
+        (trainers_exchanged, "snapshot 2: part 2 holds .* nodes of it, parts.csv says [0-9]+, others; partition again"),
+    ],
+)
+def test_verify_finds_wrong_trainers(make_store, tmp_path, change, says):
+    path = Path(shutil.copytree(make_store(2, trainers=2), tmp_path / "store"))
+    change_fields(path, change)
+    with pytest.raises(Failure, match=says):
+        verify(Store(path), silent)
+
+
 # what is refused before anything is written
 
 
@@ -396,6 +450,15 @@ def test_fewer_nodes_than_parts(small, make_inputs, tmp_path):
         build.write(Trajectories(small), tmp_path / "store", make_inputs(201), silent)
     assert str(small) in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_fewer_nodes_than_trainers(small, make_inputs, tmp_path):
+    with pytest.raises(Failure, match="trajectory 0 has 200 nodes, fewer than 41 parts of 5 trainers; lower --parts"):
+        build.write(Trajectories(small), tmp_path / "store", make_inputs(41, trainers=5), silent)
+    with pytest.raises(Failure, match="part [0-9]+ of 40 has [1-4] nodes, fewer than its trainers; lower --trainers"):
+        build.write(Trajectories(small), tmp_path / "store", make_inputs(40, "kmeans", trainers=5), silent)
+    with pytest.raises(Failure, match="trainers=0: must be at least 1"):
+        make_inputs(2, trainers=0)
 
 
 @pytest.mark.parametrize("parts", [1, 6])
@@ -434,7 +497,7 @@ def test_a_file_in_the_way_is_left_alone(small, make_inputs, tmp_path):
     assert files(tmp_path) == {"store": b"mine"}
 
 
-@pytest.mark.parametrize("other", [{"parts": 3}, {"method": "random"}, {"radius": 0.2}, {"frames": 2}])
+@pytest.mark.parametrize("other", [{"parts": 3}, {"trainers": 2}, {"method": "random"}, {"radius": 0.2}, {"frames": 2}])
 def test_a_store_of_other_settings_is_left_alone(small, make_inputs, copy, other):
     before = files(copy)
     with pytest.raises(Failure, match="exists and is not a store of these settings"):
