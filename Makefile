@@ -1,10 +1,10 @@
-# make demo | test | lint: each sets up .venv itself; nothing is installed on a second run.
+# make demo | test | test-hosts | lint: each sets up .venv itself; nothing is installed on a second run.
 PYTHON ?= python3.11
 BIN := .venv/bin
 # DGL and torch lose most of their speed when threads outnumber cores; one thread per process is the rule here.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-hosts lint clean
 setup:
 	@PYTHON="$(PYTHON)" sh tools/setup.sh
 
@@ -13,6 +13,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# the part of it that needs root: emulated hosts, and what happens on them (docs/distributed.md)
+test-hosts: setup
+	$(BIN)/python -m pytest tests/distributed/test_hosts.py tests/distributed/test_many_machines.py
 
 lint: setup
 	$(BIN)/ruff format --check .

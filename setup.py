@@ -13,7 +13,7 @@ setup(
     version="0.1.0",
     description="Equivariant graph networks on geometric graphs too large for one device",
     python_requires=">=3.11,<3.12",  # hashlib.file_digest came with 3.11; DGL 1.1.3 has no wheel for 3.12
-    packages=["dist_egnn", "dist_egnn.nn", "dist_egnn.partition"],
+    packages=["dist_egnn", "dist_egnn.launch", "dist_egnn.nn", "dist_egnn.partition"],
     package_dir={"dist_egnn.partition": "partition"},
     install_requires=[
         "torch>=2.1,<2.14",

@@ -203,6 +203,64 @@ def train(
         run_training(configs.load(config, overrides or ()))
 
 
+@app.command(
+    epilog="Example: distegnn launch recipes/fluid113k/config.yaml data.path=store run.dir=runs/fluid --hosts hosts.txt --dry-run"
+)
+def launch(
+    config: Annotated[str | None, typer.Argument(help="as for `distegnn train`", show_default=False)] = None,
+    overrides: Overrides = None,
+    hosts: Annotated[
+        Path | None,
+        typer.Option(help="file: a host a line, as [user@]host [port=22] [trainers=2] [interface=eth0] [python=/path]"),
+    ] = None,
+    local: Annotated[bool, typer.Option("--local", help="this machine alone, over its loopback")] = False,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="go on with the run in this folder, under its own config")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check every host, print the plan, start nothing")] = False,
+    dispatch: Annotated[
+        bool, typer.Option("--dispatch", help="first copy each host its part of the store, by rsync over ssh")
+    ] = False,
+    max_restarts: Annotated[int, typer.Option(min=0, help="starts from the last checkpoint after a failure")] = 3,
+    port: Annotated[
+        int, typer.Option(min=0, max=65000, help="the servers' port, the next ones for the rendezvous; 0: free ones")
+    ] = 0,
+    ssh: Annotated[
+        str | None, typer.Option(help="program that runs a command on a host", show_default="ssh, keys only")
+    ] = None,
+) -> None:
+    """Train on several machines: DistDGL's servers hold the store, trainers everywhere; restarted when something dies.
+
+    The store is one made with --parts MACHINES --trainers N --shard-nodes 0, at the same path on every host; the run's folder is
+    the first host's. Without --hosts and --local, the hosts are those of the Slurm job. docs/distributed.md goes through it.
+    """
+    from . import config as configs
+    from .launch import command, hostfile
+    from .runs import resumed_config
+
+    if local and hosts:
+        raise Failure(f"--local and --hosts {hosts}: take one of them")
+    listed = hostfile.listed(hosts, local, ssh)
+    words = [*([config] if config is not None else []), *(overrides or ())]
+    if resume is not None:
+        settings = resumed_config(resume, words)
+    elif config is None:
+        raise Failure(
+            "the config is missing: distegnn launch CONFIG --hosts FILE, or distegnn launch --resume RUN --hosts FILE"
+        )
+    else:
+        settings = configs.load(config, overrides or ())
+    command.run(
+        settings,
+        listed,
+        resume=resume is not None,
+        port=port,
+        max_restarts=max_restarts,
+        dry_run=dry_run,
+        dispatch=dispatch,
+    )
+
+
 @app.command(epilog="Example: distegnn evaluate runs/fluid")
 def evaluate(
     run: Annotated[Path, typer.Argument(help="folder of a run")],

@@ -78,11 +78,53 @@ def seconds() -> float:
     return _spent
 
 
-def _all_reduce(t: Tensor, **options: Any) -> None:
+ONE_TRIP_BYTES = 1 << 18  # up to so many bytes leave a process in one go; more in two, each as large as it must be
+
+
+def trips(nbytes: int, size: int) -> int:
+    """How many exchanges a sum of nbytes takes among ``size`` processes: see `_total`."""
+    return 1 if size == 2 or nbytes * (size - 1) <= ONE_TRIP_BYTES else 2
+
+
+def sent_bytes(nbytes: int, size: int) -> float:
+    """Bytes that a process sends for it."""
+    return nbytes * (size - 1) * (1.0 if trips(nbytes, size) == 1 else 2 / size)
+
+
+def _total(t: Tensor) -> Tensor:
+    """Σ_p t_p, added in the order of ranks: the same bits on every one.
+
+    gloo's all-reduce passes pieces round a ring, 2(P − 1) messages one after the other. Here everybody sends to everybody at
+    once, which waits for one: all of it, (P − 1) n numbers, if that is little; else two: pieces to their owners, their sums back.
+    """
     global _spent
-    started = time.perf_counter()
-    dist.all_reduce(t, **options)
+    started, size = time.perf_counter(), dist.get_world_size()
+    flat = t.detach().reshape(-1).cpu()  # gloo exchanges what the host holds
+    n = len(flat)
+    if trips(n * flat.element_size(), size) == 1:
+        total = _ordered(_exchanged(flat.expand(size, n)))
+    else:
+        pieces = flat.new_zeros(size, -(-n // size))
+        pieces.view(-1)[:n] = flat
+        own = _ordered(_exchanged(pieces))
+        total = _exchanged(own.expand(size, len(own))).view(-1)[:n]
     _spent += time.perf_counter() - started
+    return total.to(t.device).view(t.shape)
+
+
+def _exchanged(rows: Tensor) -> Tensor:
+    """Row r goes to rank r; the rows that came, in the order of ranks."""
+    rows = rows.contiguous()
+    taken = torch.empty_like(rows)
+    dist.all_to_all_single(taken, rows)
+    return taken
+
+
+def _ordered(rows: Tensor) -> Tensor:
+    total = rows[0].clone()
+    for row in rows[1:]:  # torch's own sum may take another order on another processor
+        total += row
+    return total
 
 
 class _Sum(torch.autograd.Function):
@@ -90,15 +132,11 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, t: Tensor) -> Tensor:
-        total = t.detach().clone(memory_format=torch.contiguous_format)
-        _all_reduce(total)
-        return total
+        return _total(t)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        _all_reduce(grad)
-        return grad
+        return _total(grad)
 
 
 class Group:
@@ -114,16 +152,14 @@ class Group:
         grads = _fill(parameters)
         more = [] if beside is None else [beside.to(grads[0])]
         bucket = torch.cat([g.reshape(-1) for g in (*grads, *more)])
-        _all_reduce(bucket)
-        totals = bucket.split([g.numel() for g in (*grads, *more)])
+        totals = _total(bucket).split([g.numel() for g in (*grads, *more)])
         for grad, total in zip(grads, totals, strict=False):
             grad.copy_(total.view_as(grad))
         return totals[-1] if more else None
 
     def max(self, value: float) -> float:
-        t = torch.tensor(value, dtype=torch.float64)
-        _all_reduce(t, op=dist.ReduceOp.MAX)
-        return float(t)
+        mine = torch.tensor([value], dtype=torch.float64, device="cpu")
+        return float(_exchanged(mine.expand(self.size, 1)).max())
 
     def share(self, content: bytes) -> bytes:
         size = torch.tensor(len(content), device="cpu")

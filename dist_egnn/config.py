@@ -111,7 +111,7 @@ class Train:
     patience: int = _key(0, "epochs without a better validation MSE before training stops; 0: never")
     seed: int = _key(0, "seed of weights, order and sampling")
     device: str = _key("cpu", "cpu, cuda:N, cuda (each process the next one), or auto: cuda if there is one")
-    timeout_s: float = _key(300.0, "how long a process waits for the others before it gives up")
+    timeout_s: float = _key(60.0, "how long a process waits for the others before it gives up")
     checkpoint_minutes: float = _key(10.0, "time between checkpoints inside an epoch; 0: one after every step")
 
 

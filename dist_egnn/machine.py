@@ -102,3 +102,11 @@ def step_bytes(nodes: float, edges: float, hidden: int, layers: int, block: floa
     row = 4 * hidden
     base = 0.4e9 + nodes * (layers + 3) * row * 2 + edges * 60
     return base + (11 * layers * edges if block >= edges else 12 * block) * row  # some eleven E×H arrays a layer
+
+
+def served_bytes(nodes: int, edges: int, halo: int, floats: int, trainers: int) -> int:
+    """What a graph server takes of its /dev/shm: its graph in both formats, numbers and flags of nodes and edges, and the fields of
+    its own nodes, ``floats`` of them in single precision. A little more than that where trainers of a machine share halo nodes.
+    """
+    fields = 4 * floats + 8 * (3 if trainers > 1 else 2)
+    return 41 * edges + 17 * (nodes + halo) + fields * nodes + (64 << 10)

@@ -16,6 +16,7 @@ import torch
 
 from . import calibrate, local, machine, models, plan_data, samples, tiles, train
 from .calibrate import PHASES, Times, Trial
+from .comm import sent_bytes
 from .config import Config
 from .plan_data import TRIED, Say, Source
 
@@ -40,7 +41,7 @@ class Rank:
 @dataclass(frozen=True)
 class Plan:
     """What a run will take. calls: sums over the group in one step, payload_bytes: what each rank hands to them, wire_bytes: what
-    each rank sends, 2(P − 1)/P of the payload, by gloo's ring. exchange_s: their time in a step. epoch_s: an epoch with its
+    each rank sends. exchange_s: their time in a step. epoch_s: an epoch with its
     validation, samples in memory as far as they fit; first_epoch_s: the first, which reads all of them; idle_…: the same by the
     processor's clock: what an idle machine would take; busy: the share of a core that the trials got. partition_s: writing the
     store first, from a trajectories file. memory_gb: of all ranks together."""
@@ -200,7 +201,7 @@ def _summed(
         steps=now.steps,
         calls=len(calls),
         payload_bytes=payload,
-        wire_bytes=payload * 2 * (parts - 1) / parts,
+        wire_bytes=sum(sent_bytes(c.numbers * c.width, parts) for c in calls),
         exchange_s=each * (sums["forward"] + sums["backward"]) + sums["gradients"],
         step_s=now.step(fresh),
         epoch_s=now.epoch(fresh),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 LINE_EVERY_S = 5.0
+MARK = "\x1e"  # begins a line of JSON for `distegnn launch`, which sets MARKED and draws the bar
+MARKED, MARK_EVERY_S = "DISTEGNN_MARKED", 0.5
 
 
 @contextmanager
@@ -16,6 +20,9 @@ def bar(title: str, total: int, *, shown: bool = True, done: int = 0) -> Iterato
     count = done
     if not shown:
         yield lambda note="", to=None: None
+        return
+    if os.environ.get(MARKED):
+        yield _marking(title, total, done)
         return
     if sys.stderr.isatty():
         from rich.console import Console
@@ -55,3 +62,18 @@ def bar(title: str, total: int, *, shown: bool = True, done: int = 0) -> Iterato
             print(f"{title}: {count}/{total}, {left:.0f} s left  {note}".rstrip(), file=sys.stderr, flush=True)
 
     yield plainly
+
+
+def _marking(title: str, total: int, done: int) -> Callable[..., None]:
+    count, spoken = done, 0.0
+
+    def mark(note: str = "", to: int | None = None) -> None:
+        nonlocal count, spoken
+        count = count + 1 if to is None else to
+        now = time.monotonic()
+        if now - spoken >= MARK_EVERY_S or count == total:
+            spoken = now
+            said = {"title": title, "total": total, "begun": done, "done": count, "note": note}
+            print(f"\n{MARK}{json.dumps(said)}", flush=True)
+
+    return mark

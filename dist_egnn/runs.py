@@ -126,18 +126,23 @@ def run_training(config: Any, resume: bool = False) -> dict[str, float]:
             run_partition(config, folder / (f"store-{parts}" if resume else "store"))
         with stopping.listening():
             last = local.run(training.train, parts, config, resume, timeout_s=config.train.timeout_s)[0]
+    tell_end(folder, last, parts, "train")
+    return last
+
+
+def tell_end(folder: Path, last: dict[str, float], parts: int, command: str) -> None:
+    """The last line of a training. Raises Stopped, and says how to go on, if it was asked to stop."""
+    from . import stopping
+
     if "stopped" in last:
-        print(
-            f"{folder}: stopped in epoch {last['epoch']:g} after step {last['step']:g}; go on: distegnn train --resume {folder}",
-            file=sys.stderr,
-        )
+        where = f" in epoch {last['epoch']:g} after step {last['step']:g}" if "epoch" in last else ""
+        print(f"{folder}: stopped{where}; go on: distegnn {command} --resume {folder}", file=sys.stderr)
         raise stopping.Stopped
     on = "1 process" if parts == 1 else f"{parts} processes"
     if "step_s" in last:
         print(f"{folder}: best validation MSE {last['best_valid_mse']:.4e}, {last['step_s']:.3f} s a step on {on}")
     else:
         print(f"{folder}: best validation MSE {last['best_valid_mse']:.4e}; done before, train.epochs=N adds to it")
-    return last
 
 
 def run_import(file: Path, config: Any) -> None:
@@ -187,8 +192,8 @@ def run_import(file: Path, config: Any) -> None:
     print_table(f"{folder}: FastEGNN of {file}", ["option", "found"], [[k, v] for k, v in shown.items()])
 
 
-def resume_training(run: Path, overrides: Sequence[str]) -> dict[str, float]:
-    """Go on with a run under its own config, but for the overrides."""
+def resumed_config(run: Path, overrides: Sequence[str]) -> Any:
+    """A run's own config, but for the overrides, to go on with it."""
     from . import config as configs
     from . import resume as resuming
 
@@ -200,7 +205,12 @@ def resume_training(run: Path, overrides: Sequence[str]) -> dict[str, float]:
     if "run.dir" in given:
         raise Failure(f"override 'run.dir': a resume goes on in {run}; copy the folder to go on elsewhere")
     config.run.dir = str(run)
-    return run_training(config, resume=True)
+    return config
+
+
+def resume_training(run: Path, overrides: Sequence[str]) -> dict[str, float]:
+    """Go on with a run under its own config, but for the overrides."""
+    return run_training(resumed_config(run, overrides), resume=True)
 
 
 def run_evaluation(run: Path, split: str = "test") -> dict[str, float]:

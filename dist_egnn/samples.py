@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dgl import DGLGraph
 
@@ -97,8 +97,8 @@ def parts(config: Config) -> int:
     return store.parts
 
 
-def same_settings(store: Store, data: Data) -> None:
-    """Raise Failure where the config names other data settings than the store was made with."""
+def same_settings(store: Any, data: Data) -> None:
+    """Raise Failure where the config names other data settings than the store (its inputs, its path) was made with."""
     for name in (
         "radius",
         "horizon",

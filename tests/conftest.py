@@ -61,7 +61,7 @@ def _inputs(
 
 @pytest.fixture(scope="session")
 def make_inputs(small: Path) -> Callable[..., Any]:
-    """make_inputs(parts, method="metis", shard_nodes=1500, trainers=1, **data settings): the inputs of such a store of ``small``."""
+    """make_inputs(parts, method="metis", shard_nodes=1500, trainers=1, **data settings): inputs of such a store of ``small``."""
     return functools.partial(_inputs, small)
 
 

@@ -72,7 +72,7 @@ def test_the_partition_does_not_matter_to_exactness(
 
 
 def _lamed(group: comm.Comm, lame: str, *args: object) -> None:
-    """The same with one all-reduce missing."""
+    """The same with one sum missing."""
     if lame == "forward":
         comm._Sum.forward = staticmethod(lambda ctx, t: t.detach().clone())  # type: ignore[method-assign]
     elif lame == "backward":
@@ -83,7 +83,7 @@ def _lamed(group: comm.Comm, lame: str, *args: object) -> None:
 
 
 @pytest.mark.parametrize("lame", ["forward", "backward", "gradients"])
-def test_the_comparison_fails_without_any_one_all_reduce(
+def test_the_comparison_fails_without_any_one_sum(
     make_store: Callable[..., Path], tmp_path: Path, lame: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = local.run
@@ -93,15 +93,15 @@ def test_the_comparison_fails_without_any_one_all_reduce(
 
 
 def _calls(group: comm.Comm, settings: config.Config, path: str) -> tuple[list[int], list[int]]:
-    """Numbers per all-reduce in a forward and in a backward pass."""
+    """Numbers per exchange, to each rank, in a forward and in a backward pass."""
     sent: list[int] = []
-    plain = dist.all_reduce
+    plain = dist.all_to_all_single
 
-    def counted(t: torch.Tensor, *args: object, **options: object) -> object:
-        sent.append(t.numel())
-        return plain(t, *args, **options)
+    def counted(taken: torch.Tensor, *args: object, **options: object) -> object:
+        sent.append(taken.numel() // group.size)
+        return plain(taken, *args, **options)
 
-    dist.all_reduce = counted
+    dist.all_to_all_single = counted
     store = Store(path)
     graph = dgl.batch([store.read(n, group.rank) for n in (0, 1)])
     model = train.build_model(settings, (3, 2), group)
@@ -111,7 +111,7 @@ def _calls(group: comm.Comm, settings: config.Config, path: str) -> tuple[list[i
     return forward, sent[len(forward) :]
 
 
-def test_a_step_sends_one_all_reduce_a_layer_and_direction(make_store: Callable[..., Path]) -> None:
+def test_a_step_exchanges_once_a_layer_and_direction(make_store: Callable[..., Path]) -> None:
     settings = config.load(None, SETTINGS)
     path = make_store(2, "metis", features=["viscosity", "mass", "speed"], node_attributes=["viscosity", "mass"])
     for forward, backward in local.run(_calls, 2, settings, str(path)):

@@ -90,7 +90,8 @@ def started(log: Path, *command: object) -> subprocess.Popen:
 def wait_for(text: str, log: Path, process: subprocess.Popen) -> None:
     until = time.monotonic() + LIMIT_S
     while text not in log.read_text():
-        assert process.poll() is None and time.monotonic() < until, log.read_text()
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < until, log.read_text()
         time.sleep(0.05)
 
 

@@ -1,0 +1,1 @@
+"""`distegnn launch`: one training on several hosts. See docs/distributed.md."""
