@@ -24,10 +24,10 @@ from .errors import Failure
 from .files import write_whole
 from .partition import methods
 from .progress import bar
-from .runs import print_table
 from .samples import spec_of
 from .scene import BOUNDS, Job, Scene, parse_fixed
 from .store import Store
+from .terminal import print_table
 from .trajectories import SampleSpec, Trajectories, columns
 from .vtkhdf import Rollout, Writer, finish, partial_of
 

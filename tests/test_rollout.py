@@ -544,3 +544,41 @@ def test_damaged_rollouts_are_refused(tmp_path: Path) -> None:
         del file["VTKHDF/NumberOfPoints"]
     with pytest.raises(Failure, match="damaged"):
         Rollout(partial_of(path))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_vtk_itself_reads_every_step(tmp_path: Path, parts: int) -> None:
+    """With vtkHDFReader, which is what ParaView opens such a file with: times, points, cells, every array."""
+    vtk = pytest.importorskip("vtkmodules.vtkIOHDF", reason="vtk is not installed (pip install vtk)")
+    from vtkmodules.util.numpy_support import vtk_to_numpy
+    from vtkmodules.vtkCommonExecutionModel import vtkStreamingDemandDrivenPipeline as Pipeline
+
+    run, path = make_run(tmp_path / "run", write(tmp_path / "a.h5")), tmp_path / "out.vtkhdf"
+    frames = roll(run, path, parts=parts, start=3)  # so the data end before the rollout
+    reader = vtk.vtkHDFReader()
+    assert reader.CanReadFile(str(path))
+    reader.SetFileName(str(path))
+    reader.UpdateInformation()
+    info = reader.GetOutputInformation(0)
+    times = [info.Get(Pipeline.TIME_STEPS(), k) for k in range(info.Length(Pipeline.TIME_STEPS()))]
+    assert times == [frame.time for frame in frames]
+    assert [frame.error is None for frame in frames] == [False] * 3 + [True] * 3
+    with Rollout(path) as found:
+        attributes = found.attributes
+    for k, frame in enumerate(frames):
+        reader.SetStep(k)
+        reader.Update()
+        grid = reader.GetOutputDataObject(0)
+        assert grid.GetClassName() == "vtkUnstructuredGrid"
+        assert {grid.GetCellType(i) for i in range(grid.GetNumberOfCells())} == {1}  # vertices
+        assert grid.GetNumberOfCells() == grid.GetNumberOfPoints() == 60
+        np.testing.assert_array_equal(vtk_to_numpy(grid.GetPoints().GetData()), frame.position)
+        data = grid.GetPointData()
+        arrays = {data.GetArrayName(a): vtk_to_numpy(data.GetArray(a)) for a in range(data.GetNumberOfArrays())}
+        nothing = np.full((60, 3), np.nan)
+        wanted = {"velocity": frame.velocity, "part": frame.part, **attributes}
+        wanted["error"] = nothing if frame.error is None else frame.error
+        assert arrays.keys() == wanted.keys()
+        for name, value in wanted.items():
+            np.testing.assert_array_equal(arrays[name], value, err_msg=name)
+    assert set(np.unique(frames[-1].part)) == set(range(parts))
