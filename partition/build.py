@@ -105,7 +105,7 @@ def listing(data: Trajectories, inputs: Inputs) -> list[Snapshot]:
     for k, trajectory in enumerate(data):
         if trajectory.nodes < inputs.parts:
             raise Failure(
-                f"{data.path}: trajectory {k} has {trajectory.nodes} nodes, fewer than {inputs.parts} parts; lower --parts"
+                f"{data.path}: trajectory {k} has {trajectory.nodes} nodes, fewer than {inputs.parts} parts; take fewer"
             )
         if inputs.periodic:
             data.sides(k, inputs.radius)
