@@ -36,6 +36,7 @@ EXTRAS = {
     "water3d": "recipes/water3d: reading TFRecord files",
     "tfn": "TFN and FastTFN: spherical harmonics and tensor products",
     "viz": "pictures: report, render, plot.png of a sweep, the demo",
+    "pyvista": "a rollout's file drawn by VTK",
     "dev": "make test, make lint",
 }
 

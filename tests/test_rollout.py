@@ -603,6 +603,7 @@ def test_vtk_itself_reads_every_step(tmp_path: Path, parts: int) -> None:
 def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """docs/rollout.md's Python, its blocks one after the other, on a rollout of the name that the page gives it."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "rollout.md").read_text(), re.S)
+    blocks = [block for block in blocks if "pyvista" not in block]
     frames = roll(make_run(tmp_path / "run", write(tmp_path / "a.h5")), tmp_path / "runs" / "rollout.vtkhdf")
     monkeypatch.chdir(tmp_path)
     capsys.readouterr()
@@ -618,3 +619,16 @@ def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         for found, x in ((densest, frame.position), (true, y)):
             assert float(found) == pytest.approx(measures.density(x, mass, 0.1).max(), rel=1e-3)
     assert float(said[-1][1]) > 0
+
+
+def test_the_pages_pictures_by_pyvista(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One a step, none of them empty, each another; without a screen."""
+    pytest.importorskip("pyvista", reason="pyvista is not installed (pip install pyvista)")
+    (block,) = re.findall(r"```python\n(import pyvista.*?)```", (ROOT / "docs" / "rollout.md").read_text(), re.S)
+    roll(make_run(tmp_path / "run", write(tmp_path / "a.h5")), tmp_path / "runs" / "rollout.vtkhdf")
+    monkeypatch.chdir(tmp_path)
+    exec(block, {})
+    pictures = sorted((tmp_path / "runs").glob("step-*.png"))
+    assert len(pictures) == STEPS + 1
+    assert len({picture.read_bytes() for picture in pictures}) == STEPS + 1
+    assert all(picture.stat().st_size > 5000 for picture in pictures)
