@@ -38,6 +38,7 @@ setup(
         "water3d": TFRECORDS,
         "tfn": TFN,
         "viz": VIZ,
+        "pyvista": ["pyvista>=0.44,<1"],
         "dev": [
             *VIZ,
             *TFN,

@@ -14,6 +14,7 @@ import typer
 
 from . import machine
 from .errors import Failure
+from .terminal import example
 
 app = typer.Typer(help="Measure a step, a partition, the communication, the way from a store into a step.")
 
@@ -67,7 +68,7 @@ def check(given: dict[str, float], degree: float) -> None:
         raise Failure(f"--parts {given['--parts']}: more parts than the {nodes} nodes; lower it")
 
 
-@app.command(epilog="Example: distegnn bench step --nodes 113140 --threads 1 --peers --json")
+@app.command(epilog=example("distegnn bench step --nodes 113140 --threads 1 --peers --json"))
 def step(
     nodes: Nodes = 113_140,
     degree: Degree = 14.6,
@@ -122,7 +123,7 @@ def _step_report(found: dict[str, Any], as_json: bool) -> Report:
     return Report([table], [note], found, as_json)
 
 
-@app.command(epilog="Example: distegnn bench batch --graphs 100 --repeats 9 --json")
+@app.command(epilog=example("distegnn bench batch --graphs 100 --repeats 9 --json"))
 def batch(
     graphs: Annotated[int, typer.Option(help="N-body graphs of a batch, fewer where untiled does not fit")] = 250,
     nodes: Annotated[int, typer.Option(help="nodes of an N-body graph, which is complete")] = 100,
@@ -160,7 +161,7 @@ def batch(
     return Report([table], found["notes"], found, json)
 
 
-@app.command(epilog="Example: distegnn bench models --nodes 10000 --json")
+@app.command(epilog=example("distegnn bench models --nodes 10000 --json"))
 def models(
     nodes: Annotated[int, typer.Option(help="nodes of the fluid, particles on a jittered lattice")] = 10_000,
     degree: Annotated[float, typer.Option(help="in-edges of its nodes on average; sets the radius")] = 15,
@@ -205,7 +206,7 @@ def models(
     return Report(tables, found["notes"], found, json)
 
 
-@app.command(epilog="Example: distegnn bench partition --nodes 113140 --nodes 1000000 --parts 8")
+@app.command(epilog=example("distegnn bench partition --nodes 113140 --nodes 1000000 --parts 8"))
 def partition(
     nodes: Annotated[
         list[int] | None,
@@ -241,7 +242,7 @@ def partition(
     return Report(tables, [], {"degree": degree, "sizes": found}, json)
 
 
-@app.command(epilog="Example: distegnn bench comm --parts 4")
+@app.command(epilog=example("distegnn bench comm --parts 4"))
 def comm(
     nodes: Nodes = 2000,
     degree: Degree = 14.6,
@@ -276,7 +277,7 @@ def _runs(numbers: list[int]) -> str:
     return " ".join(f"{n:,}" for n in dict.fromkeys(numbers)) or "-"
 
 
-@app.command(epilog="Example: distegnn bench pipeline --nodes 113140 --repeats 5")
+@app.command(epilog=example("distegnn bench pipeline --nodes 113140 --repeats 5"))
 def pipeline(
     nodes: Nodes = 113_140,
     degree: Degree = 14.6,
@@ -313,7 +314,7 @@ def pipeline(
     return Report([table], [f"new snapshot / fixed graph: {found['ratio']:.3f}"], found, json)
 
 
-@app.command("plan", epilog="Example: distegnn bench plan --case 4000:1 --case 16000:2 --rounds 3 --write docs/plan.md")
+@app.command("plan", epilog=example("distegnn bench plan --case 4000:1 --case 16000:2 --rounds 3 --write docs/plan.md"))
 def plan_against_reality(
     case: Annotated[
         list[str] | None,

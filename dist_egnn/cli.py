@@ -14,7 +14,6 @@ from . import bench
 from .errors import Failure
 from .runs import (
     make_store,
-    print_table,
     resume_training,
     run_doctor,
     run_evaluation,
@@ -23,6 +22,7 @@ from .runs import (
     run_training,
     run_verification,
 )
+from .terminal import example, print_line, print_table
 
 # one thread a process unless the user says otherwise: DGL's kernels lose most of their speed when threads outnumber cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -44,7 +44,11 @@ def main_options(
     """Options before the command."""
 
 
-@app.command(epilog="Example: distegnn partition recipes/fluid113k/sample.h5 --parts 8 --radius 0.075 --out store")
+@app.command(
+    epilog=example(
+        "distegnn partition recipes/fluid113k/sample.h5 --config recipes/fluid113k/config.yaml --parts 2 --out store"
+    )
+)
 def partition(
     data: Annotated[Path, typer.Argument(help="trajectories.h5, as a recipe's prepare.py writes it")],
     overrides: Overrides = None,
@@ -132,7 +136,7 @@ def partition(
     make_store(file, out, inputs)
 
 
-@app.command(epilog="Example: distegnn verify store --model recipes/fluid113k/config.yaml")
+@app.command(epilog=example("distegnn verify store --model recipes/fluid113k/config.yaml"))
 def verify(
     store: Annotated[Path, typer.Argument(help="folder of a store")],
     model: Annotated[
@@ -151,7 +155,7 @@ def verify(
     run_verification(store, configs.load(model, overrides or ()) if model else None, snapshot)
 
 
-@app.command(epilog="Example: distegnn doctor --json")
+@app.command(epilog=example("distegnn doctor --json"))
 def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="the findings again, as JSON on the last line")] = False,
 ) -> None:
@@ -160,7 +164,7 @@ def doctor(
         sys.exit(1)
 
 
-@app.command(epilog="Example: distegnn plan recipes/fluid113k/config.yaml partition.parts=2")
+@app.command(epilog=example("distegnn plan recipes/fluid113k/config.yaml partition.parts=2"))
 def plan(
     config: Annotated[Path, typer.Argument(help="the config that `distegnn train` will be given")],
     overrides: Overrides = None,
@@ -173,7 +177,7 @@ def plan(
 
 
 @app.command(
-    epilog="Example: distegnn train recipes/fluid113k/config.yaml data.path=store train.epochs=10 run.dir=runs/fluid"
+    epilog=example("distegnn train recipes/fluid113k/config.yaml data.path=store train.epochs=10 run.dir=runs/fluid")
 )
 def train(
     config: Annotated[
@@ -204,7 +208,9 @@ def train(
 
 
 @app.command(
-    epilog="Example: distegnn launch recipes/fluid113k/config.yaml data.path=store run.dir=runs/fluid --hosts hosts.txt --dry-run"
+    epilog=example(
+        "distegnn launch recipes/fluid113k/config.yaml data.path=store run.dir=runs/fluid --hosts hosts.txt --dry-run"
+    )
 )
 def launch(
     config: Annotated[str | None, typer.Argument(help="as for `distegnn train`", show_default=False)] = None,
@@ -261,7 +267,7 @@ def launch(
     )
 
 
-@app.command(epilog="Example: distegnn evaluate runs/fluid")
+@app.command(epilog=example("distegnn evaluate runs/fluid"))
 def evaluate(
     run: Annotated[Path, typer.Argument(help="folder of a run")],
     split: Annotated[str, typer.Option(help="train, valid or test")] = "test",
@@ -272,7 +278,11 @@ def evaluate(
     print_table(f"{run}: mean squared error, split {split}", ["prediction", "MSE", "of linear"], rows)
 
 
-@app.command(epilog="Example: distegnn rollout runs/fluid --trajectory 5 --steps 10 --out runs/fluid/rollout.vtkhdf")
+@app.command(
+    epilog=example(
+        "distegnn rollout runs/fluid --data recipes/fluid113k/sample.h5 --trajectory 5 --steps 10 --out runs/fluid/rollout.vtkhdf"
+    )
+)
 def rollout(
     run: Annotated[Path, typer.Argument(help="folder of a run; its best checkpoint is used")],
     trajectory: Annotated[int, typer.Option(help="number of the trajectory in the data, from 0")],
@@ -308,7 +318,7 @@ def rollout(
     )
 
 
-@app.command(epilog="Example: distegnn report runs/fluid --rollout runs/fluid/rollout.vtkhdf")
+@app.command(epilog=example("distegnn report runs/fluid --rollout runs/fluid/rollout.vtkhdf"))
 def report(
     run: Annotated[Path, typer.Argument(help="folder of a run")],
     rollout: Annotated[
@@ -325,7 +335,7 @@ def report(
     run_report(run, rollout, out)
 
 
-@app.command(epilog="Example: distegnn render runs/fluid/rollout.vtkhdf --out runs/fluid/rollout.gif --fps 4")
+@app.command(epilog=example("distegnn render runs/fluid/rollout.vtkhdf --out runs/fluid/rollout.gif --fps 4"))
 def render(
     rollout: Annotated[Path, typer.Argument(help="file that `distegnn rollout` wrote")],
     out: Annotated[
@@ -346,7 +356,7 @@ def render(
 
 @app.command(
     "import-checkpoint",
-    epilog="Example: distegnn import-checkpoint best.pth --config recipes/fluid113k/config.yaml --out runs/published",
+    epilog=example("distegnn import-checkpoint best.pth --config recipes/fluid113k/config.yaml --out runs/published"),
 )
 def import_checkpoint(
     file: Annotated[Path, typer.Argument(help=".pt or .pth file with a FastEGNN state dict of the authors' code")],
@@ -387,7 +397,7 @@ def import_checkpoint(
     run_import(file, configs.load(config, [*given, *(overrides or ())]))
 
 
-@app.command(epilog="Example: distegnn sweep recipes/nbody/sweep.yaml --jobs 2 --minutes 60")
+@app.command(epilog=example("distegnn sweep recipes/nbody/sweep.yaml --jobs 2 --minutes 60"))
 def sweep(
     file: Annotated[Path, typer.Argument(help="the sweep, as above")],
     jobs: Annotated[int, typer.Option(min=1, help="runs at a time, each with one thread a process")] = 1,
@@ -431,7 +441,7 @@ def sweep(
         sys.exit(1)
 
 
-@app.command("config", epilog="Example: distegnn config train.epochs=10 > my.yaml")
+@app.command("config", epilog=example("distegnn config train.epochs=10 > my.yaml"))
 def show_config(overrides: Overrides = None) -> None:
     """Print every config key with its default and what it means."""
     from . import config as configs
@@ -446,7 +456,7 @@ def show_report(report: bench.Report | None, **_: Any) -> None:
     for table in report.tables:
         print_table(table.title, table.header, table.rows)
     for note in report.notes:
-        print(note)
+        print_line(note)
     if report.as_json:
         print(json.dumps(report.numbers))
 

@@ -179,6 +179,10 @@ def _merge(config: Any, given: Any, where: str) -> Any:
 
 def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Any, str]]:
     """A file's contents with its name, after those of the file it includes, and so on: later ones win."""
+    if path.suffix == ".h5" or (path / "manifest.yaml").is_file():
+        raise Failure(f"{path}: data, not a config; name a config first, and then data.path={path}")
+    if (path / "config.yaml").is_file():
+        raise Failure(f"{path}: the folder of a run, not a config; its config is {path / 'config.yaml'}")
     if not path.is_file():
         by = f" (include of {above[-1]})" if above else ""
         raise Failure(f"{path}: no such config file{by}; `distegnn config > my.yaml` writes one to start from")

@@ -35,14 +35,15 @@ EXTRAS = {
     "protein": "recipes/protein: reading trajectories of molecular dynamics",
     "water3d": "recipes/water3d: reading TFRecord files",
     "tfn": "TFN and FastTFN: spherical harmonics and tensor products",
-    "viz": "pictures: plot.png of a sweep, the demo's report",
+    "viz": "pictures: report, render, plot.png of a sweep, the demo",
+    "pyvista": "a rollout's file drawn by VTK",
     "dev": "make test, make lint",
 }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found. state: ok, note (nothing to mend) or problem; remedy: one line, for a problem."""
+    """What a check found. state: ok, note (nothing to mend) or problem; remedy: one line; every problem has one."""
 
     check: str
     state: str
@@ -118,7 +119,7 @@ def _extra(extra: str, needed: list[Any]) -> Finding:
             return problem(f"extra {extra}", wrong[r], f"pip install '{r.name}{r.specifier}'")
     if missing:
         names = ", ".join(r.name for r in missing)
-        return note(f"extra {extra}", f"without {names} ({use}); pip install -e '.[{extra}]' adds it")
+        return Finding(f"extra {extra}", "note", f"without {names} ({use})", f"to add it: pip install -e '.[{extra}]'")
     return ok(f"extra {extra}", f"there ({use})")
 
 

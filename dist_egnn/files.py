@@ -1,4 +1,4 @@
-"""Files written completely or not at all, and folders that one process at a time may work in."""
+"""Files written completely or not at all; folders that one run at a time may work in, and names that one may write to."""
 
 from __future__ import annotations
 
@@ -46,3 +46,26 @@ def hold(folder: Path, busy: str, *, first: bool = True) -> Iterator[None]:
         except BlockingIOError as error:
             raise Failure(f"{folder}: {busy}") from error
         yield
+
+
+@contextmanager
+def claim(path: Path, busy: str) -> Iterator[None]:
+    """Hold the name of a file that is long in the making, by PATH.lock beside it, which is gone afterwards.
+
+    Raises Failure(busy) if another process holds it, however it was started; one that was killed holds nothing.
+    """
+    lock = path.with_name(path.name + ".lock")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "a")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise Failure(f"{path}: cannot be written ({error.strerror}); make room or rights, or choose --out") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Failure(f"{path}: {busy}") from error
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from .errors import Failure
+from .files import claim
 
 
 class Sink(Protocol):
@@ -109,18 +110,20 @@ def whole(path: Path, fps: float) -> Iterator[Sink]:
     def remove() -> None:
         shutil.rmtree(fresh) if fresh.is_dir() else fresh.unlink(missing_ok=True)
 
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove()  # of one that was killed
-        sink = SINKS[path.suffix](fresh, fps)
+    with claim(path, "another one is writing it; wait for it, or choose another --out"):
         try:
-            yield sink
-        finally:
-            sink.close()
-        os.replace(fresh, path)
-    except OSError as error:
-        remove()
-        raise Failure(f"{path}: cannot be written ({error.strerror}); make room or rights, or choose --out") from error
-    except BaseException:
-        remove()
-        raise
+            remove()  # of one that was killed
+            sink = SINKS[path.suffix](fresh, fps)
+            try:
+                yield sink
+            finally:
+                sink.close()
+            os.replace(fresh, path)
+        except OSError as error:
+            remove()
+            raise Failure(
+                f"{path}: cannot be written ({error.strerror}); make room or rights, or choose --out"
+            ) from error
+        except BaseException:
+            remove()
+            raise

@@ -91,6 +91,8 @@ def _known(given: Any, known: Collection[str], where: str) -> Any:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+            if key in configs.SECTIONS:
+                hint = "this is a config, which a sweep names under its key 'config'"
             raise Failure(f"{where}: unknown key '{key}'; {hint}")
     return given
 

@@ -25,7 +25,7 @@ def bar(title: str, total: int, *, shown: bool = True, done: int = 0) -> Iterato
         yield _marking(title, total, done)
         return
     if sys.stderr.isatty():
-        from rich.console import Console
+        from rich.console import Console, RenderableType
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -34,12 +34,19 @@ def bar(title: str, total: int, *, shown: bool = True, done: int = 0) -> Iterato
             TimeElapsedColumn,
             TimeRemainingColumn,
         )
-        from rich.table import Column
+        from rich.text import Text
 
-        columns = (TextColumn(title), BarColumn(10), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        # the note takes the room that is left, and is cut where there is too little
-        rest = TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
-        with Progress(*columns, rest, console=Console(stderr=True), expand=True) as progress:
+        class Display(Progress):
+            """The note has a line of its own: beside the bar 80 columns would cut it."""
+
+            def get_renderables(self) -> Iterator[RenderableType]:
+                yield self.make_tasks_table(self.tasks)
+                for task in self.tasks:
+                    if task.fields["note"]:
+                        yield Text(f"  {task.fields['note']}", no_wrap=True, overflow="ellipsis")
+
+        columns = (TextColumn(title), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Display(*columns, TextColumn("left"), console=Console(stderr=True)) as progress:
             task = progress.add_task(title, total=total, completed=done, note="")
 
             def on_terminal(note: str = "", to: int | None = None) -> None:

@@ -124,7 +124,7 @@ class Camera:
         views = 1 + shots.known
         self.figure = plt.figure(figsize=(5.2 * views + 0.8, 5.2), dpi=DPI)
         self.axes = [self.figure.add_subplot(1, views, k + 1, projection="3d") for k in range(views)]
-        self.figure.subplots_adjust(left=0.01, right=0.9 - 0.04 * (views == 1), bottom=0.04, top=0.88, wspace=0.02)
+        self.figure.subplots_adjust(left=0.01, right=0.9 - 0.04 * (views == 1), bottom=0.08, top=0.89, wspace=0.02)
         if colour == "part":
             self.parts = plt.get_cmap("tab10")(np.arange(10))
             self.paint: Any = lambda c: self.parts[c.astype(int) % 10]

@@ -21,13 +21,13 @@ from . import checkpoint, graphs, local, measures, train
 from . import config as configs
 from .comm import Comm
 from .errors import Failure
-from .files import write_whole
+from .files import claim, write_whole
 from .partition import methods
 from .progress import bar
-from .runs import print_table
 from .samples import spec_of
 from .scene import BOUNDS, Job, Scene, parse_fixed
 from .store import Store
+from .terminal import print_table
 from .trajectories import SampleSpec, Trajectories, columns
 from .vtkhdf import Rollout, Writer, finish, partial_of
 
@@ -301,14 +301,15 @@ def run_rollout(run: Path, parts: int | None = None, **options: Any) -> pd.DataF
     job, usual = prepare(run, **options)
     out, size = Path(job.out), usual if parts is None else parts
     methods.check(job.method, size)
-    partial_of(out).unlink(missing_ok=True)  # of one that was killed
     shown = options["out"]
-    try:
-        stopped = local.run(roll, size, job, timeout_s=job.config.train.timeout_s)[0]
-    finally:
-        done = finish(out) if partial_of(out).is_file() else 0
-        if 0 < done < job.steps + 1:
-            print(f"{shown}: {done} of {job.steps + 1} frames")
+    with claim(out, "another rollout is writing it; wait for it, or choose another --out"):
+        partial_of(out).unlink(missing_ok=True)  # of one that was killed
+        try:
+            stopped = local.run(roll, size, job, timeout_s=job.config.train.timeout_s)[0]
+        finally:
+            done = finish(out) if partial_of(out).is_file() else 0
+            if 0 < done < job.steps + 1:
+                print(f"{shown}: {done} of {job.steps + 1} frames")
     table = errors(out)
     write_whole(out.with_suffix(".csv"), table.to_csv(index=False).encode())
     _show(shown, table)

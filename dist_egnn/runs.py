@@ -10,21 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import Failure
-
-
-def print_table(title: str, header: list[str], rows: list[list[Any]]) -> None:
-    """A table that reads well on a terminal and in a pipe."""
-    cells = [header, *[[str(c) for c in row] for row in rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    if title:
-        print(title)
-    for k, row in enumerate(cells):
-        print(
-            "  "
-            + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        )
-        if k == 0:
-            print("  " + "  ".join("-" * w for w in widths))
+from .terminal import print_line, print_table
 
 
 def make_store(file: Any, out: Path, inputs: Any) -> None:
@@ -275,26 +261,26 @@ def run_plan(config: Any, as_json: bool = False) -> None:
         header,
         rows,
     )
-    print(f"memory: {found.memory_gb:.2f} GB in all, {found.free_gb:.1f} GB are free")
-    print(
+    print_line(f"memory: {found.memory_gb:.2f} GB in all, {found.free_gb:.1f} GB are free")
+    print_line(
         f"sums a step: {found.calls} calls, {found.payload_bytes:,} bytes from each process, {found.wire_bytes:,.0f} on the wire, "
         f"{found.exchange_s:.4f} s"
     )
     if found.partition_s:
-        print(f"partition: {found.partition_s:.1f} s, once")
+        print_line(f"partition: {found.partition_s:.1f} s, once")
     total = found.first_epoch_s + (found.epochs - 1) * found.epoch_s
-    print(
+    print_line(
         f"step: {found.step_s:.3f} s; epoch of {found.steps} steps and validation: {found.epoch_s:.2f} s, the first "
         f"{found.first_epoch_s:.2f} s; {found.epochs} epochs: {total:.0f} s"
         + (f" ({total / 3600:.1f} hours)" if total > 3600 else "")
     )
     if found.busy < 0.9:
-        print(
+        print_line(
             f"the machine is busy: the trial had {found.busy:.0%} of a core; with nothing else to do a step takes "
             f"{found.idle_step_s:.3f} s, an epoch {found.idle_epoch_s:.2f} s"
         )
     if found.memory_gb > found.free_gb:
-        print(
+        print_line(
             f"the {found.parts} processes together need more memory than is free: lower model.hidden, model.layers or "
             "train.batch_size"
         )
@@ -311,9 +297,9 @@ def run_doctor(as_json: bool = False) -> bool:
     found = doctor.examine()
     signs = {"ok": "ok     ", "note": "note   ", "problem": "PROBLEM"}
     for one in found:
-        print(f"{signs[one.state]} {one.check}: {one.text}")
+        print_line(f"{signs[one.state]} {one.check}: {one.text}", 8)
         if one.remedy:
-            print(f"        → {one.remedy}")
+            print_line(f"        → {one.remedy}", 10)
     problems = sum(one.state == "problem" for one in found)
     print("all well" if not problems else f"{problems} problem{'s' * (problems > 1)}")
     if as_json:

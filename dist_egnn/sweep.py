@@ -25,6 +25,7 @@ from . import config as configs
 from .files import write_whole
 from .grids import Run, Sweep, short
 from .progress import bar
+from .terminal import print_table
 
 NUMBERS = ("valid_mse", "epochs", "epoch_s", "seconds", "parameters", "processes", "peak_gb")
 BUSY = "another sweep is at work there; wait for it or choose another out"
@@ -156,7 +157,8 @@ def show(sweep: Sweep, found: pd.DataFrame, failed: dict[str, str]) -> None:
             last = (f"{row['epochs']:g}", f"{row['epoch_s']:.2f}", f"{row['seconds']:.1f}", f"{row['parameters']:,.0f}")
             lines.append([*cells, *last, f"{row['processes']:g}", f"{row['peak_gb']:.2f}"])
         header += ["epochs", "s/epoch", "s", "parameters", "processes", "GB/process"]
-        runs.print_table(f"{sweep.out}: test MSE of the best epoch, mean ± deviation over seeds", header, lines)
+        title = f"{sweep.out}: test MSE of the best epoch, mean ± deviation over seeds"
+        print_table(title, header, lines, len(sweep.varying))
     if missing := sweep.missing():
         print(f"{sweep.out}: {missing} of {len(sweep.runs)} runs are missing; the same command goes on with them")
     for name, line in failed.items():

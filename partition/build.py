@@ -127,7 +127,7 @@ def listing(data: Trajectories, inputs: Inputs) -> list[Snapshot]:
                 if inputs.trainers > 1
                 else f"{inputs.parts} parts"
             )
-            raise Failure(f"{data.path}: trajectory {k} has {trajectory.nodes} nodes, fewer than {many}; lower --parts")
+            raise Failure(f"{data.path}: trajectory {k} has {trajectory.nodes} nodes, fewer than {many}; take fewer")
         if inputs.periodic:
             data.sides(k, inputs.radius)
     return list(

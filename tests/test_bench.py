@@ -347,10 +347,3 @@ def test_a_worker_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_step, "check", lambda *_: None)
     with pytest.raises(Failure, match=r"'ours': model\.tile=0: must be at least 1"):
         bench_step.run(bench_step.Options(nodes=50, degree=5, hidden=4, layers=1, tile=0, repeats=1), peers=False)
-
-
-@pytest.mark.parametrize("benchmark", ["step", "batch", "models", "partition", "comm", "pipeline"])
-def test_help_has_an_example(benchmark: str) -> None:
-    ran = CliRunner().invoke(cli.app, ["bench", benchmark, "--help"])
-    assert ran.exit_code == 0
-    assert f"Example: distegnn bench {benchmark}" in ran.output

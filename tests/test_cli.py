@@ -17,19 +17,6 @@ import pytest
 from dist_egnn.config import load
 from dist_egnn.trajectories import Trajectories, snapshots
 
-COMMANDS = (
-    "partition",
-    "verify",
-    "doctor",
-    "plan",
-    "train",
-    "evaluate",
-    "rollout",
-    "report",
-    "render",
-    "import-checkpoint",
-    "config",
-)
 RADIUS, HORIZON = 0.27, 3
 
 
@@ -61,15 +48,12 @@ def test_import_is_quick_and_silent(tmp_path):
     assert time.monotonic() - started < 3
 
 
-def test_help_has_an_example(tmp_path):
+def test_help(tmp_path):
+    """What a command's own help shows: tests/test_examples.py."""
     shown = distegnn("--help", cwd=tmp_path)
-    assert shown.code == 0
+    assert (shown.code, shown.err) == (0, "")
     assert distegnn(cwd=tmp_path) == shown  # a bare `distegnn` asks for help
-    for command in COMMANDS:
-        assert re.search(rf"^  {command} ", shown.out, re.M), command
-        ran = distegnn(command, "--help", cwd=tmp_path)
-        assert (ran.code, ran.err) == (0, "")
-        assert f"Example: distegnn {command} " in ran.out
+    assert "  partition " in shown.out
 
 
 def test_mistakes_are_one_line(tmp_path, small):

@@ -119,6 +119,20 @@ def test_mistakes_in_a_file(tmp_path, text, says):
     assert "\n" not in str(caught.value)
 
 
+def test_what_is_no_config_is_named(tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "store" / "manifest.yaml").touch()
+    (tmp_path / "run" / "config.yaml").touch()
+    for name in ("store", "some.h5"):
+        with pytest.raises(
+            Failure, match=rf"{name}: data, not a config; name a config first, and then data\.path=.*{name}$"
+        ):
+            load(tmp_path / name)
+    with pytest.raises(Failure, match=r"run: the folder of a run, not a config; its config is .*run/config\.yaml$"):
+        load(tmp_path / "run")
+
+
 def test_a_file_that_is_none(tmp_path):
     with pytest.raises(Failure, match=r"absent\.yaml: no such config file"):
         load(tmp_path / "absent.yaml")

@@ -20,13 +20,14 @@ import pandas as pd
 import pytest
 import torch
 
-from dist_egnn import checkpoint, cli, comm, config, graphs, local, rollout, train
+from dist_egnn import checkpoint, cli, comm, config, files, graphs, local, measures, rollout, sinkhorn, train
 from dist_egnn.errors import Failure
 from dist_egnn.scene import BOUNDS, Job, Scene
 from dist_egnn.trajectories import Trajectories, Writer, columns
 from dist_egnn.vtkhdf import Rollout, finish, partial_of
 from dist_egnn.vtkhdf import Writer as FrameWriter
 
+ROOT = Path(__file__).parents[1]
 HORIZON, STEPS = 3, 5
 BOX = np.array([[-1.0, -1, -1], [2.0, 2, 2]])
 UNIT = np.array([[0.0, 0, 0], [1.0, 1, 1]])  # full of nodes
@@ -528,6 +529,21 @@ def test_mistakes_are_told_before_any_work(tmp_path: Path) -> None:
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.h5", "p.h5", "run", "there.vtkhdf"]
 
 
+def test_two_rollouts_to_one_file(tmp_path: Path) -> None:
+    """The second is refused and harms nothing; a lock that a killed one left holds nobody up."""
+    run, out = make_run(tmp_path / "run", write(tmp_path / "a.h5")), tmp_path / "new" / "out.vtkhdf"
+    with files.claim(out, "busy"):
+        partial_of(out).write_text("of the first")
+        with pytest.raises(
+            Failure, match=r"out\.vtkhdf: another rollout is writing it; wait for it, or choose another"
+        ):
+            rollout.run_rollout(run, trajectory=0, steps=1, out=out)
+        assert partial_of(out).read_text() == "of the first"
+    out.with_name("out.vtkhdf.lock").touch()
+    rollout.run_rollout(run, trajectory=0, steps=1, out=out)
+    assert sorted(f.name for f in out.parent.iterdir()) == ["out.csv", "out.vtkhdf"]
+
+
 def test_damaged_rollouts_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.vtkhdf"
     path.write_bytes(b"text")
@@ -544,3 +560,75 @@ def test_damaged_rollouts_are_refused(tmp_path: Path) -> None:
         del file["VTKHDF/NumberOfPoints"]
     with pytest.raises(Failure, match="damaged"):
         Rollout(partial_of(path))
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_vtk_itself_reads_every_step(tmp_path: Path, parts: int) -> None:
+    """With vtkHDFReader, which is what ParaView opens such a file with: times, points, cells, every array."""
+    vtk = pytest.importorskip("vtkmodules.vtkIOHDF", reason="vtk is not installed (pip install vtk)")
+    from vtkmodules.util.numpy_support import vtk_to_numpy
+    from vtkmodules.vtkCommonExecutionModel import vtkStreamingDemandDrivenPipeline as Pipeline
+
+    run, path = make_run(tmp_path / "run", write(tmp_path / "a.h5")), tmp_path / "out.vtkhdf"
+    frames = roll(run, path, parts=parts, start=3)  # so the data end before the rollout
+    reader = vtk.vtkHDFReader()
+    assert reader.CanReadFile(str(path))
+    reader.SetFileName(str(path))
+    reader.UpdateInformation()
+    info = reader.GetOutputInformation(0)
+    times = [info.Get(Pipeline.TIME_STEPS(), k) for k in range(info.Length(Pipeline.TIME_STEPS()))]
+    assert times == [frame.time for frame in frames]
+    assert [frame.error is None for frame in frames] == [False] * 3 + [True] * 3
+    with Rollout(path) as found:
+        attributes = found.attributes
+    for k, frame in enumerate(frames):
+        reader.SetStep(k)
+        reader.Update()
+        grid = reader.GetOutputDataObject(0)
+        assert grid.GetClassName() == "vtkUnstructuredGrid"
+        assert {grid.GetCellType(i) for i in range(grid.GetNumberOfCells())} == {1}  # vertices
+        assert grid.GetNumberOfCells() == grid.GetNumberOfPoints() == 60
+        np.testing.assert_array_equal(vtk_to_numpy(grid.GetPoints().GetData()), frame.position)
+        data = grid.GetPointData()
+        arrays = {data.GetArrayName(a): vtk_to_numpy(data.GetArray(a)) for a in range(data.GetNumberOfArrays())}
+        nothing = np.full((60, 3), np.nan)
+        wanted = {"velocity": frame.velocity, "part": frame.part, **attributes}
+        wanted["error"] = nothing if frame.error is None else frame.error
+        assert arrays.keys() == wanted.keys()
+        for name, value in wanted.items():
+            np.testing.assert_array_equal(arrays[name], value, err_msg=name)
+    assert set(np.unique(frames[-1].part)) == set(range(parts))
+
+
+def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """docs/rollout.md's Python, its blocks one after the other, on a rollout of the name that the page gives it."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "rollout.md").read_text(), re.S)
+    blocks = [block for block in blocks if "pyvista" not in block]
+    frames = roll(make_run(tmp_path / "run", write(tmp_path / "a.h5")), tmp_path / "runs" / "rollout.vtkhdf")
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec("\n".join(blocks), {})
+    said = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert len(said) == STEPS + 1 + 4  # frames 0, 3, 6 and 9 have a true one
+    for k, (step, apart, densest, true) in enumerate(said[STEPS + 1 :]):
+        frame = frames[k]
+        y = frame.position - frame.error
+        assert int(step) == k
+        assert float(apart) == pytest.approx(sinkhorn.divergence(frame.position, y, blur=0.05), rel=1e-3)
+        mass = Trajectories(tmp_path / "a.h5").attribute(0, "mass")
+        for found, x in ((densest, frame.position), (true, y)):
+            assert float(found) == pytest.approx(measures.density(x, mass, 0.1).max(), rel=1e-3)
+    assert float(said[-1][1]) > 0
+
+
+def test_the_pages_pictures_by_pyvista(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One a step, none of them empty, each another; without a screen."""
+    pytest.importorskip("pyvista", reason="pyvista is not installed (pip install pyvista)")
+    (block,) = re.findall(r"```python\n(import pyvista.*?)```", (ROOT / "docs" / "rollout.md").read_text(), re.S)
+    roll(make_run(tmp_path / "run", write(tmp_path / "a.h5")), tmp_path / "runs" / "rollout.vtkhdf")
+    monkeypatch.chdir(tmp_path)
+    exec(block, {})
+    pictures = sorted((tmp_path / "runs").glob("step-*.png"))
+    assert len(pictures) == STEPS + 1
+    assert len({picture.read_bytes() for picture in pictures}) == STEPS + 1
+    assert all(picture.stat().st_size > 5000 for picture in pictures)

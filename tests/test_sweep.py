@@ -80,6 +80,7 @@ def test_runs_of_a_file(write):
 EGNN = {"keys": {"model.name": ["EGNN", "FastEGNN"]}}
 MISTAKES = {
     "unknown key 'grid'; did you mean grids?": {"grid": [EGNN]},
+    "unknown key 'data'; this is a config, which a sweep names under its key 'config'": {"data": {"radius": 1}},
     "key 'grids' is missing": {},
     "grids must be a list that is not empty": {"grids": []},
     "grids[0]: unknown key 'key'; did you mean keys?": {"grids": [{"key": {}}]},

@@ -24,6 +24,7 @@ from dist_egnn.comm import Alone
 from dist_egnn.errors import Failure
 from dist_egnn.metrics import fitted_time, mean_squared_error
 from dist_egnn.store import Store
+from dist_egnn.terminal import print_table
 from dist_egnn.trajectories import Trajectories
 
 HERE = Path(__file__).resolve().parent.parent
@@ -122,7 +123,7 @@ def main() -> None:
         last = numbers[name]
         rows.append([name, f"{found[name][model]:.3e}", f"{last['step_s']:.3f}", f"{last['peak_gb']:.2f}"])
     print("\n4. Error on the test trajectory, 20 frames ahead")
-    cli.print_table(
+    print_table(
         f"edges cut by the partition: {store.summary()['edge_cut']:.1%}; linear: x + t v, t fitted on the training split",
         ["prediction", "test MSE [m²]", "s/step", "GB/process"],
         rows,

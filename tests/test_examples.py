@@ -1,0 +1,113 @@
+"""Every example of a help, typed as it stands, one after the other, where the files that they name are small ones."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import typer
+import yaml
+from small import falling_swirl
+from test_published import theirs
+from typer.testing import CliRunner
+
+from dist_egnn import bench_plan, cli
+from dist_egnn.trajectories import Writer
+
+ROOT = Path(__file__).parents[1]
+# benchmarks are for large graphs: the same words, smaller numbers
+SMALLER = {
+    "step": "--repeats 1 --hidden 8 --layers 1",
+    "batch": "--graphs 2 --nodes 20 --repeats 1 --hidden 8 --layers 1",
+    "models": "--graphs 1 --repeats 1 --hidden 8 --layers 1 --model EGNN --model SchNet",
+    "partition": "",
+    "comm": "--nodes 300 --hidden 8 --layers 1",
+    "pipeline": "--repeats 1 --hidden 8 --layers 1",
+    "plan": "--rounds 1 --epochs 2 --snapshots 3 --hidden 8 --layers 1",
+}
+
+
+def leaves(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    inside = getattr(command, "commands", {})
+    if not inside:
+        yield words
+    for name, one in inside.items():
+        yield from leaves(one, (*words, name))
+
+
+COMMANDS = list(leaves(typer.main.get_command(cli.app)))  # in the order of `distegnn --help`: a step needs those before
+
+
+def shown(words: tuple[str, ...]) -> str:
+    """The example as the help prints it, for 80 columns, to its end."""
+    ran = CliRunner().invoke(cli.app, [*words, "--help"], env={"COLUMNS": "80"})
+    assert ran.exit_code == 0
+    _, found, text = ran.output.partition("Example: ")
+    assert found, words
+    assert all(len(line) <= 80 for line in ran.output.splitlines()), words
+    return text.strip()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout in small: data and configs under the recipes' names, weights, a page with the marks of `bench plan`."""
+    here = tmp_path_factory.mktemp("examples")
+    fluid, nbody = here / "recipes" / "fluid113k", here / "recipes" / "nbody"
+    for made in (fluid, nbody, here / "docs", here / "bin"):
+        made.mkdir(parents=True)
+    with Writer(fluid / "sample.h5", {}) as out:
+        for seed, split in enumerate(["train"] * 3 + ["valid"] + ["test"] * 2):
+            x, v, attributes = falling_swirl(80, seed)
+            attributes["viscosity"] = np.linspace(0.1, 1, 80)
+            out.add(x, split=split, dt=1.0, source="test", velocity=v, attributes=attributes)
+    config = {
+        "include": str(ROOT / "recipes" / "fluid113k" / "config.yaml"),
+        "data": {"radius": 0.35, "horizon": 1, "frames": 2, "last_frame": -1, "features": ["viscosity", "speed"]},
+        "model": {"hidden": 8, "layers": 1},
+    }
+    (fluid / "config.yaml").write_text(yaml.safe_dump(config))
+    (nbody / "sweep.yaml").write_text(
+        "config: recipes/fluid113k/config.yaml\nout: runs/sweep\nset: {train.epochs: 1}\n"
+        "grids: [{keys: {model.name: [EGNN], data.edge_drop: [0, 1]}}]\nseeds: [0]\nplot: {x: data.edge_drop}\n"
+    )
+    torch.save(theirs(node=2, gravity=True).float().state_dict(), here / "best.pth")
+    (here / "docs" / "plan.md").write_text(f"{bench_plan.BEGIN}\n{bench_plan.END}\n")
+    (here / "bin" / "distegnn").write_text(f'#!/bin/sh\nexec {sys.executable} -m dist_egnn.cli "$@"\n')
+    (here / "bin" / "distegnn").chmod(0o755)
+    return here
+
+
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+def test_an_example_does_what_it_says(folder: Path, words: tuple[str, ...]) -> None:
+    line = shown(words)
+    assert line.startswith(" ".join(["distegnn", *words]))
+    if words[0] == "bench":
+        line = re.sub(r"(--nodes|--case) \d+", r"\1 300", line) + " " + SMALLER[words[1]]
+    path = os.pathsep.join([str(folder / "bin"), os.environ["PATH"]])
+    env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(["bash", "-c", line], cwd=folder, env=env, capture_output=True, text=True, timeout=200)
+    if words[0] != "doctor":  # the machine may have a problem
+        assert ran.returncode == 0, ran.stderr
+    made = {
+        "partition": "store/manifest.yaml",
+        "train": "runs/fluid/best.pt",
+        "evaluate": "runs/fluid/evaluate.csv",
+        "rollout": "runs/fluid/rollout.csv",
+        "report": "runs/fluid/report.html",
+        "render": "runs/fluid/rollout.gif",
+        "import-checkpoint": "runs/published/best.pt",
+        "sweep": "runs/sweep/plot.png",
+        "config": "my.yaml",
+    }
+    if words[0] in made:
+        assert (folder / made[words[0]]).stat().st_size > 0
+    else:
+        assert ran.stdout.strip()
