@@ -455,7 +455,7 @@ def test_fewer_nodes_than_parts(small, make_inputs, tmp_path):
 def test_fewer_nodes_than_trainers(small, make_inputs, tmp_path):
     with pytest.raises(Failure, match="trajectory 0 has 200 nodes, fewer than 41 parts of 5 trainers; lower --parts"):
         build.write(Trajectories(small), tmp_path / "store", make_inputs(41, trainers=5), silent)
-    with pytest.raises(Failure, match="part [0-9]+ of 40 has [1-4] nodes, fewer than its trainers; lower --trainers"):
+    with pytest.raises(Failure, match=r"part [0-9]+ of 40 has [1-4] nodes, fewer than its trainers; lower --trainers"):
         build.write(Trajectories(small), tmp_path / "store", make_inputs(40, "kmeans", trainers=5), silent)
     with pytest.raises(Failure, match="trainers=0: must be at least 1"):
         make_inputs(2, trainers=0)
