@@ -1,8 +1,8 @@
 """DGL's graph servers over a store: the server of one machine, and a trainer that reads through it.
 
 A *machine* is a line of DGL's ip_config, ``ADDRESS PORT``: line m is where the server of partition m listens. DGL 1.1.3 names what
-it shares after the fields of the graph alone, asks the operating system which machine it is on, and ends in a barrier. Here a
-machine is its line, whatever it shares has a name that begins with that line's, and a process ends when it wants to.
+it shares after the fields of the graph alone, asks the operating system which machine it is on, and ends in a barrier. Here
+(seam.py) a machine is its line, what it shares has a name that begins with that line's, and a process ends when it wants to.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from typing import Any, NoReturn
 
 import dgl
 import torch
-from dgl.distributed import dist_context, kvstore, rpc, rpc_client
+from dgl.distributed import dist_context, rpc
 from dgl.distributed.dist_graph import DistGraph, DistGraphServer
+from dgl.distributed.graph_partition_book import get_shared_mem_partition_book
 
-from . import comm
+from . import comm, seam
 from .disk import check_room
 from .errors import Failure
 from .store import Part, Store, serve_from
@@ -120,26 +121,6 @@ def shared_bytes(store: Store, machine: int) -> int:
     return 41 * edges + 17 * (nodes + halo) + fields * nodes + (64 << 10)
 
 
-def _seam(here: Address, machine: int) -> None:
-    """Make DGL's module-wide functions mean this machine, before it connects anything."""
-    plain = kvstore.empty_shared_mem
-
-    def empty_shared_mem(name: str, *others: Any) -> Any:
-        if 0 in others[1]:  # a store without node attributes, say: what is empty cannot be mapped
-            return dgl.ndarray.empty(others[1], others[2])
-        return plain(here.name + name, *others)
-
-    def usable(_: str) -> str:
-        with socket.socket() as probe:
-            probe.bind((here.host, 0))
-            return f"{here.host}:{probe.getsockname()[1]}"
-
-    kvstore.empty_shared_mem = empty_shared_mem
-    rpc_client.get_local_machine_id = lambda _: machine
-    rpc_client.get_local_usable_addr = usable
-    rpc.register_sig_handler = lambda: None  # DGL's would hang
-
-
 def _end_on_signals(here: Address) -> None:
     """End this process in order on SIGTERM or SIGINT. To be called before there are threads, which inherit the mask."""
     signals = {signal.SIGTERM, signal.SIGINT}
@@ -151,33 +132,6 @@ def _end_on_signals(here: Address) -> None:
         os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
-
-
-def _tolerate_lost_groups() -> None:
-    """Go on where trainers are gone before they are connected; DGL's server would end with them, and the next group hang."""
-    connect_receiver, send_response = rpc.connect_receiver, rpc.send_response
-    lost: set[int] = set()
-
-    def connect(host: str, port: str, client: int, group: int) -> bool:
-        if not connect_receiver(host, port, client, group):
-            lost.add(group)
-        return True
-
-    def send(client: int, response: Any, group: int) -> None:
-        if group not in lost:
-            send_response(client, response, group)
-
-    rpc.connect_receiver, rpc.send_response = connect, send
-
-
-def _say_when_listening(line: str) -> None:
-    plain = rpc.wait_for_senders
-
-    def wait_for_senders(*args: Any, **options: Any) -> None:
-        plain(*args, **options)
-        print(line, flush=True)
-
-    rpc.wait_for_senders = wait_for_senders
 
 
 def serve(path: Path, machine: int, ip_config: Path) -> None:
@@ -192,9 +146,9 @@ def serve(path: Path, machine: int, ip_config: Path) -> None:
         config = _config(store, machine, here)
         check_room(SHARED / here.name, shared_bytes(store, machine))
         _end_on_signals(here)
-        _seam(here, machine)
-        _tolerate_lost_groups()
-        _say_when_listening(f"distegnn server {machine} ready on {here}")
+        seam.mean_this_machine(machine, here.host, here.name)
+        seam.tolerate_lost_groups()
+        seam.say_when_listening(f"distegnn server {machine} ready on {here}")
         try:
             with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
                 named = Path(folder) / "served.json"
@@ -286,8 +240,23 @@ def _bounded(timeout_s: float, what: str) -> Iterator[None]:
         timer.cancel()
 
 
+def _check_shared(here: Address, rank: int, machine: int) -> None:
+    """Raise Failure unless the rank's partition is served on this machine, by this user: DGL unpickles what is shared there."""
+    ours = {file.stat().st_uid for file in here.files()} == {os.getuid()}
+    book = get_shared_mem_partition_book(here.name) if ours else None
+    if book is None:
+        raise Failure(
+            f"{here}: no server of yours shares a graph on this machine; start {machine}'s here, then rank {rank}"
+        )
+    if book.partid != machine:
+        raise Failure(
+            f"{here}: serves partition {book.partid}, rank {rank} needs {machine}; start its server with {machine}"
+        )
+
+
 def connect(path: Path, rank: int, ip_config: Path, group: int, timeout_s: float) -> None:
-    """Read a store through its servers from now on, in this process. All trainers of a group call it, and wait for each other.
+    """Read a store through its servers, which are ready, from now on in this process. All trainers of a group call it, and
+    wait for each other.
 
     rank: torch's, which alone says what is ours; DGL's own is ignored. group: a new number whenever trainers start again.
     Raises Failure where servers cannot be reached, or this machine's serves another partition than the rank's; ends the
@@ -297,6 +266,7 @@ def connect(path: Path, rank: int, ip_config: Path, group: int, timeout_s: float
     machine = rank // store.trainers
     listed = addresses(ip_config, store.machines)
     here = listed[machine]
+    _check_shared(here, rank, machine)
     os.environ.update(
         DGL_ROLE="client",
         DGL_DIST_MODE="distributed",
@@ -305,7 +275,7 @@ def connect(path: Path, rank: int, ip_config: Path, group: int, timeout_s: float
         DGL_GROUP_ID=str(group),
         DGL_DIST_MAX_TRY_TIMES=str(max(1, int(timeout_s / TRY_S))),
     )
-    _seam(here, machine)
+    seam.mean_this_machine(machine, here.host, here.name)
     everybody = ", ".join(map(str, listed))
     with _bounded(timeout_s + TRY_S, f"{everybody}: these servers and {store.parts} trainers did not all meet"):
         try:
@@ -317,14 +287,7 @@ def connect(path: Path, rank: int, ip_config: Path, group: int, timeout_s: float
                 f"{where}: no graph server within {timeout_s:g} s; does it run, can it be reached?"
             ) from error
         atexit.unregister(dist_context.exit_client)  # a barrier of all trainers
-        if {file.stat().st_uid for file in here.files()} != {os.getuid()}:  # DGL unpickles from there
-            raise Failure(
-                f"{here}: nothing of this user's in {SHARED} here; run rank {rank} where partition {machine} is served"
-            )
         graph = DistGraph(here.name)
-    found = graph.get_partition_book().partid
-    if found != machine:
-        raise Failure(f"{here}: serves partition {found}, rank {rank} needs {machine}; start its server with {machine}")
     serve_from(store.path, FromServer(graph, machine, listed, timeout_s))
 
 

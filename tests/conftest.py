@@ -61,13 +61,13 @@ def _inputs(
 
 @pytest.fixture(scope="session")
 def make_inputs(small: Path) -> Callable[..., Any]:
-    """make_inputs(parts, method="metis", shard_nodes=1500, trainers=1, **data settings): inputs of such a store of ``small``."""
+    """make_inputs(parts, method="metis", shard_nodes=1500, trainers=1, **data settings): the inputs of such a store."""
     return functools.partial(_inputs, small)
 
 
 @pytest.fixture(scope="session")
 def make_store(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """make_store(parts, method="metis", shard_nodes=1500, trainers=1, **data settings): such a store, made once a session."""
+    """make_store(parts, method="metis", shard_nodes=1500, trainers=1, **data settings): such a store, made once."""
     from dist_egnn.partition import build
 
     from dist_egnn.trajectories import Trajectories

@@ -60,7 +60,11 @@ def same(one: Part, other: Part) -> bool:
 
 def trainer(path: str, rank: str, ip_config: str, group: str, port: str, run: str) -> None:
     """Enter, compare every part with the disk's, and train; with no run to train, wait to be killed."""
-    group_ = serving.enter(Path(path), int(rank), Path(ip_config), int(group), HOST, int(port), "lo", LIMIT_S)
+    try:
+        entered = serving.enter(Path(path), int(rank), Path(ip_config), int(group), HOST, int(port), "lo", LIMIT_S)
+    except Failure as failure:
+        print(f"error: {failure}")
+        serving.leave(2)
     if not run:
         print("entered", flush=True)
         time.sleep(LIMIT_S)
@@ -69,7 +73,7 @@ def trainer(path: str, rank: str, ip_config: str, group: str, port: str, run: st
     for machine in range(store.machines):
         assert same(store.source.part("shard-00000", machine), store.disk.part("shard-00000", machine)), machine
     assert listens_on("self") == {LOOPBACK}  # of rank 0 also torch's store, of all gloo's and DGL's
-    train.train(group_, chosen(Path(path), Path(run)))
+    train.train(entered, chosen(Path(path), Path(run)))
     serving.leave(0)
 
 
@@ -166,6 +170,11 @@ def test_training_does_not_know(
             assert taken <= serving.shared_bytes(served.store, machine) <= 1.2 * taken + (64 << 10)
             assert listens_on(served.running[machine].pid) == {LOOPBACK}
         served.trained(0, tmp_path / "served")
+        if machines > 1:  # trainers that have the lines in another order
+            served.ip_config.write_text("".join(f"{place.host} {place.port}\n" for place in reversed(served.places)))
+            for rank, (process, log) in enumerate(served.trainers(1, tmp_path / "never")):
+                assert process.wait(LIMIT_S) == 2
+                assert f"serves partition {1 - rank}, rank {rank} needs {rank}" in log.read_text()
     assert_same(tmp_path / "served", tmp_path / "local")
 
 
@@ -205,7 +214,9 @@ def test_killed_trainers_and_servers(one: Path, tmp_path: Path) -> None:
             stranger.unlink()
 
 
-def test_what_a_server_refuses(one: Path, make_store: Callable[..., Path], tmp_path: Path) -> None:
+def test_what_a_server_refuses(
+    one: Path, make_store: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ip_config = tmp_path / "ip.txt"
     ip_config.write_text(f"{HOST} {free_ports(1)[0]}\n")
     damaged = Path(shutil.copytree(one, tmp_path / "damaged"))
@@ -216,6 +227,10 @@ def test_what_a_server_refuses(one: Path, make_store: Callable[..., Path], tmp_p
         with pytest.raises(Failure, match=f"{name}: its sha256 is not the manifest's"):
             serving.serve(damaged, 0, ip_config)
         file.write_bytes(before)
+    with monkeypatch.context() as patch:
+        patch.setattr(serving, "shared_bytes", lambda *_: 1 << 60)
+        with pytest.raises(Failure, match=f"/dev/shm/dist_egnn~{HOST}~.*disk full: needs .* MB are free"):
+            serving.serve(one, 0, ip_config)
     with pytest.raises(Failure, match="graphs, a server serves one; partition again with --shard-nodes 0"):
         serving.serve(make_store(1, shard_nodes=300), 0, ip_config)
     with pytest.raises(Failure, match="a part has no edges at all"):
@@ -228,14 +243,23 @@ def test_what_a_server_refuses(one: Path, make_store: Callable[..., Path], tmp_p
             serving.serve(one, 0, ip_config)
 
 
-def test_trainers_without_a_server(one: Path, tmp_path: Path) -> None:
-    served = Served(one, tmp_path)
+def test_trainers_without_a_server(make_store: Callable[..., Path], tmp_path: Path) -> None:
+    """On their own machine, then on the other one."""
+    served = Served(make_store(2, shard_nodes=0), tmp_path)
+    with pytest.raises(Failure, match=f"{served.places[0]}: no server of yours shares a graph on this machine"):
+        serving.connect(served.path, 0, served.ip_config, 0, 4)
     code = "import sys; from pathlib import Path; from dist_egnn import serving; from dist_egnn.errors import Failure\n"
-    code += f"try: serving.connect(Path({str(one)!r}), 0, Path({str(served.ip_config)!r}), 0, 4)\n"
+    code += f"try: serving.connect(Path({str(served.path)!r}), 0, Path({str(served.ip_config)!r}), 0, 4)\n"
     code += "except Failure as failure: print(failure, flush=True); serving.leave(3)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S)
-    assert found.returncode == 3, found.stderr
-    assert found.stdout.splitlines()[-1].startswith(f"{served.places[0]}: no graph server within 4 s")
+    try:
+        server = served.server(0)
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S)
+        assert found.returncode == 3, found.stderr
+        assert found.stdout.splitlines()[-1].startswith(f"{served.places[1]}: no graph server within 4 s")
+    finally:
+        server.terminate()
+        assert server.wait(LIMIT_S) == 0
+    assert not served.left()
 
 
 def test_where_processes_meet() -> None:
