@@ -1,6 +1,6 @@
-"""Sums over partitions. A layer says ``comm.sum(t)`` and never asks how many processes there are.
+"""Sums over partitions, and rows sent from each to each. A layer never asks how many processes there are.
 
-This module and halo.py hold every collective of the package, and this one makes the process group.
+This module holds every collective of the package and makes the process group; which rows travel is halo.py's.
 """
 
 from __future__ import annotations
@@ -8,7 +8,8 @@ from __future__ import annotations
 import datetime
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +34,12 @@ class Comm(Protocol):
 
     def max(self, value: float) -> float:
         """The largest value over the partitions."""
+
+    def exchange(self, rows: Tensor, give: Sequence[int], take: Sequence[int]) -> Callable[[], Tensor]:
+        """Start to send rows (Σ give, …), give[r] of them to rank r, in order of rank.
+
+        Returns what waits for the rows (Σ take, …) from the others, take[r] of rank r, in order of rank. Not differentiable.
+        """
 
 
 def _fill(parameters: Iterable[torch.nn.Parameter]) -> list[Tensor]:
@@ -60,6 +67,9 @@ class Alone:
     def max(self, value: float) -> float:
         return value
 
+    def exchange(self, rows: Tensor, give: Sequence[int], take: Sequence[int]) -> Callable[[], Tensor]:
+        return lambda: rows
+
 
 _spent = 0.0
 
@@ -69,11 +79,17 @@ def seconds() -> float:
     return _spent
 
 
-def _all_reduce(t: Tensor, **options: Any) -> None:
+@contextmanager
+def _counted() -> Iterator[None]:
     global _spent
     started = time.perf_counter()
-    dist.all_reduce(t, **options)
+    yield
     _spent += time.perf_counter() - started
+
+
+def _all_reduce(t: Tensor, **options: Any) -> None:
+    with _counted():
+        dist.all_reduce(t, **options)
 
 
 class _Sum(torch.autograd.Function):
@@ -115,6 +131,19 @@ class Group:
         t = torch.tensor(value, dtype=torch.float64)
         _all_reduce(t, op=dist.ReduceOp.MAX)
         return float(t)
+
+    def exchange(self, rows: Tensor, give: Sequence[int], take: Sequence[int]) -> Callable[[], Tensor]:
+        sent, taken = rows.contiguous(), rows.new_empty(sum(take), *rows.shape[1:])
+        with _counted():
+            work = dist.all_to_all_single(taken, sent, list(take), list(give), async_op=True)
+
+        def wait() -> Tensor:
+            with _counted():
+                work.wait()
+            assert len(sent) == sum(give)  # it must live until now
+            return taken
+
+        return wait
 
 
 def join(rank: int, size: int, rendezvous: str, timeout_s: float) -> Comm:

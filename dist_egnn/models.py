@@ -18,7 +18,7 @@ from dgl import DGLGraph
 from torch import Tensor, nn
 
 from . import engine as engines
-from . import published, tiles
+from . import halo, published, tiles
 from .comm import Alone, Comm
 from .errors import Failure
 from .nn.egnn import EGNNLayer
@@ -151,6 +151,8 @@ class Network(nn.Module):
             edge["e"] = edge_field(graph, "e", self.widths["e"])
         if "shift" in graph.edata:
             edge["shift"] = edge_field(graph, "shift", 3)
+        if halos := halo.of(graph):
+            edge = {name: torch.cat([value, halos.edge(name)]) for name, value in edge.items()}
         return node, {name: value.to(like).index_select(0, cut.edge_order) for name, value in edge.items()}
 
     def prepare(self, graph: DGLGraph) -> DGLGraph:
@@ -167,6 +169,10 @@ class Network(nn.Module):
 
     def forward(self, graph: DGLGraph) -> tuple[Tensor, Tensor]:
         engine, cut = self._cut(graph)
+        wire = None
+        if halos := halo.of(graph):
+            halos.link(graph.ndata["x"], self.comm)
+            wire = halos.wire(cut.inverse, self.comm)
         node, edge = self._inputs(graph, cut)
         z, s = node["x"].new_zeros(cut.batch, 0, 3), None
         if self.count:
@@ -178,7 +184,7 @@ class Network(nn.Module):
             if k == 0:
                 node |= layer.begin(node)
             shared = layer.virtual.shared(z, s, centroid) if layer.virtual else {}
-            out = tiles.run(layer, engine, cut, node, edge, shared)
+            out = tiles.run(layer, engine, cut, node, edge, shared, wire)
             if layer.virtual:
                 z, s, centroid = layer.virtual.update(z, s, out, total, self.comm)
             node.update({name: out[name] for name in layer.outputs})
