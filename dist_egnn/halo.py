@@ -176,6 +176,23 @@ def batch(samples: Sequence[DGLGraph]) -> DGLGraph:
     return attach(joined, Halos(parts, [graph.num_nodes() for graph in samples]))
 
 
+def cut(
+    src: np.ndarray, dst: np.ndarray, part: np.ndarray, rank: int, parts: int, **about: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, Halo]:
+    """A part of a graph whose edges are src→dst, and its nodes' parts known: part (N,).
+
+    Returns the part's nodes, ascending; source and destination of the edges among them, by row; and its halo.
+    """
+    counts = np.bincount(part, minlength=parts)
+    order = np.argsort(part, kind="stable")
+    row = np.empty_like(order)
+    row[order] = np.arange(len(part)) - np.repeat(np.cumsum(counts) - counts, counts)
+    mine, same = part[dst] == rank, part[src] == part[dst]
+    own, cross = mine & same, mine & ~same
+    made = of_edges(part[src[cross]], row[src[cross]], row[dst[cross]], counts.tolist(), **about)
+    return np.flatnonzero(part == rank), row[src[own]], row[dst[own]], made
+
+
 def of_edges(owner: np.ndarray, row: np.ndarray, dst: np.ndarray, nodes: Sequence[int], **about: Any) -> Halo:
     """The halo of a part, given its cross edges: rank and row there of each source, own node of each destination.
 

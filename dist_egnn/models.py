@@ -128,6 +128,7 @@ class Network(nn.Module):
             self.layer(hidden, edge_attributes, node_attributes, last=k == layers - 1, **given) for k in range(layers)
         )
         self.comm: Comm = Alone()
+        self.exchange = False  # whether every graph must have its halo
 
     @classmethod
     def takes(cls, key: str) -> bool:
@@ -173,6 +174,10 @@ class Network(nn.Module):
         if halos := halo.of(graph):
             halos.link(graph.ndata["x"], self.comm)
             wire = halos.wire(cut.inverse, self.comm)
+        elif self.exchange:
+            raise Failure(
+                "partition.halo=exchange: the graph has lost its halo; join samples by halo.batch, not dgl.batch"
+            )
         node, edge = self._inputs(graph, cut)
         z, s = node["x"].new_zeros(cut.batch, 0, 3), None
         if self.count:

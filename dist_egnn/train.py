@@ -36,7 +36,8 @@ def device_of(config: Config, rank: int = 0) -> torch.device:
 def build_model(config: Config, widths: tuple[int, int], comm: Comm) -> torch.nn.Module:
     """The model of a config for F features and K node attributes, on the CPU: the same weights on every rank and device."""
     kind, options = models.choose(asdict(config.model), asdict(Model()), config.data.radius)
-    if config.partition.halo == "exchange" and comm.size > 1 and not issubclass(kind, (models.Linear, models.Network)):
+    exchange = config.partition.halo == "exchange" and comm.size > 1
+    if exchange and not issubclass(kind, (models.Linear, models.Network)):
         raise Failure(
             f"model.name={config.model.name}: partition.halo=exchange is for models.Network, whose layers get halo nodes; "
             "use partition.halo=bridge"
@@ -44,6 +45,8 @@ def build_model(config: Config, widths: tuple[int, int], comm: Comm) -> torch.nn
     torch.manual_seed(config.train.seed)
     model = kind(features=widths[0], node_attributes=widths[1], **options)
     model.comm = comm  # type: ignore[assignment]
+    if isinstance(model, models.Network):
+        model.exchange = exchange
     return model
 
 
