@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from dgl import DGLGraph
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import graphs
 from .comm import Comm
@@ -151,6 +152,27 @@ class Wire:
                     into[name].index_add_(0, rows, part)
 
         return add
+
+    def refresh(self, fields: Fields) -> Fields:
+        """The fields (m, …) of the halo nodes given those (n, …) of own nodes; differentiable."""
+        return dict(zip(fields, _Refresh.apply(self, tuple(fields), *fields.values()), strict=True))
+
+
+class _Refresh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, wire: Wire, names: tuple[str, ...], *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.wire, ctx.names, ctx.rows = wire, names, len(values[0])
+        # no views of what came, which autograd would tie together
+        return tuple(t.contiguous() for t in wire.start(dict(zip(names, values, strict=True)))().values())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needed = {name: g for name, g, need in zip(ctx.names, grads, ctx.needs_input_grad[2:], strict=True) if need}
+        add = ctx.wire.back(needed)
+        into = {name: g.new_zeros(ctx.rows, *g.shape[1:]) for name, g in needed.items()}
+        add(into)
+        return None, None, *(into.get(name) for name in ctx.names)
 
 
 def attach(graph: DGLGraph, halos: Halos) -> DGLGraph:

@@ -39,16 +39,17 @@ def model_of(name: str, *keys: str, widths: tuple[int, int] = (3, 1), double: bo
 def apart(store: Store, model: torch.nn.Module, *snapshots: int) -> dict[str, float]:
     """Differences of the store's parts in halo mode from the full graph, on a batch of snapshots."""
 
-    def one(member: Member, copied: Any) -> Any:
-        return step(copied, halo.batch([store.read(n, member.rank, True) for n in snapshots]), member)
-
+    parts = [
+        halo.batch([store.read(n, p, True) for n in snapshots]) for p in range(store.parts)
+    ]  # no store is for threads
     whole = dgl.batch([store.whole(n, True) for n in snapshots])
     first = np.cumsum([0, *(store.whole(n).num_nodes() for n in snapshots)])
-    gid = [
-        torch.cat([store.read(n, p).ndata["gid"] + f for n, f in zip(snapshots, first, strict=False)])
-        for p in range(store.parts)
-    ]
-    return differences(step(model, whole, comm.Alone()), together(store.parts, one, model), gid)
+    gid = [torch.cat([g.ndata["gid"] + f for g, f in zip(dgl.unbatch(part), first, strict=False)]) for part in parts]
+    return differences(
+        step(model, whole, comm.Alone()),
+        together(store.parts, lambda member, copied: step(copied, parts[member.rank], member), model),
+        gid,
+    )
 
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
@@ -104,8 +105,9 @@ def test_threads_share_the_tiles_of_a_part(make_store: Make, small_tiles: None) 
 def test_without_the_exchange_the_numbers_are_others(make_store: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """The comparisons can fail: rows that are not refreshed, gradients that do not come back, edges of the bridge mode alone."""
     store, model = Store(make_store(2, "metis")), model_of("FastEGNN")
-    whole, rows = store.whole(1, True), [store.read(1, p).ndata["gid"] for p in range(2)]
-    bridge = together(2, lambda member, copied: step(copied, store.read(1, member.rank), member), model)
+    whole, parts = store.whole(1, True), [store.read(1, p) for p in range(2)]
+    rows = [part.ndata["gid"] for part in parts]
+    bridge = together(2, lambda member, copied: step(copied, parts[member.rank], member), model)
     assert max(differences(step(model, whole, comm.Alone()), bridge, rows).values()) > 1e-4
     with monkeypatch.context() as patch:
         patch.setattr(halo.Wire, "back", lambda self, grads: lambda into: None)
@@ -195,8 +197,10 @@ def test_one_call_a_layer_and_direction_of_the_rows_that_are_needed(make_store: 
     store, model = Store(make_store(3, "metis")), model_of("FastEGNN", "model.tile=100")
     listed = store.parts_table.query("snapshot == 0")["halo"].tolist()
 
+    parts = [store.read(0, p, True) for p in range(3)]
+
     def one(member: Member, copied: Any) -> tuple[list[Any], list[Any]]:
-        graph = store.read(0, member.rank, True)
+        graph = parts[member.rank]
         step(copied, graph, member)
         first = list(member.calls)
         member.calls.clear()
@@ -282,12 +286,14 @@ def test_halo_nodes_that_cannot_be_are_refused_at_reading(make_store: Make) -> N
 def test_a_halo_node_that_is_another_is_refused_by_its_distance(make_store: Make) -> None:
     store = Store(make_store(2, "bisection"))
 
+    parts = [store.read(1, p, True) for p in range(2)]
+
     def one(member: Member, copied: Any) -> None:
-        graph = store.read(1, member.rank, True)
+        graph = parts[member.rank]
         halos = halo.of(graph)
         assert halos is not None
         if member.rank == 0:
-            x = store.read(1, 1).ndata["x"]
+            x = parts[1].ndata["x"]
             far = int((x - graph.ndata["x"].mean(0)).square().sum(1).argmax())
             rows = halos.parts[0].wanted[1]
             rows[-1] = far
@@ -301,8 +307,10 @@ def test_a_halo_node_that_is_another_is_refused_by_its_distance(make_store: Make
 def linked(store: Store, change: Callable[[halo.Halo], None]) -> None:
     """Link the parts of snapshot 1 after a change of part 1's halo."""
 
+    parts = [store.read(1, p, True) for p in range(store.parts)]
+
     def one(member: Member) -> None:
-        graph = store.read(1, member.rank, True)
+        graph = parts[member.rank]
         halos = halo.of(graph)
         assert halos is not None
         if member.rank == 1:
@@ -374,3 +382,15 @@ def test_ranks_keep_the_same_samples(make_store: Make) -> None:
         kept.append(list(read._kept))
     assert kept[0] == kept[1] == kept[2]
     assert len(kept[0]) < 5
+
+
+@pytest.mark.parametrize("name", ["FastEGNN", "FastRF"])
+def test_parts_in_one_piece_beside_parts_in_tiles(make_store: Make, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks then make their calls by autograd's order, or by ours: the same."""
+    store, model = Store(make_store(3, "kmeans")), model_of(name, "model.tile=200")
+    rows = store.parts_table.query("snapshot == 0").eval("4 * nodes + edges").sort_values().to_numpy() * 8
+    monkeypatch.setattr(tiles, "WHOLE", rows[1] / (200 * 64))
+    cuts = [tiles.cut(store.read(0, rank, True), engine.choose("auto"), 200, width=8) for rank in range(3)]
+    assert {cut.whole for cut in cuts} == {True, False}
+    found = apart(store, model, 0)
+    assert max(found.values()) <= TOLERANCE, found
