@@ -23,6 +23,7 @@ Degree = Annotated[float, typer.Option(help="in-edges of a node on average; sets
 Hidden = Annotated[int, typer.Option(help="width H")]
 Layers = Annotated[int, typer.Option(help="layers L")]
 Virtual = Annotated[int, typer.Option(help="virtual nodes C")]
+Halo = Annotated[str, typer.Option(help="bridge or exchange: whether edges between parts are kept, as partition.halo")]
 Json = Annotated[bool, typer.Option("--json", help="the numbers again, as JSON on the last line")]
 
 
@@ -250,6 +251,7 @@ def comm(
     hidden: Hidden = 64,
     layers: Layers = 4,
     virtual_nodes: Virtual = 3,
+    halo: Halo = "bridge",
     json: Json = False,
 ) -> Report:
     """Count the collectives of one training step and what each carries."""
@@ -260,7 +262,7 @@ def comm(
         raise Failure(f"--parts {parts}: must be at least 2: one process sends nothing")
     from . import bench_road
 
-    found = bench_road.communication(nodes, degree, parts, model)
+    found = bench_road.communication(nodes, degree, parts, model, halo)
     rows = [
         [phase, one["calls"], " ".join(one["collectives"]), _runs(one["floats"]), f"{one['bytes']:,}"]
         for phase, one in found["phases"].items()
@@ -268,6 +270,8 @@ def comm(
     header = ["phase", "calls", "collective", "numbers in each", "bytes"]
     table = Table(f"one training step of one graph on {parts} processes, as each sends it", header, rows)
     note = f"by the formula {layers} calls of 3 + 3C + HC = {found['formula']} numbers, forward and backward"
+    if halo == "exchange":
+        note += "; beside them an all-to-all of H + 3 numbers for each node that another process needs, and back, of H in the first"
     others = [] if found["alike"] else ["processes differ in what they send: shown is the first"]
     return Report([table], [note, *others], found, json)
 
@@ -285,6 +289,7 @@ def pipeline(
     hidden: Hidden = 64,
     layers: Layers = 4,
     virtual_nodes: Virtual = 3,
+    halo: Halo = "bridge",
     repeats: Annotated[int, typer.Option(help="timed steps, each on a snapshot of its own")] = 5,
     json: Json = False,
 ) -> Report:
@@ -300,7 +305,7 @@ def pipeline(
     )
     from . import bench_road
 
-    found = bench_road.pipeline(nodes, degree, parts, repeats, model, say)
+    found = bench_road.pipeline(nodes, degree, parts, repeats, model, say, halo)
     labels = {
         "fixed_s": "step on a fixed graph",
         "fresh_s": "step with a new snapshot each time",

@@ -14,7 +14,7 @@ import torch
 from dgl import DGLGraph
 from torch import Tensor
 
-from . import bench_data, comm, engine, graphs, local, tiles, train
+from . import bench_data, comm, engine, graphs, halo, local, tiles, train
 from .config import Config, Data
 from .config import load as load_config
 from .samples import Samples, open_samples
@@ -47,11 +47,13 @@ def _write_store(file: Trajectories, out: Path, radius: float, parts: int) -> Da
     return settings
 
 
-def _config(folder: Path, nodes: int, degree: float, parts: int, snapshots: int, model: dict[str, Any]) -> Config:
+def _config(
+    folder: Path, nodes: int, degree: float, parts: int, snapshots: int, model: dict[str, Any], mode: str
+) -> Config:
     """A config whose data are a new store in ``folder``."""
     x = bench_data.block(nodes)
     bench_data.write_trajectories(folder / "block.h5", x, snapshots)
-    config = load_config(None, [f"model.{key}={value}" for key, value in model.items()])
+    config = load_config(None, [f"partition.halo={mode}", *(f"model.{key}={value}" for key, value in model.items())])
     config.data = _write_store(
         Trajectories(folder / "block.h5"), folder / "store", bench_data.radius_for(x, degree), parts
     )
@@ -103,7 +105,8 @@ def _count(group: comm.Comm, config: Config) -> dict[str, list[tuple[str, int, i
 
     def counted(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **options: Any) -> Any:
-            sent = [t for t in (*args, *options.values()) if isinstance(t, Tensor)][:1]
+            tensors = [t for t in (*args, *options.values()) if isinstance(t, Tensor)]
+            sent = tensors[1:2] if name.startswith("all_to_all") else tensors[:1]
             calls.append((name, sum(t.numel() for t in sent), sum(t.numel() * t.element_size() for t in sent)))
             return plain(*args, **options)
 
@@ -112,6 +115,8 @@ def _count(group: comm.Comm, config: Config) -> dict[str, list[tuple[str, int, i
     samples = open_samples(config, group.rank, group.size)
     model = train.build_model(config, samples.widths, group)
     graph = samples[samples.splits["train"][0]]
+    if halos := halo.of(graph):
+        halos.link(graph.ndata["x"], group)  # once a snapshot, so of no step
     before = {name: getattr(comm.dist, name) for name in COLLECTIVES}
     try:
         for name, plain in before.items():
@@ -130,10 +135,10 @@ def _count(group: comm.Comm, config: Config) -> dict[str, list[tuple[str, int, i
     return {phase: calls[a:b] for phase, a, b in zip(phases, ends[:-1], ends[1:], strict=True)}
 
 
-def communication(nodes: int, degree: float, parts: int, model: dict[str, Any]) -> dict[str, Any]:
+def communication(nodes: int, degree: float, parts: int, model: dict[str, Any], mode: str = "bridge") -> dict[str, Any]:
     """Calls, numbers a call and bytes of each phase of a training step on ``parts`` processes, beside 3 + 3C + HC."""
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
-        config = _config(Path(folder), nodes, degree, parts, 1, model)
+        config = _config(Path(folder), nodes, degree, parts, 1, model, mode)
         ranks = local.run(_count, parts, config)
     alike = all(rank == ranks[0] for rank in ranks)
     hidden, count = config.model.hidden, config.model.virtual_nodes
@@ -183,7 +188,8 @@ def _road(group: comm.Comm, config: Config, repeats: int) -> dict[str, float]:
             ends.append(time.perf_counter())
         return (ends[-1] - ends[0]) / (len(ends) - 1)
 
-    fixed = [samples[numbers[0]]] * (repeats + 1)
+    read = samples[numbers[0]]
+    fixed = [read] * (repeats + 1)
     steps(fixed[:2])
     before = steps(fixed)
     fresh = steps(_ahead(open_samples(config, group.rank, group.size), numbers[: repeats + 1]))
@@ -196,7 +202,7 @@ def _road(group: comm.Comm, config: Config, repeats: int) -> dict[str, float]:
         times = [time.perf_counter()]
         store.source.part(store.snapshots.loc[number]["shard"], group.rank)
         times.append(time.perf_counter())
-        graph = store.read(number, group.rank)
+        graph = store.read(number, group.rank, exchange=halo.of(read) is not None)
         times.append(time.perf_counter())
         tiles.of(graph, chosen, config.model.tile)
         times.append(time.perf_counter())
@@ -207,10 +213,12 @@ def _road(group: comm.Comm, config: Config, repeats: int) -> dict[str, float]:
     return {**found, **{name: statistics.mean(seconds) for name, seconds in parts.items()}}
 
 
-def pipeline(nodes: int, degree: float, parts: int, repeats: int, model: dict[str, Any], say: Say) -> dict[str, Any]:
+def pipeline(
+    nodes: int, degree: float, parts: int, repeats: int, model: dict[str, Any], say: Say, mode: str = "bridge"
+) -> dict[str, Any]:
     """The road from a stored snapshot to the end of its step, of the slowest process."""
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
-        config = _config(Path(folder), nodes, degree, parts, repeats + 1, model)
+        config = _config(Path(folder), nodes, degree, parts, repeats + 1, model, mode)
         say(f"store of {repeats + 1} snapshots written")
         ranks = local.run(_road, parts, config, repeats)
     found = {name: max(rank[name] for rank in ranks) for name in ranks[0]}

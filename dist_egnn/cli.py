@@ -146,13 +146,23 @@ def verify(
     snapshot: Annotated[
         int | None, typer.Option(help="snapshot that the model is compared on", show_default="the middle one")
     ] = None,
+    halo: Annotated[
+        str | None,
+        typer.Option(
+            help="bridge: against one process on the cut graph; exchange: on the full graph",
+            show_default="partition.halo",
+        ),
+    ] = None,
 ) -> None:
     """Re-check a store: hashes, every node and edge exactly once; with --model, that P processes equal one."""
     from . import config as configs
 
+    overrides = [*(overrides or ()), *([] if halo is None else [f"partition.halo={halo}"])]
     if model is None and (overrides or snapshot is not None):
-        raise Failure("--snapshot and config keys are for the comparison of a model: name its config with --model")
-    run_verification(store, configs.load(model, overrides or ()) if model else None, snapshot)
+        raise Failure(
+            "--snapshot, --halo and config keys are for the comparison of a model: name its config with --model"
+        )
+    run_verification(store, configs.load(model, overrides) if model else None, snapshot)
 
 
 @app.command(epilog=example("distegnn doctor --json"))

@@ -1,6 +1,6 @@
-"""Sums over partitions. A layer says ``comm.sum(t)`` and never asks how many processes there are.
+"""Sums over partitions, and rows sent from each to each. A layer never asks how many processes there are.
 
-This module and halo.py hold every collective of the package, and this one makes the process group.
+This module holds every collective of the package and makes the process group; which rows travel is halo.py's.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ import datetime
 import os
 import socket
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -40,6 +41,12 @@ class Comm(Protocol):
     def share(self, content: bytes) -> bytes:
         """Rank 0's content, on every rank; what others pass is ignored."""
 
+    def exchange(self, rows: Tensor, give: Sequence[int], take: Sequence[int]) -> Callable[[], Tensor]:
+        """Start to send rows (Σ give, …), give[r] of them to rank r, in order of rank.
+
+        Returns what waits for the rows (Σ take, …) from the others, take[r] of rank r, in order of rank. Not differentiable.
+        """
+
 
 def _fill(parameters: Iterable[torch.nn.Parameter]) -> list[Tensor]:
     # A parameter that nothing used has no gradient; zeros make the optimiser treat it alike for any number of parts.
@@ -69,6 +76,9 @@ class Alone:
     def share(self, content: bytes) -> bytes:
         return content
 
+    def exchange(self, rows: Tensor, give: Sequence[int], take: Sequence[int]) -> Callable[[], Tensor]:
+        return lambda: rows
+
 
 _spent = 0.0
 
@@ -76,6 +86,14 @@ _spent = 0.0
 def seconds() -> float:
     """Seconds this process has spent in collectives, waiting for the others included."""
     return _spent
+
+
+@contextmanager
+def _counted() -> Iterator[None]:
+    global _spent
+    started = time.perf_counter()
+    yield
+    _spent += time.perf_counter() - started
 
 
 ONE_TRIP_BYTES = 1 << 18  # up to so many bytes leave a process in one go; more in two, each as large as it must be
@@ -97,8 +115,7 @@ def _total(t: Tensor) -> Tensor:
     gloo's all-reduce passes pieces round a ring, 2(P − 1) messages one after the other. Here everybody sends to everybody at
     once, which waits for one: all of it, (P − 1) n numbers, if that is little; else two: pieces to their owners, their sums back.
     """
-    global _spent
-    started, size = time.perf_counter(), dist.get_world_size()
+    size = dist.get_world_size()
     flat = t.detach().reshape(-1).cpu()  # gloo exchanges what the host holds
     n = len(flat)
     if trips(n * flat.element_size(), size) == 1:
@@ -108,7 +125,6 @@ def _total(t: Tensor) -> Tensor:
         pieces.view(-1)[:n] = flat
         own = _ordered(_exchanged(pieces))
         total = _exchanged(own.expand(size, len(own))).view(-1)[:n]
-    _spent += time.perf_counter() - started
     return total.to(t.device).view(t.shape)
 
 
@@ -116,7 +132,8 @@ def _exchanged(rows: Tensor) -> Tensor:
     """Row r goes to rank r; the rows that came, in the order of ranks."""
     rows = rows.contiguous()
     taken = torch.empty_like(rows)
-    dist.all_to_all_single(taken, rows)
+    with _counted():
+        dist.all_to_all_single(taken, rows)
     return taken
 
 
@@ -169,6 +186,19 @@ class Group:
             t.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else t)
         dist.broadcast(t, 0)
         return t.numpy().tobytes()
+
+    def exchange(self, rows: Tensor, give: Sequence[int], take: Sequence[int]) -> Callable[[], Tensor]:
+        sent, taken = rows.contiguous(), rows.new_empty(sum(take), *rows.shape[1:])
+        with _counted():
+            work = dist.all_to_all_single(taken, sent, list(take), list(give), async_op=True)
+
+        def wait() -> Tensor:
+            with _counted():
+                work.wait()
+            assert len(sent) == sum(give)  # it must live until now
+            return taken
+
+        return wait
 
 
 def join(rank: int, size: int, rendezvous: str, timeout_s: float) -> Comm:

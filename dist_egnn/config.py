@@ -16,6 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from .errors import Failure
 
 SCHEDULES = ("constant", "cosine", "plateau")
+HALOS = ("bridge", "exchange")
 
 
 def _key(default: Any, comment: str) -> Any:
@@ -52,6 +53,10 @@ class Partition:
         "metis", "metis, random, kmeans, spectral, bisection or morton (used when data.path is no store)"
     )
     seed: int = _key(0, "seed of the methods that draw")
+    halo: str = _key(
+        "bridge",
+        "bridge: edges between parts are left out, virtual nodes carry what crosses; exchange: they are kept, which costs messages",
+    )
 
 
 @dataclass
@@ -271,6 +276,8 @@ def _check(config: Config) -> None:
         value = value_of(config, key)
         if not value >= least:
             raise Failure(f"{key}={value}: must be at least {least}")
+    if config.partition.halo not in HALOS:
+        raise Failure(f"partition.halo={config.partition.halo}: unknown; use {' or '.join(HALOS)}")
     data, train = config.data, config.train
     if not data.radius > 0:
         raise Failure(f"data.radius={data.radius}: must be positive (.inf for the complete graph)")

@@ -52,7 +52,7 @@ def _step(comm: Comm, config: Config, store: Store, graph: DGLGraph) -> Step:
 
 def _partitioned(comm: Comm, config: Config, path: str, snapshot: int, folder: str) -> None:
     store = Store(path)
-    graph = store.read(snapshot, comm.rank)
+    graph = store.read(snapshot, comm.rank, config.partition.halo == "exchange")
     step = _step(comm, config, store, graph)
     result = {"gid": graph.ndata["gid"], "predicted": step.predicted}
     if comm.rank == 0:
@@ -71,7 +71,7 @@ def _apart(a: Tensor, b: Tensor, least: float = 0.0) -> float:
 
 
 def compare(config: Config, store: Store, snapshot: int, folder: Path) -> dict[str, float]:
-    """Relative differences of P processes from one on the same cut graph, by what was compared.
+    """Relative differences of P processes from one on the same cut graph, in halo mode on the full graph, by what was compared.
 
     A gradient that symmetry makes zero (φ_z's on a block of fluid at rest, say) is nothing but rounding, and cannot be held
     against its own size: a gradient's scale is at least a thousandth of the largest gradient of the model.
@@ -85,7 +85,7 @@ def compare(config: Config, store: Store, snapshot: int, folder: Path) -> dict[s
 
 def _against_one(config: Config, store: Store, snapshot: int, folder: Path) -> dict[str, float]:
     """What compare returns, given what each process left in the folder."""
-    one = _step(Alone(), config, store, store.whole(snapshot))
+    one = _step(Alone(), config, store, store.whole(snapshot, config.partition.halo == "exchange"))
     ranks = [torch.load(folder / f"{p}.pt", weights_only=True) for p in range(store.parts)]
     predicted = torch.cat([r["predicted"] for r in ranks])[torch.cat([r["gid"] for r in ranks]).argsort()]
     found = {

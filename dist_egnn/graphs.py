@@ -108,20 +108,27 @@ def build(
 
 
 def set_edge_lengths(graph: DGLGraph, side: np.ndarray | None = None) -> None:
-    """Set the edge field e (E, 2): the length of the edge, twice, from the node field x.
-
-    side: (3,) sides of a periodic box: also sets shift (E, 3), the lattice vector that takes x_i − x_j to the nearest image.
-    """
+    """Set the edge fields of ``edge_fields`` from the node field x."""
     src, dst = graph.edges()
     x = graph.ndata["x"]
-    r = x[dst] - x[src]
+    graph.edata.update(edge_fields(x[src], x[dst], side))
+
+
+def edge_fields(source: Tensor, destination: Tensor, side: np.ndarray | None = None) -> dict[str, Tensor]:
+    """The fields of edges whose ends lie at these positions (E, 3): e (E, 2), the length of the edge, twice.
+
+    side: (3,) sides of a periodic box: also shift (E, 3), the lattice vector that takes x_i − x_j to the nearest image.
+    """
+    found = {}
+    r = destination - source
     if side is not None:
         sides = torch.tensor(side, dtype=torch.float64)
         # in float64 whatever x is, as in radius_edges: the two must mean the same image
-        turns = ((x[dst].double() - x[src].double()) / sides).round()
-        graph.edata["shift"] = (turns * sides).to(x)
-        r -= graph.edata["shift"]
-    graph.edata["e"] = torch.linalg.vector_norm(r, dim=1, keepdim=True).expand(-1, 2).contiguous()
+        turns = ((destination.double() - source.double()) / sides).round()
+        found["shift"] = (turns * sides).to(source)
+        r -= found["shift"]
+    found["e"] = torch.linalg.vector_norm(r, dim=1, keepdim=True).expand(-1, 2).contiguous()
+    return found
 
 
 def morton_order(x: np.ndarray, group: np.ndarray | None = None) -> np.ndarray:

@@ -18,7 +18,7 @@ from dgl import DGLGraph
 from torch import Tensor, nn
 
 from . import engine as engines
-from . import published, tiles
+from . import halo, published, tiles
 from .comm import Alone, Comm
 from .errors import Failure
 from .nn.egnn import EGNNLayer
@@ -128,6 +128,7 @@ class Network(nn.Module):
             self.layer(hidden, edge_attributes, node_attributes, last=k == layers - 1, **given) for k in range(layers)
         )
         self.comm: Comm = Alone()
+        self.exchange = False  # whether every graph must have its halo
 
     @classmethod
     def takes(cls, key: str) -> bool:
@@ -151,6 +152,8 @@ class Network(nn.Module):
             edge["e"] = edge_field(graph, "e", self.widths["e"])
         if "shift" in graph.edata:
             edge["shift"] = edge_field(graph, "shift", 3)
+        if halos := halo.of(graph):
+            edge = {name: torch.cat([value, halos.edge(name)]) for name, value in edge.items()}
         return node, {name: value.to(like).index_select(0, cut.edge_order) for name, value in edge.items()}
 
     def prepare(self, graph: DGLGraph) -> DGLGraph:
@@ -167,6 +170,14 @@ class Network(nn.Module):
 
     def forward(self, graph: DGLGraph) -> tuple[Tensor, Tensor]:
         engine, cut = self._cut(graph)
+        wire = None
+        if halos := halo.of(graph):
+            halos.link(graph.ndata["x"], self.comm)
+            wire = halos.wire(cut.inverse, self.comm)
+        elif self.exchange:
+            raise Failure(
+                "partition.halo=exchange: the graph has lost its halo; join samples by halo.batch, not dgl.batch"
+            )
         node, edge = self._inputs(graph, cut)
         z, s = node["x"].new_zeros(cut.batch, 0, 3), None
         if self.count:
@@ -178,7 +189,7 @@ class Network(nn.Module):
             if k == 0:
                 node |= layer.begin(node)
             shared = layer.virtual.shared(z, s, centroid) if layer.virtual else {}
-            out = tiles.run(layer, engine, cut, node, edge, shared)
+            out = tiles.run(layer, engine, cut, node, edge, shared, wire)
             if layer.virtual:
                 z, s, centroid = layer.virtual.update(z, s, out, total, self.comm)
             node.update({name: out[name] for name in layer.outputs})

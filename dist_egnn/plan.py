@@ -18,6 +18,7 @@ from . import calibrate, local, machine, models, plan_data, samples, tiles, trai
 from .calibrate import PHASES, Times, Trial
 from .comm import sent_bytes
 from .config import Config
+from .errors import Failure
 from .plan_data import TRIED, Say, Source
 
 
@@ -119,6 +120,10 @@ def make(config: Config, say: Say = lambda line: None) -> Plan:
     models.named(config.model.name)
     device = train.device_of(config)
     parts = samples.parts(config)
+    if config.partition.halo == "exchange" and parts > 1:
+        raise Failure(
+            "partition.halo=exchange: a plan knows bridge mode only; plan with bridge, docs/halo.md says what is added"
+        )
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
         source = plan_data.of(config, parts, Path(folder), say)
         _check_memory(config, source.counts["train"], str(device))

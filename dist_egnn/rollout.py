@@ -1,9 +1,9 @@
 """Rollout: a model fed with its own predictions, on one process or many; the file it writes; its errors step by step.
 
 Every process holds the positions and velocities of all N nodes, computes its own nodes' next positions on the graph among
-them (as in training on partitions: what crosses the cuts goes through the virtual nodes), and one sum of (N, 3) numbers, each of
-which all processes but one leave zero, gives everyone the whole next frame. So nodes change owner without being sent, and rank 0
-has each frame to write.
+them (as in training on partitions: what crosses the cuts goes through the virtual nodes, in halo mode along the edges too), and one
+sum of (N, 3) numbers, each of which all processes but one leave zero, gives everyone the whole next frame. So nodes change
+owner without being sent, and rank 0 has each frame to write.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ import pandas as pd
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from . import checkpoint, graphs, local, measures, train
+from . import checkpoint, graphs, halo, local, measures, train
 from . import config as configs
 from .comm import Comm
 from .errors import Failure
 from .files import claim, write_whole
+from .halo import Halo
 from .partition import methods
 from .progress import bar
 from .samples import spec_of
@@ -38,26 +39,31 @@ class Owners:
     def __init__(self, comm: Comm, job: Job, nodes: int, side: np.ndarray | None = None) -> None:
         self.comm, self.job, self.part, self.side = comm, job, np.zeros(nodes, np.int64), side
 
-    def edges(self, x: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def edges(self, x: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, Halo | None]:
         """The nodes that this process owns at a step, ascending, and source and destination of their edges, by rank in them.
 
         The edges are those of the whole graph (radius, edge dropping) whose ends have one owner. Rank 0 alone partitions;
-        with edge dropping it also finds, in each step, the last edge of the whole graph that is kept.
+        with edge dropping it also finds, in each step, the last edge of the whole graph that is kept. In halo mode every process
+        finds all edges, and gets its halo.
         """
         job, comm, spec = self.job, self.comm, self.job.spec
         if comm.size == 1:
-            return np.arange(len(x)), *graphs.edges(x, spec.radius, spec.edge_drop, self.side)
+            return np.arange(len(x)), *graphs.edges(x, spec.radius, spec.edge_drop, self.side), None
         due, last = step % job.repartition == 0, np.zeros(3)
+        exchange = job.config.partition.halo == "exchange"
         part = np.zeros_like(self.part)
-        if comm.rank == 0 and (due or spec.edge_drop):
+        if exchange or (comm.rank == 0 and (due or spec.edge_drop)):
             src, dst = graphs.edges(x, spec.radius, spec.edge_drop, self.side)
-            if due:
+            if due and comm.rank == 0:
                 place = x if self.side is None else graphs.wrap(x, self.side)  # as partition/build.py
                 part = methods.assign(job.method, place, src, dst, comm.size, job.method_seed)
                 part = part if step == 0 else renamed(part, self.part, comm.size)
-            last = self._last(x, src, dst)
+            last = last if exchange else self._last(x, src, dst)
         if due:
             self.part = comm.sum(torch.from_numpy(part)).numpy()
+        if exchange:
+            about = {"number": step, "where": f"step {step + 1}", "radius": spec.radius, "side": self.side}
+            return halo.cut(src, dst, self.part, comm.rank, comm.size, **about)
         own = np.flatnonzero(self.part == comm.rank)
         src, dst = graphs.radius_edges(x[own], spec.radius, self.side)
         if spec.edge_drop:
@@ -67,7 +73,7 @@ class Owners:
                 (squared == limit[0]) & ((to < limit[1]) | ((to == limit[1]) & (by <= limit[2])))
             )
             src, dst = src[kept], dst[kept]
-        return own, src, dst
+        return own, src, dst, None
 
     def _keys(self, x: np.ndarray, src: np.ndarray, dst: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What edge dropping sorts by: the squared length, then the order of edges."""
@@ -108,8 +114,7 @@ def roll(comm: Comm, job: Job) -> str:
     with contextlib.ExitStack() as stack, torch.no_grad():
         tick = stack.enter_context(bar("rolling out", job.steps, shown=comm.rank == 0))
         for step in range(job.steps):
-            own, src, dst = owners.edges(x, step)
-            predicted, z = _predict(model, comm, job.spec, (x, v, a), (own, src, dst), scene)
+            predicted, z = _predict(model, comm, job.spec, (x, v, a), owners.edges(x, step), scene)
             if comm.rank == 0:
                 if out is None:  # only now is known how many virtual nodes there are
                     out = stack.enter_context(contextlib.closing(_Output(job, scene, len(z))))
@@ -124,15 +129,23 @@ def roll(comm: Comm, job: Job) -> str:
 
 
 def _predict(
-    model: Any, comm: Comm, spec: SampleSpec, state: tuple[np.ndarray, ...], mine: tuple[np.ndarray, ...], scene: Scene
+    model: Any,
+    comm: Comm,
+    spec: SampleSpec,
+    state: tuple[np.ndarray, ...],
+    mine: tuple[np.ndarray, np.ndarray, np.ndarray, Halo | None],
+    scene: Scene,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The whole next frame (N, 3) and the virtual nodes (C, 3), of state (x, v, a) and this process's (nodes, src, dst)."""
-    (x, v, a), (own, src, dst) = state, mine
+    """The whole next frame (N, 3) and the virtual nodes (C, 3), of state (x, v, a) and this process's (nodes, src, dst, halo)."""
+    (x, v, a), (own, src, dst, beyond) = state, mine
     f = columns(spec.features, v, scene.attributes.__getitem__)
     fields = {name: torch.from_numpy(value[own]) for name, value in (("x", x), ("v", v), ("f", f), ("a", a))}
     fields["total"] = torch.full((len(own),), len(x))
     fields["centroid"] = torch.from_numpy(x.astype(np.float64).mean(0)).expand(len(own), 3).contiguous()
-    predicted, z = model(graphs.build(src, dst, fields, scene.side))
+    graph = graphs.build(src, dst, fields, scene.side)
+    if beyond is not None:
+        halo.attach(graph, halo.Halos([beyond], [len(own)]))
+    predicted, z = model(graph)
     whole = torch.zeros(x.shape, dtype=torch.from_numpy(x).dtype)
     whole[torch.from_numpy(own)] = predicted.cpu()
     return comm.sum(whole).numpy(), z[0].cpu().numpy()

@@ -71,11 +71,12 @@ def run_verification(path: Path, config: Any, snapshot: int | None = None) -> No
 
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
         found = exactness.compare(config, store, snapshot, Path(folder))
+    graph = "full graph" if config.partition.halo == "exchange" else "same cut graph"
     gradients = {k: v for k, v in found.items() if k.startswith("gradient")}
     worst = max(gradients, key=lambda k: gradients[k])
     rows = [[k, f"{v:.1e}"] for k, v in found.items() if k not in gradients]
     print_table(
-        f"{store.parts} processes against one on the same cut graph, float64, snapshot {snapshot}",
+        f"{store.parts} processes against one on the {graph}, float64, snapshot {snapshot}",
         ["compared", "largest relative error"],
         [*rows, [f"{len(gradients)} gradients, worst {worst.removeprefix('gradient ')}", f"{gradients[worst]:.1e}"]],
     )

@@ -41,7 +41,8 @@ def kept_bytes(nodes: int, edges: int) -> int:
 class Samples:
     """Samples by number; the latest ones stay in memory, ready for use.
 
-    splits: name → numbers; widths: F and K of the fields f and a; frames: trajectory and frame of each number.
+    splits: name → numbers; widths: F and K of the fields f and a; frames: trajectory and frame of each number; sizes: bytes that
+    each is counted as, where all ranks must keep the same ones (they link halos together); else they count their own.
     """
 
     def __init__(
@@ -51,8 +52,9 @@ class Samples:
         widths: tuple[int, int],
         budget: int,
         frames: list[tuple[int, int]],
+        sizes: list[int] | None = None,
     ) -> None:
-        self._read, self.splits, self.widths, self.frames = read, splits, widths, frames
+        self._read, self.splits, self.widths, self.frames, self._sizes = read, splits, widths, frames, sizes
         self._budget, self._held = budget, 0
         self._kept: OrderedDict[int, tuple[DGLGraph, int]] = OrderedDict()
 
@@ -61,7 +63,7 @@ class Samples:
             self._kept.move_to_end(number)
             return self._kept[number][0]
         graph = self._read(number)
-        size = kept_bytes(graph.num_nodes(), graph.num_edges())
+        size = self._sizes[number] if self._sizes else kept_bytes(graph.num_nodes(), graph.num_edges())
         self._kept[number] = graph, size
         self._held += size
         while self._held > self._budget and len(self._kept) > 1:
@@ -136,7 +138,11 @@ def open_samples(config: Config, part: int, count: int) -> Samples:
         widths = len(store.inputs["features"]), len(store.inputs["node_attributes"])
         table = store.snapshots
         frames = list(zip(table["trajectory"].tolist(), table["frame"].tolist(), strict=True))
-        return Samples(lambda number: store.read(number, part), splits, widths, budget, frames)
+        sizes = None
+        if exchange := config.partition.halo == "exchange" and store.parts > 1:
+            largest = store.parts_table.groupby("snapshot")[["nodes", "edges"]].max().to_numpy().tolist()
+            sizes = [kept_bytes(nodes, edges) for nodes, edges in largest]
+        return Samples(lambda number: store.read(number, part, exchange), splits, widths, budget, frames, sizes)
     d = config.data
     file = Trajectories(d.path)
     features = tuple(d.features) if d.features is not None else (*file[0].attributes, "speed")

@@ -34,6 +34,7 @@ from dgl.distributed.graph_partition_book import get_shared_mem_partition_book
 from . import comm, seam
 from .disk import check_room
 from .errors import Failure
+from .machine import served_bytes
 from .store import Part, Store, serve_from
 
 SHARED = Path("/dev/shm")
@@ -111,14 +112,11 @@ def clear(here: Address) -> int:
 
 
 def shared_bytes(store: Store, machine: int) -> int:
-    """What the server of a machine takes of its /dev/shm: its graph in both formats, numbers and flags of nodes and edges, and
-    the fields of its own nodes. A little more than that where trainers of a machine share halo nodes.
-    """
+    """What the server of a machine takes of its /dev/shm."""
     table = store.parts_table[store.parts_table["part"] // store.trainers == machine]
     nodes, edges, halo = (int(table[name].sum()) for name in ("nodes", "edges", "halo"))
     floats = 9 + len(store.inputs["features"]) + len(store.inputs["node_attributes"])
-    fields = 4 * floats + 8 * (3 if store.trainers > 1 else 2)
-    return 41 * edges + 17 * (nodes + halo) + fields * nodes + (64 << 10)
+    return served_bytes(nodes, edges, halo, floats, store.trainers)
 
 
 def _end_on_signals(here: Address) -> None:
@@ -203,7 +201,8 @@ class FromServer:
         graph = self.graph.local_partition
         src, dst = graph.edges(order="eid")
         nodes = {name: field.local_partition for name, field in self.graph.ndata.items()}
-        return Part(src, dst, len(nodes["gid"]), nodes)
+        inner = len(nodes["gid"])
+        return Part(src, dst, inner, nodes, graph.ndata[dgl.NID][inner:])
 
     def _pulled(self, part: int) -> Part:
         book = self.graph.get_partition_book()
@@ -217,10 +216,11 @@ class FromServer:
         away = (src < 0) | (src >= len(own))
         halo, which = src[away].unique(return_inverse=True)
         snapshot = torch.empty_like(halo).scatter_(0, which, nodes["snapshot"][dst[away]])
+        order = snapshot.argsort(stable=True)
         place = torch.empty_like(halo)
-        place[snapshot.argsort(stable=True)] = torch.arange(len(halo))
+        place[order] = torch.arange(len(halo))
         src[away] = len(own) + place[which]
-        return Part(src, dst, len(own), nodes)
+        return Part(src, dst, len(own), nodes, halo[order] + own[0])
 
 
 @contextmanager
@@ -229,7 +229,7 @@ def _bounded(timeout_s: float, what: str) -> Iterator[None]:
 
     def end() -> None:
         print(f"error: {what} within {timeout_s:g} s; is every host there and reachable?", file=sys.stderr, flush=True)
-        os._exit(2)
+        os._exit(1)
 
     timer = threading.Timer(timeout_s, end)
     timer.daemon = True

@@ -21,7 +21,7 @@ import yaml
 from dgl import DGLGraph
 from torch import Tensor
 
-from . import fields, graphs
+from . import fields, graphs, halo
 from .errors import Failure
 
 FORMAT, VERSION, GRAPH = "dist_egnn.store", 1, "dist_egnn"
@@ -37,6 +37,7 @@ class Part:
     dst: Tensor
     inner: int
     nodes: dict[str, Tensor]  # fields of the inner nodes
+    halo: Tensor  # global id of each halo node
 
 
 class Source(Protocol):
@@ -77,7 +78,8 @@ class FromDisk:
             graph, node_feats, *_ = dgl.distributed.load_partition(str(self.config(shard, part)), part)
             src, dst = graph.edges(order="eid")
             inner = int(graph.ndata["inner_node"].sum())
-            self._kept[key] = Part(src, dst, inner, {k.removeprefix("_N/"): t for k, t in node_feats.items()})
+            nodes = {k.removeprefix("_N/"): t for k, t in node_feats.items()}
+            self._kept[key] = Part(src, dst, inner, nodes, graph.ndata[dgl.NID][inner:])
             while len(self._kept) > self.keep:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
@@ -138,6 +140,15 @@ class Store:
             ranges[rows, ..., 0::2], ranges[rows, ..., 1::2] = ends - counts[rows], ends
         return ranges.reshape(len(self.snapshots), self.parts, 4)
 
+    @cached_property
+    def _first(self) -> np.ndarray:
+        """(snapshots, parts): the global id, in DistDGL's count, of a part's first inner node; parts follow one another."""
+        first = self.ranges[:, :, 0].copy()
+        for rows in self.snapshots.groupby("shard", sort=False).indices.values():
+            nodes = self.ranges[rows, self.trainers - 1 :: self.trainers, 1].max(0)  # of each machine
+            first[rows] += np.repeat(np.cumsum(nodes) - nodes, self.trainers)
+        return first
+
     def split(self, name: str) -> list[int]:
         """The snapshots of train, valid or test."""
         return self.snapshots.index[self.snapshots["split"] == name].tolist()
@@ -148,17 +159,18 @@ class Store:
             return None
         return self.snapshots.loc[snapshot, list(SIDES)].to_numpy(np.float64)
 
-    def read(self, snapshot: int, part: int) -> DGLGraph:
+    def read(self, snapshot: int, part: int, exchange: bool = False) -> DGLGraph:
         """A part of a snapshot as the bridge mode sees it: its nodes, and the edges among them.
 
         Node fields x, v, f, a, y, gid and the whole graph's total and centroid; edge field e, and shift in a periodic box.
+        exchange: with its halo attached, for halo mode. Raises Failure for a halo that cannot be one.
         """
         row, machine = self.snapshots.loc[snapshot], part // self.trainers
         held = self.source.part(row["shard"], machine)
         lo, hi, elo, ehi = self.ranges[snapshot, part].tolist()
-        src, dst = held.src[elo:ehi], held.dst[elo:ehi]
+        src, dst = held.src[elo:ehi], held.dst[elo:ehi] - lo
         own = (src >= lo) & (src < hi)
-        graph = graphs.empty(src[own] - lo, dst[own] - lo, hi - lo)
+        graph = graphs.empty(src[own] - lo, dst[own], hi - lo)
         for name in ("x", "v", "f", "a", "y", "gid"):
             if name not in held.nodes:
                 raise Failure(
@@ -166,14 +178,54 @@ class Store:
                 )
             graph.ndata[name] = held.nodes[name][lo:hi]
         self._mark(graph, row)
+        if exchange:
+            halo.attach(graph, halo.Halos([self._halo(snapshot, part, held, src[~own], dst[~own])], [hi - lo]))
         return graph
 
-    def whole(self, snapshot: int) -> DGLGraph:
-        """The same cut graph in one piece: all parts side by side, in the snapshot's own node order."""
-        pieces = [self.read(snapshot, p) for p in range(self.parts)]
+    def _halo(self, snapshot: int, part: int, held: Part, src: Tensor, dst: Tensor) -> halo.Halo:
+        """The halo of a part: of its edges from local numbers src outside its own to its nodes dst."""
+        where = f"{self.path}: snapshot {snapshot}, part {part}"
+        first = self._first[snapshot]
+        nodes = self.ranges[snapshot, :, 1] - self.ranges[snapshot, :, 0]
+        inner = np.arange(held.inner) + first[part] - self.ranges[snapshot, part, 0]
+        ids = np.concatenate([inner, held.halo.numpy()])[src.numpy()]
+        owner = np.searchsorted(first, ids, side="right") - 1
+        lost = (owner < 0) | (ids >= (first + nodes)[owner]) | (owner == part)
+        if lost.any():
+            raise Failure(f"{where}: its halo node {ids[lost][0]} is no other part's node of it; partition again")
+        made = halo.of_edges(
+            owner,
+            ids - first[owner],
+            dst.numpy(),
+            nodes.tolist(),
+            number=snapshot,
+            where=where,
+            radius=self.inputs["radius"],
+            side=self.sides(snapshot),
+        )
+        listed = self.parts_table.iloc[snapshot * self.parts + part]
+        found = {"cut_edges": len(made.src), "halo": sum(map(len, made.wanted))}
+        for name, count in found.items():
+            if count != listed[name]:
+                raise Failure(f"{where}: has {count} {name}, parts.csv says {listed[name]}; partition again")
+        return made
+
+    def whole(self, snapshot: int, exchange: bool = False) -> DGLGraph:
+        """The same cut graph in one piece: all parts side by side, in the snapshot's own node order.
+
+        exchange: the full graph, the edges between parts too.
+        """
+        pieces = [self.read(snapshot, p, exchange) for p in range(self.parts)]
         gid = torch.cat([g.ndata["gid"] for g in pieces])
         joined = dgl.batch(pieces)
         src, dst = joined.edges()
+        if exchange:
+            own = [g.ndata["gid"] for g in pieces]
+            first = np.cumsum([0, *map(len, own)])
+            for begin, halos in zip(first, map(halo.of, pieces), strict=False):
+                assert halos is not None
+                far = torch.cat([rows + f for rows, f in zip(halos.parts[0].wanted, first, strict=False)])
+                src, dst = torch.cat([src, far[halos.src]]), torch.cat([dst, halos.dst + begin])
         graph = graphs.empty(gid[src], gid[dst], len(gid))
         back = gid.argsort()
         for name in ("x", "v", "f", "a", "y", "gid"):

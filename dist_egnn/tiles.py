@@ -25,6 +25,7 @@ from dgl import DGLGraph
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import halo
 from .engine import Engine, Fields, Nodes
 from .errors import Failure
 from .graphs import in_edges, morton_order
@@ -70,6 +71,7 @@ class Tile:
     lo: int
     hi: int
     src: Tensor  # (n_src,) rows of the sources, each once
+    far: Tensor  # (n_far,) halo nodes among the sources, which follow
     blocks: list[Block]
     glo: int
     ghi: int
@@ -78,13 +80,19 @@ class Tile:
 
 @dataclass
 class Tiles:
-    """A graph, ordered and cut. ``order`` (N,): which node of the graph is row k here; ``edge_order`` (E,) likewise."""
+    """A graph, ordered and cut. ``order`` (N,): which node of the graph is row k here; ``edge_order`` (E,) likewise, cross edges
+    of a halo counted after the graph's own."""
 
     order: Tensor
     inverse: Tensor
     edge_order: Tensor
     batch: int  # B
     tiles: list[Tile]
+
+    @property
+    def groups(self) -> tuple[list[Tile], list[Tile]]:
+        """The tiles whose sources are all own nodes, then those that wait for a halo."""
+        return [t for t in self.tiles if not len(t.far)], [t for t in self.tiles if len(t.far)]
 
     @property
     def whole(self) -> bool:
@@ -96,6 +104,25 @@ def _bounds(cost: np.ndarray, size: int) -> list[int]:
     """Where to cut a run of items, given their summed costs, into pieces of at most ``size`` and one item."""
     marks = np.arange(size, cost[-1] if len(cost) else 0, size)
     return np.unique(np.concatenate([[0], np.searchsorted(cost, marks, side="left") + 1, [len(cost)]])).tolist()
+
+
+def _sorted_edges(graph: DGLGraph, inverse: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The in-edges of the graph's nodes one after the other: indptr (N + 1,), the row of each source, the edge.
+
+    A halo's cross edges are counted after the graph's own edges, its nodes after the graph's own rows.
+    """
+    halos = halo.of(graph)
+    if halos is None:
+        indptr, sources, edges = (t.cpu().numpy() for t in graph.adj_tensors("csc"))
+        return indptr, inverse[sources], edges if len(edges) else np.arange(len(sources))
+    src, dst = (t.cpu().numpy() for t in graph.edges(order="eid"))
+    src, dst = (
+        np.concatenate([inverse[src], halos.src.numpy() + len(inverse)]),
+        np.concatenate([dst, halos.dst.numpy()]),
+    )
+    edges = np.argsort(dst, kind="stable")
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(dst, minlength=len(inverse)))])
+    return indptr, src[edges], edges
 
 
 def cut(
@@ -117,9 +144,9 @@ def cut(
     inverse[order] = np.arange(len(order))
 
     # in-edges of each row, rows in order: a permutation of DGL's compressed columns
-    indptr, sources, edge_ids = (t.cpu().numpy() for t in graph.adj_tensors("csc"))
+    indptr, sources, edges = _sorted_edges(graph, inverse)
     ends, pick = in_edges(indptr, order)
-    src, edge_order = inverse[sources[pick]], edge_ids[pick] if len(edge_ids) else pick
+    src, edge_order = sources[pick], edges[pick]
     dst = np.repeat(np.arange(len(order)), np.diff(ends))
 
     node_cost = np.arange(1, len(order) + 1)
@@ -143,11 +170,11 @@ def cut(
             blocks.append(Block(here, after, elo, ehi, joined))
         glo, ghi = int(group[lo]), int(group[hi - 1]) + 1
         local_graph = torch.from_numpy(group[lo:hi] - glo).to(device)
-        tiles.append(
-            Tile(lo, hi, torch.from_numpy(sources_here.astype(np.int32)).to(device), blocks, glo, ghi, local_graph)
-        )
-    there, back, edges = (torch.from_numpy(a.astype(np.int32)).to(device) for a in (order, inverse, edge_order))
-    return Tiles(there, back, edges, len(per_graph), tiles)
+        rows_here = torch.from_numpy(sources_here.astype(np.int32)).to(device)
+        near, far = rows_here.tensor_split([int(np.searchsorted(sources_here, len(order)))])
+        tiles.append(Tile(lo, hi, near, far - len(order), blocks, glo, ghi, local_graph))
+    there, back, listed = (torch.from_numpy(a.astype(np.int32)).to(device) for a in (order, inverse, edge_order))
+    return Tiles(there, back, listed, len(per_graph), tiles)
 
 
 def of(
@@ -182,6 +209,7 @@ class _Call:
     node: Sequence[str]
     edge: Sequence[str]
     shared: Sequence[str]
+    wire: halo.Wire | None
 
     def unpack(self, tensors: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], Sequence[Any]]:
         a, b, c = len(self.node), len(self.edge), len(self.shared)
@@ -192,9 +220,12 @@ class _Call:
             tensors[a + b + c :],
         )
 
-    def rows(self, tile: Tile, node: Fields, edge: Fields, shared: Fields) -> _Rows:
+    def rows(self, tile: Tile, node: Fields, edge: Fields, shared: Fields, far: Fields) -> _Rows:
+        src = {k: node[k].index_select(0, tile.src) for k in self.layer.source_fields}
+        if len(tile.far):
+            src = {k: torch.cat([t, far[k].index_select(0, tile.far)]) for k, t in src.items()}
         return _Rows(
-            {k: node[k].index_select(0, tile.src) for k in self.layer.source_fields},
+            src,
             {k: t[tile.lo : tile.hi] for k, t in node.items()},
             [{k: t[block.elo : block.ehi] for k, t in edge.items()} for block in tile.blocks],
             {k: t[tile.glo : tile.ghi] for k, t in shared.items()},
@@ -233,20 +264,21 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return pool
 
 
-def _share(tiles: Tiles, work: Callable[[Sequence[Tile], int], None]) -> int:
+def _share(tiles: Sequence[Tile], work: Callable[[Sequence[Tile], int], None]) -> int:
     """work(tiles, k) for one share of the tiles each, at the same time if torch has threads; returns how many shares.
 
     A share is fixed by the number of threads, so that sums over tiles have one order.
     """
-    threads = 1 if tiles.order.device.type != "cpu" else min(torch.get_num_threads(), len(tiles.tiles))
+    on_cpu = bool(tiles) and tiles[0].src.device.type == "cpu"
+    threads = min(torch.get_num_threads(), len(tiles)) if on_cpu else 1
     if threads == 1:
-        work(tiles.tiles, 0)
+        work(tiles, 0)
         return 1
     inference = torch.is_inference_mode_enabled()
 
     def share(k: int) -> None:
         with torch.inference_mode(inference):
-            work(tiles.tiles[k::threads], k)
+            work(tiles[k::threads], k)
 
     list(_pool(threads).map(share, range(threads)))
     return threads
@@ -273,6 +305,13 @@ def _back(ends: Iterable[tuple[Tensor, Tensor | None]], leaves: Leaves) -> None:
             take(grad)
 
 
+def _to_sources(tile: Tile, own: Tensor, far: Tensor | None, grad: Tensor) -> None:
+    """Add the gradients of a tile's sources to those of own rows and of halo nodes."""
+    own.index_add_(0, tile.src, grad[: len(tile.src)])
+    if far is not None and len(tile.far):
+        far.index_add_(0, tile.far, grad[len(tile.src) :])
+
+
 class _Tiled(torch.autograd.Function):
     """A layer over many tiles: keeps its inputs and the means, and recomputes the rest when its gradient is asked for."""
 
@@ -280,6 +319,8 @@ class _Tiled(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         node, edge, shared, _ = call.unpack(tensors)
         layer, rows = call.layer, len(call.tiles.order)
+        wait = call.wire.start({name: node[name] for name in layer.source_fields}) if call.wire else dict
+        far: Fields = {}  # of halo nodes
         keep = any(ctx.needs_input_grad)
         means: dict[str, Tensor] = {}
         results: dict[str, Tensor] = {}
@@ -292,9 +333,9 @@ class _Tiled(torch.autograd.Function):
 
         @torch.no_grad()
         def work(tiles: Sequence[Tile], k: int) -> None:
-            sums[k] = {}
+            sums.setdefault(k, {})
             for tile in tiles:
-                own = call.rows(tile, node, edge, shared)
+                own = call.rows(tile, node, edge, shared, far)
                 sent, received = layer.send(own.src), layer.receive(own.dst)
                 parts = [call.mean(block, sent, received, e) for block, e in zip(tile.blocks, own.edge, strict=True)]
                 mean = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -308,12 +349,15 @@ class _Tiled(torch.autograd.Function):
                         sums[k][name] = out[name].new_zeros(call.tiles.batch, *out[name].shape[1:])
                     sums[k][name][tile.glo : tile.ghi] += out[name]
 
-        shares = _share(call.tiles, work)
+        interior, boundary = call.tiles.groups
+        _share(interior, work)
+        far = wait()
+        _share(boundary, work)
         for name in layer.sums:
-            results[name] = sum((sums[k][name] for k in range(1, shares)), sums[0][name])
-        ctx.call, ctx.means = call, tuple(means)
+            results[name] = sum((sums[k][name] for k in range(1, len(sums))), sums[0][name])
+        ctx.call, ctx.means, ctx.far = call, tuple(means), tuple(far)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *means.values())
+        ctx.save_for_backward(*tensors, *far.values(), *means.values())
         return tuple(results[name] for name in (*layer.outputs, *layer.sums))
 
     @staticmethod
@@ -321,13 +365,18 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         layer, wanted = call.layer, ctx.needs_input_grad[1:]
-        tensors, kept = ctx.saved_tensors[: len(wanted)], ctx.saved_tensors[len(wanted) :]
+        tensors, more = ctx.saved_tensors[: len(wanted)], ctx.saved_tensors[len(wanted) :]
+        far, kept = dict(zip(ctx.far, more, strict=False)), more[len(ctx.far) :]
         node, edge, shared, parameters = call.unpack(tensors)
+        needed = dict(zip(call.node, wanted, strict=False))
         totals: dict[int, list[Tensor | None]] = {}
+        far_totals: dict[int, Fields] = {}
 
         @torch.enable_grad()
         def work(tiles: Sequence[Tile], k: int) -> None:
-            totals[k] = [torch.zeros_like(t) if need else None for t, need in zip(tensors, wanted, strict=True)]
+            if k not in totals:
+                totals[k] = [torch.zeros_like(t) if need else None for t, need in zip(tensors, wanted, strict=True)]
+                far_totals[k] = {name: torch.zeros_like(t) for name, t in far.items() if needed[name]}
             node_total, edge_total, shared_total, of_parameters = call.unpack(totals[k])
             trained = [(p, t.add_) for p, t in zip(parameters, of_parameters, strict=True) if t is not None]
 
@@ -339,7 +388,7 @@ class _Tiled(torch.autograd.Function):
 
             for tile in tiles:
                 here, graphs_here = slice(tile.lo, tile.hi), slice(tile.glo, tile.ghi)
-                own = call.rows(tile, node, edge, shared)
+                own = call.rows(tile, node, edge, shared, far)
                 # the update, given the means
                 leaves: Leaves = [*trained]
                 of_mean: dict[str, Tensor] = {}
@@ -362,7 +411,7 @@ class _Tiled(torch.autograd.Function):
                 src = {
                     name: value
                     if (into := node_total[name]) is None
-                    else _as_leaf(value, partial(into.index_add_, 0, tile.src), at_ends)
+                    else _as_leaf(value, partial(_to_sources, tile, into, far_totals[k].get(name)), at_ends)
                     for name, value in own.src.items()
                 }
                 sent = layer.send(src)
@@ -386,24 +435,45 @@ class _Tiled(torch.autograd.Function):
                 ends = [(sent[name], g) for name, g in of_sent.items()]
                 _back([*ends, *((received[name], g) for name, g in of_received.items())], at_ends)
 
-        shares = _share(call.tiles, work)
-        for k in range(1, shares):
-            for into, part in zip(totals[0], totals[k], strict=True):
-                if into is not None and part is not None:
-                    into += part
+        def add_up(shares: dict[int, Any]) -> None:
+            for k in range(1, len(shares)):
+                for into, part in zip(shares[0], shares[k], strict=True):
+                    if into is not None:
+                        into += part
+
+        interior, boundary = call.tiles.groups
+        _share(boundary, work)
+        add_up({k: each.values() for k, each in far_totals.items()})
+        add = call.wire.back(far_totals[0]) if call.wire and far_totals[0] else None
+        _share(interior, work)
+        add_up(totals)
+        if add:
+            add({name: total for name, total in zip(call.node, totals[0], strict=False) if total is not None})
         return None, *totals[0]
 
 
-def run(layer: TileLayer, engine: Engine, tiles: Tiles, node: Fields, edge: Fields, shared: Fields) -> Fields:
+def run(
+    layer: TileLayer,
+    engine: Engine,
+    tiles: Tiles,
+    node: Fields,
+    edge: Fields,
+    shared: Fields,
+    wire: halo.Wire | None = None,
+) -> Fields:
     """Run a layer over the tiles.
 
     node: fields (N, …) in the tiles' order; edge: (E, …) in its edge order; shared: (B, …) per graph. Returns the layer's
     outputs (N, …) and sums (B, …). With one block there is nothing to bound: it runs under autograd as it is.
+
+    wire: in halo mode, how rows of halo nodes come and their gradients go. Tiles without any are run meanwhile.
     """
-    call = _Call(layer, engine, tiles, tuple(node), tuple(edge), tuple(shared))
-    if tiles.whole:
+    # autograd would leave out the way back of a halo that nothing depends on, and the other ranks would wait for it
+    call = _Call(layer, engine, tiles, tuple(node), tuple(edge), tuple(shared), wire)
+    if tiles.whole and (wire is None or len(tiles.tiles[0].far)):
         (tile,) = tiles.tiles
-        own = call.rows(tile, node, edge, shared)
+        far = wire.refresh({name: node[name] for name in layer.source_fields}) if wire else {}
+        own = call.rows(tile, node, edge, shared, far)
         mean = call.mean(tile.blocks[0], layer.send(own.src), layer.receive(own.dst), own.edge[0])
         return call.update(tile, own, mean)
     results = _Tiled.apply(call, *node.values(), *edge.values(), *shared.values(), *layer.parameters())

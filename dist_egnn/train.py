@@ -10,12 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import dgl
 import torch
 from dgl import DGLGraph
 from torch import Tensor
 
-from . import checkpoint, devices, engine, files, losses, metrics, models, schedules, stopping, watch
+from . import checkpoint, devices, engine, files, halo, losses, metrics, models, schedules, stopping, watch
 from .comm import Comm
 from .config import Config, Model, Train
 from .desk import Desk, opened
@@ -37,9 +36,17 @@ def device_of(config: Config, rank: int = 0) -> torch.device:
 def build_model(config: Config, widths: tuple[int, int], comm: Comm) -> torch.nn.Module:
     """The model of a config for F features and K node attributes, on the CPU: the same weights on every rank and device."""
     kind, options = models.choose(asdict(config.model), asdict(Model()), config.data.radius)
+    exchange = config.partition.halo == "exchange" and comm.size > 1
+    if exchange and not issubclass(kind, (models.Linear, models.Network)):
+        raise Failure(
+            f"model.name={config.model.name}: partition.halo=exchange is for models.Network, whose layers get halo nodes; "
+            "use partition.halo=bridge"
+        )
     torch.manual_seed(config.train.seed)
     model = kind(features=widths[0], node_attributes=widths[1], **options)
     model.comm = comm  # type: ignore[assignment]
+    if isinstance(model, models.Network):
+        model.exchange = exchange
     return model
 
 
@@ -72,7 +79,7 @@ def _batched(model: torch.nn.Module, samples: Samples, batches: list[list[int]])
     """The batches in order, each read and cut into tiles while the one before is in use."""
 
     def make(numbers: list[int]) -> DGLGraph:
-        graph = samples[numbers[0]] if len(numbers) == 1 else dgl.batch([samples[n] for n in numbers])
+        graph = halo.batch([samples[n] for n in numbers])
         return model.prepare(graph) if isinstance(model, models.Network) else graph
 
     return ahead(make, batches)

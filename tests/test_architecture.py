@@ -23,7 +23,6 @@ FOR_PARTITION = {
     "store",
     "partition",
 }  # "": dist_egnn.__version__
-COLLECTIVES = {"comm.py", "halo.py"}
 SOURCES = {"numba", "pysplishsplash", "MDAnalysis", "MDAnalysisData", "MDAnalysisTests", "tensorflow", "tfrecord"}
 
 
@@ -141,7 +140,7 @@ def test_nobody_imports_recipes_or_tools():
 def test_collectives_stand_in_one_place():
     compares = ROOT / "tools" / "hosts_sums.py"  # gloo's all-reduce with ours
     for file in files("dist_egnn", "partition", "recipes", "tools"):
-        if (file.name in COLLECTIVES and file.parent == PACKAGE) or file == compares:
+        if file in (PACKAGE / "comm.py", compares):
             continue
         names = imported(tree_of(file), package_of(file))
         assert not {n for n in names if n == "torch.distributed" or n.startswith("torch.distributed.")}, file

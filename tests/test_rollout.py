@@ -158,16 +158,18 @@ def plain_loop(run: Path, data: Path, parts: int, repartition: int, method: str)
         (2, 2, 0.3, "bisection", False),
         (1, 1, 0.3, "metis", True),
         (2, 2, 0.3, "bisection", True),
+        (3, 2, 0.3, "bisection exchange", True),
     ],
 )
 def test_processes_equal_one_on_the_same_cut_graphs(
     tmp_path: Path, parts: int, repartition: int, drop: float, method: str, periodic: bool
 ) -> None:
     data = write(tmp_path / "a.h5", periodic=periodic, box=UNIT if periodic else BOX)
+    method, *halo = method.split()
     keys = [f"data.edge_drop={drop}", f"partition.method={method}", f"data.periodic={periodic}"]
-    run = make_run(tmp_path / "run", data, *keys)
+    run = make_run(tmp_path / "run", data, *keys, *(f"partition.halo={mode}" for mode in halo))
     frames = roll(run, tmp_path / "out.vtkhdf", parts=parts, double=True, repartition=repartition)
-    wanted = plain_loop(run, data, parts, repartition, method)
+    wanted = plain_loop(run, data, 1 if halo else parts, repartition, method)
     for frame, x in zip(frames, wanted, strict=True):
         np.testing.assert_allclose(frame.position, x, rtol=0, atol=1e-11)
     moved = np.abs(wanted[-1] - wanted[0]).max()
@@ -209,12 +211,17 @@ def test_edges_of_equal_length_are_dropped_alike(tmp_path: Path) -> None:
         assert (p, len(own)) == (p, 32)
 
 
+SETTINGS = config.load(None)
+
+
 def _kept(group: comm.Comm, x: np.ndarray) -> tuple[np.ndarray, ...]:
     class Fake:
         repartition, method, method_seed = 1, "bisection", 0
 
         class spec:
             radius, edge_drop = 1.5, 0.37
+
+        config = SETTINGS
 
     return rollout.Owners(group, Fake, len(x)).edges(x, 0)  # type: ignore[arg-type]
 

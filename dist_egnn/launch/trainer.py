@@ -15,6 +15,10 @@ from ..config import Config
 from ..errors import Failure
 
 
+class Unmet(Exception):
+    """Servers or trainers that did not come: the next try may find them."""
+
+
 def work(job: dict[str, Any], config: Config) -> dict[str, float]:
     """Meet the others and train. Rank 0 holds the run's folder, and refuses one that it must not write to."""
     folder = Path(config.run.dir)
@@ -26,16 +30,19 @@ def work(job: dict[str, Any], config: Config) -> dict[str, float]:
                 files.hold(folder, "another run is at work there; wait for it, or choose another run.dir")
             )
             check(config)  # now that nobody else begins one
-        comm = serving.enter(
-            Path(config.data.path),
-            job["rank"],
-            Path(job["ip_config"]),
-            job["group"],
-            job["address"],
-            job["port"],
-            job["interface"],
-            config.train.timeout_s,
-        )
+        try:
+            comm = serving.enter(
+                Path(config.data.path),
+                job["rank"],
+                Path(job["ip_config"]),
+                job["group"],
+                job["address"],
+                job["port"],
+                job["interface"],
+                config.train.timeout_s,
+            )
+        except Failure as failure:
+            raise Unmet(str(failure)) from failure
         if comm.size == 1:  # where there are several, each listens in train()
             stack.enter_context(stopping.listening())
         return train.train(comm, config, job["resume"])
@@ -49,9 +56,9 @@ def main() -> None:
         if job["rank"] == 0:
             print(f"\n{progress.MARK}{json.dumps({'result': result})}", flush=True)
         code = 0
-    except Failure as failure:
+    except (Failure, Unmet) as failure:
         print(f"error: {failure}", flush=True)
-        code = 2
+        code = 2 if isinstance(failure, Failure) else 1
     except BaseException:
         traceback.print_exc()
         code = 1

@@ -1,0 +1,96 @@
+"""Halo mode in real processes: exact, in training too, and ended in bounded time; what else must hold is in test_halo_mode.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from small import DATA
+from test_exact import _each
+
+from dist_egnn import comm, config, exactness, halo, local, runs, tiles, train
+from dist_egnn.errors import Failure
+from dist_egnn.store import Store
+
+SMALL = ["model.hidden=8", "model.layers=2", "loss.samples=4", "data.radius=0.27", "partition.halo=exchange"]
+
+
+def _many(group: comm.Comm, settings: dict[str, config.Config], path: str, folder: str) -> None:
+    tiles.WHOLE = 0  # so that there are tiles that need not wait
+    _each(group, settings, path, folder)
+
+
+@pytest.mark.parametrize(("parts", "names"), [(2, ["EGNN", "FastTFN"]), (4, ["FastEGNN", "RF"]), (8, ["FastEGNN"])])
+def test_many_processes_equal_one_on_the_full_graph(
+    make_store: Callable[..., Path], tmp_path: Path, parts: int, names: list[str]
+) -> None:
+    settings = {name: config.load(None, [f"model.name={name}", *SMALL, "model.tile=60"]) for name in names}
+    store = Store(make_store(parts, "metis"))
+    for name in settings:
+        (tmp_path / name).mkdir()
+    local.run(_many, parts, settings, str(store.path), str(tmp_path))
+    for name, one in settings.items():
+        found = exactness._against_one(one, store, 1, tmp_path / name)
+        assert max(found.values()) <= exactness.TOLERANCE, (name, found)
+        weights = len(list(train.build_model(one, (3, 1), comm.Alone()).parameters()))
+        assert sum(key.startswith("gradient") for key in found) > weights / 2  # all but some of the last layer's
+
+
+def test_a_run_in_halo_mode_is_the_run_of_one_process(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Partitioned, trained in batches, validated, evaluated: as without partitions."""
+    keys = [
+        f"data.path={small}",
+        "model.hidden=8",
+        "model.layers=2",
+        "partition.method=random",
+        "train.epochs=2",
+        "train.batch_size=2",
+        "train.lr=0.01",
+    ]
+    found = {}
+    for name, more in (("one", []), ("many", ["partition.parts=2", "partition.halo=exchange"])):
+        settings = config.load(None, [*keys, *more, f"run.dir={tmp_path / name}"])
+        for key, value in DATA.items():
+            setattr(settings.data, key, value)
+        runs.run_training(settings)
+        found[name] = runs.run_evaluation(tmp_path / name)["FastEGNN"]
+    assert found["many"] == pytest.approx(found["one"], rel=1e-5)  # in bridge mode, METIS is off by 1e-4
+    assert "halo: exchange" in (tmp_path / "many" / "config.yaml").read_text()
+    capsys.readouterr()
+    runs.run_verification(tmp_path / "many" / "store", config.load(tmp_path / "many" / "config.yaml"))
+    assert "2 processes against one on the full graph" in capsys.readouterr().out
+
+
+def _dies(group: comm.Comm, path: str, how: int) -> None:
+    """Refreshes of a halo, until rank 1 is gone or does not answer."""
+    graph = Store(path).read(0, group.rank, True)
+    halos = halo.of(graph)
+    assert halos is not None
+    halos.link(graph.ndata["x"], group)
+    wire = halos.wire(torch.arange(graph.num_nodes()), group)
+    h = torch.rand(graph.num_nodes(), 64)
+    for k in range(10**6):
+        if group.rank == 1 and k == 50:
+            os.kill(os.getpid(), how)
+        wire.start({"h": h})()
+
+
+def test_a_rank_killed_during_the_exchange_ends_the_run(make_store: Callable[..., Path]) -> None:
+    started = time.monotonic()
+    with pytest.raises(Failure, match="process 1 of 3 died"):
+        local.run(_dies, 3, str(make_store(3, "kmeans")), signal.SIGKILL)
+    assert time.monotonic() - started < 30
+
+
+def test_a_rank_that_hangs_in_the_exchange_is_given_up(make_store: Callable[..., Path]) -> None:
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"(?i)time"):
+        local.run(_dies, 3, str(make_store(3, "kmeans")), signal.SIGSTOP, timeout_s=3)
+    assert time.monotonic() - started < 40
