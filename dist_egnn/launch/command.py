@@ -127,12 +127,14 @@ def run(
     with connected(hosts, config.train.timeout_s) as (links, events):
         job = prepare(links, config, resume, port, max_restarts)
         show(job, links)
+        crew = Crew(links, events, stopping.asked)
         if dry_run:
+            Launch(job, crew).rehearse()
+            print("every host has the versions, the store, the room and the ports, and reaches every other one")
             return {}
         if any(name != "lo" for name in job.interfaces):
             say(OPEN)
         with stopping.listening():
-            crew = Crew(links, events, stopping.asked)
             try:
                 last = Launch(job, crew).supervise()
             finally:

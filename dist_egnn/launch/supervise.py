@@ -89,7 +89,7 @@ class Launch:
                 for machine, link in enumerate(self.crew.links):
                     if not link.alive:
                         self._reconnect(machine)
-                return self._rehearse()
+                return self.rehearse()
             except (Lost, Unreached) as problem:
                 if not attempt:
                     raise
@@ -115,7 +115,7 @@ class Launch:
             self.crew.stop(servers=True)
             self.ports = []
 
-    def _rehearse(self) -> tuple[list[int], int]:
+    def rehearse(self) -> tuple[list[int], int]:
         """Take the ports, let everybody connect to everybody, and free the ports again."""
         job, links = self.job, self.crew.links
         wanted = [[0 if self.ports else job.port] for _ in links]

@@ -117,6 +117,8 @@ class Run:
         for name in self.names:
             assert self.hosts.processes(name) == {}
             assert self.hosts.shared(name) == []
+        if (self.folder / "last.pt").exists():
+            checkpoint.load_last(self.folder)
         return time.monotonic() - self.begun
 
 
@@ -233,7 +235,6 @@ def test_a_host_that_stays_away(launch, make_store, cluster):
     run.end(2)
     record("a host loses power for good", "ends: " + cause(run), time.monotonic() - began)
     cluster.revive("b")
-    checkpoint.load_last(run.folder)
     assert "host b" in cause(run)
 
 
@@ -263,7 +264,6 @@ def test_a_cut_link(seconds, launch, make_store, cluster):
     else:
         run.end(2)
         record("a link is cut for good (timeout 15 s)", "ends: " + cause(run), time.monotonic() - began)
-        checkpoint.load_last(run.folder)
 
 
 def test_ctrl_c_and_on_again(launch, alone, make_store):
@@ -341,8 +341,7 @@ def test_no_room_for_a_checkpoint(launch, make_store, tmp_path):
             )
             assert "cannot be written" in cause(run)
             (folder / "filler").unlink()
-            checkpoint.load_last(run.folder)
-    finally:
+        finally:
         subprocess.run(["umount", "-l", folder], check=True)
 
 
@@ -420,6 +419,86 @@ def test_hosts_that_share_no_files(launch, alone, make_store, tmp_path):
             "ends: " + cause(run).replace(str(copied), "store"),
             time.monotonic() - run.begun,
         )
+
+
+def test_slurm_names_the_hosts(make_store, cluster, tmp_path):
+    """scontrol and srun are stand-ins: the one expands a list, the other reaches an emulated host as srun reaches a node."""
+    ssh = " ".join(cluster.ssh)
+    for name, script in {
+        "scontrol": "printf 'a\\nb\\n'",
+        "srun": f'for w; do case $w in --nodelist=*) node=${{w#*=}};; sh) break;; esac; shift; done; exec {ssh} $node "$3"',
+    }.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    store = make_store(2, trainers=1, shard_nodes=0)
+    words = [
+        "recipes/fluid113k/config.yaml",
+        f"data.path={store}",
+        f"run.dir={tmp_path / 'run'}",
+        *SETTINGS,
+        "--dry-run",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_egnn.cli", "launch", *words],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NODELIST": "[a-b]"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "reaches every other one" in done.stdout
+    assert re.search(r"b +net0 +10\.77\.0\.2:\(free\) +1 ", done.stdout)
+
+
+@pytest.mark.skipif(shutil.which("sshd") is None, reason="needs sshd (Debian: openssh-server)")
+def test_through_ssh_itself(make_store, cluster, tmp_path, alone):
+    """The launcher is on host a and reaches both by ssh over the emulated network; that is cut, for the agent on b as well."""
+    for key in ("host", "mine"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / key], check=True)
+    (tmp_path / "authorized").write_text((tmp_path / "mine.pub").read_text())
+    Path("/run/sshd").mkdir(exist_ok=True)
+    options = (
+        f"-oHostKey={tmp_path}/host -oAuthorizedKeysFile={tmp_path}/authorized -oStrictModes=no -oPidFile=none".split()
+    )
+    for name in "ab":
+        cluster.run(name, [shutil.which("sshd"), "-D", "-e", "-f", "/dev/null", "-oPermitRootLogin=yes", *options])
+    ssh = f"ssh -F none -i {tmp_path}/mine -oStrictHostKeyChecking=no -oUserKnownHostsFile=/dev/null -oBatchMode=yes"
+    (tmp_path / "hosts.txt").write_text("10.77.0.1\nroot@10.77.0.2 port=22\n")
+    store, folder = make_store(2, trainers=1, shard_nodes=0), tmp_path / "run"
+    words = ["recipes/fluid113k/config.yaml", f"data.path={store}", f"run.dir={folder}", *SETTINGS, "train.epochs=1000"]
+    words += ["--hosts", str(tmp_path / "hosts.txt"), "--ssh", ssh, "--max-restarts", "1"]
+    log = tmp_path / "log"
+    with open(log, "w") as out:
+        argv = [sys.executable, "-m", "dist_egnn.cli", "launch", *words]
+        launcher = cluster.run("a", argv, cwd=ROOT, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
+    run = Run.__new__(Run)
+    run.hosts, run.names, run.folder, run.log, run.process, run.begun = (
+        cluster,
+        ["b"],
+        folder,
+        log,
+        launcher,
+        time.monotonic(),
+    )
+    try:
+        run.after(1)
+        began = time.monotonic()
+        cluster.cut("a", "b")
+        assert launcher.wait(LIMIT_S) == 2, run.text
+        record("the network of a host is gone for good, ssh too", "ends: " + cause(run), time.monotonic() - began)
+        until = time.monotonic() + LIMIT_S
+        while any("dist_egnn" in line for line in cluster.processes("b").values()):
+            assert time.monotonic() < until, cluster.processes("b")
+            time.sleep(0.2)
+        assert cluster.shared("b") == []
+        checkpoint.load_last(folder)
+    finally:
+        launcher.kill()
+        launcher.wait()
+        for name in "ab":
+            for pid in cluster.processes(name):
+                os.kill(pid, signal.SIGKILL)
 
 
 def _ended(run: Run, code: int) -> str:
