@@ -1,4 +1,7 @@
-"""Steps in bridge and in halo mode, taking turns in the same processes: `python tools/bench/halo.py STORE CONFIG [REPEATS]`.
+"""Steps in bridge and in halo mode, taking turns in the same processes.
+
+    python tools/bench/halo.py STORE CONFIG    the first training snapshot of a store
+    python tools/bench/halo.py NODES PARTS     a block of particles, as `distegnn bench comm` makes it
 
 Prints, of the slowest process, medians of seconds by the clock and of the processor, and of seconds in collectives.
 """
@@ -7,19 +10,22 @@ from __future__ import annotations
 
 import statistics
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import torch
 
-from dist_egnn import comm, local, train
+from dist_egnn import bench_road, comm, local, train
 from dist_egnn import config as configs
 from dist_egnn.samples import open_samples
 from dist_egnn.store import Store
 
 MODES = ("bridge", "exchange")
+REPEATS = 5
 
 
-def steps(group: comm.Comm, path: str, store: str, repeats: int) -> dict[str, list[float]]:
+def steps(group: comm.Comm, path: str, store: str) -> dict[str, list[float]]:
     """Mode → median seconds of a step: wall, processor, in collectives."""
     works, found = {}, {}
     for mode in MODES:
@@ -28,7 +34,7 @@ def steps(group: comm.Comm, path: str, store: str, repeats: int) -> dict[str, li
         model = train.build_model(config, samples.widths, group)
         works[mode] = config, model, samples[samples.splits["train"][0]]
     taken: dict[str, list[list[float]]] = {mode: [] for mode in MODES}
-    for turn in range(repeats + 1):
+    for turn in range(REPEATS + 1):
         for mode in MODES[:: -1 if turn % 2 else 1]:
             config, model, graph = works[mode]
             group.max(0.0)  # all begin together
@@ -44,8 +50,13 @@ def steps(group: comm.Comm, path: str, store: str, repeats: int) -> dict[str, li
 
 
 if __name__ == "__main__":
-    folder, settings, *count = sys.argv[1:]
-    ranks = local.run(steps, Store(folder).parts, settings, folder, int(count[0]) if count else 5)
+    first, second = sys.argv[1:]
+    with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
+        if first.isdigit():
+            made = bench_road._config(Path(folder), int(first), 14.6, int(second), 1, {}, "bridge")
+            first, second = made.data.path, str(Path(folder) / "config.yaml")
+            Path(second).write_text(configs.to_yaml(made))
+        ranks = local.run(steps, Store(first).parts, second, first)
     print("mode        step [s]  processor [s]  collectives [s]")
     for name in MODES:
         wall, cpu, talk = (max(column) for column in zip(*(rank[name] for rank in ranks), strict=True))
