@@ -301,9 +301,10 @@ def test_a_store_gives_back_the_edges_of_samples(boxed, store):
         assert len(rows) == row["edges"] > len(radius_edges(full.ndata["x"].numpy(), 0.7)[0])
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_two_processes_equal_one(store, tmp_path, name):
-    wanted = config.load(None, [f"model.name={name}", "model.hidden=8", "model.layers=2", "data.radius=0.7"])
+@pytest.mark.parametrize(("name", "halo"), [*((name, "bridge") for name in NETWORKS), ("FastEGNN", "exchange")])
+def test_two_processes_equal_one(store, tmp_path, name, halo):
+    keys = [f"model.name={name}", "model.hidden=8", "model.layers=2", "data.radius=0.7", f"partition.halo={halo}"]
+    wanted = config.load(None, keys)
     found = exactness.compare(wanted, store, 4, tmp_path)
     assert max(found.values()) <= exactness.TOLERANCE, found
 
