@@ -46,6 +46,7 @@ setup(
             *RECORDS,
             *TFRECORDS,
             "pytest>=8,<10",
+            "pytest-xdist>=3.7,<4",  # --no-loadscope-reorder
             "hypothesis>=6.100,<7",
             "ruff==0.17.5",
             "mypy==2.4.1",

@@ -219,7 +219,7 @@ def train(
 
 @app.command(
     epilog=example(
-        "distegnn launch recipes/fluid113k/config.yaml data.path=store run.dir=runs/fluid --hosts hosts.txt --dry-run"
+        "distegnn launch recipes/fluid113k/config.yaml data.path=served run.dir=runs/served --local --dry-run"
     )
 )
 def launch(

@@ -129,12 +129,14 @@ def _total(t: Tensor) -> Tensor:
 
 
 def _exchanged(rows: Tensor) -> Tensor:
-    """Row r goes to rank r; the rows that came, in the order of ranks."""
-    rows = rows.contiguous()
-    taken = torch.empty_like(rows)
+    """Row r goes to rank r; the rows that came, in the order of ranks, one's own among them."""
+    rank, splits = dist.get_rank(), [1] * len(rows)
+    splits[rank] = 0
+    sent, own = torch.cat([rows[:rank], rows[rank + 1 :]]), rows[rank : rank + 1]
+    taken = torch.empty_like(sent)
     with _counted():
-        dist.all_to_all_single(taken, rows)
-    return taken
+        dist.all_to_all_single(taken, sent, splits, splits)
+    return torch.cat([taken[:rank], own, taken[rank:]])
 
 
 def _ordered(rows: Tensor) -> Tensor:

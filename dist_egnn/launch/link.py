@@ -42,8 +42,9 @@ class Link:
             raise Lost(
                 f"host {host.name}: {host.reach[0]} does not start ({error.strerror}); is it installed?"
             ) from error
-        for work in (self._read, self._read_errors):
-            threading.Thread(target=work, daemon=True).start()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._read, self._read_errors)]
+        for thread in self._threads:
+            thread.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -76,6 +77,7 @@ class Link:
         """Wait for the agent's first word. Raises Lost where none comes."""
         if not self._greeted.wait(wait) or not self.alive:
             self.close()
+            self._threads[1].join(1)  # what went wrong is said there
             said = f" ({self.said})" if self.said else ""
             raise Lost(
                 f"host {self.host.name}: no agent answers{said}; check that `{self.host.reach[0]}` reaches it without a "

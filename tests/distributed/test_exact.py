@@ -93,12 +93,12 @@ def test_the_comparison_fails_without_any_one_sum(
 
 
 def _calls(group: comm.Comm, settings: config.Config, path: str) -> tuple[list[int], list[int]]:
-    """Numbers per exchange, to each rank, in a forward and in a backward pass."""
+    """Numbers per exchange with the one other rank, in a forward and in a backward pass."""
     sent: list[int] = []
     plain = dist.all_to_all_single
 
     def counted(taken: torch.Tensor, *args: object, **options: object) -> object:
-        sent.append(taken.numel() // group.size)
+        sent.append(taken.numel())
         return plain(taken, *args, **options)
 
     dist.all_to_all_single = counted
