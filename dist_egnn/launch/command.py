@@ -91,7 +91,7 @@ def show(job: Job, links: list[Link]) -> None:
         for m, link in enumerate(links)
     ]
     print_table(
-        f"{config.data.path}: {len(links)} servers, {len(links) * each} trainers",
+        f"{config.data.path}: servers {len(links)}, trainers {len(links) * each}",
         ["host", "interface", "server", "ranks", "partition"],
         rows,
     )
