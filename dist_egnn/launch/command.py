@@ -19,7 +19,7 @@ from . import checks
 from .crew import Crew, say
 from .dispatch import dispatch as copy_store
 from .hostfile import Host
-from .link import Link
+from .link import PING_EVERY_S, Link
 from .supervise import Job, Launch
 
 GREETING_S = 30.0
@@ -124,7 +124,7 @@ def run(
     config.data.path = str(Path(config.data.path).absolute())
     if dispatch and not dry_run:
         copy_store(Path(config.data.path), hosts)
-    with connected(hosts, config.train.timeout_s) as (links, events):
+    with connected(hosts, max(config.train.timeout_s, 3 * PING_EVERY_S)) as (links, events):
         job = prepare(links, config, resume, port, max_restarts)
         show(job, links)
         crew = Crew(links, events, stopping.asked)
