@@ -74,9 +74,9 @@ def test_the_partition_does_not_matter_to_exactness(
 def _lamed(group: comm.Comm, lame: str, *args: object) -> None:
     """The same with one sum missing."""
     if lame == "forward":
-        comm._Sum.forward = staticmethod(lambda ctx, t: t.detach().clone())  # type: ignore[method-assign]
+        comm._Sum.forward = staticmethod(lambda ctx, t, group: t.detach().clone())  # type: ignore[method-assign]
     elif lame == "backward":
-        comm._Sum.backward = staticmethod(lambda ctx, grad: grad)  # type: ignore[method-assign]
+        comm._Sum.backward = staticmethod(lambda ctx, grad: (grad, None))  # type: ignore[method-assign]
     elif lame == "gradients":
         comm.Group.sum_gradients = lambda self, parameters: comm.Alone().sum_gradients(parameters)  # type: ignore[method-assign]
     exactness._partitioned(group, *args)  # type: ignore[arg-type]
