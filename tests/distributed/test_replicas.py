@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -148,6 +149,21 @@ def test_a_run_that_ends_early_goes_on_with_another_number_of_groups(
 
 def _signal(how: int) -> None:
     os.kill(os.getpid(), how)
+
+
+def _hangs(world: comm.Comm) -> None:
+    group = world.split(2)
+    if world.rank == 3:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    group.sum(torch.ones(3))
+
+
+def test_a_group_gives_up_a_rank_that_hangs() -> None:
+    """torch would give a group of some ranks half an hour, whatever the group of all was given."""
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match=r"(?is)process 2 of 4: .*time"):
+        local.run(_hangs, 4, timeout_s=3)
+    assert time.monotonic() - started < 40
 
 
 def test_evaluation_is_shared(small: Path, tmp_path: Path) -> None:
