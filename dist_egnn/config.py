@@ -104,6 +104,9 @@ class Train:
     epochs: int = _key(100, "passes over the training split")
     batch_size: int = _key(1, "snapshots a batch")
     accumulate: int = _key(1, "batches a step of the optimiser")
+    replicas: int = _key(
+        1, "groups of processes, each with the whole graph, that share the batches of a step: at most train.accumulate"
+    )
     lr: float = _key(5e-4, "learning rate of Adam")
     schedule: str = _key(
         "constant", "of the rate: constant; cosine (to zero over the epochs); plateau (falls when stuck)"
@@ -263,6 +266,7 @@ def _check(config: Config) -> None:
         "train.epochs": 1,
         "train.batch_size": 1,
         "train.accumulate": 1,
+        "train.replicas": 1,
         "train.lr": 0,
         "train.warmup": 0,
         "train.plateau_epochs": 1,
@@ -288,6 +292,11 @@ def _check(config: Config) -> None:
         raise Failure(f"data.edge_drop={data.edge_drop}: must lie in 0 … 1")
     if 0 <= data.last_frame < data.first_frame:
         raise Failure(f"data.last_frame={data.last_frame}: lies before data.first_frame={data.first_frame}")
+    if train.replicas > train.accumulate:
+        raise Failure(
+            f"train.replicas={train.replicas}: groups share the batches of a step, and train.accumulate={train.accumulate} of "
+            f"them leave some without any; set train.accumulate={train.replicas}, and a smaller train.batch_size to match"
+        )
     if train.schedule not in SCHEDULES:
         raise Failure(f"train.schedule={train.schedule}: unknown; use {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}")
     if not 0 < train.plateau_factor < 1:

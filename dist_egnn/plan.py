@@ -120,6 +120,11 @@ def make(config: Config, say: Say = lambda line: None) -> Plan:
     models.named(config.model.name)
     device = train.device_of(config)
     parts = samples.parts(config)
+    if config.train.replicas > 1:
+        raise Failure(
+            f"train.replicas={config.train.replicas}: a plan knows one group of processes; plan with train.replicas=1: so "
+            "many groups take so many times its memory and cores, and share the batches of a step"
+        )
     if config.partition.halo == "exchange" and parts > 1:
         raise Failure(
             "partition.halo=exchange: a plan knows bridge mode only; plan with bridge, docs/halo.md says what is added"

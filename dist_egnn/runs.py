@@ -90,7 +90,7 @@ def run_verification(path: Path, config: Any, snapshot: int | None = None) -> No
 
 
 def run_training(config: Any, resume: bool = False) -> dict[str, float]:
-    """Partition if need be, train on as many processes as there are parts, and say where the results are.
+    """Partition if need be, train on `samples.processes`, and say where the results are.
 
     resume: go on with the run in run.dir. Raises Stopped, after a checkpoint, if a signal asks this process to stop.
     """
@@ -105,19 +105,19 @@ def run_training(config: Any, resume: bool = False) -> dict[str, float]:
         config.data.path = str(Path(config.data.path).absolute())  # the run is evaluated from anywhere
     check = resuming.check_resumed if resume else resuming.check_fresh
     check(config)  # before there is a folder
-    parts = samples.parts(config)
+    parts, processes = samples.parts(config), samples.processes(config)
     with files.hold(folder, "another run is at work there; wait for it, or choose another run.dir"):
         if not resume:
             check(config)  # now that nobody else begins one
         if parts > 1 and not samples.is_store(config.data.path):
             run_partition(config, folder / (f"store-{parts}" if resume else "store"))
         with stopping.listening():
-            last = local.run(training.train, parts, config, resume, timeout_s=config.train.timeout_s)[0]
-    tell_end(folder, last, parts, "train")
+            last = local.run(training.train, processes, config, resume, timeout_s=config.train.timeout_s)[0]
+    tell_end(folder, last, processes, "train")
     return last
 
 
-def tell_end(folder: Path, last: dict[str, float], parts: int, command: str) -> None:
+def tell_end(folder: Path, last: dict[str, float], processes: int, command: str) -> None:
     """The last line of a training. Raises Stopped, and says how to go on, if it was asked to stop."""
     from . import stopping
 
@@ -125,7 +125,7 @@ def tell_end(folder: Path, last: dict[str, float], parts: int, command: str) -> 
         where = f" in epoch {last['epoch']:g} after step {last['step']:g}" if "epoch" in last else ""
         print(f"{folder}: stopped{where}; go on: distegnn {command} --resume {folder}", file=sys.stderr)
         raise stopping.Stopped
-    on = "1 process" if parts == 1 else f"{parts} processes"
+    on = "1 process" if processes == 1 else f"{processes} processes"
     if "step_s" in last:
         print(f"{folder}: best validation MSE {last['best_valid_mse']:.4e}, {last['step_s']:.3f} s a step on {on}")
     else:
@@ -219,8 +219,8 @@ def run_evaluation(run: Path, split: str = "test") -> dict[str, float]:
         training.device_of(config)
     except Failure as failure:  # nothing on this command line sets it: the run's file does
         raise Failure(f"{run / 'config.yaml'}: {failure}") from failure
-    parts = samples.parts(config)
-    found = local.run(training.evaluate, parts, config, run / "best.pt", split, timeout_s=config.train.timeout_s)[0]
+    size = samples.processes(config)
+    found = local.run(training.evaluate, size, config, run / "best.pt", split, timeout_s=config.train.timeout_s)[0]
     table, path = (
         pd.DataFrame([{"split": split, "prediction": k, "mse": v} for k, v in found.items()]),
         run / "evaluate.csv",

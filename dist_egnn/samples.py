@@ -86,6 +86,11 @@ def is_store(path: str) -> bool:
     return Path(path).is_dir()
 
 
+def processes(config: Config) -> int:
+    """How many processes train: ``parts`` of them for each of train.replicas groups."""
+    return parts(config) * config.train.replicas
+
+
 def parts(config: Config) -> int:
     """How many processes share each graph. Raises Failure where the config and the store disagree."""
     wanted = config.partition.parts
@@ -129,7 +134,10 @@ def spec_of(data: Data, features: Iterable[str]) -> SampleSpec:
 
 
 def open_samples(config: Config, part: int, count: int) -> Samples:
-    """The samples of a config: this process's part of each snapshot in a store, or whole ones of a trajectories file."""
+    """The samples of a config: this process's part of each snapshot in a store, or whole ones of a trajectories file.
+
+    count: processes of the run, which share the memory for samples.
+    """
     budget = CACHE_BYTES // count
     if is_store(config.data.path):
         store = Store(config.data.path)

@@ -121,6 +121,11 @@ def run(
     """Check all hosts, then train on them; what rank 0 returned. Raises Failure, or Stopped after a checkpoint."""
     if not config.data.path:
         raise Failure("data.path is not set: name a store made with `distegnn partition --shard-nodes 0`")
+    if config.train.replicas > 1:
+        raise Failure(
+            f"train.replicas={config.train.replicas}: launch starts one group of processes; add train.replicas=1, which trains the "
+            "same, or use `distegnn train` on one host"
+        )
     config.data.path = str(Path(config.data.path).absolute())
     if dispatch and not dry_run:
         copy_store(Path(config.data.path), hosts)

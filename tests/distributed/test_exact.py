@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import dgl
 import pytest
@@ -73,10 +74,15 @@ def test_the_partition_does_not_matter_to_exactness(
 
 def _lamed(group: comm.Comm, lame: str, *args: object) -> None:
     """The same with one sum missing."""
+
+    def kept(ctx: Any, t: torch.Tensor, own: object) -> torch.Tensor:
+        ctx.group = own
+        return t.detach().clone()
+
     if lame == "forward":
-        comm._Sum.forward = staticmethod(lambda ctx, t: t.detach().clone())  # type: ignore[method-assign]
+        comm._Sum.forward = staticmethod(kept)  # type: ignore[method-assign]
     elif lame == "backward":
-        comm._Sum.backward = staticmethod(lambda ctx, grad: grad)  # type: ignore[method-assign]
+        comm._Sum.backward = staticmethod(lambda ctx, grad: (grad, None))  # type: ignore[method-assign]
     elif lame == "gradients":
         comm.Group.sum_gradients = lambda self, parameters: comm.Alone().sum_gradients(parameters)  # type: ignore[method-assign]
     exactness._partitioned(group, *args)  # type: ignore[arg-type]
