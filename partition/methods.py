@@ -79,11 +79,11 @@ def assign(
     """The part of every node, (N,) int64; no part is empty, and the same arguments give the same answer.
 
     The largest part of a balanced method (METHODS) has at most ⌈1.05·N/parts⌉ nodes. With weights, one a part, each part
-    is within ⌈2%⌉ of its share of the nodes; equal weights are none. Raises Failure where `check`, `shares.of` and
+    of a balanced method is within ⌈2%⌉ of its share of the nodes; equal weights change nothing else. Raises Failure where `check`, `shares.of` and
     `shares.sizes` do, for N < parts and for positions that are not finite.
     """
-    weights = shares.of(weights, parts)
-    check(method, parts, weights)
+    unequal = shares.of(weights, parts)
+    check(method, parts, unequal)
     x = np.asarray(x, dtype=np.float64)
     if len(x) < parts:
         raise Failure(f"parts={parts}: more parts than the {len(x)} nodes; use parts={len(x)} or fewer")
@@ -92,11 +92,12 @@ def assign(
     if parts == 1:  # METIS kills the process (SIGFPE) here
         return np.zeros(len(x), np.int64)
     sizes = None if weights is None else shares.sizes(len(x), weights)
-    part = METHODS[method].run(x, src, dst, parts, seed, sizes).astype(np.int64)
+    part = METHODS[method].run(x, src, dst, parts, seed, sizes if unequal else None).astype(np.int64)
     fill_empty(x, part, parts)
+    if not METHODS[method].balanced:
+        return part
     if sizes is None:
-        if METHODS[method].balanced:
-            level(x, part, np.full(parts, math.ceil(SLACK * len(x) / parts)))
+        level(x, part, np.full(parts, math.ceil(SLACK * len(x) / parts)))
     elif (np.abs(np.bincount(part, minlength=parts) - sizes) > np.ceil(OFF * sizes)).any():
         level(x, part, sizes)
     return part

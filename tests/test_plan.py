@@ -11,7 +11,21 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dist_egnn import bench_plan, bench_road, calibrate, cli, local, machine, plan, plan_data, samples, train
+from dist_egnn import (
+    bench_plan,
+    bench_road,
+    calibrate,
+    cli,
+    local,
+    machine,
+    plan,
+    plan_data,
+    runs,
+    samples,
+    shares,
+    tiles,
+    train,
+)
 from dist_egnn.calibrate import Lonely, Times, Trial
 from dist_egnn.config import Config, load
 from dist_egnn.errors import Failure
@@ -133,7 +147,7 @@ def test_plan_of_a_store_as_users_see_it(make_store: Any, tmp_path: Path, monkey
     config = tmp_path / "my.yaml"
     text = CliRunner().invoke(cli.app, ["config", *DATA, f"data.path={make_store(2)}", "train.accumulate=4"]).output
     config.write_text(text)
-    ran = CliRunner().invoke(cli.app, ["plan", str(config), "train.epochs=3", "--json"])
+    ran = CliRunner().invoke(cli.app, ["plan", str(config), "train.epochs=3", "--json", "--measure"])
     assert ran.exit_code == 0, ran.exception
     found = json.loads([line for line in ran.output.splitlines() if line.startswith("{")][-1])
     assert "6 train, 3 valid snapshots, 2 processes on" in ran.output
@@ -150,8 +164,36 @@ def test_plan_of_a_store_as_users_see_it(make_store: Any, tmp_path: Path, monkey
         assert 0.1 < rank["peak_gb"] < 1
         assert 0 < rank["cpu_s"] < 10
         assert rank["cut"] > 0 < rank["halo"]
+        assert f"{rank['speed']:,.0f}" in ran.output
+    told = "alike" if found["weights"] is None else f"partition.weights={shares.text(found['weights'])}"
+    assert told in ran.output
     assert 0 < found["exchange_s"] < found["step_s"] < found["epoch_s"]
     assert sorted(f.name for f in tmp_path.iterdir()) == ["my.yaml"]
+
+
+def test_weights_by_hand() -> None:
+    """Rank 0 works off 2 · 1600 rows in 1 s of its processor, rank 1 2 · 2000 in 2 s."""
+    times = [Times(1.0, 0.4, 0.1, 0.2, 0.0), Times(2.0, 0.6, 0.1, 0.2, 0.0)]
+    wall = Times(5.0, 1.0, 1.0, 1.0, 1.0)  # of no account
+    source = source_of(4)
+    source.tried[:, :, 0] *= 6 / tiles.NODES  # edges + tiles.NODES · nodes: 1,600 and 2,000
+
+    def made(*trials: Trial) -> plan.Plan:
+        config = load(None, ["train.batch_size=2"])
+        return plan._summed(config, source, [0, 1], list(trials), dict.fromkeys(calibrate.PHASES, 0.0), [1.0, 1.0])
+
+    found = made(*(Trial(wall, cpu, 1.0, 5e8, 1.0, []) for cpu in times))
+    assert [rank.speed for rank in found.ranks] == pytest.approx([3200, 2000])
+    assert found.weights == found.plain()["weights"] == [1.6, 1]
+    alike = made(*(Trial(wall, Times(b, 0.4, 0.1, 0.2, 0.0), 1.0, 5e8, 1.0, []) for b in (1.0, 1.3)))
+    assert alike.weights is None
+
+
+def test_weights_of_one_process(small: Path) -> None:
+    with pytest.raises(
+        Failure, match=r"--measure: weights are for several processes; name them, .* partition\.parts=2"
+    ):
+        runs.run_plan(config_of(small), measure=True)
 
 
 def test_too_large_is_one_failure_before_the_trial(make_store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
