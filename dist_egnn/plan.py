@@ -29,7 +29,8 @@ class Rank:
     """One process of the run, means over snapshots. edges: those that it computes on, among its own nodes; cut: in-edges that
     the partition drops; halo: nodes of others that these came from. peak_gb: largest resident memory of the process
     (device: of the device), in 10⁹ bytes; alone_s: its own work of a step, alone on this machine; cpu_s: the same
-    by the processor's clock; speed: edges + 4 nodes of its batches, forward and backward, in a second of that clock."""
+    by the processor's clock; speed: edges + 4 nodes of its batches, forward and backward, in a second of that clock at its
+    best."""
 
     rank: int
     nodes: float
@@ -203,7 +204,7 @@ def _summed(
     mean, own = source.table.mean(0), source.counts["train"].mean(0)
     size = min(config.train.batch_size, len(source.numbers))
     tried = size * _rows(source.tried[picked]).mean(0)  # edges + 4 nodes of a batch (P,)
-    speeds = (tried / [trial.cpu.batch for trial in trials]).tolist()
+    speeds = (tried / [trial.fastest for trial in trials]).tolist()
     columns = zip(*own.T.tolist(), *mean[:, 2:].T.tolist(), memory, speeds, strict=True)
     each = min(config.train.accumulate, now.batches["train"])  # batches of a step
     calls = [c for c in trials[0].calls for _ in range(1 if c.phase == "gradients" else each)]

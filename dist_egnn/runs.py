@@ -308,7 +308,10 @@ def _tell_weights(found: Any) -> None:
     if found.weights is None:
         print_line("all alike: no weights are needed (partition.weights=null)")
     else:
-        print_line(f"all are done at once with partition.weights={shares.text(found.weights)}")
+        print_line(
+            f"all are done at once with partition.weights={shares.text(found.weights)}"
+            + (" (of a busy machine: measure again when it is quiet)" if found.busy < 0.9 else "")
+        )
 
 
 def run_doctor(as_json: bool = False) -> bool:

@@ -79,8 +79,8 @@ def assign(
     """The part of every node, (N,) int64; no part is empty, and the same arguments give the same answer.
 
     The largest part of a balanced method (METHODS) has at most ⌈1.05·N/parts⌉ nodes. With weights, one a part, each part
-    of a balanced method is within ⌈2%⌉ of its share of the nodes; equal weights change nothing else. Raises Failure where `check`, `shares.of` and
-    `shares.sizes` do, for N < parts and for positions that are not finite.
+    of a balanced method is within ⌈2%⌉ of its share of the nodes; equal weights change nothing else. Raises Failure where
+    `check`, `shares.of` and `shares.sizes` do, for N < parts and for positions that are not finite.
     """
     unequal = shares.of(weights, parts)
     check(method, parts, unequal)
@@ -192,7 +192,7 @@ def _metis(
 
 def _pymetis(nodes: int, src: np.ndarray, dst: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """METIS recursive bisection into parts of these sizes, which DGL's binding does not take."""
-    import pymetis  # type: ignore[import-not-found]
+    import pymetis
 
     kind = pymetis.zero_copy_dtype()
     one = sparse.csr_array((np.ones(len(src), bool), (src, dst)), (nodes, nodes))

@@ -69,7 +69,7 @@ def tried(group: comm.Comm, config: Config, number: int, *more: Any) -> Trial:
     """`calibrate.rank`, of a slow process where it is one."""
     plain = calibrate.Lonely
     if number == SLOW:
-        calibrate.Lonely = lambda rank, size: _slow(plain(rank, size))  # type: ignore[assignment,misc]
+        calibrate.Lonely = lambda rank, size: _slow(plain(rank, size))  # type: ignore[assignment,misc,return-value]
     return rank_of(group, config, number, *more)
 
 
@@ -109,7 +109,7 @@ def steps(group: comm.Comm, config: Config, slow: bool) -> list[float]:
 
 def main(nodes: int) -> None:
     """Partition, plan, partition again; then all three kinds of steps in turn."""
-    calibrate.rank = tried
+    calibrate.rank = tried  # type: ignore[assignment]
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as name:
         folder = Path(name)
         radius = bench_plan.write_data(folder / "block.h5", nodes, 3, 14.6)
