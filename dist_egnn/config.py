@@ -53,6 +53,10 @@ class Partition:
         "metis", "metis, random, kmeans, spectral, bisection or morton (used when data.path is no store)"
     )
     seed: int = _key(0, "seed of the methods that draw")
+    weights: list[float] | None = _key(
+        None,
+        "what each process is to own of a graph, one number a process, as [2, 1, 1]; null: equal, or as the store's",
+    )
     halo: str = _key(
         "bridge",
         "bridge: edges between parts are left out, virtual nodes carry what crosses; exchange: they are kept, which costs messages",
@@ -245,7 +249,7 @@ def parse(text: str, where: str) -> Config:
 
 def _check(config: Config) -> None:
     """Ranges, and what cannot be together; what a config alone cannot know is checked where it is used."""
-    from . import devices, losses
+    from . import devices, losses, shares
 
     losses.check(config.loss.kernel, config.loss.sigma)
     low = {
@@ -282,6 +286,8 @@ def _check(config: Config) -> None:
             raise Failure(f"{key}={value}: must be at least {least}")
     if config.partition.halo not in HALOS:
         raise Failure(f"partition.halo={config.partition.halo}: unknown; use {' or '.join(HALOS)}")
+    if config.partition.weights is not None:
+        shares.of(config.partition.weights, config.partition.parts or len(config.partition.weights))
     data, train = config.data, config.train
     if not data.radius > 0:
         raise Failure(f"data.radius={data.radius}: must be positive (.inf for the complete graph)")

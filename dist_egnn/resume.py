@@ -23,7 +23,8 @@ from .samples import Samples
 FREE = (
     *("train.epochs", "train.patience", "train.lr", "train.clip"),
     *("train.device", "train.timeout_s", "train.checkpoint_minutes", "model.engine", "model.tile"),
-    *("train.replicas", "data.path", "partition.parts", "partition.method", "partition.seed", "run.dir"),
+    *("train.replicas", "data.path"),
+    *("partition.parts", "partition.method", "partition.seed", "partition.weights", "run.dir"),
 )
 
 

@@ -42,6 +42,7 @@ def run_partition(config: Any, out: Path) -> None:
     inputs = build.inputs_of(
         file,
         parts=config.partition.parts,
+        weights=config.partition.weights,
         method=config.partition.method,
         method_seed=config.partition.seed,
         settings=config.data,
@@ -188,6 +189,8 @@ def resumed_config(run: Path, overrides: Sequence[str]) -> Any:
     given = {word.partition("=")[0] for word in overrides}
     if "data.path" in given and "partition.parts" not in given:  # a store's parts decide
         overrides = ["partition.parts=0", *overrides]
+    if given & {"data.path", "partition.parts"} and "partition.weights" not in given:  # they were the old parts'
+        overrides = ["partition.weights=null", *overrides]
     config = configs.load(run / "config.yaml", overrides)
     if "run.dir" in given:
         raise Failure(f"override 'run.dir': a resume goes on in {run}; copy the folder to go on elsewhere")
@@ -235,13 +238,15 @@ def run_evaluation(run: Path, split: str = "test") -> dict[str, float]:
     return found
 
 
-def run_plan(config: Any, as_json: bool = False) -> None:
-    """Try every rank of a config's run and print what the run will take."""
+def run_plan(config: Any, as_json: bool = False, measure: bool = False) -> None:
+    """Try every rank of a config's run and print what the run will take; measure: also speeds, and weights from them."""
     import json
     import sys
 
-    from . import plan
+    from . import plan, samples
 
+    if measure and samples.parts(config) == 1:
+        raise Failure("--measure: weights are for several processes; name them, for example partition.parts=2")
     found = plan.make(config, lambda line: print(line, file=sys.stderr, flush=True))
     rows = [
         [
@@ -285,8 +290,28 @@ def run_plan(config: Any, as_json: bool = False) -> None:
             f"the {found.parts} processes together need more memory than is free: lower model.hidden, model.layers or "
             "train.batch_size"
         )
+    if measure:
+        _tell_weights(found)
     if as_json:
         print(json.dumps(found.plain()))
+
+
+def _tell_weights(found: Any) -> None:
+    """Speeds of a plan's ranks, and the weights that go with them, ready to paste."""
+    from . import shares
+
+    print_table(
+        "speed of each process's device, in edges + 4 nodes a second of processor time",
+        ["rank", "speed"],
+        [[rank.rank, f"{rank.speed:,.0f}"] for rank in found.ranks],
+    )
+    if found.weights is None:
+        print_line("all alike: no weights are needed (partition.weights=null)")
+    else:
+        print_line(
+            f"all are done at once with partition.weights={shares.text(found.weights)}"
+            + (" (of a busy machine: measure again when it is quiet)" if found.busy < 0.9 else "")
+        )
 
 
 def run_doctor(as_json: bool = False) -> bool:

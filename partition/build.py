@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ import torch
 import yaml
 from dist_egnn.partition import methods
 
-from dist_egnn import __version__, disk, graphs
+from dist_egnn import __version__, disk, graphs, shares
 from dist_egnn.errors import Failure
 from dist_egnn.store import FORMAT, GRAPH, LATER, SIDES, VERSION
 from dist_egnn.trajectories import SampleSpec, Snapshot, Trajectories, node_fields, snapshots
@@ -54,6 +54,7 @@ class Inputs:
     source_sha256: str
     parts: int
     trainers: int
+    weights: shares.Weights | None  # one a process; None: all equal
     method: str
     method_seed: int
     radius: float
@@ -88,12 +89,25 @@ def sha256(path: Path) -> str:
 
 
 def inputs_of(
-    data: Trajectories, *, parts: int, trainers: int = 1, method: str, method_seed: int, settings: Any, shard_nodes: int
+    data: Trajectories,
+    *,
+    parts: int,
+    trainers: int = 1,
+    weights: Sequence[float] | None = None,
+    method: str,
+    method_seed: int,
+    settings: Any,
+    shard_nodes: int,
 ) -> Inputs:
-    """The inputs of a store from a config's data section. ``features: null`` means every node attribute, then speed."""
+    """The inputs of a store from a config's data section. ``features: null`` means every node attribute, then speed.
+
+    weights: what each process, parts × trainers, is to own of each graph, in any unit.
+    """
     methods.check(method, parts)
     if trainers < 1:
         raise Failure(f"trainers={trainers}: must be at least 1")
+    weights = shares.of(weights, parts * trainers)
+    methods.check(method, parts, weights)
     features = settings.features
     if features is None:
         features = [*data[0].attributes, "speed"]
@@ -102,6 +116,7 @@ def inputs_of(
         source_sha256=sha256(data.path),
         parts=parts,
         trainers=trainers,
+        weights=weights,
         method=method,
         method_seed=method_seed,
         radius=float(settings.radius),
@@ -119,7 +134,8 @@ def inputs_of(
 
 
 def listing(data: Trajectories, inputs: Inputs) -> list[Snapshot]:
-    """The snapshots of a store. Raises Failure where one has fewer nodes than parts, or not the periodic box it needs."""
+    """The snapshots of a store. Raises Failure where one has fewer nodes than parts, or than its weights need, or not the
+    periodic box it needs."""
     for k, trajectory in enumerate(data):
         if trajectory.nodes < inputs.processes:
             many = (
@@ -128,6 +144,8 @@ def listing(data: Trajectories, inputs: Inputs) -> list[Snapshot]:
                 else f"{inputs.parts} parts"
             )
             raise Failure(f"{data.path}: trajectory {k} has {trajectory.nodes} nodes, fewer than {many}; take fewer")
+        if inputs.weights is not None:
+            shares.sizes(trajectory.nodes, inputs.weights)
         if inputs.periodic:
             data.sides(k, inputs.radius)
     return list(
@@ -164,9 +182,11 @@ def _graph(
 def _owners(method: str, place: np.ndarray, src: np.ndarray, dst: np.ndarray, inputs: Inputs) -> np.ndarray:
     """The rank (N,) that owns each node: first the parts, then each part's own graph among its trainers.
 
-    Raises Failure where a part has fewer nodes than trainers.
+    A part's weight is the sum of its trainers'. Raises Failure where a part has fewer nodes than trainers.
     """
-    part = methods.assign(method, place, src, dst, inputs.parts, inputs.method_seed)
+    own_weights = None if inputs.weights is None else np.reshape(inputs.weights, (inputs.parts, inputs.trainers))
+    weights = None if own_weights is None else own_weights.sum(1).tolist()
+    part = methods.assign(method, place, src, dst, inputs.parts, inputs.method_seed, weights)
     if inputs.trainers == 1:
         return part
     rank, local = np.empty_like(part), np.empty_like(part)
@@ -178,8 +198,9 @@ def _owners(method: str, place: np.ndarray, src: np.ndarray, dst: np.ndarray, in
             )
         local[nodes] = np.arange(len(nodes))
         own = (part[src] == p) & (part[dst] == p)
+        weights = None if own_weights is None else own_weights[p].tolist()
         cut = methods.assign(
-            method, place[nodes], local[src[own]], local[dst[own]], inputs.trainers, inputs.method_seed
+            method, place[nodes], local[src[own]], local[dst[own]], inputs.trainers, inputs.method_seed, weights
         )
         rank[nodes] = p * inputs.trainers + cut
     return rank
@@ -423,11 +444,16 @@ def _finish(work: Path, out: Path, inputs: Inputs, done: list[dict[str, Any]]) -
 
 
 def compare(data: Trajectories, inputs: Inputs) -> list[tuple[str, methods.Quality, float]]:
-    """Every method on the first snapshot: its name, what its cut costs, and the seconds it took."""
+    """Every method that can (follow the weights) on the first snapshot: its name, what its cut costs, the seconds it took."""
     _, place, src, dst, _ = _graph(data, listing(data, inputs)[0], inputs)
     rows = []
     for name in methods.METHODS:
+        try:
+            methods.check(name, inputs.parts, inputs.weights)
+        except Failure:
+            continue
         started = time.perf_counter()
         owner = _owners(name, place, src, dst, inputs)
-        rows.append((name, methods.quality(owner, src, dst, inputs.processes), time.perf_counter() - started))
+        seconds = time.perf_counter() - started
+        rows.append((name, methods.quality(owner, src, dst, inputs.processes, inputs.weights), seconds))
     return rows
