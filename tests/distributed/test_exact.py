@@ -6,8 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -195,12 +196,17 @@ def _sits(group: comm.Comm, folder: str) -> None:
     time.sleep(120)
 
 
-def test_a_killed_launcher_leaves_no_process_and_no_folder(tmp_path: Path) -> None:
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A folder with a short name, for TMPDIR: the fork server's socket in it may have 107 letters."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def test_a_killed_launcher_leaves_no_process_and_no_folder(tmp_path: Path, temporary: Path) -> None:
     script, pids = tmp_path / "launch.py", tmp_path / "pids"
     script.write_text(LAUNCHER.format(here=str(Path(__file__).parent)))
     pids.mkdir()
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
     launcher = subprocess.Popen([sys.executable, str(script), str(pids)], env={**os.environ, "TMPDIR": str(temporary)})
     try:
         deadline = time.monotonic() + 60
