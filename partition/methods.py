@@ -31,11 +31,13 @@ LANDMARKS = 2000  # nodes that spectral clustering itself sees; its eigenvectors
 
 
 class Method(NamedTuple):
-    """One way to partition: its function (x, src, dst, parts, seed) → part, whether balance is forced, a help line."""
+    """One way to partition: its function (x, src, dst, parts, seed) → part, whether balance is forced, a help line,
+    whether it reads the edges (src and dst may be empty else)."""
 
     run: Callable[[np.ndarray, np.ndarray, np.ndarray, int, int], np.ndarray]
     balanced: bool
     help: str
+    edges: bool = False
 
 
 def check(method: str, parts: int) -> None:
@@ -73,7 +75,7 @@ def fill_empty(x: np.ndarray, part: np.ndarray, parts: int) -> None:
     counts = np.bincount(part, minlength=parts)
     for empty in np.flatnonzero(counts == 0):
         largest = counts.argmax()
-        _, given = _halves(x, np.flatnonzero(part == largest), counts[largest] // 2)
+        _, given = halves(x, np.flatnonzero(part == largest), counts[largest] // 2)
         part[given] = empty
         counts[largest] -= len(given)
         counts[empty] = len(given)
@@ -98,7 +100,7 @@ def level(x: np.ndarray, part: np.ndarray, parts: int, cap: int) -> None:
         counts[to] += moved
 
 
-def _halves(x: np.ndarray, nodes: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
+def halves(x: np.ndarray, nodes: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
     """Cut the nodes across their longest axis: the first `first` along it, and the rest.
 
     Nodes level with the cut (a lattice plane) are taken in the order of the other axes, then of their ids, so that
@@ -125,7 +127,7 @@ def _bisection(x: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: int, seed
             part[nodes] = first
             continue
         half = count // 2
-        low, high = _halves(x, nodes, len(nodes) * half // count)
+        low, high = halves(x, nodes, len(nodes) * half // count)
         pending += [(low, first, half), (high, first + half, count - half)]
     return part
 
@@ -226,7 +228,7 @@ def _one_thread() -> contextlib.AbstractContextManager:
 
 
 METHODS: dict[str, Method] = {
-    "metis": Method(_metis, True, "METIS on the edges: fewest cut edges; bisection where there are no edges"),
+    "metis": Method(_metis, True, "METIS on the edges: fewest cut edges; bisection where there are no edges", True),
     "random": Method(_random, True, "balanced random parts: the worst case, cuts nearly every edge"),
     "kmeans": Method(_kmeans, False, "k-means on the positions: round parts, balance not forced"),
     "spectral": Method(

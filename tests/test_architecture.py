@@ -19,6 +19,7 @@ FOR_PARTITION = {
     "errors",
     "fields",
     "graphs",
+    "machine",
     "trajectories",
     "store",
     "partition",
