@@ -22,7 +22,7 @@ from dist_egnn.trajectories import SampleSpec, Snapshot, Trajectories, node_fiel
 from . import methods, near
 
 NONE = np.zeros(0, np.int64)
-METIS_EDGE, HELD_EDGE = 200, 100  # bytes of an edge at the peak
+METIS_EDGE, HELD_EDGE = 90, 75  # bytes of an edge at the peak
 
 
 @dataclass(frozen=True)
