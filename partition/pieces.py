@@ -78,7 +78,7 @@ def in_memory(inputs: Inputs) -> bool:
 
 
 def bytes_in_memory(method: str, nodes: float, edges: float) -> float:
-    """About how many bytes a snapshot takes whose edges are all held, measured at 0.1 to 1 million nodes (docs/scaling.md)."""
+    """About how many bytes a snapshot takes whose edges are all held, from what a million nodes took (docs/scaling.md)."""
     return 0.4e9 + 200 * nodes + (METIS_EDGE if methods.METHODS[method].edges else HELD_EDGE) * edges
 
 
