@@ -4,6 +4,7 @@ from setuptools import setup
 
 VIZ = ["matplotlib>=3.8,<4"]
 TFN = ["e3nn>=0.5.9,<0.6"]  # 0.5.9 is what was tried: nn/tfn.py sets its jit_mode
+METIS = ["pymetis==2025.2.2"]  # the METIS inside decides how a graph is cut
 TFRECORDS = ["google-crc32c>=1.5,<2", "protobuf>=4.25,<8"]
 NUMBA = ["numba>=0.61,<1"]
 RECORDS = ["msgpack>=1.0,<2", "msgpack-numpy>=0.4.8,<0.5", "zstandard>=0.22,<1"]
@@ -37,15 +38,18 @@ setup(
         "protein": ["MDAnalysis>=2.7,<3", "MDAnalysisTests>=2.7,<3", "MDAnalysisData>=0.9,<1"],
         "water3d": TFRECORDS,
         "tfn": TFN,
+        "metis": METIS,
         "viz": VIZ,
         "pyvista": ["pyvista>=0.44,<1"],
         "dev": [
             *VIZ,
             *TFN,
+            *METIS,
             *NUMBA,
             *RECORDS,
             *TFRECORDS,
             "pytest>=8,<10",
+            "pytest-xdist>=3.7,<4",  # --no-loadscope-reorder
             "hypothesis>=6.100,<7",
             "ruff==0.17.5",
             "mypy==2.4.1",

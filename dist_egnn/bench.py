@@ -270,7 +270,7 @@ def comm(
     ]
     header = ["phase", "calls", "collective", "numbers in each", "bytes"]
     table = Table(f"one training step of one graph on {parts} processes, as each sends it", header, rows)
-    note = f"by the formula {layers} calls of 3 + 3C + HC = {found['formula']} numbers, forward and backward"
+    note = f"by the formula {layers} calls of (P - 1)(3 + 3C + HC) = {found['formula']} numbers, forward and backward"
     if halo == "exchange":
         note += "; beside them an all-to-all of H + 3 numbers for each node that another process needs, and back, of H in the first"
     others = [] if found["alike"] else ["processes differ in what they send: shown is the first"]

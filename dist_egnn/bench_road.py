@@ -154,7 +154,7 @@ def communication(nodes: int, degree: float, parts: int, model: dict[str, Any], 
     return {
         "parts": parts,
         "layers": config.model.layers,
-        "formula": 3 + 3 * count + hidden * count,
+        "formula": (parts - 1) * (3 + 3 * count + hidden * count),
         "alike": alike,
         "phases": phases,
     }

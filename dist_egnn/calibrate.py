@@ -95,7 +95,8 @@ class Trial:
     what it takes now, ``cpu`` what it would take on a machine with nothing else to do (CPU and one thread; else the same).
 
     peak: the process's largest memory in bytes, with the tried samples held; held_ratio: what a held sample takes for each byte
-    that it is counted as; calls: of one step; busy: processor seconds of a second of the steps.
+    that it is counted as; calls: of one step; busy: processor seconds of a second of the steps; fastest: processor seconds of a
+    batch, each at its best (other programs only add to them), mean of the batches.
     """
 
     wall: Times
@@ -104,6 +105,7 @@ class Trial:
     peak: float
     held_ratio: float
     calls: list[Call]
+    fastest: float
 
 
 def held_bytes(graph: DGLGraph) -> int:
@@ -196,7 +198,9 @@ def rank(_: Comm, config: Config, number: int, size: int, batches: Sequence[Sequ
     busy = sum(one[1] for one in seconds["batch"]) / sum(one[0] for one in seconds["batch"])
     peak = metrics.peak_memory_gb(device) * 1e9
     ratio = sum(map(held_bytes, graphs)) / max(counted, 1)
-    return Trial(wall, cpu if plain else wall, busy if plain else 1.0, peak, ratio, calls)
+    took, each = [one[int(plain)] for one in seconds["batch"]], len(batches)
+    fastest = statistics.mean(min(took[k::each]) for k in range(each))
+    return Trial(wall, cpu if plain else wall, busy if plain else 1.0, peak, ratio, calls, fastest)
 
 
 def exchange(group: Comm, calls: Sequence[Call], repeats: int = 10) -> tuple[dict[str, float], float]:

@@ -58,6 +58,10 @@ def partition(
         int,
         typer.Option(help="cut each part once more, into as many: then a part is a machine, a piece a process on it"),
     ] = 1,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="what each process is to own of a graph, one number for each, comma-separated: 2,1,1"),
+    ] = None,
     method: Annotated[
         str,
         typer.Option(
@@ -110,6 +114,10 @@ def partition(
         raise Failure("--radius is missing: name it (inf joins every pair of nodes), or give a --config")
     given = [f"data.{k}={v}" for k, v in options.items() if v is not None]
     settings = configs.load(config, [*given, *(overrides or ())]).data
+    try:
+        wanted = None if weights is None else [float(word) for word in weights.split(",")]
+    except ValueError as error:
+        raise Failure(f"--weights {weights}: write one number a process, comma-separated, as 2,1,1") from error
     from .partition import build
     from .trajectories import Trajectories
 
@@ -118,6 +126,7 @@ def partition(
         file,
         parts=parts,
         trainers=trainers,
+        weights=wanted,
         method=method,
         method_seed=seed,
         settings=settings,
@@ -179,11 +188,15 @@ def plan(
     config: Annotated[Path, typer.Argument(help="the config that `distegnn train` will be given")],
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="the numbers again, as JSON on the last line")] = False,
+    measure: Annotated[
+        bool,
+        typer.Option("--measure", help="also the speed of every process's device, and weights of the parts from it"),
+    ] = False,
 ) -> None:
     """Say what a training run will take: graphs, memory, sums and time of every process, from a few real steps of each."""
     from . import config as configs
 
-    run_plan(configs.load(config, overrides or ()), as_json)
+    run_plan(configs.load(config, overrides or ()), as_json, measure)
 
 
 @app.command(
@@ -219,7 +232,7 @@ def train(
 
 @app.command(
     epilog=example(
-        "distegnn launch recipes/fluid113k/config.yaml data.path=store run.dir=runs/fluid --hosts hosts.txt --dry-run"
+        "distegnn launch recipes/fluid113k/config.yaml data.path=served run.dir=runs/served --local --dry-run"
     )
 )
 def launch(
@@ -435,7 +448,7 @@ def sweep(
     """
     import math
 
-    from . import grids
+    from . import grids, shares
     from . import sweep as sweeps
     from .partition import methods
 
@@ -444,7 +457,8 @@ def sweep(
     if not table:
         grids.check(plan)
         for run in plan.runs:
-            methods.check(run.config.partition.method, 1)
+            cut = run.config.partition
+            methods.check(cut.method, 1, cut.weights and shares.of(cut.weights, len(cut.weights)))
         failed = sweeps.execute(plan, jobs, math.inf if minutes is None else minutes)
     sweeps.show(plan, sweeps.table(plan), failed)
     if failed:

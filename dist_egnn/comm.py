@@ -26,6 +26,13 @@ class Comm(Protocol):
     rank: int
     size: int
 
+    @property
+    def world(self) -> Comm:
+        """All processes of the run: more than these where several groups train one model, each on snapshots of its own."""
+
+    def split(self, groups: int) -> Comm:
+        """Part into ``groups`` groups of size / groups consecutive ranks; the one of this rank, whose ``world`` is this one."""
+
     def sum(self, t: Tensor) -> Tensor:
         """The sum of t over all partitions, on every one of them; differentiable."""
 
@@ -62,6 +69,15 @@ class Alone:
     """One process: every sum is its own operand."""
 
     rank, size = 0, 1
+    _world: Comm | None = None
+
+    @property
+    def world(self) -> Comm:
+        return self._world or self
+
+    def split(self, groups: int) -> Comm:
+        assert groups == 1
+        return self
 
     def sum(self, t: Tensor) -> Tensor:
         return t
@@ -109,32 +125,34 @@ def sent_bytes(nbytes: int, size: int) -> float:
     return nbytes * (size - 1) * (1.0 if trips(nbytes, size) == 1 else 2 / size)
 
 
-def _total(t: Tensor) -> Tensor:
+def _total(t: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """Σ_p t_p, added in the order of ranks: the same bits on every one.
 
     gloo's all-reduce passes pieces round a ring, 2(P − 1) messages one after the other. Here everybody sends to everybody at
     once, which waits for one: all of it, (P − 1) n numbers, if that is little; else two: pieces to their owners, their sums back.
     """
-    size = dist.get_world_size()
+    size = dist.get_world_size(group)
     flat = t.detach().reshape(-1).cpu()  # gloo exchanges what the host holds
     n = len(flat)
     if trips(n * flat.element_size(), size) == 1:
-        total = _ordered(_exchanged(flat.expand(size, n)))
+        total = _ordered(_exchanged(flat.expand(size, n), group))
     else:
         pieces = flat.new_zeros(size, -(-n // size))
         pieces.view(-1)[:n] = flat
-        own = _ordered(_exchanged(pieces))
-        total = _exchanged(own.expand(size, len(own))).view(-1)[:n]
+        own = _ordered(_exchanged(pieces, group))
+        total = _exchanged(own.expand(size, len(own)), group).view(-1)[:n]
     return total.to(t.device).view(t.shape)
 
 
-def _exchanged(rows: Tensor) -> Tensor:
-    """Row r goes to rank r; the rows that came, in the order of ranks."""
-    rows = rows.contiguous()
-    taken = torch.empty_like(rows)
+def _exchanged(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Row r goes to rank r; the rows that came, in the order of ranks, one's own among them."""
+    rank, splits = dist.get_rank(group), [1] * len(rows)
+    splits[rank] = 0
+    sent, own = torch.cat([rows[:rank], rows[rank + 1 :]]), rows[rank : rank + 1]
+    taken = torch.empty_like(sent)
     with _counted():
-        dist.all_to_all_single(taken, rows)
-    return taken
+        dist.all_to_all_single(taken, sent, splits, splits, group=group)
+    return torch.cat([taken[:rank], own, taken[rank:]])
 
 
 def _ordered(rows: Tensor) -> Tensor:
@@ -148,49 +166,69 @@ class _Sum(torch.autograd.Function):
     """y = Σ_p x_p. Every rank's loss depends on y, so ∂L/∂x_p = Σ_r ∂L_r/∂y: the backward pass is a sum as well."""
 
     @staticmethod
-    def forward(ctx: Any, t: Tensor) -> Tensor:
-        return _total(t)
+    def forward(ctx: Any, t: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+        ctx.group = group
+        return _total(t, group)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _total(grad)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _total(grad, ctx.group), None
 
 
 class Group:
-    """The processes of torch's default group, one partition each."""
+    """The processes of one of torch's groups, by default all."""
 
-    def __init__(self) -> None:
-        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+    def __init__(self, timeout_s: float, group: dist.ProcessGroup | None = None, world: Comm | None = None) -> None:
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._timeout_s, self._group, self._world = timeout_s, group, world
+
+    @property
+    def world(self) -> Comm:
+        return self._world or self
+
+    def split(self, groups: int) -> Comm:
+        assert self._group is None
+        assert self.size % groups == 0
+        if groups == 1:
+            return self
+        if groups == self.size:
+            alone = Alone()
+            alone._world = self
+            return alone
+        # a DeviceMesh would also make groups across these, which nothing uses, and none with our patience
+        patience = datetime.timedelta(seconds=self._timeout_s)
+        own, _ = dist.new_subgroups(self.size // groups, timeout=patience)
+        return Group(self._timeout_s, own, self)
 
     def sum(self, t: Tensor) -> Tensor:
-        return _Sum.apply(t)
+        return _Sum.apply(t, self._group)
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], beside: Tensor | None = None) -> Tensor | None:
         grads = _fill(parameters)
         more = [] if beside is None else [beside.to(grads[0])]
         bucket = torch.cat([g.reshape(-1) for g in (*grads, *more)])
-        totals = _total(bucket).split([g.numel() for g in (*grads, *more)])
+        totals = _total(bucket, self._group).split([g.numel() for g in (*grads, *more)])
         for grad, total in zip(grads, totals, strict=False):
             grad.copy_(total.view_as(grad))
         return totals[-1] if more else None
 
     def max(self, value: float) -> float:
         mine = torch.tensor([value], dtype=torch.float64, device="cpu")
-        return float(_exchanged(mine.expand(self.size, 1)).max())
+        return float(_exchanged(mine.expand(self.size, 1), self._group).max())
 
     def share(self, content: bytes) -> bytes:
         size = torch.tensor(len(content), device="cpu")
-        dist.broadcast(size, 0)
+        dist.broadcast(size, group=self._group, group_src=0)
         t = torch.empty(int(size), dtype=torch.uint8, device="cpu")
         if self.rank == 0:
             t.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else t)
-        dist.broadcast(t, 0)
+        dist.broadcast(t, group=self._group, group_src=0)
         return t.numpy().tobytes()
 
     def exchange(self, rows: Tensor, give: Sequence[int], take: Sequence[int]) -> Callable[[], Tensor]:
         sent, taken = rows.contiguous(), rows.new_empty(sum(take), *rows.shape[1:])
         with _counted():
-            work = dist.all_to_all_single(taken, sent, list(take), list(give), async_op=True)
+            work = dist.all_to_all_single(taken, sent, list(take), list(give), group=self._group, async_op=True)
 
         def wait() -> Tensor:
             with _counted():
@@ -216,7 +254,7 @@ def join(rank: int, size: int, rendezvous: str, timeout_s: float) -> Comm:
         world_size=size,
         timeout=datetime.timedelta(seconds=timeout_s),
     )
-    return Group()
+    return Group(timeout_s)
 
 
 def meet(rank: int, size: int, address: str, port: int, interface: str, timeout_s: float) -> Comm:
@@ -244,7 +282,7 @@ def meet(rank: int, size: int, address: str, port: int, interface: str, timeout_
     except RuntimeError as error:
         line = str(error).splitlines()[0][:200]
         raise Failure(f"{address}:{port}: rank {rank} did not meet the other {size - 1} there ({line})") from error
-    return Group()
+    return Group(timeout_s)
 
 
 def leave() -> None:

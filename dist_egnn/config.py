@@ -53,6 +53,10 @@ class Partition:
         "metis", "metis, random, kmeans, spectral, bisection or morton (used when data.path is no store)"
     )
     seed: int = _key(0, "seed of the methods that draw")
+    weights: list[float] | None = _key(
+        None,
+        "what each process is to own of a graph, one number a process, as [2, 1, 1]; null: equal, or as the store's",
+    )
     halo: str = _key(
         "bridge",
         "bridge: edges between parts are left out, virtual nodes carry what crosses; exchange: they are kept, which costs messages",
@@ -104,6 +108,9 @@ class Train:
     epochs: int = _key(100, "passes over the training split")
     batch_size: int = _key(1, "snapshots a batch")
     accumulate: int = _key(1, "batches a step of the optimiser")
+    replicas: int = _key(
+        1, "groups of processes, each with the whole graph, that share the batches of a step: at most train.accumulate"
+    )
     lr: float = _key(5e-4, "learning rate of Adam")
     schedule: str = _key(
         "constant", "of the rate: constant; cosine (to zero over the epochs); plateau (falls when stuck)"
@@ -243,7 +250,7 @@ def parse(text: str, where: str) -> Config:
 
 def _check(config: Config) -> None:
     """Ranges, and what cannot be together; what a config alone cannot know is checked where it is used."""
-    from . import devices, losses
+    from . import devices, losses, shares
 
     losses.check(config.loss.kernel, config.loss.sigma)
     low = {
@@ -264,6 +271,7 @@ def _check(config: Config) -> None:
         "train.epochs": 1,
         "train.batch_size": 1,
         "train.accumulate": 1,
+        "train.replicas": 1,
         "train.lr": 0,
         "train.warmup": 0,
         "train.plateau_epochs": 1,
@@ -279,6 +287,8 @@ def _check(config: Config) -> None:
             raise Failure(f"{key}={value}: must be at least {least}")
     if config.partition.halo not in HALOS:
         raise Failure(f"partition.halo={config.partition.halo}: unknown; use {' or '.join(HALOS)}")
+    if config.partition.weights is not None:
+        shares.of(config.partition.weights, config.partition.parts or len(config.partition.weights))
     data, train = config.data, config.train
     if not data.radius > 0:
         raise Failure(f"data.radius={data.radius}: must be positive (.inf for the complete graph)")
@@ -289,6 +299,11 @@ def _check(config: Config) -> None:
         raise Failure(f"data.edge_drop={data.edge_drop}: must lie in 0 … 1")
     if 0 <= data.last_frame < data.first_frame:
         raise Failure(f"data.last_frame={data.last_frame}: lies before data.first_frame={data.first_frame}")
+    if train.replicas > train.accumulate:
+        raise Failure(
+            f"train.replicas={train.replicas}: groups share the batches of a step, and train.accumulate={train.accumulate} of "
+            f"them leave some without any; set train.accumulate={train.replicas}, and a smaller train.batch_size to match"
+        )
     if train.schedule not in SCHEDULES:
         raise Failure(f"train.schedule={train.schedule}: unknown; use {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}")
     if not 0 < train.plateau_factor < 1:

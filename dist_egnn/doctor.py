@@ -35,6 +35,7 @@ EXTRAS = {
     "protein": "recipes/protein: reading trajectories of molecular dynamics",
     "water3d": "recipes/water3d: reading TFRecord files",
     "tfn": "TFN and FastTFN: spherical harmonics and tensor products",
+    "metis": "partitions by METIS whose parts follow weights",
     "viz": "pictures: report, render, plot.png of a sweep, the demo",
     "pyvista": "a rollout's file drawn by VTK",
     "dev": "make test, make lint",

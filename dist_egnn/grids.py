@@ -169,7 +169,10 @@ def _runs(path: Path, given: Settings, grid: Any, where: str) -> Iterator[Run]:
         name = re.sub(r"[^\w.=,+-]+", "_", ",".join(f"{short(k)}={text(v)}" for k, v in as_set.items())) or "base"
         store = None
         if plain:
-            cut = json.dumps([asdict(config.data), asdict(config.partition)])
+            how = {k: v for k, v in asdict(config.partition).items() if (k, v) != ("weights", None)}
+            cut = json.dumps(
+                [asdict(config.data), how]
+            )  # without weights a store's name is what it was before they came
             digest = hashlib.sha256(cut.encode()).hexdigest()[:10]
             store = Path(given["out"]) / "stores" / f"{config.partition.method}-{config.partition.parts}-{digest}"
         yield Run(name, as_set, config, store)

@@ -21,13 +21,16 @@ from .config import Config
 from .errors import Failure
 from .plan_data import TRIED, Say, Source
 
+ALIKE = 1.1  # the fastest device over the slowest: below, the difference is the trial's own noise
+
 
 @dataclass(frozen=True)
 class Rank:
     """One process of the run, means over snapshots. edges: those that it computes on, among its own nodes; cut: in-edges that
     the partition drops; halo: nodes of others that these came from. peak_gb: largest resident memory of the process
     (device: of the device), in 10⁹ bytes; alone_s: its own work of a step, alone on this machine; cpu_s: the same
-    by the processor's clock."""
+    by the processor's clock; speed: edges + 4 nodes of its batches, forward and backward, in a second of that clock at its
+    best."""
 
     rank: int
     nodes: float
@@ -37,6 +40,7 @@ class Rank:
     peak_gb: float
     alone_s: float
     cpu_s: float
+    speed: float
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,16 @@ class Plan:
     free_gb: float
     cores: float
 
+    @property
+    def weights(self) -> list[float] | None:
+        """Shares of the nodes with which all devices are done at once, the slowest being 1; None where they are alike."""
+        slowest = min(rank.speed for rank in self.ranks)
+        found = [round(rank.speed / slowest, 2) for rank in self.ranks]
+        return None if max(found) < ALIKE else found
+
     def plain(self) -> dict[str, Any]:
         """As JSON gives it back."""
-        return asdict(self)
+        return asdict(self) | {"weights": self.weights}
 
 
 def _rows(counts: np.ndarray) -> np.ndarray:
@@ -120,6 +131,11 @@ def make(config: Config, say: Say = lambda line: None) -> Plan:
     models.named(config.model.name)
     device = train.device_of(config)
     parts = samples.parts(config)
+    if config.train.replicas > 1:
+        raise Failure(
+            f"train.replicas={config.train.replicas}: a plan knows one group of processes; plan with train.replicas=1: so "
+            "many groups take so many times its memory and cores, and share the batches of a step"
+        )
     if config.partition.halo == "exchange" and parts > 1:
         raise Failure(
             "partition.halo=exchange: a plan knows bridge mode only; plan with bridge, docs/halo.md says what is added"
@@ -191,7 +207,10 @@ def _summed(
     counted = sum(float(_counted(counts).sum()) for counts in source.counts.values())
     fresh = counted > samples.CACHE_BYTES  # not all can stay in memory
     mean, own = source.table.mean(0), source.counts["train"].mean(0)
-    columns = zip(*own.T.tolist(), *mean[:, 2:].T.tolist(), memory, strict=True)
+    size = min(config.train.batch_size, len(source.numbers))
+    tried = size * _rows(source.tried[picked]).mean(0)  # edges + 4 nodes of a batch (P,)
+    speeds = (tried / [trial.fastest for trial in trials]).tolist()
+    columns = zip(*own.T.tolist(), *mean[:, 2:].T.tolist(), memory, speeds, strict=True)
     each = min(config.train.accumulate, now.batches["train"])  # batches of a step
     calls = [c for c in trials[0].calls for _ in range(1 if c.phase == "gradients" else each)]
     payload = sum(c.numbers * c.width for c in calls)
@@ -200,8 +219,8 @@ def _summed(
         parts=parts,
         snapshots={name: len(c) for name, c in source.counts.items()},
         ranks=[
-            Rank(p, n, e, cut, halo, held / 1e9, now.alone(p), idle.alone(p))
-            for p, (n, e, cut, halo, held) in enumerate(columns)
+            Rank(p, n, e, cut, halo, held / 1e9, now.alone(p), idle.alone(p), speed)
+            for p, (n, e, cut, halo, held, speed) in enumerate(columns)
         ],
         steps=now.steps,
         calls=len(calls),

@@ -129,6 +129,7 @@ def cut(config: Config, parts: int, folder: Path, say: Say) -> Source:
     inputs = build.inputs_of(
         few,
         parts=parts,
+        weights=config.partition.weights,
         method=config.partition.method,
         method_seed=config.partition.seed,
         settings=trial.data,

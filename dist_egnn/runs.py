@@ -42,6 +42,7 @@ def run_partition(config: Any, out: Path) -> None:
     inputs = build.inputs_of(
         file,
         parts=config.partition.parts,
+        weights=config.partition.weights,
         method=config.partition.method,
         method_seed=config.partition.seed,
         settings=config.data,
@@ -90,7 +91,7 @@ def run_verification(path: Path, config: Any, snapshot: int | None = None) -> No
 
 
 def run_training(config: Any, resume: bool = False) -> dict[str, float]:
-    """Partition if need be, train on as many processes as there are parts, and say where the results are.
+    """Partition if need be, train on `samples.processes`, and say where the results are.
 
     resume: go on with the run in run.dir. Raises Stopped, after a checkpoint, if a signal asks this process to stop.
     """
@@ -105,19 +106,19 @@ def run_training(config: Any, resume: bool = False) -> dict[str, float]:
         config.data.path = str(Path(config.data.path).absolute())  # the run is evaluated from anywhere
     check = resuming.check_resumed if resume else resuming.check_fresh
     check(config)  # before there is a folder
-    parts = samples.parts(config)
+    parts, processes = samples.parts(config), samples.processes(config)
     with files.hold(folder, "another run is at work there; wait for it, or choose another run.dir"):
         if not resume:
             check(config)  # now that nobody else begins one
         if parts > 1 and not samples.is_store(config.data.path):
             run_partition(config, folder / (f"store-{parts}" if resume else "store"))
         with stopping.listening():
-            last = local.run(training.train, parts, config, resume, timeout_s=config.train.timeout_s)[0]
-    tell_end(folder, last, parts, "train")
+            last = local.run(training.train, processes, config, resume, timeout_s=config.train.timeout_s)[0]
+    tell_end(folder, last, processes, "train")
     return last
 
 
-def tell_end(folder: Path, last: dict[str, float], parts: int, command: str) -> None:
+def tell_end(folder: Path, last: dict[str, float], processes: int, command: str) -> None:
     """The last line of a training. Raises Stopped, and says how to go on, if it was asked to stop."""
     from . import stopping
 
@@ -125,7 +126,7 @@ def tell_end(folder: Path, last: dict[str, float], parts: int, command: str) -> 
         where = f" in epoch {last['epoch']:g} after step {last['step']:g}" if "epoch" in last else ""
         print(f"{folder}: stopped{where}; go on: distegnn {command} --resume {folder}", file=sys.stderr)
         raise stopping.Stopped
-    on = "1 process" if parts == 1 else f"{parts} processes"
+    on = "1 process" if processes == 1 else f"{processes} processes"
     if "step_s" in last:
         print(f"{folder}: best validation MSE {last['best_valid_mse']:.4e}, {last['step_s']:.3f} s a step on {on}")
     else:
@@ -188,6 +189,8 @@ def resumed_config(run: Path, overrides: Sequence[str]) -> Any:
     given = {word.partition("=")[0] for word in overrides}
     if "data.path" in given and "partition.parts" not in given:  # a store's parts decide
         overrides = ["partition.parts=0", *overrides]
+    if given & {"data.path", "partition.parts"} and "partition.weights" not in given:  # they were the old parts'
+        overrides = ["partition.weights=null", *overrides]
     config = configs.load(run / "config.yaml", overrides)
     if "run.dir" in given:
         raise Failure(f"override 'run.dir': a resume goes on in {run}; copy the folder to go on elsewhere")
@@ -219,8 +222,8 @@ def run_evaluation(run: Path, split: str = "test") -> dict[str, float]:
         training.device_of(config)
     except Failure as failure:  # nothing on this command line sets it: the run's file does
         raise Failure(f"{run / 'config.yaml'}: {failure}") from failure
-    parts = samples.parts(config)
-    found = local.run(training.evaluate, parts, config, run / "best.pt", split, timeout_s=config.train.timeout_s)[0]
+    size = samples.processes(config)
+    found = local.run(training.evaluate, size, config, run / "best.pt", split, timeout_s=config.train.timeout_s)[0]
     table, path = (
         pd.DataFrame([{"split": split, "prediction": k, "mse": v} for k, v in found.items()]),
         run / "evaluate.csv",
@@ -235,13 +238,15 @@ def run_evaluation(run: Path, split: str = "test") -> dict[str, float]:
     return found
 
 
-def run_plan(config: Any, as_json: bool = False) -> None:
-    """Try every rank of a config's run and print what the run will take."""
+def run_plan(config: Any, as_json: bool = False, measure: bool = False) -> None:
+    """Try every rank of a config's run and print what the run will take; measure: also speeds, and weights from them."""
     import json
     import sys
 
-    from . import plan
+    from . import plan, samples
 
+    if measure and samples.parts(config) == 1:
+        raise Failure("--measure: weights are for several processes; name them, for example partition.parts=2")
     found = plan.make(config, lambda line: print(line, file=sys.stderr, flush=True))
     rows = [
         [
@@ -285,8 +290,28 @@ def run_plan(config: Any, as_json: bool = False) -> None:
             f"the {found.parts} processes together need more memory than is free: lower model.hidden, model.layers or "
             "train.batch_size"
         )
+    if measure:
+        _tell_weights(found)
     if as_json:
         print(json.dumps(found.plain()))
+
+
+def _tell_weights(found: Any) -> None:
+    """Speeds of a plan's ranks, and the weights that go with them, ready to paste."""
+    from . import shares
+
+    print_table(
+        "speed of each process's device, in edges + 4 nodes a second of processor time",
+        ["rank", "speed"],
+        [[rank.rank, f"{rank.speed:,.0f}"] for rank in found.ranks],
+    )
+    if found.weights is None:
+        print_line("all alike: no weights are needed (partition.weights=null)")
+    else:
+        print_line(
+            f"all are done at once with partition.weights={shares.text(found.weights)}"
+            + (" (of a busy machine: measure again when it is quiet)" if found.busy < 0.9 else "")
+        )
 
 
 def run_doctor(as_json: bool = False) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from dgl import DGLGraph
 
+from . import shares
 from .config import Config, Data
 from .errors import Failure
 from .store import Store
@@ -86,15 +87,26 @@ def is_store(path: str) -> bool:
     return Path(path).is_dir()
 
 
+def processes(config: Config) -> int:
+    """How many processes train: ``parts`` of them for each of train.replicas groups."""
+    return parts(config) * config.train.replicas
+
+
 def parts(config: Config) -> int:
     """How many processes share each graph. Raises Failure where the config and the store disagree."""
-    wanted = config.partition.parts
+    wanted, weights = config.partition.parts, config.partition.weights
     if not is_store(config.data.path):
+        shares.of(weights, wanted or 1)
         return wanted or 1
     store = Store(config.data.path)
     if wanted not in (0, store.parts):
         raise Failure(
             f"partition.parts={wanted}, but {config.data.path} was made for {store.parts}; partition again or leave it out"
+        )
+    if weights is not None and not shares.same(shares.of(weights, store.parts), store.inputs["weights"]):
+        raise Failure(
+            f"{shares.KEY}={shares.text(weights)}, but {config.data.path} was made with "
+            f"{shares.text(store.inputs['weights'])}; partition again or leave it out"
         )
     return store.parts
 
@@ -129,7 +141,10 @@ def spec_of(data: Data, features: Iterable[str]) -> SampleSpec:
 
 
 def open_samples(config: Config, part: int, count: int) -> Samples:
-    """The samples of a config: this process's part of each snapshot in a store, or whole ones of a trajectories file."""
+    """The samples of a config: this process's part of each snapshot in a store, or whole ones of a trajectories file.
+
+    count: processes of the run, which share the memory for samples.
+    """
     budget = CACHE_BYTES // count
     if is_store(config.data.path):
         store = Store(config.data.path)

@@ -21,11 +21,15 @@ import yaml
 from dgl import DGLGraph
 from torch import Tensor
 
-from . import fields, graphs, halo
+from . import fields, graphs, halo, shares
 from .errors import Failure
 
 FORMAT, VERSION, GRAPH = "dist_egnn.store", 1, "dist_egnn"
-LATER = {"periodic": False, "trainers": 1}  # inputs that older stores do not name, and what they were made with
+LATER = {
+    "periodic": False,
+    "trainers": 1,
+    "weights": None,
+}  # inputs that older stores do not name, and what they were made with
 SIDES = ("side_x", "side_y", "side_z")  # columns of snapshots.csv in a store with periodic boxes
 
 
@@ -243,13 +247,15 @@ class Store:
         fields.check(graph, f"{self.path}: snapshot {row['snapshot']}", target=True)
 
     def summary(self) -> dict[str, float]:
-        """Means over snapshots: share of edges cut, largest part / mean part, halo nodes / nodes."""
+        """Means over snapshots: share of edges cut, largest part / mean part (of parts with weights: the fullest / its
+        share), halo nodes / nodes."""
         table = self.parts_table.groupby("snapshot")
         nodes = self.snapshots["nodes"].to_numpy()
+        owned = self.parts_table["nodes"].to_numpy().reshape(len(nodes), self.parts)
         return {
             "edge_cut": float(
                 (table["cut_edges"].sum().to_numpy() / np.maximum(self.snapshots["edges"].to_numpy(), 1)).mean()
             ),
-            "balance": float((table["nodes"].max().to_numpy() * self.parts / nodes).mean()),
+            "balance": float(((owned / shares.fractions(self.inputs["weights"], self.parts)).max(1) / nodes).mean()),
             "halo": float((table["halo"].sum().to_numpy() / nodes).mean()),
         }

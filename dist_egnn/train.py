@@ -8,7 +8,7 @@ from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from dgl import DGLGraph
@@ -24,6 +24,7 @@ from .resume import Position, fingerprint, restore
 from .samples import Samples, ahead, open_samples
 
 HISTOGRAM_EVERY = 10  # epochs
+Unit = TypeVar("Unit")
 
 
 def device_of(config: Config, rank: int = 0) -> torch.device:
@@ -76,6 +77,11 @@ def _batches(numbers: list[int], size: int) -> list[list[int]]:
     return [numbers[i : i + size] for i in range(0, len(numbers), size)]
 
 
+def _own(batches: list[Unit], comm: Comm) -> list[Unit]:
+    """Those of a step, or of a split, that this process's group takes: of K groups, group k takes k, k + K, …"""
+    return batches[comm.world.rank // comm.size :: comm.world.size // comm.size]
+
+
 def _batched(model: torch.nn.Module, samples: Samples, batches: list[list[int]]) -> Generator[DGLGraph, None, None]:
     """The batches in order, each read and cut into tiles while the one before is in use."""
 
@@ -102,43 +108,52 @@ def evaluate_split(
     comm: Comm,
     virtual: list[Tensor] | None = None,
 ) -> float:
-    """The model's MSE on every sample of a split. virtual: takes the virtual nodes' positions (n, 3)."""
+    """The model's MSE on every sample of a split. virtual: takes the positions (n, 3) of the virtual nodes that this group
+    computes."""
     model.eval()
+    batches = _own(_batches(samples.splits[split], config.train.batch_size), comm)
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-        for graph in _batched(model, samples, _batches(samples.splits[split], config.train.batch_size)):
+        for graph in _batched(model, samples, batches):
             predicted, z = model(graph)
             if virtual is not None:
                 virtual.append(z.flatten(0, 1).cpu())
             yield predicted, graph.ndata["y"]
 
     with torch.no_grad():
-        return metrics.mean_squared_error(pairs(), comm)
+        return metrics.mean_squared_error(pairs(), comm.world)
 
 
-def train(comm: Comm, config: Config, resume: bool = False) -> dict[str, float]:
+def train(world: Comm, config: Config, resume: bool = False) -> dict[str, float]:
     """Train a model as configured, or go on; returns the last epoch's numbers and `best_valid_mse`, with `stopped`,
-    `epoch` and `step` if it was asked to stop. Every rank runs the same loop.
+    `epoch` and `step` if it was asked to stop. Every rank runs the same loop. world: `train.replicas` groups of as many ranks as
+    a graph has parts, which share the batches.
 
     Parameters, losses and sums live on `train.device`; graphs stay on the CPU (PyPI's DGL knows no other device).
     """
-    device = device_of(config, comm.rank)
-    samples = open_samples(config, comm.rank, comm.size)
+    device, comm = device_of(config, world.rank), world.split(config.train.replicas)
+    samples = open_samples(config, comm.rank, world.size)
     for split in ("train", "valid"):
         if not samples.splits[split]:
             raise Failure(f"{config.data.path}: no snapshot in split '{split}'; prepare data with one")
+    batches = len(_batches(samples.splits["train"], config.train.batch_size))
+    if config.train.replicas > batches:
+        raise Failure(
+            f"train.replicas={config.train.replicas}: {config.data.path} makes only {batches} batches of "
+            f"train.batch_size={config.train.batch_size}, so some groups would never work; lower one of the two"
+        )
     model = build_model(config, samples.widths, comm).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay)
     print_of = fingerprint(samples, comm)
-    position, wrong = restore(comm, config, model, optimizer, print_of) if resume else (Position(), "")
+    position, wrong = restore(world, config, model, optimizer, print_of) if resume else (Position(), "")
     with ExitStack() as stack:
         desk = None
-        if comm.size > 1:  # a rank: signals reach it too, and the run's folder is its own while it lives
+        if world.size > 1:  # a rank: signals reach it too, and the run's folder is its own while it lives
             stack.enter_context(stopping.listening())
-        if comm.rank == 0:
+        if world.rank == 0:
             stack.enter_context(files.hold(Path(config.run.dir), "another run is at work there", first=False))
             fresh = Desk(config, model, optimizer, position, print_of)
-            desk = stack.enter_context(opened(fresh, comm.size, resume, wrong))
+            desk = stack.enter_context(opened(fresh, world.size, resume, wrong))
         return _epochs(comm, config, model, optimizer, samples, position, desk)
 
 
@@ -164,9 +179,9 @@ def _epochs(
             virtual: list[Tensor] | None = [] if position.epoch % HISTOGRAM_EVERY == 0 else None
             valid = evaluate_split(model, samples, "valid", config, comm, virtual)
             if not math.isfinite(valid):
-                bad = watch.culprit(model, samples, samples.splits["valid"], comm)
+                bad = watch.culprit(model, samples, samples.splits["valid"], comm.world)
                 raise watch.diverged(config, position.epoch, None, bad)
-            stop, memory = _told(comm, device)
+            stop, memory = _told(comm.world, device)
             _lap(position, mark)
             row = _row(position, count, optimizer.param_groups[0]["lr"], valid, max(memory))
             epoch, improved = position.epoch, position.end_epoch(valid, settings)
@@ -231,60 +246,62 @@ def steps(
 ) -> Iterator[bool]:
     """The optimiser steps of an epoch from position.step on; yields after each whether any rank was asked to stop.
 
-    position.sums grows by the loss and MSE of each batch, all partitions counted, the number of batches, the gradient's norm
-    before clipping, and seconds. Raises Failure, before the weights change, where loss or gradient is not finite.
+    position.sums grows by the loss and MSE of each batch, all partitions and groups counted, the number of batches, the gradient's
+    norm before clipping, and seconds. Raises Failure, before the weights change, where loss or gradient is not finite.
     """
     settings, sums, epoch = config.train, position.sums, position.epoch
     device, draw = next(model.parameters()).device, _seeded(settings.seed, epoch)
     order = torch.randperm(len(samples.splits["train"]), generator=draw, device=draw.device).tolist()
     batches = _batches([samples.splits["train"][i] for i in order], settings.batch_size)
-    groups = _batches(list(range(len(batches))), settings.accumulate)
-    graphs = _batched(model, samples, batches[position.step * settings.accumulate :])
-    for group in groups[position.step :]:
+    every = _batches(list(range(len(batches))), settings.accumulate)  # of each step
+    mine = [batches[index] for step in every[position.step :] for index in _own(step, comm)]
+    graphs = _batched(model, samples, mine)
+    for step in every[position.step :]:
         model.train()
         started = time.perf_counter()
         optimizer.zero_grad(set_to_none=True)
         told = torch.zeros(3, device=device)  # loss, MSE, whether to stop: these travel with the gradients
-        for index in group:
+        for index in _own(step, comm):
             with watch.phase("data_s", sums, device):
                 graph = next(graphs)
             with watch.phase("forward_s", sums, device):
                 loss, mse = loss_of(config, model, graph, comm, _seeded(settings.seed, epoch, index))
             with watch.phase("backward_s", sums, device):
-                (loss / len(group)).backward()
+                (loss / len(step)).backward()
             told[:2] += torch.stack([loss.detach(), mse])
         told[2] = float(stopping.asked())
         with watch.phase("backward_s", sums, device):
-            total = comm.sum_gradients(model.parameters(), told)
+            total = comm.world.sum_gradients(model.parameters(), told)
         assert total is not None
         lost, erred, stop = total.tolist()
         norm = _clipped(model, settings.clip)
         if not (math.isfinite(lost) and math.isfinite(norm)):
             graphs.close()  # no other thread reads samples now
-            numbers = [n for index in group for n in batches[index]]
-            raise watch.diverged(config, epoch, position.step, watch.culprit(model, samples, numbers, comm))
+            numbers = [n for index in step for n in batches[index]]
+            raise watch.diverged(config, epoch, position.step, watch.culprit(model, samples, numbers, comm.world))
         for options in optimizer.param_groups:
-            options["lr"] = schedules.rate(settings, epoch, (position.step + 1) / len(groups), position.scale)
+            options["lr"] = schedules.rate(settings, epoch, (position.step + 1) / len(every), position.scale)
         optimizer.step()
         devices.wait(device)
         position.step += 1
-        for name, value in (("loss", lost), ("mse", erred), ("batches", len(group)), ("grad_norm", norm)):
+        for name, value in (("loss", lost), ("mse", erred), ("batches", len(step)), ("grad_norm", norm)):
             sums[name] += value
         sums["step_s"] += time.perf_counter() - started
         yield stop > 0
 
 
-def evaluate(comm: Comm, config: Config, weights: Path | None, split: str = "test") -> dict[str, float]:
+def evaluate(world: Comm, config: Config, weights: Path | None, split: str = "test") -> dict[str, float]:
     """Test errors: the static prediction y = x, the linear one x + t v with t fitted on the training split, the model's."""
-    device = device_of(config, comm.rank)
-    samples = open_samples(config, comm.rank, comm.size)
+    device, comm = device_of(config, world.rank), world.split(config.train.replicas)
+    samples = open_samples(config, comm.rank, world.size)
     if not samples.splits[split]:
         raise Failure(f"{config.data.path}: no snapshot in split '{split}'")
     result: dict[str, float] = {}
-    time_ahead = metrics.fitted_time((samples[n] for n in samples.splits["train"]), comm)
+    time_ahead = metrics.fitted_time((samples[n] for n in _own(samples.splits["train"], comm)), world)
+    own = _own(samples.splits[split], comm)
     for name, t in (("static", 0.0), ("linear", time_ahead)):
-        pairs = ((g.ndata["x"] + t * g.ndata["v"], g.ndata["y"]) for g in (samples[n] for n in samples.splits[split]))
-        result[name] = metrics.mean_squared_error(pairs, comm)
+        pairs = ((g.ndata["x"] + t * g.ndata["v"], g.ndata["y"]) for g in (samples[n] for n in own))
+        result[name] = metrics.mean_squared_error(pairs, world)
     if weights is not None:
         model = build_model(config, samples.widths, comm).to(device)
         checkpoint.load_weights(model, checkpoint.load(weights), weights)

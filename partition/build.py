@@ -16,7 +16,7 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ import yaml
 from dist_egnn.partition import methods, pieces
 from dist_egnn.partition.pieces import Inputs
 
-from dist_egnn import __version__, disk
+from dist_egnn import __version__, disk, shares
 from dist_egnn.errors import Failure
 from dist_egnn.store import FORMAT, GRAPH, LATER, VERSION
 from dist_egnn.trajectories import Snapshot, Trajectories, snapshots
@@ -54,12 +54,25 @@ def sha256(path: Path) -> str:
 
 
 def inputs_of(
-    data: Trajectories, *, parts: int, trainers: int = 1, method: str, method_seed: int, settings: Any, shard_nodes: int
+    data: Trajectories,
+    *,
+    parts: int,
+    trainers: int = 1,
+    weights: Sequence[float] | None = None,
+    method: str,
+    method_seed: int,
+    settings: Any,
+    shard_nodes: int,
 ) -> Inputs:
-    """The inputs of a store from a config's data section. ``features: null`` means every node attribute, then speed."""
+    """The inputs of a store from a config's data section. ``features: null`` means every node attribute, then speed.
+
+    weights: what each process, parts × trainers, is to own of each graph, in any unit.
+    """
     methods.check(method, parts)
     if trainers < 1:
         raise Failure(f"trainers={trainers}: must be at least 1")
+    weights = shares.of(weights, parts * trainers)
+    methods.check(method, parts, weights)
     features = settings.features
     if features is None:
         features = [*data[0].attributes, "speed"]
@@ -68,6 +81,7 @@ def inputs_of(
         source_sha256=sha256(data.path),
         parts=parts,
         trainers=trainers,
+        weights=weights,
         method=method,
         method_seed=method_seed,
         radius=float(settings.radius),
@@ -85,7 +99,8 @@ def inputs_of(
 
 
 def listing(data: Trajectories, inputs: Inputs) -> list[Snapshot]:
-    """The snapshots of a store. Raises Failure where one has fewer nodes than parts, or not the periodic box it needs."""
+    """The snapshots of a store. Raises Failure where one has fewer nodes than parts, or than its weights need, or not the
+    periodic box it needs."""
     for k, trajectory in enumerate(data):
         if trajectory.nodes < inputs.processes:
             many = (
@@ -94,6 +109,8 @@ def listing(data: Trajectories, inputs: Inputs) -> list[Snapshot]:
                 else f"{inputs.parts} parts"
             )
             raise Failure(f"{data.path}: trajectory {k} has {trajectory.nodes} nodes, fewer than {many}; take fewer")
+        if inputs.weights is not None:
+            shares.sizes(trajectory.nodes, inputs.weights)
         if inputs.periodic:
             data.sides(k, inputs.radius)
     return list(
@@ -298,13 +315,18 @@ def _finish(work: Path, out: Path, inputs: Inputs, done: list[dict[str, Any]]) -
 
 
 def compare(data: Trajectories, inputs: Inputs) -> list[tuple[str, methods.Quality, float]]:
-    """Every method on the first snapshot: its name, what its cut costs, and the seconds it took."""
+    """Every method that can (follow the weights) on the first snapshot: its name, what its cut costs, the seconds it took."""
     first = listing(data, inputs)[0]
     fields, place, side = pieces.nodes_of(data, first, inputs)
     src, dst = pieces.edges_of(fields["x"], replace(inputs, method="metis"), side, str(data.path))
     rows = []
     for name in methods.METHODS:
+        try:
+            methods.check(name, inputs.parts, inputs.weights)
+        except Failure:
+            continue
         started = time.perf_counter()
         owner = pieces.owners(name, place, src, dst, inputs)
-        rows.append((name, methods.quality(owner, src, dst, inputs.processes), time.perf_counter() - started))
+        seconds = time.perf_counter() - started
+        rows.append((name, methods.quality(owner, src, dst, inputs.processes, inputs.weights), seconds))
     return rows

@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import difflib
+import importlib.util
 import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,42 +21,71 @@ from typing import NamedTuple
 import dgl
 import numpy as np
 import torch
+from scipy import sparse
 from scipy.spatial import KDTree
 
+from dist_egnn import shares
 from dist_egnn.errors import Failure
 from dist_egnn.graphs import morton_order
 
 SLACK = 1.05  # the largest part of a balanced method, in mean parts
+OFF = 0.02  # how far from its weight's share a part may be, of that: machines and their trainers together within 5%
 M_PERTURB = -6  # <malloc.h>: fill memory on malloc (with the value's complement) and on free
 LANDMARKS = 2000  # nodes that spectral clustering itself sees; its eigenvectors cost far more than the rest
 
 
-class Method(NamedTuple):
-    """One way to partition: its function (x, src, dst, parts, seed) → part, whether balance is forced, a help line,
-    whether it reads the edges (src and dst may be empty else)."""
+Run = Callable[[np.ndarray, np.ndarray, np.ndarray, int, int, np.ndarray | None], np.ndarray]
 
-    run: Callable[[np.ndarray, np.ndarray, np.ndarray, int, int], np.ndarray]
+
+class Method(NamedTuple):
+    """One way to partition: its function (x, src, dst, parts, seed, sizes) → part, whether balance is forced, a help line,
+    whether it reads the edges (src and dst may be empty else).
+
+    sizes: wanted nodes of each part (parts,); None: equal ones, and always for a method that does not force balance.
+    """
+
+    run: Run
     balanced: bool
     help: str
     edges: bool = False
 
 
-def check(method: str, parts: int) -> None:
-    """Raise Failure for an unknown method or parts < 1: what can be told before there are positions."""
+def check(method: str, parts: int, weights: Sequence[float] | None = None) -> None:
+    """Raise Failure for an unknown method, parts < 1, and weights (as `shares.of` gives them) that the method cannot
+    follow: what can be told before there are positions."""
     if method not in METHODS:
         near = difflib.get_close_matches(method, METHODS, n=1, cutoff=0.0)[0]
         raise Failure(f"partition method={method!r}: unknown; did you mean {near}? (one of {', '.join(METHODS)})")
     if parts < 1:
         raise Failure(f"parts={parts}: must be at least 1")
+    if weights is None:
+        return
+    if not METHODS[method].balanced:
+        able = [name for name, one in METHODS.items() if one.balanced]
+        raise Failure(f"partition method={method}: does not follow weights; use {', '.join(able[:-1])} or {able[-1]}")
+    if method == "metis" and importlib.util.find_spec("pymetis") is None:
+        raise Failure(
+            "partition method=metis: weights need pymetis, which is missing; pip install pymetis, or use bisection"
+        )
 
 
-def assign(method: str, x: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: int, seed: int = 0) -> np.ndarray:
+def assign(
+    method: str,
+    x: np.ndarray,
+    src: np.ndarray,
+    dst: np.ndarray,
+    parts: int,
+    seed: int = 0,
+    weights: Sequence[float] | None = None,
+) -> np.ndarray:
     """The part of every node, (N,) int64; no part is empty, and the same arguments give the same answer.
 
-    The largest part of a balanced method (METHODS) has at most ⌈1.05·N/parts⌉ nodes. Raises Failure where `check`
-    does, for N < parts and for positions that are not finite.
+    The largest part of a balanced method (METHODS) has at most ⌈1.05·N/parts⌉ nodes. With weights, one a part, each part
+    of a balanced method is within ⌈2%⌉ of its share of the nodes; equal weights change nothing else. Raises Failure where
+    `check`, `shares.of` and `shares.sizes` do, for N < parts and for positions that are not finite.
     """
-    check(method, parts)
+    unequal = shares.of(weights, parts)
+    check(method, parts, unequal)
     x = np.asarray(x, dtype=np.float64)
     if len(x) < parts:
         raise Failure(f"parts={parts}: more parts than the {len(x)} nodes; use parts={len(x)} or fewer")
@@ -63,10 +93,15 @@ def assign(method: str, x: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: 
         raise Failure("positions are NaN or infinite: no partition can be made; mend the source data")
     if parts == 1:  # METIS kills the process (SIGFPE) here
         return np.zeros(len(x), np.int64)
-    part = METHODS[method].run(x, src, dst, parts, seed).astype(np.int64)
+    sizes = None if weights is None else shares.sizes(len(x), weights)
+    part = METHODS[method].run(x, src, dst, parts, seed, sizes if unequal else None).astype(np.int64)
     fill_empty(x, part, parts)
-    if METHODS[method].balanced:
-        level(x, part, parts, math.ceil(SLACK * len(x) / parts))
+    if not METHODS[method].balanced:
+        return part
+    if sizes is None:
+        level(x, part, np.full(parts, math.ceil(SLACK * len(x) / parts)))
+    elif (np.abs(np.bincount(part, minlength=parts) - sizes) > np.ceil(OFF * sizes)).any():
+        level(x, part, sizes)
     return part
 
 
@@ -81,18 +116,19 @@ def fill_empty(x: np.ndarray, part: np.ndarray, parts: int) -> None:
         counts[empty] = len(given)
 
 
-def level(x: np.ndarray, part: np.ndarray, parts: int, cap: int) -> None:
-    """Move nodes out of parts larger than cap until none is, in place; given parts · cap ≥ N and no empty part.
+def level(x: np.ndarray, part: np.ndarray, caps: np.ndarray) -> None:
+    """Move nodes out of parts larger than their caps (parts,) until none is, in place; given Σ caps ≥ N and no empty part.
 
-    Each round takes the largest part and the nearest one with room, and moves the nodes nearest to the latter's
-    centroid. A round mends its part or fills its neighbour, so there are fewer than 2 · parts rounds.
+    Each round takes the part furthest above its cap and the nearest one with room, and moves the nodes nearest to the
+    latter's centroid. A round mends its part or fills its neighbour, so there are fewer than 2 · parts rounds.
     """
+    parts = len(caps)
     counts = np.bincount(part, minlength=parts)
-    while counts.max() > cap:
+    while (counts > caps).any():
         centroid = np.stack([np.bincount(part, axis, parts) for axis in x.T], 1) / counts[:, None]
-        largest, room = counts.argmax(), np.flatnonzero(counts < cap)
+        largest, room = (counts - caps).argmax(), np.flatnonzero(counts < caps)
         to = room[((centroid[room] - centroid[largest]) ** 2).sum(1).argmin()]
-        moved = min(counts[largest] - cap, cap - counts[to])
+        moved = min(counts[largest] - caps[largest], caps[to] - counts[to])
         nodes = np.flatnonzero(part == largest)
         distance = ((x[nodes] - centroid[to]) ** 2).sum(1)
         part[nodes[np.argsort(distance, kind="stable")[:moved]]] = to
@@ -117,8 +153,10 @@ def halves(x: np.ndarray, nodes: np.ndarray, first: int) -> tuple[np.ndarray, np
     return nodes[left], nodes[~left]
 
 
-def _bisection(x: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: int, seed: int) -> np.ndarray:
-    """Recursive coordinate bisection; part sizes differ by at most one node for any number of parts. No seed."""
+def _bisection(
+    x: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: int, seed: int, sizes: np.ndarray | None
+) -> np.ndarray:
+    """Recursive coordinate bisection; without sizes, those of parts differ by at most one node. No seed."""
     part = np.empty(len(x), np.int64)
     pending = [(np.arange(len(x)), 0, parts)]
     while pending:
@@ -127,18 +165,23 @@ def _bisection(x: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: int, seed
             part[nodes] = first
             continue
         half = count // 2
-        low, high = halves(x, nodes, len(nodes) * half // count)
+        cut = len(nodes) * half // count if sizes is None else int(sizes[first : first + half].sum())
+        low, high = halves(x, nodes, cut)
         pending += [(low, first, half), (high, first + half, count - half)]
     return part
 
 
-def _metis(x: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: int, seed: int) -> np.ndarray:
+def _metis(
+    x: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: int, seed: int, sizes: np.ndarray | None
+) -> np.ndarray:
     """METIS recursive bisection of the graph, least edge cut. METIS takes no seed here.
 
     Without edges (edge dropping p = 1) METIS would scatter nodes regardless of place: bisection stands in.
     """
     if not len(src):
-        return _bisection(x, src, dst, parts, seed)
+        return _bisection(x, src, dst, parts, seed, sizes)
+    if sizes is not None:
+        return _pymetis(len(x), src, dst, sizes)
     graph = dgl.graph((torch.from_numpy(src), torch.from_numpy(dst)), num_nodes=len(x), idtype=torch.int64)
     try:
         # not k-way: that halves the time, cuts up to a quarter more edges of small graphs and is harder to repeat
@@ -147,6 +190,21 @@ def _metis(x: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: int, seed: in
     except dgl.DGLError as error:
         reason = str(error).strip().splitlines()[-1]
         raise Failure(f"METIS could not partition {len(x)} nodes into {parts} ({reason}); use bisection") from error
+
+
+def _pymetis(nodes: int, src: np.ndarray, dst: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """METIS recursive bisection into parts of these sizes, which DGL's binding does not take."""
+    import pymetis
+
+    kind = pymetis.zero_copy_dtype()
+    one = sparse.csr_array((np.ones(len(src), bool), (src, dst)), (nodes, nodes))
+    both = (one + one.T).tocsr()  # METIS wants each edge from both of its ends, and once
+    adjacent = pymetis.CSRAdjacency(both.indptr.astype(kind), both.indices.astype(kind))
+    try:
+        found = pymetis.part_graph(len(sizes), adjacent, tpwgts=(sizes / nodes).tolist(), recursive=True)
+    except RuntimeError as error:
+        raise Failure(f"METIS could not partition {nodes} nodes by weights ({error}); use bisection") from error
+    return np.array(found.vertex_part)
 
 
 @contextlib.contextmanager
@@ -178,19 +236,26 @@ def _silence() -> Iterator[None]:
         os.close(kept)
 
 
-def _random(x: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: int, seed: int) -> np.ndarray:
-    """Parts of equal size (to one node) drawn at random."""
-    return np.random.default_rng(seed).permutation(np.arange(len(x)) % parts)
+def _random(
+    x: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: int, seed: int, sizes: np.ndarray | None
+) -> np.ndarray:
+    """Parts drawn at random, without sizes equal ones (to one node)."""
+    one_each = np.arange(len(x)) % parts if sizes is None else np.repeat(np.arange(parts), sizes)
+    return np.random.default_rng(seed).permutation(one_each)
 
 
-def _morton(x: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: int, seed: int) -> np.ndarray:
-    """Equal ranges (to one node) along a Z-order curve. No seed."""
+def _morton(
+    x: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: int, seed: int, sizes: np.ndarray | None
+) -> np.ndarray:
+    """Ranges along a Z-order curve, without sizes equal ones (to one node). No seed."""
     part = np.empty(len(x), np.int64)
-    part[morton_order(x)] = np.arange(len(x)) * parts // len(x)
+    part[morton_order(x)] = np.arange(len(x)) * parts // len(x) if sizes is None else np.repeat(np.arange(parts), sizes)
     return part
 
 
-def _kmeans(x: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: int, seed: int) -> np.ndarray:
+def _kmeans(
+    x: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: int, seed: int, sizes: np.ndarray | None
+) -> np.ndarray:
     """Lloyd's k-means on the positions; mini-batches would be slower and worse at 10⁵ to 10⁶ nodes in 8 parts."""
     from sklearn.cluster import KMeans
 
@@ -199,7 +264,9 @@ def _kmeans(x: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: int, seed: i
         return KMeans(parts, n_init=1, max_iter=50, random_state=seed).fit_predict(x)
 
 
-def _spectral(x: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: int, seed: int) -> np.ndarray:
+def _spectral(
+    x: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: int, seed: int, sizes: np.ndarray | None
+) -> np.ndarray:
     """Spectral clustering of landmarks (all nodes, or LANDMARKS of them at random); others join their nearest one."""
     from sklearn.cluster import SpectralClustering
 
@@ -247,15 +314,17 @@ class Quality:
     """What an assignment costs."""
 
     edge_cut: float  # share of directed edges whose ends lie in different parts; 0 without edges
-    balance: float  # nodes of the largest part / mean
+    balance: float  # nodes of the largest part / mean; with weights: of the fullest part / its share
     halo: int  # (part, source node elsewhere) pairs: the nodes that all parts together must receive
     halo_share: float  # halo / N
 
 
-def quality(part: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: int) -> Quality:
+def quality(
+    part: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: int, weights: Sequence[float] | None = None
+) -> Quality:
     """Edge cut, balance and halo of a part vector (N,) under the edges src→dst (E,)."""
     n = len(part)
     cut = part[src] != part[dst]
     halo = len(np.unique(part[dst[cut]] * n + src[cut]))
-    largest = int(np.bincount(part, minlength=parts).max())
-    return Quality(float(cut.mean()) if len(cut) else 0.0, largest * parts / n, halo, halo / n)
+    balance = float((np.bincount(part, minlength=parts) / shares.fractions(weights, parts)).max() / n)
+    return Quality(float(cut.mean()) if len(cut) else 0.0, balance, halo, halo / n)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dist_egnn import graphs, machine
+from dist_egnn import graphs, machine, shares
 from dist_egnn.errors import Failure
 from dist_egnn.store import SIDES
 from dist_egnn.trajectories import SampleSpec, Snapshot, Trajectories, node_fields
@@ -33,6 +33,7 @@ class Inputs:
     source_sha256: str
     parts: int
     trainers: int
+    weights: shares.Weights | None  # one a process; None: all equal
     method: str
     method_seed: int
     radius: float
@@ -100,9 +101,11 @@ def edges_of(x: np.ndarray, inputs: Inputs, side: np.ndarray | None, where: str)
 def owners(method: str, place: np.ndarray, src: np.ndarray, dst: np.ndarray, inputs: Inputs) -> np.ndarray:
     """The rank (N,) that owns each node: first the parts, then each part's own graph among its trainers.
 
-    Raises Failure where a part has fewer nodes than trainers.
+    A part's weight is the sum of its trainers'. Raises Failure where a part has fewer nodes than trainers.
     """
-    part = methods.assign(method, place, src, dst, inputs.parts, inputs.method_seed)
+    own_weights = None if inputs.weights is None else np.reshape(inputs.weights, (inputs.parts, inputs.trainers))
+    weights = None if own_weights is None else own_weights.sum(1).tolist()
+    part = methods.assign(method, place, src, dst, inputs.parts, inputs.method_seed, weights)
     if inputs.trainers == 1:
         return part
     rank, local = np.empty_like(part), np.empty_like(part)
@@ -114,8 +117,9 @@ def owners(method: str, place: np.ndarray, src: np.ndarray, dst: np.ndarray, inp
             )
         local[nodes] = np.arange(len(nodes))
         own = (part[src] == p) & (part[dst] == p)
+        weights = None if own_weights is None else own_weights[p].tolist()
         cut = methods.assign(
-            method, place[nodes], local[src[own]], local[dst[own]], inputs.trainers, inputs.method_seed
+            method, place[nodes], local[src[own]], local[dst[own]], inputs.trainers, inputs.method_seed, weights
         )
         rank[nodes] = p * inputs.trainers + cut
     return rank

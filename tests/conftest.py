@@ -8,7 +8,7 @@ import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _inputs(
-    path: Path, parts: int, method: str = "metis", shard_nodes: int = 1500, trainers: int = 1, **data: Any
+    path: Path,
+    parts: int,
+    method: str = "metis",
+    shard_nodes: int = 1500,
+    trainers: int = 1,
+    weights: Sequence[float] | None = None,
+    **data: Any,
 ) -> Any:
     """The inputs of a store of ``path`` under DATA, other settings by name."""
     from dist_egnn.partition import build
@@ -52,6 +58,7 @@ def _inputs(
         Trajectories(path),
         parts=parts,
         trainers=trainers,
+        weights=weights,
         method=method,
         method_seed=0,
         settings=Data(**{**DATA, **data}),
@@ -61,7 +68,7 @@ def _inputs(
 
 @pytest.fixture(scope="session")
 def make_inputs(small: Path) -> Callable[..., Any]:
-    """make_inputs(parts, method="metis", shard_nodes=1500, trainers=1, **data settings): the inputs of such a store."""
+    """make_inputs(parts, method="metis", shard_nodes=1500, trainers=1, weights=None, **data settings): inputs of such a store."""
     return functools.partial(_inputs, small)
 
 

@@ -17,6 +17,7 @@ FOR_PARTITION = {
     "",
     "disk",
     "errors",
+    "shares",
     "fields",
     "graphs",
     "machine",

@@ -268,15 +268,15 @@ def test_models_where_none_runs_is_a_failure(monkeypatch: pytest.MonkeyPatch) ->
 def test_comm_counts_the_formula(parts: int, count: int) -> None:
     sizes = ("--hidden", 16, "--layers", 3, "--virtual-nodes", count)
     found = here("comm", "--nodes", 150, "--parts", parts, *sizes)
-    numbers = 3 + 3 * count + 16 * count
+    numbers = (parts - 1) * (3 + 3 * count + 16 * count)
     assert found["formula"] == numbers
     assert found["alike"] is True
     for phase in ("forward", "backward"):
         assert found["phases"][phase]["floats"] == [numbers] * 3
         assert found["phases"][phase]["bytes"] == 3 * numbers * 4
     model = models.EGNN(3, 2, 2, hidden=16, layers=3, virtual_nodes=count)
-    assert (
-        sum(found["phases"]["gradients"]["floats"]) == sum(p.numel() for p in model.parameters()) + 3
+    assert sum(found["phases"]["gradients"]["floats"]) == (parts - 1) * (
+        sum(p.numel() for p in model.parameters()) + 3
     )  # loss, MSE, stop
 
 

@@ -182,6 +182,7 @@ LOWEST = {
     "train.epochs": 1,
     "train.batch_size": 1,
     "train.accumulate": 1,
+    "train.replicas": 1,
     "train.lr": 0,
     "train.warmup": 0,
     "train.plateau_epochs": 1,
@@ -232,6 +233,10 @@ def test_values_out_of_range(override, says):
     [
         (["data.first_frame=5", "data.last_frame=4"], r"data\.last_frame=4: lies before data\.first_frame=5"),
         (["train.epochs=3", "train.warmup=3"], r"train\.warmup=3\.0: must be shorter than train\.epochs=3"),
+        (
+            ["train.accumulate=2", "train.replicas=3"],
+            r"train\.replicas=3: .* train\.accumulate=2 .* set train\.accumulate=3, .* train\.batch_size",
+        ),
         (
             ["train.schedule=plateau", "train.patience=10"],
             r"train\.patience=10: training would stop before the rate falls, after train\.plateau_epochs=10",

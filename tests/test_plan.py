@@ -11,7 +11,21 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from dist_egnn import bench_plan, bench_road, calibrate, cli, local, machine, plan, plan_data, samples, train
+from dist_egnn import (
+    bench_plan,
+    bench_road,
+    calibrate,
+    cli,
+    local,
+    machine,
+    plan,
+    plan_data,
+    runs,
+    samples,
+    shares,
+    tiles,
+    train,
+)
 from dist_egnn.calibrate import Lonely, Times, Trial
 from dist_egnn.config import Config, load
 from dist_egnn.errors import Failure
@@ -102,7 +116,7 @@ def test_clock_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_samples_that_are_kept_count(monkeypatch: pytest.MonkeyPatch) -> None:
     source, times = source_of(4), Times(1.0, 1.0, 0.0, 0.0, 0.0)
-    trials = [Trial(times, times, 1.0, 5e8, ratio, []) for ratio in (1.0, 1.5)]
+    trials = [Trial(times, times, 1.0, 5e8, ratio, [], 1.0) for ratio in (1.0, 1.5)]
     one = [samples.kept_bytes(100, 1000), samples.kept_bytes(100, 1400)]
     found = plan._held(source, [0, 2, 3], trials, 1e7)
     assert found == pytest.approx([5e8 + 1e7 + 1.0 * (26 - 3) * one[0], 5e8 + 1e7 + 1.5 * (26 - 3) * one[1]])
@@ -133,7 +147,7 @@ def test_plan_of_a_store_as_users_see_it(make_store: Any, tmp_path: Path, monkey
     config = tmp_path / "my.yaml"
     text = CliRunner().invoke(cli.app, ["config", *DATA, f"data.path={make_store(2)}", "train.accumulate=4"]).output
     config.write_text(text)
-    ran = CliRunner().invoke(cli.app, ["plan", str(config), "train.epochs=3", "--json"])
+    ran = CliRunner().invoke(cli.app, ["plan", str(config), "train.epochs=3", "--json", "--measure"])
     assert ran.exit_code == 0, ran.exception
     found = json.loads([line for line in ran.output.splitlines() if line.startswith("{")][-1])
     assert "6 train, 3 valid snapshots, 2 processes on" in ran.output
@@ -150,8 +164,35 @@ def test_plan_of_a_store_as_users_see_it(make_store: Any, tmp_path: Path, monkey
         assert 0.1 < rank["peak_gb"] < 1
         assert 0 < rank["cpu_s"] < 10
         assert rank["cut"] > 0 < rank["halo"]
+        assert f"{rank['speed']:,.0f}" in ran.output
+    told = "alike" if found["weights"] is None else f"partition.weights={shares.text(found['weights'])}"
+    assert told in ran.output
     assert 0 < found["exchange_s"] < found["step_s"] < found["epoch_s"]
     assert sorted(f.name for f in tmp_path.iterdir()) == ["my.yaml"]
+
+
+def test_weights_by_hand() -> None:
+    """Rank 0 works off 2 · 1600 rows in 1 s of its processor, rank 1 2 · 2000 in 2 s."""
+    times = Times(5.0, 1.0, 1.0, 1.0, 1.0)  # of no account
+    source = source_of(4)
+    source.tried[:, :, 0] *= 6 / tiles.NODES  # edges + tiles.NODES · nodes: 1,600 and 2,000
+
+    def made(*fastest: float) -> plan.Plan:
+        trials = [Trial(times, times, 1.0, 5e8, 1.0, [], seconds) for seconds in fastest]
+        config = load(None, ["train.batch_size=2"])
+        return plan._summed(config, source, [0, 1], trials, dict.fromkeys(calibrate.PHASES, 0.0), [1.0, 1.0])
+
+    found = made(1.0, 2.0)
+    assert [rank.speed for rank in found.ranks] == pytest.approx([3200, 2000])
+    assert found.weights == found.plain()["weights"] == [1.6, 1]
+    assert made(1.0, 1.3).weights is None  # 3200 and 3077 rows a second
+
+
+def test_weights_of_one_process(small: Path) -> None:
+    with pytest.raises(
+        Failure, match=r"--measure: weights are for several processes; name them, .* partition\.parts=2"
+    ):
+        runs.run_plan(config_of(small), measure=True)
 
 
 def test_too_large_is_one_failure_before_the_trial(make_store: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,16 @@ def start(
     """A child of this process inside the host whose process 1 we see as ``first``. Raises Failure: no such folder there."""
     with contextlib.ExitStack() as files:
         spaces = [files.enter_context(open(f"/proc/{first}/ns/{kind}")) for kind in ("net", "uts", "ipc", "mnt")]
+        reason = files.enter_context(tempfile.TemporaryFile())  # subprocess keeps what is raised in the child to itself
 
         def enter() -> None:
-            for space in spaces:
-                _call("setns", space.fileno(), 0)
-            os.chdir(cwd)
+            try:
+                for space in spaces:
+                    _call("setns", space.fileno(), 0)
+                os.chdir(cwd)
+            except OSError as error:
+                os.write(reason.fileno(), str(error).encode())
+                raise
             if preexec_fn:
                 preexec_fn()
 
@@ -86,7 +92,11 @@ def start(
             try:
                 return subprocess.Popen(argv, preexec_fn=enter, **options)
             except subprocess.SubprocessError:
-                raise Failure(f"cannot enter the host: is {cwd} a folder there, or hidden by a private one?") from None
+                reason.seek(0)
+                why = reason.read().decode()
+                raise Failure(
+                    f"cannot enter the host ({why}): is {cwd} a folder there, or hidden by a private one?"
+                ) from None
 
 
 def network_of(pid: int | str) -> str:

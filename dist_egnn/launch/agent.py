@@ -121,6 +121,7 @@ class Agent:
             except OSError as error:
                 answer = {"problem": str(error)}
             self.say(id=number, answer=answer)
+        self.heard = time.monotonic()  # some answers take their time
 
     def _pass_on(self, child: Child) -> None:
         more = os.read(child.out.fileno(), 1 << 16)

@@ -19,7 +19,7 @@ from . import checks
 from .crew import Crew, say
 from .dispatch import dispatch as copy_store
 from .hostfile import Host
-from .link import Link
+from .link import PING_EVERY_S, Link
 from .supervise import Job, Launch
 
 GREETING_S = 30.0
@@ -91,7 +91,7 @@ def show(job: Job, links: list[Link]) -> None:
         for m, link in enumerate(links)
     ]
     print_table(
-        f"{config.data.path}: {len(links)} servers, {len(links) * each} trainers",
+        f"{config.data.path}: servers {len(links)}, trainers {len(links) * each}",
         ["host", "interface", "server", "ranks", "partition"],
         rows,
     )
@@ -121,10 +121,15 @@ def run(
     """Check all hosts, then train on them; what rank 0 returned. Raises Failure, or Stopped after a checkpoint."""
     if not config.data.path:
         raise Failure("data.path is not set: name a store made with `distegnn partition --shard-nodes 0`")
+    if config.train.replicas > 1:
+        raise Failure(
+            f"train.replicas={config.train.replicas}: launch starts one group of processes; add train.replicas=1, which trains the "
+            "same, or use `distegnn train` on one host"
+        )
     config.data.path = str(Path(config.data.path).absolute())
     if dispatch and not dry_run:
         copy_store(Path(config.data.path), hosts)
-    with connected(hosts, config.train.timeout_s) as (links, events):
+    with connected(hosts, max(config.train.timeout_s, 3 * PING_EVERY_S)) as (links, events):
         job = prepare(links, config, resume, port, max_restarts)
         show(job, links)
         crew = Crew(links, events, stopping.asked)

@@ -66,7 +66,7 @@ class Crew:
     def _next(self) -> tuple[int, dict[str, Any]] | None:
         """The next event and its machine, None if there is none just now."""
         for link in self.links:
-            link.keep_alive()
+            link.listen()
         try:
             link, message = self.events.get(timeout=0.2)
         except queue.Empty:

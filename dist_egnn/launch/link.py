@@ -28,7 +28,7 @@ class Link:
         self.host, self.events, self.patience = host, events, patience
         self.alive, self.heard, self.said = True, time.monotonic(), ""
         self._answers: dict[int, queue.Queue[Any]] = {}
-        self._count, self._spoken = 0, time.monotonic()
+        self._count, self._lock = 0, threading.Lock()
         self._greeted = threading.Event()
         try:
             self.process = subprocess.Popen(
@@ -42,8 +42,10 @@ class Link:
             raise Lost(
                 f"host {host.name}: {host.reach[0]} does not start ({error.strerror}); is it installed?"
             ) from error
-        for work in (self._read, self._read_errors):
-            threading.Thread(target=work, daemon=True).start()
+        works = (self._read, self._read_errors, self._ping)
+        self._threads = [threading.Thread(target=work, daemon=True) for work in works]
+        for thread in self._threads:
+            thread.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
@@ -72,10 +74,18 @@ class Link:
         for line in self.process.stderr:
             self.said = line.decode(errors="replace").strip() or self.said
 
+    def _ping(self) -> None:
+        """Let the agent hear something now and then, whatever the launcher is busy with."""
+        while self.alive:
+            time.sleep(PING_EVERY_S)
+            if self._greeted.is_set():
+                self.send("ping")
+
     def greet(self, wait: float) -> None:
         """Wait for the agent's first word. Raises Lost where none comes."""
         if not self._greeted.wait(wait) or not self.alive:
             self.close()
+            self._threads[1].join(1)  # what went wrong is said there
             said = f" ({self.said})" if self.said else ""
             raise Lost(
                 f"host {self.host.name}: no agent answers{said}; check that `{self.host.reach[0]}` reaches it without a "
@@ -85,15 +95,15 @@ class Link:
 
     def send(self, what: str, **message: Any) -> queue.Queue[Any]:
         """Ask for something; the answer will be in the queue."""
-        self._count += 1
         answer: queue.Queue[Any] = queue.Queue()
-        self._answers[self._count] = answer
-        self._spoken = time.monotonic()
         assert self.process.stdin is not None
         try:
-            self.process.stdin.write(json.dumps({"id": self._count, "do": what, **message}).encode() + b"\n")
-            self.process.stdin.flush()
-        except OSError:
+            with self._lock:
+                self._count += 1
+                self._answers[self._count] = answer
+                self.process.stdin.write(json.dumps({"id": self._count, "do": what, **message}).encode() + b"\n")
+                self.process.stdin.flush()
+        except (OSError, ValueError):  # the pipe is broken, or closed
             answer.put({"lost": True})
         return answer
 
@@ -113,12 +123,9 @@ class Link:
         """Send, and wait for the answer."""
         return self.answer(self.send(what, **message), wait)
 
-    def keep_alive(self) -> None:
-        """Let the agent hear something now and then; notice that it has fallen silent."""
-        now = time.monotonic()
-        if self.alive and now - self._spoken > PING_EVERY_S:
-            self.send("ping")
-        if self.alive and now - self.heard > self.patience:
+    def listen(self) -> None:
+        """Notice that the agent has fallen silent."""
+        if self.alive and time.monotonic() - self.heard > self.patience:
             self.alive = False
             self.events.put((self, {"lost": True}))
 

@@ -60,10 +60,12 @@ class Launch:
                         f"restart {attempt} of {job.max_restarts}, from {'the last checkpoint' if resume else 'the beginning'}"
                     )
                 return self._train(attempt, rendezvous, ip_config, resume)
-            except Broken as broken:
+            except (Broken, Lost) as broken:
+                if attempt == 0 and not crew.said:  # nothing has been started yet
+                    raise
                 cause = str(broken)
                 crew.stop(servers=False)
-                if broken.servers:
+                if isinstance(broken, Lost) or broken.servers:
                     crew.stop(servers=True)
                     self.ports = []
                 if crew.asked():

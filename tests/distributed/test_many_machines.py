@@ -341,7 +341,7 @@ def test_no_room_for_a_checkpoint(launch, make_store, tmp_path):
             )
             assert "cannot be written" in cause(run)
             (folder / "filler").unlink()
-        finally:
+    finally:
         subprocess.run(["umount", "-l", folder], check=True)
 
 

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from dist_egnn.partition.methods import METHODS, assign, fill_empty, level, quality
+from dist_egnn.partition.methods import METHODS, assign, check, fill_empty, level, quality
 
 from dist_egnn.errors import Failure
 from dist_egnn.graphs import radius_edges
@@ -137,7 +137,7 @@ def test_fill_empty_and_level_mend_the_worst():
     fill_empty(x, part, 7)
     assert np.bincount(part, minlength=7).min() >= 1
     part = np.r_[np.full(97, 2), 0, 1, 3, 4, 5, 6]
-    level(x, part, 7, 15)  # 7 · 15 = 105 places for 103 nodes
+    level(x, part, np.full(7, 15))  # 7 · 15 = 105 places for 103 nodes
     counts = np.bincount(part, minlength=7)
     assert counts.max() <= 15
     assert counts.sum() == 103
@@ -146,7 +146,7 @@ def test_fill_empty_and_level_mend_the_worst():
 def test_level_moves_the_nodes_nearest_to_the_receiver():
     x = np.arange(10.0)[:, None] * [1.0, 0.0, 0.0]
     part = np.array([0] * 7 + [1] * 3)
-    level(x, part, 2, 5)
+    level(x, part, np.full(2, 5))
     np.testing.assert_array_equal(part, [0] * 5 + [1] * 5)
 
 
@@ -193,3 +193,90 @@ def test_failures_name_the_remedy(method, parts, says):
 def test_positions_must_be_finite(method):
     with pytest.raises(Failure, match="NaN or infinite"):
         assign(method, np.full((5, 3), np.nan), NONE, NONE, 2)
+
+
+FOLLOW = [name for name, one in METHODS.items() if one.balanced]
+WEIGHTS = [[2.0, 1.0, 1.0], [1.0, 7.0], [0.3, 0.1, 0.1, 0.2, 0.1, 0.1, 0.05, 0.05]]
+
+
+def needs_pymetis(method: str) -> None:
+    if method == "metis":
+        pytest.importorskip("pymetis", reason="METIS follows weights through pymetis, which is not installed")
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("method", FOLLOW)
+def test_parts_follow_weights(method, case, weights):
+    """To a node where no edges matter; METIS to 5%, or a node. The same call gives the same answer."""
+    needs_pymetis(method)
+    x, src, dst = CASES[case]
+    part = assign(method, x, src, dst, len(weights), 5, weights)
+    assert part.dtype == np.int64
+    counts = np.bincount(part, minlength=len(weights))
+    share = len(x) * np.array(weights) / sum(weights)
+    assert (np.abs(counts - share) <= np.maximum(2, 0.05 * share if method == "metis" else 0)).all()
+    np.testing.assert_array_equal(part, assign(method, x, src, dst, len(weights), 5, weights))
+    found = quality(part, src, dst, len(weights), weights)
+    assert found.balance == pytest.approx((counts / share).max())
+
+
+@pytest.mark.parametrize("parts", [2, 7])
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"metis"}))
+def test_equal_weights_are_none(method, parts):
+    x, src, dst = CASES["ball"]
+    np.testing.assert_array_equal(
+        assign(method, x, src, dst, parts, 5, [3] * parts), assign(method, x, src, dst, parts, 5)
+    )
+
+
+@pytest.mark.parametrize("parts", [2, 7, 30])
+def test_equal_weights_of_metis_are_levelled_further(parts):
+    """Among a machine's trainers, say; to 2% or a node, where no weights leave 5%. It needs no pymetis."""
+    x, src, dst = CASES["ball"]
+    part = assign("metis", x, src, dst, parts, 0, [3] * parts)
+    even = len(x) / parts
+    assert (np.abs(np.bincount(part) - even) <= np.ceil(0.02 * (even + 1)) + 1).all()
+    assert (part == assign("metis", x, src, dst, parts)).mean() > 0.9
+
+
+@pytest.mark.parametrize("method", sorted(set(FOLLOW) - {"random"}))
+def test_weighted_parts_lie_together(method):
+    """Their cut is of the order of METIS' own into equal parts, far below chance."""
+    needs_pymetis(method)
+    x, src, dst = CASES["ball"]
+    weights = [4, 2, 1, 1, 1, 1, 1, 1]
+    cut = quality(assign(method, x, src, dst, 8, 0, weights), src, dst, 8).edge_cut
+    equal = quality(assign("metis", x, src, dst, 8), src, dst, 8).edge_cut
+    assert cut < (1.1 if method == "metis" else 2.2) * equal
+
+
+def test_level_meets_sizes_exactly():
+    x = np.random.default_rng(0).normal(size=(100, 3))
+    part, sizes = np.repeat([0, 1, 2], [60, 5, 35]), np.array([20, 50, 30])
+    level(x, part, sizes)
+    np.testing.assert_array_equal(np.bincount(part), sizes)
+
+
+@pytest.mark.parametrize(
+    ("method", "weights", "says"),
+    [
+        ("kmeans", [2, 1], "method=kmeans: does not follow weights; use metis, random, bisection or morton"),
+        ("spectral", [2, 1], "method=spectral: does not follow weights"),
+        ("morton", [2, 1, 1], r"partition\.weights=\[2,1,1\]: 3 of them for 2 processes; give one a process"),
+        ("morton", [2, 0], r"partition\.weights=\[2,0\]: must be positive numbers"),
+        ("morton", [2, math.inf], "must be positive numbers"),
+        ("morton", [2, math.nan], "must be positive numbers"),
+        ("bisection", [99, 1], r"weights=\[99,1\]: process 1 would get 0\.05 of 5 nodes; raise its weight"),
+    ],
+)
+def test_weights_that_cannot_be_met(method, weights, says):
+    with pytest.raises(Failure, match=says):
+        assign(method, np.zeros((5, 3)), NONE, NONE, 2, 0, weights)
+
+
+def test_metis_without_pymetis_is_one_line(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(Failure, match="weights need pymetis, which is missing; pip install pymetis, or use bisection"):
+        check("metis", 2, [2, 1])
+    check("metis", 2, None)

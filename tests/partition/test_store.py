@@ -62,6 +62,7 @@ LAYOUTS = [
     (3, "kmeans", 1500, {"radius": float("inf"), "frames": 1}),
     (2, "metis", 1500, {"trainers": 2}),
     (2, "kmeans", 0, {"trainers": 3, "frames": 2}),
+    (2, "bisection", 700, {"trainers": 2, "weights": [3, 1, 2, 2], "frames": 1}),
     (3, "morton", 700, {"edge_drop": 1.0, "features": [], "node_attributes": [], "first_frame": 8}),
 ]
 
