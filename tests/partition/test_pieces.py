@@ -79,6 +79,8 @@ CASES = [
     {"method": "bisection", "parts": 2, "trainers": 3, "periodic": True},
     {"method": "random", "parts": 2, "shard_nodes": 0},
     {"method": "kmeans", "parts": 3},
+    {"method": "morton", "parts": 3, "weights": (2, 1, 1)},
+    {"method": "bisection", "parts": 2, "trainers": 2, "weights": (3, 1, 2, 2), "periodic": True},
 ]
 
 
