@@ -82,6 +82,7 @@ def step(
     precision: Annotated[str, typer.Option(help="float32 or bf16-messages")] = "float32",
     tile: Annotated[int | None, typer.Option(help="rows of a tile", show_default="the model's")] = None,
     repeats: Annotated[int, typer.Option(help="timed repetitions after a warm-up; the median counts")] = 3,
+    kept: Annotated[str, typer.Option(help="folder where a step keeps its layers' inputs, as train.kept")] = "",
     peers: Annotated[
         bool,
         typer.Option(
@@ -96,7 +97,7 @@ def step(
     from . import bench_step
 
     model = (hidden, layers, virtual_nodes)
-    chosen = bench_step.Options(nodes, degree, *model, threads, engine, device, precision, tile, repeats)
+    chosen = bench_step.Options(nodes, degree, *model, threads, engine, device, precision, tile, repeats, kept=kept)
     return _step_report(bench_step.run(chosen, peers, say), json)
 
 
@@ -113,7 +114,7 @@ def _step_report(found: dict[str, Any], as_json: bool) -> Report:
     ]
     header = ["variant", "forward [s]", "step [s]", "peak [GB]", "forward/ours", "step/ours", "peak/ours"]
     header += ["differs by", "not equivariant by"]
-    shown = ("hidden", "layers", "virtual_nodes", "threads", "engine", "device", "precision", "tile", "repeats")
+    shown = ("hidden", "layers", "virtual_nodes", "threads", "engine", "device", "precision", "tile", "repeats", "kept")
     settings = ", ".join(f"{key}={found[key]}" for key in shown)
     table = Table(f"{found['nodes']:,} nodes, {found['edges']:,} edges, {settings}", header, rows)
     onednn = found.get("machine_gflops_onednn")

@@ -29,6 +29,7 @@ class Options:
     """What is run: the graph, the model and its widths, and how.
 
     tile: None for the model's own; full_size: equivariance is measured with last weights of full size, in float64 too.
+    kept: as train.kept.
     """
 
     nodes: int = 113_140
@@ -44,6 +45,7 @@ class Options:
     repeats: int = 3
     model: str = "FastEGNN"
     full_size: bool = False
+    kept: str = ""
 
 
 def variants(options: Options, peers: bool) -> dict[str, Options]:
@@ -68,7 +70,8 @@ def memory_needed(name: str, options: Options) -> float:
         from . import tiles
 
         block = (options.tile or tiles.SIZE) * (1 if options.device == "cpu" else tiles.FAR)
-    return machine.step_bytes(options.nodes, edges, options.hidden, options.layers, block)
+    layers = 0 if options.kept else options.layers  # whose inputs and means lie in memory
+    return machine.step_bytes(options.nodes, edges, options.hidden, layers, block)
 
 
 def check_degree(nodes: int, degree: float) -> None:

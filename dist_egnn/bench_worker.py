@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from dgl import DGLGraph
 
-from . import devices, exactness, graphs, models
+from . import devices, exactness, graphs, kept, models
 from .bench_step import PEERS, Options, load_peer
 from .config import Model
 from .errors import Failure
@@ -79,12 +79,16 @@ def machine_rates(device: str) -> dict[str, float]:
         return {name: work / statistics.median(_times({"": way}, 100, device)[""]) for name, way in ways.items()}
 
 
-def _step(model: torch.nn.Module, predict: Callable[[], torch.Tensor], target: torch.Tensor) -> Callable[[], None]:
-    """Forward and backward of the MSE."""
+def _step(
+    model: torch.nn.Module, predict: Callable[[], torch.Tensor], target: torch.Tensor, folder: str
+) -> Callable[[], None]:
+    """Forward and backward of the MSE; folder: as train.kept."""
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
-        torch.nn.functional.mse_loss(predict(), target).backward()
+        with kept.on_disk(folder):
+            predicted = predict()
+        torch.nn.functional.mse_loss(predicted, target).backward()
 
     return step
 
@@ -114,7 +118,7 @@ def worker(folder: Path, wanted: dict[str, Options]) -> dict[str, dict[str, Any]
     for name, options in wanted.items():
         graph = _graph(folder)
         model, predicts[name] = _variant(name, options, graph)
-        steps[name] = _step(model, predicts[name], graph.ndata["y"].to(options.device))
+        steps[name] = _step(model, predicts[name], graph.ndata["y"].to(options.device), options.kept)
         if name not in PEERS:
             parameters = sum(p.numel() for p in model.parameters())
             more[name] = {"tile": getattr(model, "tile", None), "parameters": parameters}

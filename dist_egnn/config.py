@@ -124,6 +124,7 @@ class Train:
     seed: int = _key(0, "seed of weights, order and sampling")
     device: str = _key("cpu", "cpu, cuda:N, cuda (each process the next one), or auto: cuda if there is one")
     timeout_s: float = _key(60.0, "how long a process waits for the others before it gives up")
+    kept: str = _key("", "folder where what a forward pass keeps for the backward pass lies; empty: in memory")
     checkpoint_minutes: float = _key(10.0, "time between checkpoints inside an epoch; 0: one after every step")
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from .errors import Failure
 
+PIECE = 1 << 20  # edges whose ends are gathered at once
+
 
 def radius_edges(x: np.ndarray, radius: float, side: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Every ordered pair j→i with ‖x_i − x_j‖ ≤ radius and i ≠ j; an infinite radius gives the complete graph.
@@ -111,7 +113,12 @@ def set_edge_lengths(graph: DGLGraph, side: np.ndarray | None = None) -> None:
     """Set the edge fields of ``edge_fields`` from the node field x."""
     src, dst = graph.edges()
     x = graph.ndata["x"]
-    graph.edata.update(edge_fields(x[src], x[dst], side))
+    found: dict[str, Tensor] = {}
+    for lo in range(0, max(len(src), 1), PIECE):
+        here = slice(lo, lo + PIECE)
+        for name, value in edge_fields(x[src[here]], x[dst[here]], side).items():
+            found.setdefault(name, value.new_empty(len(src), value.shape[1]))[here] = value
+    graph.edata.update(found)
 
 
 def edge_fields(source: Tensor, destination: Tensor, side: np.ndarray | None = None) -> dict[str, Tensor]:

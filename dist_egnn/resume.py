@@ -22,9 +22,9 @@ from .samples import Samples
 # How a run is done, rather than what it computes; and what helps one that diverged or was given too little time.
 FREE = (
     *("train.epochs", "train.patience", "train.lr", "train.clip"),
-    *("train.device", "train.timeout_s", "train.checkpoint_minutes", "model.engine", "model.tile"),
-    *("train.replicas", "data.path"),
-    *("partition.parts", "partition.method", "partition.seed", "partition.weights", "run.dir"),
+    *("train.device", "train.timeout_s", "train.checkpoint_minutes", "train.kept", "train.replicas"),
+    *("model.engine", "model.tile", "data.path", "run.dir"),
+    *("partition.parts", "partition.method", "partition.seed", "partition.weights"),
 )
 
 

@@ -55,7 +55,7 @@ class Owners:
         if exchange or (comm.rank == 0 and (due or spec.edge_drop)):
             src, dst = graphs.edges(x, spec.radius, spec.edge_drop, self.side)
             if due and comm.rank == 0:
-                place = x if self.side is None else graphs.wrap(x, self.side)  # as partition/build.py
+                place = x if self.side is None else graphs.wrap(x, self.side)  # as partition/pieces.py
                 part = methods.assign(job.method, place, src, dst, comm.size, job.method_seed)
                 part = part if step == 0 else renamed(part, self.part, comm.size)
             last = last if exchange else self._last(x, src, dst)

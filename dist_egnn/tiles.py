@@ -111,15 +111,12 @@ def _sorted_edges(graph: DGLGraph, inverse: np.ndarray) -> tuple[np.ndarray, np.
 
     A halo's cross edges are counted after the graph's own edges, its nodes after the graph's own rows.
     """
-    halos = halo.of(graph)
-    if halos is None:
-        indptr, sources, edges = (t.cpu().numpy() for t in graph.adj_tensors("csc"))
-        return indptr, inverse[sources], edges if len(edges) else np.arange(len(sources))
+    # not DGL's compressed columns: the graph would keep them, 8 bytes an edge
     src, dst = (t.cpu().numpy() for t in graph.edges(order="eid"))
-    src, dst = (
-        np.concatenate([inverse[src], halos.src.numpy() + len(inverse)]),
-        np.concatenate([dst, halos.dst.numpy()]),
-    )
+    src = inverse[src]
+    if (halos := halo.of(graph)) is not None:
+        src = np.concatenate([src, halos.src.numpy() + len(inverse)])
+        dst = np.concatenate([dst, halos.dst.numpy()])
     edges = np.argsort(dst, kind="stable")
     indptr = np.concatenate([[0], np.cumsum(np.bincount(dst, minlength=len(inverse)))])
     return indptr, src[edges], edges
@@ -143,7 +140,7 @@ def cut(
     inverse = np.empty_like(order)
     inverse[order] = np.arange(len(order))
 
-    # in-edges of each row, rows in order: a permutation of DGL's compressed columns
+    # in-edges of each row, rows in order
     indptr, sources, edges = _sorted_edges(graph, inverse)
     ends, pick = in_edges(indptr, order)
     src, edge_order = sources[pick], edges[pick]
@@ -210,6 +207,7 @@ class _Call:
     edge: Sequence[str]
     shared: Sequence[str]
     wire: halo.Wire | None
+    keep: bool  # whether a backward pass may follow; within an autograd function nobody can tell
 
     def unpack(self, tensors: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], Sequence[Any]]:
         a, b, c = len(self.node), len(self.edge), len(self.shared)
@@ -321,7 +319,7 @@ class _Tiled(torch.autograd.Function):
         layer, rows = call.layer, len(call.tiles.order)
         wait = call.wire.start({name: node[name] for name in layer.source_fields}) if call.wire else dict
         far: Fields = {}  # of halo nodes
-        keep = any(ctx.needs_input_grad)
+        keep = call.keep and any(ctx.needs_input_grad)
         means: dict[str, Tensor] = {}
         results: dict[str, Tensor] = {}
         sums: dict[int, dict[str, Tensor]] = {}  # of each share
@@ -365,7 +363,8 @@ class _Tiled(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         call: _Call = ctx.call
         layer, wanted = call.layer, ctx.needs_input_grad[1:]
-        tensors, more = ctx.saved_tensors[: len(wanted)], ctx.saved_tensors[len(wanted) :]
+        saved = ctx.saved_tensors  # asked for once: they may come from disk (kept.py)
+        tensors, more = saved[: len(wanted)], saved[len(wanted) :]
         far, kept = dict(zip(ctx.far, more, strict=False)), more[len(ctx.far) :]
         node, edge, shared, parameters = call.unpack(tensors)
         needed = dict(zip(call.node, wanted, strict=False))
@@ -469,7 +468,7 @@ def run(
     wire: in halo mode, how rows of halo nodes come and their gradients go. Tiles without any are run meanwhile.
     """
     # autograd would leave out the way back of a halo that nothing depends on, and the other ranks would wait for it
-    call = _Call(layer, engine, tiles, tuple(node), tuple(edge), tuple(shared), wire)
+    call = _Call(layer, engine, tiles, tuple(node), tuple(edge), tuple(shared), wire, torch.is_grad_enabled())
     if tiles.whole and (wire is None or len(tiles.tiles[0].far)):
         (tile,) = tiles.tiles
         far = wire.refresh({name: node[name] for name in layer.source_fields}) if wire else {}

@@ -14,7 +14,7 @@ import torch
 from dgl import DGLGraph
 from torch import Tensor
 
-from . import checkpoint, devices, engine, files, halo, losses, metrics, models, schedules, stopping, watch
+from . import checkpoint, devices, engine, files, halo, kept, losses, metrics, models, schedules, stopping, watch
 from .comm import Comm
 from .config import Config, Model, Train
 from .desk import Desk, opened
@@ -55,7 +55,8 @@ def loss_of(
     config: Config, model: torch.nn.Module, graph: DGLGraph, comm: Comm, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """This rank's share of the loss of a batch, and of its MSE alone."""
-    predicted, z = model(graph)
+    with kept.on_disk(config.train.kept):
+        predicted, z = model(graph)
     total, _ = models.whole_graph(graph, graph.ndata["x"].to(predicted), comm)
     mse = losses.squared_error(predicted, graph.ndata["y"].to(predicted), total)
     if not (config.loss.mmd and z.shape[1]):

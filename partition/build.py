@@ -1,7 +1,7 @@
 """Write a store: DistDGL partitions of every snapshot, snapshots.csv, parts.csv and manifest.yaml. See docs/formats.md.
 
 A store is a row of *shards*, each one graph in DistDGL's own on-disk format that holds several snapshots side by side, so
-that DGL's loaders and servers accept it. Memory stays within one snapshot's graph plus one part's output: the pieces of
+that DGL's loaders and servers accept it. Memory stays within one snapshot's nodes plus one part's edges (pieces.py): the pieces of
 each snapshot are spooled to disk, then put together part by part. Everything is written under OUT.partial and renamed at
 the end; a run that was killed goes on from the last complete snapshot.
 """
@@ -17,7 +17,7 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ import numpy as np
 import pandas as pd
 import torch
 import yaml
-from dist_egnn.partition import methods
+from dist_egnn.partition import methods, pieces
+from dist_egnn.partition.pieces import Inputs
 
-from dist_egnn import __version__, disk, graphs, shares
+from dist_egnn import __version__, disk, shares
 from dist_egnn.errors import Failure
-from dist_egnn.store import FORMAT, GRAPH, LATER, SIDES, VERSION
-from dist_egnn.trajectories import SampleSpec, Snapshot, Trajectories, node_fields, snapshots
+from dist_egnn.store import FORMAT, GRAPH, LATER, VERSION
+from dist_egnn.trajectories import Snapshot, Trajectories, snapshots
 
 SHARD_NODES = 262_144  # small enough that loading a part costs little beside a step, large enough to keep files few
 NODE_FIELDS = (
@@ -44,42 +45,6 @@ NODE_FIELDS = (
     "snapshot",
     "trainer_id",
 )  # the last one with several trainers a part only
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """All that decides what a store holds; two runs with equal inputs write equal stores."""
-
-    source: str
-    source_sha256: str
-    parts: int
-    trainers: int
-    weights: shares.Weights | None  # one a process; None: all equal
-    method: str
-    method_seed: int
-    radius: float
-    horizon: int
-    features: tuple[str, ...]
-    node_attributes: tuple[str, ...]
-    edge_drop: float
-    periodic: bool
-    frames: int
-    first_frame: int
-    last_frame: int
-    frame_seed: int
-    shard_nodes: int
-
-    @property
-    def processes(self) -> int:
-        return self.parts * self.trainers
-
-    @property
-    def sample(self) -> SampleSpec:
-        return SampleSpec(self.radius, self.horizon, self.features, self.node_attributes, self.edge_drop, self.periodic)
-
-    def plain(self) -> dict[str, Any]:
-        """As YAML and JSON give it back."""
-        return json.loads(json.dumps(asdict(self)))
 
 
 def sha256(path: Path) -> str:
@@ -165,102 +130,6 @@ def _shards(data: Trajectories, listed: list[Snapshot], limit: int) -> Iterator[
     yield range(first, len(listed))
 
 
-def _graph(
-    data: Trajectories, snapshot: Snapshot, inputs: Inputs
-) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-    """Node fields of a snapshot, the places (N, 3) by which it is partitioned, its edges, and the sides of its periodic box.
-
-    In a periodic box places are positions wrapped into it: far-travelled neighbours then share a part, as they share an edge.
-    """
-    fields = node_fields(data, snapshot, inputs.sample)
-    x = fields["x"]
-    side = data.sides(snapshot.trajectory, inputs.radius) if inputs.periodic else None
-    src, dst = graphs.edges(x, inputs.radius, inputs.edge_drop, side)
-    return fields, x if side is None else graphs.wrap(x, side), src, dst, side
-
-
-def _owners(method: str, place: np.ndarray, src: np.ndarray, dst: np.ndarray, inputs: Inputs) -> np.ndarray:
-    """The rank (N,) that owns each node: first the parts, then each part's own graph among its trainers.
-
-    A part's weight is the sum of its trainers'. Raises Failure where a part has fewer nodes than trainers.
-    """
-    own_weights = None if inputs.weights is None else np.reshape(inputs.weights, (inputs.parts, inputs.trainers))
-    weights = None if own_weights is None else own_weights.sum(1).tolist()
-    part = methods.assign(method, place, src, dst, inputs.parts, inputs.method_seed, weights)
-    if inputs.trainers == 1:
-        return part
-    rank, local = np.empty_like(part), np.empty_like(part)
-    for p in range(inputs.parts):
-        nodes = np.flatnonzero(part == p)
-        if len(nodes) < inputs.trainers:
-            raise Failure(
-                f"part {p} of {inputs.parts} has {len(nodes)} nodes, fewer than its trainers; lower --trainers"
-            )
-        local[nodes] = np.arange(len(nodes))
-        own = (part[src] == p) & (part[dst] == p)
-        weights = None if own_weights is None else own_weights[p].tolist()
-        cut = methods.assign(
-            method, place[nodes], local[src[own]], local[dst[own]], inputs.trainers, inputs.method_seed, weights
-        )
-        rank[nodes] = p * inputs.trainers + cut
-    return rank
-
-
-def _spool(data: Trajectories, snapshot: Snapshot, index: int, inputs: Inputs, folder: Path) -> dict[str, Any]:
-    """Partition one snapshot and write its pieces to folder/INDEX-PART.npz. Returns its row and its ranks' rows.
-
-    A piece holds the node fields of its inner nodes, its edges in local numbers (inner nodes first, then halo nodes) and
-    the halo nodes' places in the snapshot, where nodes are ordered by rank, then along a Z-order curve.
-    """
-    fields, place, src, dst, side = _graph(data, snapshot, inputs)
-    n, trainers = len(place), inputs.trainers
-    owner = _owners(inputs.method, place, src, dst, inputs)
-    order = graphs.morton_order(place, owner)
-    at = np.empty(n, np.int64)
-    at[order] = np.arange(n)
-    start = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=inputs.processes))])
-    indptr = np.concatenate([[0], np.cumsum(np.bincount(dst, minlength=n))])
-    ends, pick = graphs.in_edges(indptr, order)
-    src, dst = at[src[pick]], np.repeat(np.arange(n), np.diff(ends))
-
-    parts_rows = []
-    for r in range(inputs.processes):
-        lo, hi = start[r], start[r + 1]
-        from_ = src[ends[lo] : ends[hi]]
-        remote = from_[(from_ < lo) | (from_ >= hi)]
-        parts_rows.append([int(hi - lo), len(from_), len(remote), len(np.unique(remote))])
-    for p in range(inputs.parts):
-        lo, hi = start[p * trainers], start[(p + 1) * trainers]
-        from_, to = src[ends[lo] : ends[hi]], dst[ends[lo] : ends[hi]] - lo
-        away = (from_ < lo) | (from_ >= hi)
-        halo, which = np.unique(from_[away], return_inverse=True)
-        local = from_ - lo
-        local[away] = hi - lo + which
-        rows = {name: value[order[lo:hi]] for name, value in fields.items()}
-        rows["snapshot"] = np.full(hi - lo, index)
-        if trainers > 1:
-            rows["trainer_id"] = owner[order[lo:hi]]
-        _save_npz(folder / f"{index:06d}-{p}.npz", src=local, dst=to, halo=halo, **rows)
-    centroid = fields["x"].astype(np.float64).mean(0)
-    row = {
-        "snapshot": index,
-        "split": snapshot.split,
-        "trajectory": snapshot.trajectory,
-        "frame": snapshot.frame,
-        "target_frame": snapshot.frame + inputs.horizon,
-        "nodes": n,
-        "edges": len(src),
-        **dict(zip(("centroid_x", "centroid_y", "centroid_z"), centroid.tolist(), strict=True)),
-        **({} if side is None else dict(zip(SIDES, side.tolist(), strict=True))),
-    }
-    return {"row": row, "parts": parts_rows}
-
-
-def _save_npz(path: Path, **arrays: np.ndarray) -> None:
-    with open(path, "wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-
-
 def _assemble(folder: Path, spool: Path, indices: range, counts: np.ndarray) -> None:
     """Put a shard's pieces together: one DistDGL partition after the other. counts: (snapshots, parts, 2) nodes, edges."""
     parts = counts.shape[1]
@@ -283,21 +152,23 @@ def _assemble(folder: Path, spool: Path, indices: range, counts: np.ndarray) -> 
     }
     for p in range(parts):
         inner = int(node_lo[p + 1] - node_lo[p])
-        src, dst, halo_ids, halo_seen = [], [], [], 0
+        edges, seen = int(edge_lo[p + 1] - edge_lo[p]), 0
+        src, dst = np.empty(edges, np.int64), np.empty(edges, np.int64)
+        halo_ids, halo_seen = [], 0
         rows: dict[str, list[np.ndarray]] = defaultdict(list)
         for s, index in enumerate(indices):
             with np.load(spool / f"{index:06d}-{p}.npz") as piece:
                 n, halo, from_ = counts[s, p, 0], piece["halo"], piece["src"]
-                src.append(from_ + np.where(from_ < n, within[s, p], inner + halo_seen - n))
-                dst.append(piece["dst"] + within[s, p])
+                here = slice(seen, seen := seen + len(from_))
+                src[here], dst[here] = from_, piece["dst"]
+                dst[here] += within[s, p]
+                src[here] += np.where(from_ < n, within[s, p], inner + halo_seen - n)
                 owner = np.searchsorted(starts[s], halo, side="right") - 1
                 halo_ids.append(node_lo[owner] + within[s, owner] + halo - starts[s, owner])
                 halo_seen += len(halo)
                 for name in (name for name in NODE_FIELDS if name in piece):
                     rows[name].append(piece[name])
-        graph = dgl.graph(
-            (torch.from_numpy(np.concatenate(src)), torch.from_numpy(np.concatenate(dst))), num_nodes=inner + halo_seen
-        )
+        graph = dgl.graph((torch.from_numpy(src), torch.from_numpy(dst)), num_nodes=inner + halo_seen)
         ids = np.concatenate([np.arange(node_lo[p], node_lo[p + 1]), *halo_ids])
         graph.ndata[dgl.NID] = torch.from_numpy(ids)
         graph.ndata["inner_node"] = (torch.arange(inner + halo_seen) < inner).to(torch.uint8)
@@ -389,7 +260,7 @@ def _write(
             for index in indices:
                 mark = spool / f"{index:06d}.json"
                 if not mark.is_file():
-                    _write_atomically(mark, json.dumps(_spool(data, listed[index], index, inputs, spool)))
+                    _write_atomically(mark, json.dumps(pieces.write(data, listed[index], index, inputs, spool)))
                 rows.append(json.loads(mark.read_text()))
                 progress(index + 1, len(listed))
             shutil.rmtree(work / shard, ignore_errors=True)
@@ -445,7 +316,9 @@ def _finish(work: Path, out: Path, inputs: Inputs, done: list[dict[str, Any]]) -
 
 def compare(data: Trajectories, inputs: Inputs) -> list[tuple[str, methods.Quality, float]]:
     """Every method that can (follow the weights) on the first snapshot: its name, what its cut costs, the seconds it took."""
-    _, place, src, dst, _ = _graph(data, listing(data, inputs)[0], inputs)
+    first = listing(data, inputs)[0]
+    fields, place, side = pieces.nodes_of(data, first, inputs)
+    src, dst = pieces.edges_of(fields["x"], replace(inputs, method="metis"), side, str(data.path))
     rows = []
     for name in methods.METHODS:
         try:
@@ -453,7 +326,7 @@ def compare(data: Trajectories, inputs: Inputs) -> list[tuple[str, methods.Quali
         except Failure:
             continue
         started = time.perf_counter()
-        owner = _owners(name, place, src, dst, inputs)
+        owner = pieces.owners(name, place, src, dst, inputs)
         seconds = time.perf_counter() - started
         rows.append((name, methods.quality(owner, src, dst, inputs.processes, inputs.weights), seconds))
     return rows

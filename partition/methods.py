@@ -38,7 +38,8 @@ Run = Callable[[np.ndarray, np.ndarray, np.ndarray, int, int, np.ndarray | None]
 
 
 class Method(NamedTuple):
-    """One way to partition: its function (x, src, dst, parts, seed, sizes) → part, whether balance is forced, a help line.
+    """One way to partition: its function (x, src, dst, parts, seed, sizes) → part, whether balance is forced, a help line,
+    whether it reads the edges (src and dst may be empty else).
 
     sizes: wanted nodes of each part (parts,); None: equal ones, and always for a method that does not force balance.
     """
@@ -46,6 +47,7 @@ class Method(NamedTuple):
     run: Run
     balanced: bool
     help: str
+    edges: bool = False
 
 
 def check(method: str, parts: int, weights: Sequence[float] | None = None) -> None:
@@ -108,7 +110,7 @@ def fill_empty(x: np.ndarray, part: np.ndarray, parts: int) -> None:
     counts = np.bincount(part, minlength=parts)
     for empty in np.flatnonzero(counts == 0):
         largest = counts.argmax()
-        _, given = _halves(x, np.flatnonzero(part == largest), counts[largest] // 2)
+        _, given = halves(x, np.flatnonzero(part == largest), counts[largest] // 2)
         part[given] = empty
         counts[largest] -= len(given)
         counts[empty] = len(given)
@@ -134,7 +136,7 @@ def level(x: np.ndarray, part: np.ndarray, caps: np.ndarray) -> None:
         counts[to] += moved
 
 
-def _halves(x: np.ndarray, nodes: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
+def halves(x: np.ndarray, nodes: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
     """Cut the nodes across their longest axis: the first `first` along it, and the rest.
 
     Nodes level with the cut (a lattice plane) are taken in the order of the other axes, then of their ids, so that
@@ -164,7 +166,7 @@ def _bisection(
             continue
         half = count // 2
         cut = len(nodes) * half // count if sizes is None else int(sizes[first : first + half].sum())
-        low, high = _halves(x, nodes, cut)
+        low, high = halves(x, nodes, cut)
         pending += [(low, first, half), (high, first + half, count - half)]
     return part
 
@@ -293,7 +295,7 @@ def _one_thread() -> contextlib.AbstractContextManager:
 
 
 METHODS: dict[str, Method] = {
-    "metis": Method(_metis, True, "METIS on the edges: fewest cut edges; bisection where there are no edges"),
+    "metis": Method(_metis, True, "METIS on the edges: fewest cut edges; bisection where there are no edges", True),
     "random": Method(_random, True, "balanced random parts: the worst case, cuts nearly every edge"),
     "kmeans": Method(_kmeans, False, "k-means on the positions: round parts, balance not forced"),
     "spectral": Method(

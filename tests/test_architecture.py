@@ -20,6 +20,7 @@ FOR_PARTITION = {
     "shares",
     "fields",
     "graphs",
+    "machine",
     "trajectories",
     "store",
     "partition",

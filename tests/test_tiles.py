@@ -9,7 +9,7 @@ import torch
 from test_models import assert_close, gradients, make_graph
 from torch import Tensor
 
-from dist_egnn import engine, models, tiles
+from dist_egnn import bench_data, engine, graphs, models, tiles
 
 
 @pytest.fixture(autouse=True)
@@ -70,3 +70,18 @@ def test_threads_share_the_tiles(threads: int) -> None:
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(1)
+
+
+def test_without_gradients_no_means_are_kept(monkeypatch):
+    """Arrays of N rows that layers make: each layer's outputs, and its means only where a backward pass may follow."""
+    x = bench_data.block(1000)
+    graph = graphs.build(*graphs.radius_edges(x, 0.0763), bench_data.node_fields(x))
+    model = models.EGNN(features=3, node_attributes=2, edge_attributes=2, hidden=8, layers=2, tile=256)
+    made = []
+    plain = Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda *given, **more: (made.append(given[1]), plain(*given, **more))[1])
+    for recorded, expected in ((False, 3), (True, 6)):  # h, x and x; with m, dx and dx
+        made.clear()
+        with torch.set_grad_enabled(recorded):
+            model(graph)
+        assert made == [1000] * expected

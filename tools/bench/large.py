@@ -1,0 +1,66 @@
+"""A synthetic trajectories.h5 of many particles, written slab by slab: a lattice with noise, its particles drifting a little.
+
+    python tools/bench/large.py NODES OUT.h5
+
+Two frames, one snapshot for training. Positions as of `distegnn bench` (bench_data.block); prints the radius that gives an inner
+particle 15 neighbours. Memory is that of one slab, whatever NODES.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import h5py
+import numpy as np
+from scipy.spatial import KDTree
+
+from dist_egnn.bench_data import DRIFT, SPACING, block
+from dist_egnn.trajectories import Writer
+
+SLAB = 1 << 18  # particles drawn at once
+DEGREE = 15.0
+
+
+def radius() -> float:
+    """The radius at which particles far from any surface have DEGREE neighbours on average."""
+    x = block(30**3)
+    inner = x[((x > 5 * SPACING) & (x < 25 * SPACING)).all(1)]
+    pairs = KDTree(x).sparse_distance_matrix(KDTree(inner), 2 * SPACING, output_type="ndarray")
+    return float(np.sort(pairs["v"])[round((DEGREE + 1) * len(inner)) - 1])  # each has itself besides
+
+
+def slab(nodes: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Particles lo…hi of the lattice: positions and velocities (n, 3), mass (n,)."""
+    side = math.ceil(round(nodes ** (1 / 3), 6))
+    draw = np.random.default_rng([0, lo])
+    cell = np.stack(np.unravel_index(np.arange(lo, hi), (side, side, -(-nodes // side**2))), 1)
+    x = SPACING * (cell + draw.uniform(-0.25, 0.25, cell.shape))
+    return x, draw.normal(0, DRIFT * SPACING, x.shape), draw.uniform(0.5, 2.0, hi - lo)
+
+
+def write(path: Path, nodes: int) -> None:
+    """The file, as trajectories.Writer would make it, in smaller chunks."""
+    with Writer(path, {"command": f"tools/bench/large.py {nodes}", "kind": "synthetic"}) as out:
+        group = out.group.create_group("000000")
+        group.attrs.update(split="train", dt=1.0, source="synthetic: lattice with noise", periodic=False)
+        chunk = min(SLAB, nodes)
+
+        def dataset(name: str, shape: tuple[int, ...], chunks: tuple[int, ...]) -> h5py.Dataset:
+            return group.create_dataset(name, shape, np.float32, chunks=chunks, shuffle=True, compression="lzf")
+
+        position, velocity = (dataset(name, (2, nodes, 3), (2, chunk, 1)) for name in ("position", "velocity"))
+        mass, viscosity = (dataset(f"attributes/{name}", (nodes,), (chunk,)) for name in ("mass", "viscosity"))
+        for lo in range(0, nodes, SLAB):
+            hi = min(lo + SLAB, nodes)
+            x, v, mass[lo:hi] = slab(nodes, lo, hi)
+            position[:, lo:hi], velocity[:, lo:hi] = np.stack([x, x + v]), np.stack([v, v])
+            viscosity[lo:hi] = np.full(hi - lo, 0.01, np.float32)
+            out.sink.check()
+
+
+if __name__ == "__main__":
+    count, target = int(sys.argv[1]), Path(sys.argv[2])
+    write(target, count)
+    print(f"{target}: {count:,} particles (synthetic); 15 neighbours each at --radius {radius():.5f}")
