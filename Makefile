@@ -11,9 +11,9 @@ setup:
 demo: setup
 	@$(BIN)/python tools/demo.py
 
-# a file after the other in each of a few processes, the longest files first: tests/distributed
+# a file after the other in each of three processes, tests/distributed first, which mostly wait
 test: setup
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # the part of it that needs root: emulated hosts, and what happens on them (docs/distributed.md)
 test-hosts: setup

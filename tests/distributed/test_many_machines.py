@@ -61,7 +61,9 @@ def table() -> Iterator[None]:
         ]
         lines = "\n".join(["| event | outcome | time to it |", "|---|---|---|", *rows])
         text = re.sub(
-            r"(?s)(<!-- outcomes -->\n).*?(\n<!-- /outcomes -->)", lambda m: m[1] + lines + m[2], Path(page).read_text()
+            r"(?s)(<!-- outcomes -->\n).*?(<!-- /outcomes -->)",
+            lambda m: f"{m[1]}{lines}\n{m[2]}",
+            Path(page).read_text(),
         )
         Path(page).write_text(text)
 
