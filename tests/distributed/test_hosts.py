@@ -29,10 +29,10 @@ ECHO = """if True:
     while True:
         echo.sendto(*echo.recvfrom(2000))
 """
-ASK = """if True:  # ADDRESS COUNT: as many numbers at once; prints what came back, and after how many seconds the first did
+ASK = """if True:  # ADDRESS COUNT PATIENCE: as many numbers at once; prints what came back, and when the first did
     import socket, sys, time
     ask = socket.socket(type=socket.SOCK_DGRAM)
-    ask.settimeout(0.5)
+    ask.settimeout(float(sys.argv[3]))
     begun, took, back = time.monotonic(), 0, []
     for number in range(int(sys.argv[2])):
         ask.sendto(b"%d" % number, (sys.argv[1], 7000))
@@ -52,10 +52,11 @@ def echo(hosts: Hosts, name: str) -> None:
         assert out.readline() == b"ready\n"
 
 
-def ask(hosts: Hosts, source: str, target: str, count: int = 1) -> tuple[float, list[int]]:
-    """Seconds until the first answer, 0 if none came; the answers."""
-    client = hosts.run(source, [*PYTHON, ASK, hosts.address(target), str(count)], stdout=subprocess.PIPE)
-    took, *back = client.communicate(timeout=10)[0].split()
+def ask(hosts: Hosts, source: str, target: str, count: int = 1, patience: float = 8) -> tuple[float, list[int]]:
+    """Seconds until the first answer, 0 if none came; the answers. patience: seconds without one that end it."""
+    words = [*PYTHON, ASK, hosts.address(target), str(count), str(patience)]
+    client = hosts.run(source, words, stdout=subprocess.PIPE)
+    took, *back = client.communicate(timeout=10 + patience)[0].split()
     return float(took), [int(number) for number in back]
 
 
@@ -64,7 +65,7 @@ def output(hosts: Hosts, name: str, command: str) -> str:
 
 
 def until(true: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not true():
         assert time.monotonic() < deadline, what
         time.sleep(0.01)
@@ -113,16 +114,16 @@ def test_two_sets_of_hosts_do_not_meet(make_hosts):
     assert one.address("b") == other.address("b")
     echo(one, "b")
     assert ask(one, "a", "b")[1] == [0]
-    assert ask(other, "a", "b")[1] == []
+    assert ask(other, "a", "b", patience=0.5)[1] == []
 
 
 def test_delay_and_its_change(make_hosts):
     hosts = make_hosts("a", "b", "c")
     echo(hosts, "b")
     echo(hosts, "c")
-    hosts.set(delay_ms=150, between=("a", "b"))
-    assert ask(hosts, "a", "b")[0] >= 0.3
-    assert 0 < ask(hosts, "b", "c")[0] < 0.3  # not this link
+    hosts.set(delay_ms=400, between=("a", "b"))
+    assert ask(hosts, "a", "b")[0] >= 0.8
+    assert 0 < ask(hosts, "b", "c")[0] < 0.8  # not this link
     hosts.set(delay_ms=0, jitter_ms=30)
     took, back = ask(hosts, "a", "b", 200)
     assert took > 0
@@ -135,7 +136,7 @@ def test_loss(make_hosts):
     echo(hosts, "b")
     hosts.set(loss=0.1)
     counts = hosts.counts
-    back = sum(len(ask(hosts, "a", "b", 200)[1]) for _ in range(5))
+    back = sum(len(ask(hosts, "a", "b", 200, patience=0.5)[1]) for _ in range(5))
     assert abs(counts()["a", "b"]["lost"] - 100) < 40
     assert back == 1000 - counts()["a", "b"]["lost"] - counts()["b", "a"]["lost"]
     assert abs(back - 810) < 50
@@ -160,17 +161,21 @@ def test_cut_and_heal(make_hosts):
     def reached() -> set[str]:
         pairs = list(itertools.permutations("abc", 2))
         with ThreadPoolExecutor(6) as threads:
-            answers = list(threads.map(lambda pair: ask(hosts, *pair)[1], pairs))
+            answers = list(threads.map(lambda pair: ask(hosts, *pair, patience=0.5)[1], pairs))
         return {x + y for (x, y), answer in zip(pairs, answers, strict=True) if answer}
 
+    def reach(*pairs: str) -> None:
+        """These and no others; a busy machine may need a second try to get a packet through, never to hold one back."""
+        until(lambda: reached() == set(pairs), f"not {pairs}")
+
     hosts.cut("a", "b")
-    assert reached() == {"ac", "ca", "bc", "cb"}
+    reach("ac", "ca", "bc", "cb")
     hosts.cut("c")
-    assert reached() == set()
+    reach()
     hosts.heal("a", "b")
-    assert reached() == {"ab", "ba"}
+    reach("ab", "ba")
     hosts.heal()
-    assert len(reached()) == 6
+    reach("ab", "ba", "ac", "ca", "bc", "cb")
     with pytest.raises(Failure, match="no host d: there are a, b, c"):
         hosts.cut("d")
 
@@ -199,7 +204,7 @@ OWNER = """if True:
     import subprocess, sys, time
     from hosts import Hosts
     with Hosts(["a", "b"], private=[sys.argv[1]]) as hosts:
-        hosts.run("a", ["sleep", "1000"])
+        hosts.run("a", ["sh", "-c", f"touch /dev/shm/{hosts.name}; sleep 1000"])
         subprocess.Popen([*hosts.ssh, "b", "sleep 1000"], stdin=subprocess.PIPE)
         while not hosts.processes("b"):
             time.sleep(0.01)
@@ -211,7 +216,7 @@ OWNER = """if True:
 @pytest.mark.parametrize("victim", ["owner", "bridge"])
 def test_nothing_is_left_after_a_kill(make_hosts, tmp_path, victim):
     """Of the owner; and of the bridge itself, which can leave its socket only, and the next of that name removes it."""
-    before = Path("/proc/self/mounts").read_text(), os.listdir("/sys/class/net"), os.listdir("/dev/shm")
+    before = Path("/proc/self/mounts").read_text(), os.listdir("/sys/class/net")
     words = [sys.executable, "-c", OWNER, str(tmp_path)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=TOOL.parent) as owner, ending(owner):
         name, *pids = owner.stdout.readline().split()
@@ -222,7 +227,8 @@ def test_nothing_is_left_after_a_kill(make_hosts, tmp_path, victim):
         until(lambda: not network_of(pids[0]), "the bridge lives")
     socket = Path(f"/tmp/emulated-hosts-{name}.sock")
     assert socket.exists() == (victim == "bridge")
-    assert (Path("/proc/self/mounts").read_text(), os.listdir("/sys/class/net"), os.listdir("/dev/shm")) == before
+    assert (Path("/proc/self/mounts").read_text(), os.listdir("/sys/class/net")) == before
+    assert name not in os.listdir("/dev/shm")  # what others put there is theirs: tests run side by side
     make_hosts("a", name=name)
     with pytest.raises(Failure, match="are up already"):
         make_hosts("a", name=name)
