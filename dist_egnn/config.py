@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from .errors import Failure
 
+KERNELS = ("laplacian", "gaussian")  # of the MMD
 SCHEDULES = ("constant", "cosine", "plateau")
 HALOS = ("bridge", "exchange")
 
@@ -250,9 +251,12 @@ def parse(text: str, where: str) -> Config:
 
 def _check(config: Config) -> None:
     """Ranges, and what cannot be together; what a config alone cannot know is checked where it is used."""
-    from . import devices, losses, shares
+    from . import devices, shares
 
-    losses.check(config.loss.kernel, config.loss.sigma)
+    if config.loss.kernel not in KERNELS:
+        raise Failure(f"loss.kernel={config.loss.kernel}: unknown; use {' or '.join(KERNELS)}")
+    if not config.loss.sigma > 0:
+        raise Failure(f"loss.sigma={config.loss.sigma}: must be positive")
     low = {
         "data.horizon": 1,
         "data.edge_drop": 0,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-
-import torch
+from typing import TYPE_CHECKING
 
 from .errors import Failure
+
+if TYPE_CHECKING:
+    import torch
 
 
 def check_name(name: str, key: str, *more: str) -> None:
@@ -18,6 +20,8 @@ def check_name(name: str, key: str, *more: str) -> None:
 
 def check_there(name: str, key: str) -> None:
     """Raise Failure for a device that torch does not see."""
+    import torch  # a config is read without it
+
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name != "cpu" and int(name.partition(":")[2] or 0) >= count:
         seen = f"{count} CUDA device{'s' * (count != 1)}"
@@ -26,6 +30,8 @@ def check_there(name: str, key: str) -> None:
 
 def of(name: str, rank: int = 0) -> torch.device:
     """What `train.device` means to a process: cuda is the device rank % count, auto is cuda where there is one."""
+    import torch
+
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     check_there(name, "train.device=")
@@ -35,4 +41,6 @@ def of(name: str, rank: int = 0) -> torch.device:
 def wait(device: torch.device) -> None:
     """Return when the device has done all it was asked for: a clock read before that tells nothing."""
     if device.type == "cuda":
+        import torch
+
         torch.cuda.synchronize(device)

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from . import config as configs
 from . import models, samples
 from .errors import Failure
+from .inputs import same_settings
 from .store import Store
 from .train import device_of
 from .trajectories import Trajectories
@@ -199,6 +200,6 @@ def check(sweep: Sweep) -> None:
         device_of(config)
         samples.parts(config)
         if samples.is_store(config.data.path):
-            samples.same_settings(Store(config.data.path), config.data)
+            same_settings(Store(config.data.path).inputs, config.data.path, config.data)
         else:
             Trajectories(config.data.path)

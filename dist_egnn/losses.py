@@ -9,10 +9,6 @@ import torch
 from dgl import DGLGraph
 from torch import Tensor
 
-from .errors import Failure
-
-KERNELS = ("laplacian", "gaussian")
-
 
 def squared_error(predicted: Tensor, target: Tensor, total: Tensor) -> Tensor:
     """This rank's share of the mean squared error over all nodes and the 3 components. total: (B, 1) whole-graph N."""
@@ -70,11 +66,3 @@ def mmd(
         result = result + among - between
         lo += here
     return result / len(z)
-
-
-def check(kernel_name: str, sigma: float) -> None:
-    """Raise Failure for settings that no loss can be made of."""
-    if kernel_name not in KERNELS:
-        raise Failure(f"loss.kernel={kernel_name}: unknown; use {' or '.join(KERNELS)}")
-    if not sigma > 0:
-        raise Failure(f"loss.sigma={sigma}: must be positive")

@@ -17,6 +17,7 @@ import numpy as np
 from . import samples, trajectories
 from .config import Config
 from .errors import Failure
+from .inputs import same_settings
 from .store import Store
 from .trajectories import Snapshot, Trajectories
 
@@ -62,7 +63,7 @@ def _of_store(store: Store) -> np.ndarray:
 def stored(config: Config) -> Source:
     """A store that is there."""
     store = Store(config.data.path)
-    samples.same_settings(store, config.data)
+    same_settings(store.inputs, str(store.path), config.data)
     table = _of_store(store)
     splits = {name: store.split(name) for name in ("train", "valid")}
     counts = {name: _own(table[numbers]) for name, numbers in splits.items()}

@@ -6,13 +6,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from dgl import DGLGraph
 
 from . import shares
 from .config import Config, Data
 from .errors import Failure
+from .inputs import same_settings
 from .store import Store
 from .trajectories import SPLITS, SampleSpec, Trajectories, sample, snapshots
 
@@ -111,28 +112,6 @@ def parts(config: Config) -> int:
     return store.parts
 
 
-def same_settings(store: Any, data: Data) -> None:
-    """Raise Failure where the config names other data settings than the store (its inputs, its path) was made with."""
-    for name in (
-        "radius",
-        "horizon",
-        "features",
-        "node_attributes",
-        "edge_drop",
-        "periodic",
-        "frames",
-        "first_frame",
-        "last_frame",
-        "frame_seed",
-    ):
-        wanted, found = getattr(data, name), store.inputs[name]
-        if wanted != found and not (name == "features" and wanted is None):
-            raise Failure(
-                f"data.{name}={wanted} in the config, but {store.path} was made with {found}; "
-                f"set data.{name} to that or partition again"
-            )
-
-
 def spec_of(data: Data, features: Iterable[str]) -> SampleSpec:
     """How the data section makes samples; features: its own, or what null stands for."""
     return SampleSpec(
@@ -148,7 +127,7 @@ def open_samples(config: Config, part: int, count: int) -> Samples:
     budget = CACHE_BYTES // count
     if is_store(config.data.path):
         store = Store(config.data.path)
-        same_settings(store, config.data)
+        same_settings(store.inputs, str(store.path), config.data)
         splits = {name: store.split(name) for name in SPLITS}
         widths = len(store.inputs["features"]), len(store.inputs["node_attributes"])
         table = store.snapshots

@@ -23,13 +23,9 @@ from torch import Tensor
 
 from . import fields, graphs, halo, shares
 from .errors import Failure
+from .inputs import LATER
 
 FORMAT, VERSION, GRAPH = "dist_egnn.store", 1, "dist_egnn"
-LATER = {
-    "periodic": False,
-    "trainers": 1,
-    "weights": None,
-}  # inputs that older stores do not name, and what they were made with
 SIDES = ("side_x", "side_y", "side_z")  # columns of snapshots.csv in a store with periodic boxes
 
 

@@ -31,7 +31,8 @@ from dist_egnn.partition.pieces import Inputs
 
 from dist_egnn import __version__, disk, shares
 from dist_egnn.errors import Failure
-from dist_egnn.store import FORMAT, GRAPH, LATER, VERSION
+from dist_egnn.inputs import LATER
+from dist_egnn.store import FORMAT, GRAPH, VERSION
 from dist_egnn.trajectories import Snapshot, Trajectories, snapshots
 
 SHARD_NODES = 262_144  # small enough that loading a part costs little beside a step, large enough to keep files few

@@ -10,9 +10,10 @@ import torch
 from test_models import make_graph
 
 from dist_egnn import losses
+from dist_egnn.config import KERNELS
 
 
-@pytest.mark.parametrize("kernel", losses.KERNELS)
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_mmd_is_the_formula_over_the_drawn_targets(kernel: str) -> None:
     graph = dgl.batch([make_graph(30, 1), make_graph(4, 2)])
     z = torch.randn(2, 3, 3, dtype=torch.float64)
@@ -39,7 +40,7 @@ def test_mmd_is_the_formula_over_the_drawn_targets(kernel: str) -> None:
 def test_its_gradient_is_finite_where_points_coincide() -> None:
     graph = make_graph(6, 1)
     z = graph.ndata["y"][:3].clone().unsqueeze(0).requires_grad_()
-    for kernel in losses.KERNELS:
+    for kernel in KERNELS:
         losses.mmd(
             z, graph, torch.tensor([[6.0]]), sigma=1, samples=2, kernel_name=kernel, generator=torch.Generator()
         ).backward()

@@ -24,6 +24,7 @@ from torch import Tensor
 from dist_egnn import cli, config, exactness, fields, graphs, models, samples, tiles
 from dist_egnn.errors import Failure
 from dist_egnn.graphs import radius_edges
+from dist_egnn.inputs import same_settings
 from dist_egnn.store import Store
 from dist_egnn.trajectories import SampleSpec, Snapshot, Trajectories, Writer, connect, sample, unwrap
 
@@ -365,9 +366,9 @@ def test_an_old_store_is_one_without_periodic_boxes(boxed, old):
     assert found.sides(0) is None
     assert "shift" not in found.read(0, 1).edata
     verify(found, lambda *_: None)
-    samples.same_settings(found, config.Data(**{**SETTINGS, "periodic": False}))
+    same_settings(found.inputs, str(found.path), config.Data(**{**SETTINGS, "periodic": False}))
     with pytest.raises(Failure, match=r"data\.periodic=True in the config, but .* was made with False"):
-        samples.same_settings(found, config.Data(**SETTINGS))
+        same_settings(found.inputs, str(found.path), config.Data(**SETTINGS))
     assert not build.write(Trajectories(boxed), old, inputs(boxed, periodic=False), lambda *_: None)
     with pytest.raises(Failure, match="exists and is not a store of these settings"):
         build.write(Trajectories(boxed), old, inputs(boxed), lambda *_: None)

@@ -6,15 +6,13 @@ import queue
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from .. import stopping
 from ..config import Config
 from ..errors import Failure
+from ..inputs import LATER, same_settings
 from ..runs import print_table, tell_end
-from ..samples import same_settings
-from ..store import LATER
 from . import checks
 from .crew import Crew, say
 from .dispatch import dispatch as copy_store
@@ -72,7 +70,7 @@ def prepare(links: list[Link], config: Config, resume: bool, port: int, max_rest
                 "apart by their addresses: name each machine once, or other interfaces"
             )
     store = seen[0]["store"]
-    same_settings(SimpleNamespace(inputs=LATER | store["inputs"], path=config.data.path), config.data)
+    same_settings(LATER | store["inputs"], config.data.path, config.data)
     interfaces = [name for name, _ in places]
     return Job(config, addresses, interfaces, store["trainers"], store["sizes"], resume, port, max_restarts)
 

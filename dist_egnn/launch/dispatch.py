@@ -5,15 +5,20 @@ from __future__ import annotations
 import shutil
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import Failure
 from ..progress import bar
-from ..store import GRAPH, Store
 from .hostfile import Host
+
+if TYPE_CHECKING:
+    from ..store import Store
 
 
 def files_of(store: Store, machine: int) -> list[str]:
     """The files of a store that a machine needs, the manifest last: without it the rest is no store."""
+    from ..store import GRAPH
+
     (shard,) = store.snapshots["shard"].unique().tolist()
     names = ("graph", "node_feat", "edge_feat")
     parts = [f"{shard}/part{machine}/{name}.dgl" for name in names]
@@ -25,6 +30,8 @@ def dispatch(path: Path, hosts: list[Host]) -> None:
 
     Raises Failure where there is no rsync, a host cannot be copied to, or the store is not whole here.
     """
+    from ..store import Store  # brings torch and DGL, which a launch does without
+
     if shutil.which("rsync") is None:
         raise Failure(
             "--dispatch: rsync is not installed here; install it, here and on the hosts, or copy the store yourself"

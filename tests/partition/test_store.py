@@ -20,9 +20,9 @@ from dist_egnn.partition import build
 from dist_egnn.partition.verify import verify
 from torch import Tensor
 
-from dist_egnn import samples
 from dist_egnn.config import Data
 from dist_egnn.errors import Failure
+from dist_egnn.inputs import same_settings
 from dist_egnn.store import Store
 from dist_egnn.trajectories import Trajectories, Writer, sample
 
@@ -524,10 +524,10 @@ def test_a_store_of_other_settings_is_left_alone(small, make_inputs, copy, other
 def test_config_that_disagrees(make_store, make_inputs, name, value):
     store, inputs = Store(make_store(2)), make_inputs(2).plain()
     agreeing = {key: inputs[key] for key in Data.__dataclass_fields__ if key != "path"}
-    samples.same_settings(store, Data(**agreeing))
-    samples.same_settings(store, Data(**{**agreeing, "features": None}))
+    same_settings(store.inputs, str(store.path), Data(**agreeing))
+    same_settings(store.inputs, str(store.path), Data(**{**agreeing, "features": None}))
     with pytest.raises(Failure, match=rf"data\.{name}=") as caught:
-        samples.same_settings(store, Data(**{**agreeing, name: value}))
+        same_settings(store.inputs, str(store.path), Data(**{**agreeing, name: value}))
     assert str(store.path) in str(caught.value)
     assert str(inputs[name]) in str(caught.value)
 
