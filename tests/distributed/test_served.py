@@ -157,37 +157,43 @@ def one(make_store: Callable[..., Path]) -> Path:
     return make_store(1, shard_nodes=0, trainers=2)
 
 
-@pytest.mark.parametrize(("machines", "trainers", "attributes"), [(1, 2, ["mass"]), (2, 1, [])])
-def test_training_does_not_know(
-    make_store: Callable[..., Path], tmp_path: Path, machines: int, trainers: int, attributes: list[str]
-) -> None:
+def check(served: Served) -> None:
+    """What its servers take, and where they listen."""
+    for machine, place in enumerate(served.places):
+        taken = sum(file.stat().st_size for file in place.files())
+        assert taken <= serving.shared_bytes(served.store, machine) <= 1.2 * taken + (64 << 10)
+        assert listens_on(served.running[machine].pid) == {LOOPBACK}
+
+
+def test_training_does_not_know(make_store: Callable[..., Path], tmp_path: Path) -> None:
     """Own part or another machine's: all tensors are the disk's, and losses and weights those of a run from disk, bit for bit."""
-    path = make_store(machines, shard_nodes=0, trainers=trainers, node_attributes=attributes)
+    path = make_store(2, shard_nodes=0, node_attributes=[])
     local.run(train.train, 2, chosen(path, tmp_path / "local"))
     with serving_of(path, tmp_path) as served:
-        for machine, place in enumerate(served.places):
-            taken = sum(file.stat().st_size for file in place.files())
-            assert taken <= serving.shared_bytes(served.store, machine) <= 1.2 * taken + (64 << 10)
-            assert listens_on(served.running[machine].pid) == {LOOPBACK}
+        check(served)
         served.trained(0, tmp_path / "served")
-        if machines > 1:  # trainers that have the lines in another order
-            served.ip_config.write_text("".join(f"{place.host} {place.port}\n" for place in reversed(served.places)))
-            for rank, (process, log) in enumerate(served.trainers(1, tmp_path / "never")):
-                assert process.wait(LIMIT_S) == 2
-                assert f"serves partition {1 - rank}, rank {rank} needs {rank}" in log.read_text()
+        # trainers that have the lines in another order
+        served.ip_config.write_text("".join(f"{place.host} {place.port}\n" for place in reversed(served.places)))
+        for rank, (process, log) in enumerate(served.trainers(1, tmp_path / "never")):
+            assert process.wait(LIMIT_S) == 2
+            assert f"serves partition {1 - rank}, rank {rank} needs {rank}" in log.read_text()
     assert_same(tmp_path / "served", tmp_path / "local")
 
 
 def test_killed_trainers_and_servers(one: Path, tmp_path: Path) -> None:
-    """A new group meets the same servers, whether the last one died in its work or before it was connected."""
+    """A new group meets the same server, whether the last one died in its work or before it was connected; two trainers on its
+    machine do what a run from disk does."""
+    local.run(train.train, 2, chosen(one, tmp_path / "local"))
     with serving_of(one, tmp_path) as served:
+        check(served)
         for group, said in enumerate(("entered", "waits on")):
             for process, log in (lost := served.trainers(group, "")):
                 wait_for(said, log, process)
             for process, _ in lost:
                 process.kill()
                 process.wait()
-        served.trained(2, tmp_path / "run")
+        served.trained(2, tmp_path / "served")
+        assert_same(tmp_path / "served", tmp_path / "local")
         server = served.running[0]
         with pytest.raises(Failure, match=f"process {server.pid} serves there already"):
             serving.clear(served.places[0])
