@@ -332,6 +332,7 @@ def plan_against_reality(
     rounds: Annotated[int, typer.Option(help="plans and runs of each case, in turn; the median one is shown")] = 3,
     hidden: Hidden = 64,
     layers: Layers = 4,
+    halo: Halo = "bridge",
     write: Annotated[
         Path | None, typer.Option(help="page of docs/ whose table is replaced", show_default="none")
     ] = None,
@@ -357,10 +358,11 @@ def plan_against_reality(
 
     if write is not None:
         bench_plan.check_page(write)
-    model = [f"model.hidden={hidden}", f"model.layers={layers}", f"train.epochs={epochs}"]
+    model = [f"model.hidden={hidden}", f"model.layers={layers}", f"train.epochs={epochs}", f"partition.halo={halo}"]
     found = bench_plan.run(cases, snapshots, degree, rounds, model, say)
     command = "distegnn bench plan " + "".join(f"--case {one} " for one in given)
     command += f"--snapshots {snapshots} --epochs {epochs} --rounds {rounds} --hidden {hidden} --layers {layers}"
+    command += "" if halo == "bridge" else f" --halo {halo}"
     if write is not None:
         bench_plan.write_table(write, command, found)
     title = f"planned and real, H = {hidden}, L = {layers}, {snapshots} snapshots, {epochs} epochs, median of {rounds} rounds"

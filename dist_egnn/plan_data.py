@@ -30,8 +30,9 @@ COLUMNS = ["nodes", "edges", "cut_edges", "halo"]
 class Source:
     """What is tried and what is trained on.
 
-    config: names the data of the trial; numbers: its train snapshots; tried (S, P, 2): nodes and own edges of each; counts: the
-    same of all snapshots of the run, by split; table (S, P, 4): COLUMNS; partition_s: writing the run's store, 0 if there is one.
+    config: names the data of the trial; numbers: its train snapshots; tried (S, P, 2): nodes of each and the in-edges that it
+    computes on, in halo mode all; counts: the same of all snapshots of the run, by split; table (S, P, 4): COLUMNS;
+    partition_s: writing the run's store, 0 if there is one.
     """
 
     config: Config
@@ -50,8 +51,10 @@ class _Few(Trajectories):
         self._all = [self._all[k] for k in chosen]
 
 
-def _own(table: np.ndarray) -> np.ndarray:
-    """COLUMNS (…, 4) → nodes and edges that are not cut (…, 2)."""
+def _own(table: np.ndarray, config: Config) -> np.ndarray:
+    """COLUMNS (…, 4) → nodes and edges (…, 2), in bridge mode those that are not cut."""
+    if config.partition.halo == "exchange":
+        return table[..., :2]
     return np.stack([table[..., 0], table[..., 1] - table[..., 2]], -1)
 
 
@@ -65,7 +68,7 @@ def stored(config: Config) -> Source:
     samples.same_settings(store, config.data)
     table = _of_store(store)
     splits = {name: store.split(name) for name in ("train", "valid")}
-    counts = {name: _own(table[numbers]) for name, numbers in splits.items()}
+    counts = {name: _own(table[numbers], config) for name, numbers in splits.items()}
     return Source(config, splits["train"], counts["train"], counts, table)
 
 
@@ -145,9 +148,9 @@ def cut(config: Config, parts: int, folder: Path, say: Say) -> Source:
     nodes_of_run = sum(file[s.trajectory].nodes for s in listed)
     largest = int(table[:, :, 0].sum(1).argmax())
     alike = np.isclose(table[:, :, 0].sum(1), table[largest, :, 0].sum())
-    counts = _counts(file, listed, _own(table[alike].mean(0)), math.isinf(config.data.radius))
+    counts = _counts(file, listed, _own(table[alike].mean(0), config), math.isinf(config.data.radius))
     seconds *= nodes_of_run / table[:, :, 0].sum()
-    return Source(trial, list(range(len(table))), _own(table), counts, table, seconds)
+    return Source(trial, list(range(len(table))), _own(table, config), counts, table, seconds)
 
 
 def of(config: Config, parts: int, folder: Path, say: Say) -> Source:

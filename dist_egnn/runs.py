@@ -255,13 +255,15 @@ def run_plan(config: Any, as_json: bool = False, measure: bool = False) -> None:
             f"{r.edges:,.0f}",
             f"{r.cut:,.0f}",
             f"{r.halo:,.0f}",
+            f"{r.sent_bytes / 1e6:.3f}",
             f"{r.peak_gb:.2f}",
             f"{r.alone_s:.3f}",
         ]
         for r in found.ranks
     ]
     counted = ", ".join(f"{n} {split}" for split, n in found.snapshots.items())
-    header = ["rank", "nodes", "edges", "cut", "halo", "memory [GB]", "alone [s]"]
+    cut = "cross" if found.halo == "exchange" else "cut"
+    header = ["rank", "nodes", "edges", cut, "halo", "sent [MB]", "memory [GB]", "alone [s]"]
     print_table(
         f"{found.data}: {counted} snapshots, {found.parts} process{'es' * (found.parts > 1)} on {found.cores:g} cores",
         header,
@@ -269,8 +271,8 @@ def run_plan(config: Any, as_json: bool = False, measure: bool = False) -> None:
     )
     print_line(f"memory: {found.memory_gb:.2f} GB in all, {found.free_gb:.1f} GB are free")
     print_line(
-        f"sums a step: {found.calls} calls, {found.payload_bytes:,} bytes from each process, {found.wire_bytes:,.0f} on the wire, "
-        f"{found.exchange_s:.4f} s"
+        f"a step's sums{' and exchanges' * (found.halo == 'exchange')}: {found.calls} calls, up to {found.payload_bytes:,.0f} "
+        f"bytes from a process, {found.wire_bytes:,.0f} on the wire, {found.exchange_s:.4f} s"
     )
     if found.partition_s:
         print_line(f"partition: {found.partition_s:.1f} s, once")

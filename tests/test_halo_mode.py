@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from together import Board, Member, differences, step, together
 
-from dist_egnn import cli, comm, config, engine, exactness, graphs, halo, models, plan, samples, tiles, train
+from dist_egnn import cli, comm, config, engine, exactness, graphs, halo, models, samples, tiles, train
 from dist_egnn.errors import Failure
 from dist_egnn.nn.egnn import EGNNLayer
 from dist_egnn.store import Store
@@ -375,8 +375,6 @@ def test_the_commands_that_know_of_it(make_store: Make, tmp_path: Path) -> None:
     file.write_text("data: {radius: 0.27}\n")
     with pytest.raises(Failure, match=r"partition.halo=ghost: unknown"):
         cli.verify(path, file, halo="ghost")
-    with pytest.raises(Failure, match=r"partition.halo=exchange: a plan knows bridge mode only"):
-        plan.make(config.load(None, [f"data.path={path}", "partition.halo=exchange"]))
 
 
 def test_ranks_keep_the_same_samples(make_store: Make) -> None:
