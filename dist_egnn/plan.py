@@ -101,16 +101,29 @@ def _picked(source: Source, size: int) -> list[list[int]]:
     return [places[k : k + size] for k in range(0, len(places) - size + 1, size)][:TRIED]
 
 
-def _check_memory(config: Config, counts: np.ndarray, halo: float, device: str) -> None:
+def check_memory(config: Config, parts: int) -> None:
+    """Raise Failure where the first guess of a step's memory is more than there is, before anything is tried or written."""
+    device = str(train.device_of(config))
+    if samples.is_store(config.data.path):
+        source = plan_data.stored(config)
+        _enough(config, parts, source.counts["train"], source.table[..., 3].max(initial=0), device)
+    else:
+        _enough(config, parts, plan_data.guessed(config, parts), 0, device)
+
+
+def _enough(config: Config, parts: int, counts: np.ndarray, halo: float, device: str) -> None:
     """Raise Failure where the first guess of a rank's memory is more than there is: then even the trial is too much.
 
-    halo: nodes whose rows the rank keeps besides."""
-    m, parts = config.model, counts.shape[1]
+    counts (S, P, 2): nodes and edges; halo: nodes whose rows a rank keeps besides in halo mode."""
+    m, layers = config.model, 0 if config.train.kept else config.model.layers
+    if not len(counts):
+        return
     block = m.tile * (1 if device == "cpu" else tiles.FAR)
     most = counts.max(0) * config.train.batch_size  # (P, 2)
-    guess = max(machine.step_bytes(n, e, m.hidden, m.layers, block) for n, e in most.tolist())
-    guess += 4 * m.layers * (m.hidden + 3) * halo * config.train.batch_size
-    remedy = "raise partition.parts, or lower model.hidden, model.layers or train.batch_size"
+    guess = max(machine.step_bytes(n, e, m.hidden, layers, block) for n, e in most.tolist())
+    if config.partition.halo == "exchange":
+        guess += 4 * layers * (m.hidden + 3) * halo * config.train.batch_size
+    remedy = "raise partition.parts, or lower model.hidden, model.layers or train.batch_size, or set train.kept"
     machine.enough_memory(guess, device, f"{config.data.path}: a step of one of {parts} processes", remedy)
 
 
@@ -148,7 +161,7 @@ def make(config: Config, say: Say = lambda line: None) -> Plan:
     exchange = config.partition.halo == "exchange" and parts > 1
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
         source = plan_data.of(config, parts, Path(folder), say)
-        _check_memory(config, source.counts["train"], source.table[..., 3].max() if exchange else 0, str(device))
+        _enough(config, parts, source.counts["train"], source.table[..., 3].max(), str(device))
         batches = _picked(source, config.train.batch_size)
         numbers = [[source.numbers[k] for k in batch] for batch in batches]
         # alone, a run stays in the command's own process, with the threads that this one has

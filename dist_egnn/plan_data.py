@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import samples, trajectories
+from . import samples, shares, trajectories
 from .config import Config
 from .errors import Failure
 from .store import Store
@@ -102,6 +102,22 @@ def whole(config: Config) -> Source:
     counts = _counts(file, listed, like, math.isinf(config.data.radius))
     table = np.pad(np.concatenate([*counts.values()]), ((0, 0), (0, 0), (0, 2)))  # nothing is cut
     return Source(config, numbers, counts["train"], counts, table)
+
+
+def guessed(config: Config, parts: int) -> np.ndarray:
+    """Nodes and edges (1, 1, 2) of the largest part of the largest training snapshot of a trajectories file, without its edges."""
+    from .partition import near
+
+    file, listed = _listed(config)
+    ones = [s for s in listed if s.split == "train"]
+    if not ones:
+        return np.zeros((0, 1, 2))
+    largest = max(ones, key=lambda s: file[s.trajectory].nodes)
+    side = file.sides(largest.trajectory, config.data.radius) if config.data.periodic else None
+    x = file.position(largest.trajectory, largest.frame)
+    degree = near.degree(x, config.data.radius, side) * (1 - config.data.edge_drop)
+    share = shares.fractions(config.partition.weights, parts).max()
+    return share * len(x) * np.array([[[1.0, degree]]])
 
 
 def cut(config: Config, parts: int, folder: Path, say: Say) -> Source:

@@ -18,13 +18,15 @@ import pandas as pd
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from . import checkpoint, graphs, halo, local, measures, shares, train
+from . import checkpoint, graphs, halo, local, machine, measures, shares, train
 from . import config as configs
 from .comm import Comm
+from .config import Config
 from .errors import Failure
 from .files import claim, write_whole
 from .halo import Halo
-from .partition import methods
+from .partition import methods, near
+from .partition.pieces import bytes_in_memory
 from .progress import bar
 from .samples import spec_of
 from .scene import BOUNDS, Job, Scene, parse_fixed
@@ -243,6 +245,24 @@ def _show(path: Path, table: pd.DataFrame, rows: int = 10) -> None:
     print_table(f"{path}: {len(table)} frames; the whole table is {path.with_suffix('.csv')}", header, shown)
 
 
+def _enough_memory(config: Config, file: Trajectories, trajectory: int, start: int, size: int, method: str) -> None:
+    """Raise Failure where a step alone takes more memory than there is, by a first guess: of a process's share, and of all edges
+    where rank 0 must hold them to partition."""
+    d, m = config.data, config.model
+    side = file.sides(trajectory, d.radius) if d.periodic else None
+    x = file.position(trajectory, start)
+    edges = len(x) * near.degree(x, d.radius, side) * (1 - d.edge_drop)
+    needed = machine.step_bytes(
+        len(x) / size, edges / size, m.hidden, 0, m.tile
+    )  # 0: nothing is kept for a backward pass
+    if size > 1 and (methods.METHODS[method].edges or d.edge_drop or config.partition.halo == "exchange"):
+        needed = max(needed, bytes_in_memory(method, len(x), edges))
+    what = f"{file.path}: a step of trajectory {trajectory} on one of {size} processes"
+    machine.enough_memory(
+        needed, str(train.device_of(config)), what, "name more processes with --parts, or another machine"
+    )
+
+
 def prepare(
     run: Path,
     *,
@@ -301,6 +321,7 @@ def prepare(
     owned = owned if size == trained else None
     methods.check(method, size, owned)
     methods.fits(file[trajectory].nodes, size, owned)
+    _enough_memory(config, file, trajectory, start, size, method)
     job = Job(
         config,
         str((run / "best.pt").absolute()),

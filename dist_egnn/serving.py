@@ -135,7 +135,8 @@ def _end_on_signals(here: Address) -> None:
 def serve(path: Path, machine: int, ip_config: Path, replicas: int = 1) -> None:
     """Serve a machine's partition until a signal ends this process; says so on standard output once trainers may connect.
 
-    replicas: groups of trainers that read the store, one trainer a part each. Raises Failure for a store that cannot be served from one graph, that is not as its manifest says, or has no room here.
+    replicas: groups of trainers that read the store, a trainer a part in each. Raises Failure for a store that cannot be served
+    from one graph, that is not as its manifest says, or has no room here.
     """
     store = Store(path)
     here = addresses(ip_config, store.machines)[machine]
@@ -263,9 +264,9 @@ def connect(path: Path, rank: int, ip_config: Path, group: int, timeout_s: float
     """Read a store through its servers, which are ready, from now on in this process. All trainers of a group call it, and
     wait for each other.
 
-    rank: torch's, which alone says what is ours, part rank mod P; DGL's own is ignored. group: a new number whenever trainers start again.
-    Raises Failure where servers cannot be reached, or this machine's serves another partition than the rank's; ends the
-    process after timeout_s.
+    rank: torch's, which alone says what is ours, part rank mod P; DGL's own is ignored. group: a new number whenever trainers
+    start again. Raises Failure where servers cannot be reached, or this machine's serves another partition than the rank's;
+    ends the process after timeout_s.
     """
     store = Store(path)
     machine = machine_of(rank, store.parts, store.trainers)
@@ -281,10 +282,8 @@ def connect(path: Path, rank: int, ip_config: Path, group: int, timeout_s: float
         DGL_DIST_MAX_TRY_TIMES=str(max(1, int(timeout_s / TRY_S))),
     )
     seam.mean_this_machine(machine, here.host, here.name)
-    everybody = ", ".join(map(str, listed))
-    with _bounded(
-        timeout_s + TRY_S, f"{everybody}: these servers and {store.parts * replicas} trainers did not all meet"
-    ):
+    everybody, clients = ", ".join(map(str, listed)), store.parts * replicas
+    with _bounded(timeout_s + TRY_S, f"{everybody}: these servers and {clients} trainers did not all meet"):
         try:
             dgl.distributed.initialize(str(ip_config), net_type="tensorpipe")
         except rpc.DistConnectError as error:

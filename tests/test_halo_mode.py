@@ -281,6 +281,13 @@ def test_halo_nodes_that_cannot_be_are_refused_at_reading(make_store: Make) -> N
     held.halo[lo] = held.halo[lo + 1]
     with pytest.raises(Failure, match=r"snapshot 1, part 0: has \d+ halo, parts.csv says \d+"):
         store.read(1, 0, True)
+    held.halo[:] = right
+    store.read(1, 0, True)
+    first, after, elo, ehi = store.ranges[1, 0].tolist()
+    away = (held.src[elo:ehi] < first) | (held.src[elo:ehi] >= after)
+    held.src[elo + int(away.nonzero()[0])] = first  # an edge from another part has become one from its own
+    with pytest.raises(Failure, match=r"snapshot 1, part 0: has \d+ cut_edges, parts.csv says \d+"):
+        store.read(1, 0, True)
 
 
 def test_a_halo_node_that_is_another_is_refused_by_its_distance(make_store: Make) -> None:

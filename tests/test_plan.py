@@ -229,12 +229,42 @@ def test_weights_of_one_process(small: Path) -> None:
 
 
 def test_too_large_is_one_failure_before_the_trial(make_store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_store(2)
     monkeypatch.setattr(machine, "memory_free", lambda: 1e8)
     monkeypatch.setattr(local, "run", lambda *_, **__: pytest.fail("a trial has started"))
     with pytest.raises(
         Failure, match=r"a step of one of 2 processes takes about .* GB are free; raise partition\.parts"
     ):
-        plan.make(config_of(make_store(2)))
+        plan.make(config_of(path))
+    held = config_of(path, "model.layers=100", "model.hidden=4096")
+    monkeypatch.setattr(machine, "memory_free", lambda: 1.5e9)
+    with pytest.raises(Failure, match="or set train.kept"):
+        plan.check_memory(held, 2)
+    held.train.kept = "/tmp"
+    plan.check_memory(held, 2)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_training_is_refused_before_there_is_a_folder(
+    make_store: Any, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: bool
+) -> None:
+    """Too little memory; more parts than nodes; weights that cannot be met: one line, and nothing is left."""
+    path, parts = (make_store(2), []) if stored else (small, ["partition.parts=2"])
+    given = [f"run.dir={tmp_path / 'run'}", *parts]
+    monkeypatch.setattr(machine, "memory_free", lambda: 0.3e9)
+    with pytest.raises(Failure, match=r"a step of one of 2 processes takes about 0\.4 GB, 0\.3 GB are free"):
+        runs.run_training(config_of(path, *given))
+    monkeypatch.undo()
+    for more, said in (
+        (["partition.parts=201"], "for 2;" if stored else "200 nodes, fewer than 201 parts"),
+        (
+            ["partition.parts=2", "partition.weights=[1,999]"],
+            "made with null" if stored else "process 0 would get 0.2 of",
+        ),
+    ):
+        with pytest.raises(Failure, match=said):
+            runs.run_training(config_of(path, *given, *more))
+    assert not list(tmp_path.iterdir())
 
 
 def test_table_is_written_between_the_marks(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import pandas as pd
 import pytest
 import torch
 
-from dist_egnn import checkpoint, cli, comm, config, files, graphs, local, measures, rollout, sinkhorn, train
+from dist_egnn import checkpoint, cli, comm, config, files, graphs, local, machine, measures, rollout, sinkhorn, train
 from dist_egnn.errors import Failure
 from dist_egnn.scene import BOUNDS, Job, Scene
 from dist_egnn.trajectories import Trajectories, Writer, columns
@@ -553,6 +553,14 @@ def test_mistakes_are_told_before_any_work(tmp_path: Path) -> None:
         rollout.prepare(few, **good)
     assert rollout.prepare(run, **good, start=10)[0].start == 10
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.h5", "few", "p.h5", "run", "there.vtkhdf"]
+
+
+def test_too_little_memory_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", write(tmp_path / "a.h5"))
+    monkeypatch.setattr(machine, "memory_free", lambda: 0.3e9)
+    with pytest.raises(Failure, match=r"a\.h5: a step .* takes about .* GB, 0\.3 GB are free; name more processes"):
+        rollout.run_rollout(run, trajectory=0, steps=1, out=tmp_path / "o.vtkhdf")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.h5", "run"]
 
 
 def test_two_rollouts_to_one_file(tmp_path: Path) -> None:

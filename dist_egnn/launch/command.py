@@ -105,9 +105,8 @@ def show(job: Job, links: list[Link]) -> None:
     )
     print(f"after a failure there are up to {job.max_restarts} restarts from the last one")
     for machine, link in enumerate(links):
-        print(
-            f"on {link.host.name}: {link.host.python} -m dist_egnn.serving {config.data.path} {machine} IP_CONFIG --replicas={config.train.replicas}"
-        )
+        served = f"{config.data.path} {machine} IP_CONFIG --replicas={config.train.replicas}"
+        print(f"on {link.host.name}: {link.host.python} -m dist_egnn.serving {served}")
         print(f"{' ' * len(link.host.name)}     {each} × {link.host.python} -m dist_egnn.launch.trainer")
 
 
