@@ -10,7 +10,7 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from .config import Config
 from .samples import ahead, open_samples
 from .store import Store
 
-Told = Mapping[int, tuple[list[np.ndarray], np.ndarray]]  # snapshot → what a halo learns of the others: see Halo.learn
+Told = dict[int, tuple[list[np.ndarray], np.ndarray]]  # snapshot → what a halo learns of the others: see Halo.learn
 
 PHASES = ("forward", "backward", "gradients")
 LEAST, SECONDS, MOST = (
@@ -168,7 +168,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 def told(store: Store, snapshots: Iterable[int]) -> list[Told]:
     """What the other parts would tell each part of snapshots in halo mode, where they are not there to be asked."""
-    found: list[dict[int, Any]] = [{} for _ in range(store.parts)]
+    found: list[Told] = [{} for _ in range(store.parts)]
     for snapshot in snapshots:
         wanted, x = [], []
         for part in range(store.parts):
