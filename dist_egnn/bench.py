@@ -244,10 +244,13 @@ def partition(
     return Report(tables, [], {"degree": degree, "sizes": found}, json)
 
 
-def _room(nodes: int, degree: float, hidden: int, layers: int, parts: int) -> None:
-    """Raise Failure where there is no memory for a step on so many processes."""
+def _room(nodes: int, degree: float, hidden: int, layers: int, parts: int, halo: str) -> None:
+    """Raise Failure for an unknown mode, and where there is no memory for a step on so many processes."""
     from . import bench_step
+    from .config import HALOS
 
+    if halo not in HALOS:
+        raise Failure(f"--halo {halo}: unknown; use {' or '.join(HALOS)}")
     needed = bench_step.memory_needed("ours", bench_step.Options(nodes, degree, hidden, layers)) + 0.4e9 * parts
     machine.enough_memory(needed, "cpu", f"a graph of {nodes:,} nodes", "lower --nodes, --hidden or --layers")
 
@@ -269,7 +272,7 @@ def comm(
     check({"--nodes": nodes, "--parts": parts, **sizes}, degree)
     if parts < 2:
         raise Failure(f"--parts {parts}: must be at least 2: one process sends nothing")
-    _room(nodes, degree, hidden, layers, parts)
+    _room(nodes, degree, hidden, layers, parts, halo)
     from . import bench_road
 
     found = bench_road.communication(nodes, degree, parts, model, halo)
@@ -307,7 +310,7 @@ def pipeline(
     model = {"hidden": hidden, "layers": layers, "virtual_nodes": virtual_nodes}
     sizes = {"--hidden": hidden, "--layers": layers, "--virtual-nodes": virtual_nodes, "--repeats": repeats}
     check({"--nodes": nodes, "--parts": parts, **sizes}, degree)
-    _room(nodes, degree, hidden, layers, parts)
+    _room(nodes, degree, hidden, layers, parts, halo)
     from . import bench_road
 
     found = bench_road.pipeline(nodes, degree, parts, repeats, model, say, halo)
@@ -358,7 +361,7 @@ def plan_against_reality(
             "--layers": layers,
         }
         check({"--nodes": int(nodes), "--parts": int(parts), **sizes}, degree)
-        _room(int(nodes), degree, hidden, layers, int(parts))
+        _room(int(nodes), degree, hidden, layers, int(parts), halo)
     from . import bench_plan
 
     if write is not None:
