@@ -244,6 +244,17 @@ def partition(
     return Report(tables, [], {"degree": degree, "sizes": found}, json)
 
 
+def _room(nodes: int, degree: float, hidden: int, layers: int, parts: int, halo: str) -> None:
+    """Raise Failure for an unknown mode, and where there is no memory for a step on so many processes."""
+    from . import bench_step
+    from .config import HALOS
+
+    if halo not in HALOS:
+        raise Failure(f"--halo {halo}: unknown; use {' or '.join(HALOS)}")
+    needed = bench_step.memory_needed("ours", bench_step.Options(nodes, degree, hidden, layers)) + 0.4e9 * parts
+    machine.enough_memory(needed, "cpu", f"a graph of {nodes:,} nodes", "lower --nodes, --hidden or --layers")
+
+
 @app.command(epilog=example("distegnn bench comm --parts 4"))
 def comm(
     nodes: Nodes = 2000,
@@ -261,6 +272,7 @@ def comm(
     check({"--nodes": nodes, "--parts": parts, **sizes}, degree)
     if parts < 2:
         raise Failure(f"--parts {parts}: must be at least 2: one process sends nothing")
+    _room(nodes, degree, hidden, layers, parts, halo)
     from . import bench_road
 
     found = bench_road.communication(nodes, degree, parts, model, halo)
@@ -298,12 +310,7 @@ def pipeline(
     model = {"hidden": hidden, "layers": layers, "virtual_nodes": virtual_nodes}
     sizes = {"--hidden": hidden, "--layers": layers, "--virtual-nodes": virtual_nodes, "--repeats": repeats}
     check({"--nodes": nodes, "--parts": parts, **sizes}, degree)
-    from . import bench_step
-
-    needed = bench_step.memory_needed("ours", bench_step.Options(nodes, degree, hidden, layers, virtual_nodes))
-    machine.enough_memory(
-        needed + 0.4e9 * parts, "cpu", f"a graph of {nodes:,} nodes", "lower --nodes, --hidden or --layers"
-    )
+    _room(nodes, degree, hidden, layers, parts, halo)
     from . import bench_road
 
     found = bench_road.pipeline(nodes, degree, parts, repeats, model, say, halo)
@@ -332,6 +339,7 @@ def plan_against_reality(
     rounds: Annotated[int, typer.Option(help="plans and runs of each case, in turn; the median one is shown")] = 3,
     hidden: Hidden = 64,
     layers: Layers = 4,
+    halo: Halo = "bridge",
     write: Annotated[
         Path | None, typer.Option(help="page of docs/ whose table is replaced", show_default="none")
     ] = None,
@@ -353,14 +361,16 @@ def plan_against_reality(
             "--layers": layers,
         }
         check({"--nodes": int(nodes), "--parts": int(parts), **sizes}, degree)
+        _room(int(nodes), degree, hidden, layers, int(parts), halo)
     from . import bench_plan
 
     if write is not None:
         bench_plan.check_page(write)
-    model = [f"model.hidden={hidden}", f"model.layers={layers}", f"train.epochs={epochs}"]
+    model = [f"model.hidden={hidden}", f"model.layers={layers}", f"train.epochs={epochs}", f"partition.halo={halo}"]
     found = bench_plan.run(cases, snapshots, degree, rounds, model, say)
     command = "distegnn bench plan " + "".join(f"--case {one} " for one in given)
     command += f"--snapshots {snapshots} --epochs {epochs} --rounds {rounds} --hidden {hidden} --layers {layers}"
+    command += "" if halo == "bridge" else f" --halo {halo}"
     if write is not None:
         bench_plan.write_table(write, command, found)
     title = f"planned and real, H = {hidden}, L = {layers}, {snapshots} snapshots, {epochs} epochs, median of {rounds} rounds"

@@ -99,8 +99,10 @@ def partition(nodes: int, degree: float, parts: int, say: Say) -> dict[str, Any]
 # comm
 
 
-def _count(group: comm.Comm, config: Config) -> dict[str, list[tuple[str, int, int]]]:
-    """What this process sends in one training step: (collective, numbers, bytes) of each call, by phase of the step."""
+def _count(group: comm.Comm, config: Config, number: int | None = None) -> dict[str, list[tuple[str, int, int]]]:
+    """What this process sends in one training step: (collective, numbers, bytes) of each call, by phase of the step.
+
+    number: of the snapshot, the first of the training split unless told otherwise."""
     calls: list[tuple[str, int, int]] = []
 
     def counted(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -114,7 +116,7 @@ def _count(group: comm.Comm, config: Config) -> dict[str, list[tuple[str, int, i
 
     samples = open_samples(config, group.rank, group.size)
     model = train.build_model(config, samples.widths, group)
-    graph = samples[samples.splits["train"][0]]
+    graph = samples[samples.splits["train"][0] if number is None else number]
     if halos := halo.of(graph):
         halos.link(graph.ndata["x"], group)  # once a snapshot, so of no step
     before = {name: getattr(comm.dist, name) for name in COLLECTIVES}

@@ -226,6 +226,9 @@ def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
         if "=" not in override:
             raise Failure(f"override '{override}': write key=value, for example train.epochs=10")
         where = f"override '{override}'"
+        key, _, value = override.partition("=")
+        if not value and key in keys() and isinstance(value_of(Config(), key), str):
+            override = f"{key}=''"  # nothing is null in YAML
         try:
             given = OmegaConf.from_dotlist([override])
         except Exception as error:  # the value is YAML too

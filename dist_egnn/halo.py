@@ -73,7 +73,13 @@ class Halo:
                 raise Failure(
                     f"{self.where}: process {rank} asks for nodes that are none of its {len(x)}; partition again"
                 )
-        far = comm.exchange(x.index_select(0, torch.cat(given)), give, take)()
+        self.learn(x, given, comm.exchange(x.index_select(0, torch.cat(given)), give, take)())
+
+    def learn(self, x: Tensor, given: Sequence[Tensor], far: Tensor) -> None:
+        """Take in what the others told: which rows of x (n, 3) each of them needs, and the positions (m, 3) of the halo nodes.
+
+        Raises Failure for an edge that is longer than the radius.
+        """
         source, destination = far.index_select(0, self.src), x.index_select(0, self.dst)
         both = torch.cat([far, x]).numpy()
         squared = graphs.squared_lengths(both, self.src.numpy(), self.dst.numpy() + len(far), self.side)

@@ -15,28 +15,29 @@ import numpy as np
 import torch
 
 from . import calibrate, local, machine, models, plan_data, samples, tiles, train
-from .calibrate import PHASES, Times, Trial
-from .comm import sent_bytes
+from .calibrate import PHASES, Call, Times, Trial
 from .config import Config
 from .errors import Failure
 from .plan_data import TRIED, Say, Source
+from .store import Store
 
 ALIKE = 1.1  # the fastest device over the slowest: below, the difference is the trial's own noise
 
 
 @dataclass(frozen=True)
 class Rank:
-    """One process of the run, means over snapshots. edges: those that it computes on, among its own nodes; cut: in-edges that
-    the partition drops; halo: nodes of others that these came from. peak_gb: largest resident memory of the process
-    (device: of the device), in 10⁹ bytes; alone_s: its own work of a step, alone on this machine; cpu_s: the same
-    by the processor's clock; speed: edges + 4 nodes of its batches, forward and backward, in a second of that clock at its
-    best."""
+    """One process of the run, means over snapshots. edges: those that it computes on; cut: in-edges from other processes' nodes,
+    dropped in bridge mode, among ``edges`` in halo mode; halo: those nodes. sent_bytes: what it sends in a step. peak_gb:
+    largest resident memory of the process (device: of the device), in 10⁹ bytes; alone_s: its own work of a step, alone on this
+    machine; cpu_s: the same by the processor's clock; speed: edges + 4 nodes of its batches, forward and backward, in a second
+    of that clock at its best."""
 
     rank: int
     nodes: float
     edges: float
     cut: float
     halo: float
+    sent_bytes: float
     peak_gb: float
     alone_s: float
     cpu_s: float
@@ -45,19 +46,21 @@ class Rank:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take. calls: sums over the group in one step, payload_bytes: what each rank hands to them, wire_bytes: what
-    each rank sends. exchange_s: their time in a step. epoch_s: an epoch with its
+    """What a run will take. halo: the mode, bridge or exchange. calls: sums over the group in one step, and exchanges of halo
+    rows; payload_bytes: what a rank hands to them, wire_bytes: what it sends, of the rank that sends most. exchange_s: their time
+    in a step. epoch_s: an epoch with its
     validation, samples in memory as far as they fit; first_epoch_s: the first, which reads all of them; idle_…: the same by the
     processor's clock: what an idle machine would take; busy: the share of a core that the trials got. partition_s: writing the
     store first, from a trajectories file. memory_gb: of all ranks together."""
 
     data: str
     parts: int
+    halo: str
     snapshots: dict[str, int]
     ranks: list[Rank]
     steps: int
     calls: int
-    payload_bytes: int
+    payload_bytes: float
     wire_bytes: float
     exchange_s: float
     step_s: float
@@ -98,25 +101,44 @@ def _picked(source: Source, size: int) -> list[list[int]]:
     return [places[k : k + size] for k in range(0, len(places) - size + 1, size)][:TRIED]
 
 
-def _check_memory(config: Config, counts: np.ndarray, device: str) -> None:
-    """Raise Failure where the first guess of a rank's memory is more than there is: then even the trial is too much."""
-    m, parts = config.model, counts.shape[1]
+def check_memory(config: Config, parts: int) -> None:
+    """Raise Failure where the first guess of a step's memory is more than there is, before anything is tried or written."""
+    device = str(train.device_of(config))
+    if samples.is_store(config.data.path):
+        source = plan_data.stored(config)
+        _enough(config, parts, source.counts["train"], source.table[..., 3].max(initial=0), device)
+    else:
+        _enough(config, parts, plan_data.guessed(config, parts), 0, device)
+
+
+def _enough(config: Config, parts: int, counts: np.ndarray, halo: float, device: str) -> None:
+    """Raise Failure where the first guess of a rank's memory is more than there is: then even the trial is too much.
+
+    counts (S, P, 2): nodes and edges; halo: nodes whose rows a rank keeps besides in halo mode."""
+    m, layers = config.model, 0 if config.train.kept else config.model.layers
+    if not len(counts):
+        return
     block = m.tile * (1 if device == "cpu" else tiles.FAR)
     most = counts.max(0) * config.train.batch_size  # (P, 2)
-    guess = max(machine.step_bytes(n, e, m.hidden, m.layers, block) for n, e in most.tolist())
-    remedy = "raise partition.parts, or lower model.hidden, model.layers or train.batch_size"
+    guess = max(machine.step_bytes(n, e, m.hidden, layers, block) for n, e in most.tolist())
+    if config.partition.halo == "exchange":
+        guess += 4 * layers * (m.hidden + 3) * halo * config.train.batch_size
+    remedy = "raise partition.parts, or lower model.hidden, model.layers or train.batch_size, or set train.kept"
     machine.enough_memory(guess, device, f"{config.data.path}: a step of one of {parts} processes", remedy)
 
 
-def _counted(counts: np.ndarray) -> np.ndarray:
-    """What the ranks' samples together are counted as, in bytes (P,)."""
+def _counted(counts: np.ndarray, config: Config) -> np.ndarray:
+    """What the ranks' samples together are counted as, in bytes (P,): in halo mode all as the largest part."""
+    if config.partition.halo == "exchange":
+        counts = np.broadcast_to(counts.max(1, keepdims=True), counts.shape)
     return (counts * [samples.kept_bytes(1, 0), samples.kept_bytes(0, 1)]).sum((0, 2))
 
 
 def _held(source: Source, picked: list[int], trials: list[Trial], group: float) -> list[float]:
     """Bytes of each rank's process at its largest: the trial's, the group's, the samples that a run keeps beside those tried."""
-    tried = _counted(source.tried[picked])
-    kept = np.minimum(sum(map(_counted, source.counts.values())), np.maximum(samples.CACHE_BYTES // len(trials), tried))
+    tried = _counted(source.tried[picked], source.config)
+    whole = sum(_counted(counts, source.config) for counts in source.counts.values())
+    kept = np.minimum(whole, np.maximum(samples.CACHE_BYTES // len(trials), tried))
     return [
         trial.peak + group + more * trial.held_ratio
         for trial, more in zip(trials, (kept - tried).clip(0).tolist(), strict=True)
@@ -136,24 +158,24 @@ def make(config: Config, say: Say = lambda line: None) -> Plan:
             f"train.replicas={config.train.replicas}: a plan knows one group of processes; plan with train.replicas=1: so "
             "many groups take so many times its memory and cores, and share the batches of a step"
         )
-    if config.partition.halo == "exchange" and parts > 1:
-        raise Failure(
-            "partition.halo=exchange: a plan knows bridge mode only; plan with bridge, docs/halo.md says what is added"
-        )
+    exchange = config.partition.halo == "exchange" and parts > 1
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
         source = plan_data.of(config, parts, Path(folder), say)
-        _check_memory(config, source.counts["train"], str(device))
+        _enough(config, parts, source.counts["train"], source.table[..., 3].max(), str(device))
         batches = _picked(source, config.train.batch_size)
         numbers = [[source.numbers[k] for k in batch] for batch in batches]
         # alone, a run stays in the command's own process, with the threads that this one has
         start, threads = ("spawn", torch.get_num_threads()) if parts == 1 else ("forkserver", 1)
+        heard: list[calibrate.Told] = [{}] * parts
+        if exchange:
+            heard = calibrate.told(Store(source.config.data.path), sorted({n for batch in numbers for n in batch}))
         trials: list[Trial] = []
         for p in range(parts):
-            trials += local.run(calibrate.rank, 1, source.config, p, parts, numbers, threads, apart=start)
+            trials += local.run(calibrate.rank, 1, source.config, p, parts, numbers, threads, heard[p], apart=start)
             say(f"rank {p}: {trials[-1].wall.batch:.3f} s a batch, {trials[-1].peak / 1e9:.2f} GB")
         found = [(dict.fromkeys(PHASES, 0.0), 0.0)]
         if parts > 1:
-            found = local.run(calibrate.exchange, parts, trials[0].calls)
+            found = local.run(calibrate.exchange, parts, [trial.calls for trial in trials])
     sums = {phase: max(seconds[phase] for seconds, _ in found) for phase in PHASES}
     picked = [k for batch in batches for k in batch]
     memory = [trial.peak for trial in trials]
@@ -197,6 +219,14 @@ class _Clock:
         return t.batch * self.scale["train"][rank] * batches + t.finish
 
 
+def _of_step(calls: list[list[Call]], each: int, parts: int) -> tuple[int, float, float]:
+    """Calls of a step of ``each`` batches, bytes that the rank hands to them, bytes that it sends: means over the batches tried."""
+    taken = [(1 if c.phase == "gradients" else each, c) for batch in calls for c in batch]
+    payload = sum(times * c.payload for times, c in taken)
+    wire = sum(times * c.sent(parts) for times, c in taken)
+    return sum(times for times, _ in taken) // len(calls), payload / len(calls), wire / len(calls)
+
+
 def _summed(
     config: Config, source: Source, picked: list[int], trials: list[Trial], sums: dict[str, float], memory: list[float]
 ) -> Plan:
@@ -204,28 +234,29 @@ def _summed(
     parts = len(trials)
     now = _Clock(config, source, picked, [t.wall for t in trials], sums)
     idle = _Clock(config, source, picked, [t.cpu for t in trials], sums)
-    counted = sum(float(_counted(counts).sum()) for counts in source.counts.values())
+    counted = sum(float(_counted(counts, config).sum()) for counts in source.counts.values())
     fresh = counted > samples.CACHE_BYTES  # not all can stay in memory
     mean, own = source.table.mean(0), source.counts["train"].mean(0)
     size = min(config.train.batch_size, len(source.numbers))
     tried = size * _rows(source.tried[picked]).mean(0)  # edges + 4 nodes of a batch (P,)
     speeds = (tried / [trial.fastest for trial in trials]).tolist()
-    columns = zip(*own.T.tolist(), *mean[:, 2:].T.tolist(), memory, speeds, strict=True)
     each = min(config.train.accumulate, now.batches["train"])  # batches of a step
-    calls = [c for c in trials[0].calls for _ in range(1 if c.phase == "gradients" else each)]
-    payload = sum(c.numbers * c.width for c in calls)
+    taken = [_of_step(trial.calls, each, parts) for trial in trials]
+    sent = [wire for _, _, wire in taken]
+    columns = zip(*own.T.tolist(), *mean[:, 2:].T.tolist(), sent, memory, speeds, strict=True)
     return Plan(
         data=config.data.path,
         parts=parts,
+        halo=config.partition.halo,
         snapshots={name: len(c) for name, c in source.counts.items()},
         ranks=[
-            Rank(p, n, e, cut, halo, held / 1e9, now.alone(p), idle.alone(p), speed)
-            for p, (n, e, cut, halo, held, speed) in enumerate(columns)
+            Rank(p, n, e, cut, halo, wire, held / 1e9, now.alone(p), idle.alone(p), speed)
+            for p, (n, e, cut, halo, wire, held, speed) in enumerate(columns)
         ],
         steps=now.steps,
-        calls=len(calls),
-        payload_bytes=payload,
-        wire_bytes=sum(sent_bytes(c.numbers * c.width, parts) for c in calls),
+        calls=taken[0][0],
+        payload_bytes=max(payload for _, payload, _ in taken),
+        wire_bytes=max(sent),
         exchange_s=each * (sums["forward"] + sums["backward"]) + sums["gradients"],
         step_s=now.step(fresh),
         epoch_s=now.epoch(fresh),

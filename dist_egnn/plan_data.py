@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from . import samples, trajectories
+from . import samples, shares, trajectories
 from .config import Config
 from .errors import Failure
 from .inputs import same_settings
@@ -31,8 +31,9 @@ COLUMNS = ["nodes", "edges", "cut_edges", "halo"]
 class Source:
     """What is tried and what is trained on.
 
-    config: names the data of the trial; numbers: its train snapshots; tried (S, P, 2): nodes and own edges of each; counts: the
-    same of all snapshots of the run, by split; table (S, P, 4): COLUMNS; partition_s: writing the run's store, 0 if there is one.
+    config: names the data of the trial; numbers: its train snapshots; tried (S, P, 2): nodes of each and the in-edges that it
+    computes on, in halo mode all; counts: the same of all snapshots of the run, by split; table (S, P, 4): COLUMNS;
+    partition_s: writing the run's store, 0 if there is one.
     """
 
     config: Config
@@ -51,8 +52,10 @@ class _Few(Trajectories):
         self._all = [self._all[k] for k in chosen]
 
 
-def _own(table: np.ndarray) -> np.ndarray:
-    """COLUMNS (…, 4) → nodes and edges that are not cut (…, 2)."""
+def _own(table: np.ndarray, config: Config) -> np.ndarray:
+    """COLUMNS (…, 4) → nodes and edges (…, 2), in bridge mode those that are not cut."""
+    if config.partition.halo == "exchange":
+        return table[..., :2]
     return np.stack([table[..., 0], table[..., 1] - table[..., 2]], -1)
 
 
@@ -66,7 +69,7 @@ def stored(config: Config) -> Source:
     same_settings(store.inputs, str(store.path), config.data)
     table = _of_store(store)
     splits = {name: store.split(name) for name in ("train", "valid")}
-    counts = {name: _own(table[numbers]) for name, numbers in splits.items()}
+    counts = {name: _own(table[numbers], config) for name, numbers in splits.items()}
     return Source(config, splits["train"], counts["train"], counts, table)
 
 
@@ -100,6 +103,22 @@ def whole(config: Config) -> Source:
     counts = _counts(file, listed, like, math.isinf(config.data.radius))
     table = np.pad(np.concatenate([*counts.values()]), ((0, 0), (0, 0), (0, 2)))  # nothing is cut
     return Source(config, numbers, counts["train"], counts, table)
+
+
+def guessed(config: Config, parts: int) -> np.ndarray:
+    """Nodes and edges (1, 1, 2) of the largest part of the largest training snapshot of a trajectories file, without its edges."""
+    from .partition import near
+
+    file, listed = _listed(config)
+    ones = [s for s in listed if s.split == "train"]
+    if not ones:
+        return np.zeros((0, 1, 2))
+    largest = max(ones, key=lambda s: file[s.trajectory].nodes)
+    side = file.sides(largest.trajectory, config.data.radius) if config.data.periodic else None
+    x = file.position(largest.trajectory, largest.frame)
+    degree = near.degree(x, config.data.radius, side) * (1 - config.data.edge_drop)
+    share = shares.fractions(config.partition.weights, parts).max()
+    return share * len(x) * np.array([[[1.0, degree]]])
 
 
 def cut(config: Config, parts: int, folder: Path, say: Say) -> Source:
@@ -146,9 +165,9 @@ def cut(config: Config, parts: int, folder: Path, say: Say) -> Source:
     nodes_of_run = sum(file[s.trajectory].nodes for s in listed)
     largest = int(table[:, :, 0].sum(1).argmax())
     alike = np.isclose(table[:, :, 0].sum(1), table[largest, :, 0].sum())
-    counts = _counts(file, listed, _own(table[alike].mean(0)), math.isinf(config.data.radius))
+    counts = _counts(file, listed, _own(table[alike].mean(0), config), math.isinf(config.data.radius))
     seconds *= nodes_of_run / table[:, :, 0].sum()
-    return Source(trial, list(range(len(table))), _own(table), counts, table, seconds)
+    return Source(trial, list(range(len(table))), _own(table, config), counts, table, seconds)
 
 
 def of(config: Config, parts: int, folder: Path, say: Say) -> Source:

@@ -9,6 +9,7 @@ owner without being sent, and rank 0 has each frame to write.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ import pandas as pd
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from . import checkpoint, graphs, halo, local, measures, train
+from . import checkpoint, graphs, halo, local, machine, measures, shares, train
 from . import config as configs
 from .comm import Comm
+from .config import Config
 from .errors import Failure
 from .files import claim, write_whole
 from .halo import Halo
-from .partition import methods
+from .partition import methods, near
+from .partition.pieces import bytes_in_memory
 from .progress import bar
 from .samples import spec_of
 from .scene import BOUNDS, Job, Scene, parse_fixed
@@ -56,8 +59,8 @@ class Owners:
             src, dst = graphs.edges(x, spec.radius, spec.edge_drop, self.side)
             if due and comm.rank == 0:
                 place = x if self.side is None else graphs.wrap(x, self.side)  # as partition/pieces.py
-                part = methods.assign(job.method, place, src, dst, comm.size, job.method_seed)
-                part = part if step == 0 else renamed(part, self.part, comm.size)
+                part = methods.assign(job.method, place, src, dst, comm.size, job.method_seed, job.owned)
+                part = part if step == 0 else renamed(part, self.part, comm.size, job.owned)
             last = last if exchange else self._last(x, src, dst)
         if due:
             self.part = comm.sum(torch.from_numpy(part)).numpy()
@@ -87,10 +90,13 @@ class Owners:
         return np.array([key[order[-1]] for key in keys], np.float64)
 
 
-def renamed(part: np.ndarray, before: np.ndarray, parts: int) -> np.ndarray:
-    """The same partition with its parts numbered so that most nodes stay with their owner."""
+def renamed(part: np.ndarray, before: np.ndarray, parts: int, owned: Sequence[float] | None = None) -> np.ndarray:
+    """The same partition with its parts numbered so that most nodes stay with their owner; owned: parts of different weights
+    keep theirs."""
     shared = np.zeros((parts, parts), np.int64)
     np.add.at(shared, (part, before), 1)
+    if owned is not None:
+        shared[np.not_equal.outer(owned, owned)] = -len(part) - 1  # never worth it
     return linear_sum_assignment(shared, maximize=True)[1][part]
 
 
@@ -239,19 +245,41 @@ def _show(path: Path, table: pd.DataFrame, rows: int = 10) -> None:
     print_table(f"{path}: {len(table)} frames; the whole table is {path.with_suffix('.csv')}", header, shown)
 
 
+def _enough_memory(config: Config, file: Trajectories, trajectory: int, start: int, size: int, method: str) -> None:
+    """Raise Failure where a step alone takes more memory than there is, by a first guess: of a process's share, and of all edges
+    where rank 0 must hold them to partition."""
+    d, m = config.data, config.model
+    side = file.sides(trajectory, d.radius) if d.periodic else None
+    x = file.position(trajectory, start)
+    edges = len(x) * near.degree(x, d.radius, side) * (1 - d.edge_drop)
+    needed = machine.step_bytes(
+        len(x) / size, edges / size, m.hidden, 0, m.tile
+    )  # 0: nothing is kept for a backward pass
+    if size > 1 and (methods.METHODS[method].edges or d.edge_drop or config.partition.halo == "exchange"):
+        needed = max(needed, bytes_in_memory(method, len(x), edges))
+    what = f"{file.path}: a step of trajectory {trajectory} on one of {size} processes"
+    machine.enough_memory(
+        needed, str(train.device_of(config)), what, "name more processes with --parts, or another machine"
+    )
+
+
 def prepare(
     run: Path,
     *,
     trajectory: int,
     steps: int,
     out: Path,
+    parts: int | None = None,
     data: Path | None = None,
     start: int | None = None,
     repartition: int = 1,
     bounds: str = "none",
     fixed: str | None = None,
 ) -> tuple[Job, int]:
-    """The job of a run's best checkpoint, and how many processes it was trained on. Raises Failure for what cannot be."""
+    """The job of a run's best checkpoint, and how many processes it takes: parts, or as many as share a graph in training.
+
+    Raises Failure for what cannot be.
+    """
     if not (run / "config.yaml").is_file():
         raise Failure(f"{run}: not a run (no config.yaml); `distegnn train` makes one")
     config = configs.load(run / "config.yaml")
@@ -286,6 +314,14 @@ def prepare(
     features = d.features
     if features is None:
         features = store.inputs["features"] if store else [*file[0].attributes, "speed"]
+    trained = store.parts if store else config.partition.parts or 1
+    size = trained if parts is None else parts
+    method = store.inputs["method"] if store else config.partition.method
+    owned = store.inputs["weights"] if store else shares.of(config.partition.weights, trained)
+    owned = owned if size == trained else None
+    methods.check(method, size, owned)
+    methods.fits(file[trajectory].nodes, size, owned)
+    _enough_memory(config, file, trajectory, start, size, method)
     job = Job(
         config,
         str((run / "best.pt").absolute()),
@@ -295,25 +331,25 @@ def prepare(
         start,
         steps,
         repartition,
-        store.inputs["method"] if store else config.partition.method,
+        method,
         store.inputs["method_seed"] if store else config.partition.seed,
+        owned,
         bounds,
         None if fixed is None else parse_fixed(fixed),
         str(out.absolute()),
     )
     Scene(file, job)  # what it refuses is refused before processes start
     file.close()
-    return job, store.parts if store else config.partition.parts or 1
+    return job, size
 
 
-def run_rollout(run: Path, parts: int | None = None, **options: Any) -> pd.DataFrame:
+def run_rollout(run: Path, **options: Any) -> pd.DataFrame:
     """Roll out, write the table beside the file, and show it. Raises Failure for a rollout that had to be stopped.
 
     Whatever ends it, but a kill of this process too, leaves under --out the frames that were whole.
     """
-    job, usual = prepare(run, **options)
-    out, size = Path(job.out), usual if parts is None else parts
-    methods.check(job.method, size)
+    job, size = prepare(run, **options)
+    out = Path(job.out)
     shown = options["out"]
     with claim(out, "another rollout is writing it; wait for it, or choose another --out"):
         partial_of(out).unlink(missing_ok=True)  # of one that was killed

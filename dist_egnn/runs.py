@@ -33,8 +33,8 @@ def make_store(file: Any, out: Path, inputs: Any) -> None:
     )
 
 
-def run_partition(config: Any, out: Path) -> None:
-    """Write the store of a config's trajectories file, or go on with it, and set data.path to it."""
+def to_partition(config: Any) -> tuple[Any, Any]:
+    """A config's trajectories file, and the inputs of its store. Raises Failure for what cannot be partitioned."""
     from .partition import build
     from .trajectories import Trajectories
 
@@ -48,6 +48,13 @@ def run_partition(config: Any, out: Path) -> None:
         settings=config.data,
         shard_nodes=build.SHARD_NODES,
     )
+    build.check(file, inputs)
+    return file, inputs
+
+
+def run_partition(config: Any, out: Path, given: tuple[Any, Any] | None = None) -> None:
+    """Write the store of a config's trajectories file, or go on with it, and set data.path to it; given: `to_partition`'s."""
+    file, inputs = given or to_partition(config)
     make_store(file, out, inputs)
     config.data.path = str(out.absolute())
 
@@ -95,7 +102,7 @@ def run_training(config: Any, resume: bool = False) -> dict[str, float]:
 
     resume: go on with the run in run.dir. Raises Stopped, after a checkpoint, if a signal asks this process to stop.
     """
-    from . import files, local, models, samples, stopping
+    from . import files, local, models, plan, samples, stopping
     from . import resume as resuming
     from . import train as training
 
@@ -107,11 +114,13 @@ def run_training(config: Any, resume: bool = False) -> dict[str, float]:
     check = resuming.check_resumed if resume else resuming.check_fresh
     check(config)  # before there is a folder
     parts, processes = samples.parts(config), samples.processes(config)
+    plan.check_memory(config, parts)
+    cut = to_partition(config) if parts > 1 and not samples.is_store(config.data.path) else None
     with files.hold(folder, "another run is at work there; wait for it, or choose another run.dir"):
         if not resume:
             check(config)  # now that nobody else begins one
-        if parts > 1 and not samples.is_store(config.data.path):
-            run_partition(config, folder / (f"store-{parts}" if resume else "store"))
+        if cut is not None:
+            run_partition(config, folder / (f"store-{parts}" if resume else "store"), cut)
         with stopping.listening():
             last = local.run(training.train, processes, config, resume, timeout_s=config.train.timeout_s)[0]
     tell_end(folder, last, processes, "train")
@@ -255,13 +264,15 @@ def run_plan(config: Any, as_json: bool = False, measure: bool = False) -> None:
             f"{r.edges:,.0f}",
             f"{r.cut:,.0f}",
             f"{r.halo:,.0f}",
+            f"{r.sent_bytes / 1e6:.3f}",
             f"{r.peak_gb:.2f}",
             f"{r.alone_s:.3f}",
         ]
         for r in found.ranks
     ]
     counted = ", ".join(f"{n} {split}" for split, n in found.snapshots.items())
-    header = ["rank", "nodes", "edges", "cut", "halo", "memory [GB]", "alone [s]"]
+    cut = "cross" if found.halo == "exchange" else "cut"
+    header = ["rank", "nodes", "edges", cut, "halo", "sent [MB]", "memory [GB]", "alone [s]"]
     print_table(
         f"{found.data}: {counted} snapshots, {found.parts} process{'es' * (found.parts > 1)} on {found.cores:g} cores",
         header,
@@ -269,8 +280,8 @@ def run_plan(config: Any, as_json: bool = False, measure: bool = False) -> None:
     )
     print_line(f"memory: {found.memory_gb:.2f} GB in all, {found.free_gb:.1f} GB are free")
     print_line(
-        f"sums a step: {found.calls} calls, {found.payload_bytes:,} bytes from each process, {found.wire_bytes:,.0f} on the wire, "
-        f"{found.exchange_s:.4f} s"
+        f"a step's sums{' and exchanges' * (found.halo == 'exchange')}: {found.calls} calls, up to {found.payload_bytes:,.0f} "
+        f"bytes from a process, {found.wire_bytes:,.0f} on the wire, {found.exchange_s:.4f} s"
     )
     if found.partition_s:
         print_line(f"partition: {found.partition_s:.1f} s, once")

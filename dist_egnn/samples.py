@@ -65,12 +65,16 @@ class Samples:
             self._kept.move_to_end(number)
             return self._kept[number][0]
         graph = self._read(number)
-        size = self._sizes[number] if self._sizes else kept_bytes(graph.num_nodes(), graph.num_edges())
+        size = self.size(number, graph)
         self._kept[number] = graph, size
         self._held += size
         while self._held > self._budget and len(self._kept) > 1:
             self._held -= self._kept.popitem(last=False)[1][1]
         return graph
+
+    def size(self, number: int, graph: DGLGraph) -> int:
+        """The bytes that a sample is counted as."""
+        return self._sizes[number] if self._sizes else kept_bytes(graph.num_nodes(), graph.num_edges())
 
     def ahead(self, numbers: Iterable[int]) -> Iterator[DGLGraph]:
         """The samples of these numbers, each read while the one before is in use."""

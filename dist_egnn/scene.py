@@ -8,6 +8,7 @@ import numpy as np
 
 from .config import Config
 from .errors import Failure
+from .shares import Weights
 from .trajectories import SampleSpec, Trajectories
 
 BOUNDS = ("none", "reflect", "clamp")
@@ -28,6 +29,7 @@ class Job:
     repartition: int  # steps from one partition to the next
     method: str
     method_seed: int
+    owned: Weights | None  # what each process is to own of the nodes; None: equal shares
     bounds: str
     fixed: tuple[str, float] | None  # attribute and value of the nodes that stay where they are
     out: str

@@ -132,10 +132,11 @@ def _end_on_signals(here: Address) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def serve(path: Path, machine: int, ip_config: Path) -> None:
+def serve(path: Path, machine: int, ip_config: Path, replicas: int = 1) -> None:
     """Serve a machine's partition until a signal ends this process; says so on standard output once trainers may connect.
 
-    Raises Failure for a store that cannot be served from one graph, that is not as its manifest says, or has no room here.
+    replicas: groups of trainers that read the store, a trainer a part in each. Raises Failure for a store that cannot be served
+    from one graph, that is not as its manifest says, or has no room here.
     """
     store = Store(path)
     here = addresses(ip_config, store.machines)[machine]
@@ -156,7 +157,7 @@ def serve(path: Path, machine: int, ip_config: Path) -> None:
                     machine,
                     str(ip_config),
                     1,
-                    store.parts,
+                    store.parts * replicas,
                     str(named),
                     graph_format=["coo", "csc"],
                     keep_alive=True,
@@ -254,16 +255,21 @@ def _check_shared(here: Address, rank: int, machine: int) -> None:
         )
 
 
-def connect(path: Path, rank: int, ip_config: Path, group: int, timeout_s: float) -> None:
+def machine_of(rank: int, parts: int, trainers: int) -> int:
+    """The machine of a rank: of each `train.replicas` group of P ranks, so many trainers are on each machine in turn."""
+    return rank % parts // trainers
+
+
+def connect(path: Path, rank: int, ip_config: Path, group: int, timeout_s: float, replicas: int = 1) -> None:
     """Read a store through its servers, which are ready, from now on in this process. All trainers of a group call it, and
     wait for each other.
 
-    rank: torch's, which alone says what is ours; DGL's own is ignored. group: a new number whenever trainers start again.
-    Raises Failure where servers cannot be reached, or this machine's serves another partition than the rank's; ends the
-    process after timeout_s.
+    rank: torch's, which alone says what is ours, part rank mod P; DGL's own is ignored. group: a new number whenever trainers
+    start again. Raises Failure where servers cannot be reached, or this machine's serves another partition than the rank's;
+    ends the process after timeout_s.
     """
     store = Store(path)
-    machine = rank // store.trainers
+    machine = machine_of(rank, store.parts, store.trainers)
     listed = addresses(ip_config, store.machines)
     here = listed[machine]
     _check_shared(here, rank, machine)
@@ -276,8 +282,8 @@ def connect(path: Path, rank: int, ip_config: Path, group: int, timeout_s: float
         DGL_DIST_MAX_TRY_TIMES=str(max(1, int(timeout_s / TRY_S))),
     )
     seam.mean_this_machine(machine, here.host, here.name)
-    everybody = ", ".join(map(str, listed))
-    with _bounded(timeout_s + TRY_S, f"{everybody}: these servers and {store.parts} trainers did not all meet"):
+    everybody, clients = ", ".join(map(str, listed)), store.parts * replicas
+    with _bounded(timeout_s + TRY_S, f"{everybody}: these servers and {clients} trainers did not all meet"):
         try:
             dgl.distributed.initialize(str(ip_config), net_type="tensorpipe")
         except rpc.DistConnectError as error:
@@ -300,14 +306,15 @@ def enter(
     port: int,
     interface: str,
     timeout_s: float,
+    replicas: int = 1,
 ) -> comm.Comm:
     """What a trainer on a host begins with: connect to the servers, if there are any, then join the other trainers.
 
     ip_config: None, and parts are read from this host's disk. The rest as in `connect` and `comm.meet`.
     """
     if ip_config is not None:
-        connect(path, rank, ip_config, group, timeout_s)
-    return comm.meet(rank, Store(path).parts, address, port, interface, timeout_s)
+        connect(path, rank, ip_config, group, timeout_s, replicas)
+    return comm.meet(rank, Store(path).parts * replicas, address, port, interface, timeout_s)
 
 
 def leave(code: int) -> NoReturn:
@@ -325,6 +332,7 @@ def main() -> None:
     parser.add_argument("store", type=Path)
     parser.add_argument("machine", type=int)
     parser.add_argument("ip_config", type=Path)
+    parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--clear", action="store_true")
     options = parser.parse_args()
     try:
@@ -332,7 +340,7 @@ def main() -> None:
             count = clear(addresses(options.ip_config, Store(options.store).machines)[options.machine])
             print(f"{count} files removed from {SHARED}")
         else:
-            serve(options.store, options.machine, options.ip_config)
+            serve(options.store, options.machine, options.ip_config, options.replicas)
     except Failure as failure:
         print(f"error: {failure}", file=sys.stderr)
         sys.exit(2)

@@ -119,6 +119,17 @@ def listing(data: Trajectories, inputs: Inputs) -> list[Snapshot]:
     )
 
 
+def check(data: Trajectories, inputs: Inputs) -> list[Snapshot]:
+    """The snapshots of a store. Raises Failure where `listing` does, and where memory would not do for the largest: before there
+    is anything to remove."""
+    listed = listing(data, inputs)
+    if listed and pieces.in_memory(inputs):
+        k, frame = max(((s.trajectory, s.frame) for s in listed), key=lambda one: data[one[0]].nodes)
+        side = data.sides(k, inputs.radius) if inputs.periodic else None
+        pieces.check_memory(data.position(k, frame), inputs, side, f"{data.path}: trajectory {k}")
+    return listed
+
+
 def _shards(data: Trajectories, listed: list[Snapshot], limit: int) -> Iterator[range]:
     """Consecutive snapshots that share a graph: up to ``limit`` nodes, at least one snapshot; 0: all in one."""
     first, nodes = 0, 0
@@ -237,7 +248,7 @@ def write(data: Trajectories, out: Path, inputs: Inputs, progress: Callable[[int
     progress(done, all) is called after each snapshot. Raises Failure for inputs that cannot be partitioned, for an
     ``out`` that holds something else, and where something cannot be written; what is complete stays.
     """
-    listed = listing(data, inputs)
+    listed = check(data, inputs)
     try:
         return _write(data, out, inputs, listed, progress)
     except OSError as error:

@@ -69,6 +69,14 @@ def check(method: str, parts: int, weights: Sequence[float] | None = None) -> No
         )
 
 
+def fits(nodes: int, parts: int, weights: Sequence[float] | None = None) -> None:
+    """Raise Failure for more parts than nodes, and for a weight whose share is less than one node."""
+    if nodes < parts:
+        raise Failure(f"parts={parts}: more parts than the {nodes} nodes; use parts={nodes} or fewer")
+    if weights is not None:
+        shares.sizes(nodes, weights)
+
+
 def assign(
     method: str,
     x: np.ndarray,
@@ -87,8 +95,7 @@ def assign(
     unequal = shares.of(weights, parts)
     check(method, parts, unequal)
     x = np.asarray(x, dtype=np.float64)
-    if len(x) < parts:
-        raise Failure(f"parts={parts}: more parts than the {len(x)} nodes; use parts={len(x)} or fewer")
+    fits(len(x), parts)
     if not np.isfinite(x).all():
         raise Failure("positions are NaN or infinite: no partition can be made; mend the source data")
     if parts == 1:  # METIS kills the process (SIGFPE) here

@@ -83,8 +83,8 @@ def bytes_in_memory(method: str, nodes: float, edges: float) -> float:
     return 0.4e9 + 200 * nodes + (METIS_EDGE if methods.METHODS[method].edges else HELD_EDGE) * edges
 
 
-def edges_of(x: np.ndarray, inputs: Inputs, side: np.ndarray | None, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """All edges of a snapshot at x (N, 3). Raises Failure, naming ``where``, before any work for which memory would not do."""
+def check_memory(x: np.ndarray, inputs: Inputs, side: np.ndarray | None, where: str) -> None:
+    """Raise Failure, naming ``where``, if memory would not do for all edges of a snapshot at x (N, 3)."""
     edges = len(x) * near.degree(x, inputs.radius, side)
     what = (
         f"{where}: method {inputs.method} with edge_drop={inputs.edge_drop:g} on {len(x):,} nodes, {edges:,.0f} edges,"
@@ -95,6 +95,11 @@ def edges_of(x: np.ndarray, inputs: Inputs, side: np.ndarray | None, where: str)
         what,
         "use bisection or morton without edge_drop, or a smaller radius",
     )
+
+
+def edges_of(x: np.ndarray, inputs: Inputs, side: np.ndarray | None, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """All edges of a snapshot at x (N, 3). Raises Failure, naming ``where``, before any work for which memory would not do."""
+    check_memory(x, inputs, side, where)
     return graphs.edges(x, inputs.radius, inputs.edge_drop, side)
 
 

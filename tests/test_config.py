@@ -67,6 +67,12 @@ def test_overrides_win_over_the_file_and_later_over_earlier(tmp_path):
     assert config.train.batch_size == Config().train.batch_size
 
 
+def test_an_empty_override_is_an_empty_string_where_strings_are(tmp_path):
+    path = write(tmp_path, "train: {kept: /tmp}\nmodel: {cutoff: 2.0}\n")
+    found = load(path, ["train.kept=", "model.cutoff="])
+    assert (found.train.kept, found.model.cutoff) == ("", None)
+
+
 @pytest.mark.parametrize("value", ["0.1", "1e-1", "1.0e-1"])
 def test_numbers_as_people_write_them(tmp_path, value):
     assert load(None, [f"train.lr={value}"]).train.lr == 0.1

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from together import Board, Member, differences, step, together
 
-from dist_egnn import cli, comm, config, engine, exactness, graphs, halo, models, plan, samples, tiles, train
+from dist_egnn import cli, comm, config, engine, exactness, graphs, halo, models, samples, tiles, train
 from dist_egnn.errors import Failure
 from dist_egnn.nn.egnn import EGNNLayer
 from dist_egnn.store import Store
@@ -281,6 +281,13 @@ def test_halo_nodes_that_cannot_be_are_refused_at_reading(make_store: Make) -> N
     held.halo[lo] = held.halo[lo + 1]
     with pytest.raises(Failure, match=r"snapshot 1, part 0: has \d+ halo, parts.csv says \d+"):
         store.read(1, 0, True)
+    held.halo[:] = right
+    store.read(1, 0, True)
+    first, after, elo, ehi = store.ranges[1, 0].tolist()
+    away = (held.src[elo:ehi] < first) | (held.src[elo:ehi] >= after)
+    held.src[elo + int(away.nonzero()[0])] = first  # an edge from another part has become one from its own
+    with pytest.raises(Failure, match=r"snapshot 1, part 0: has \d+ cut_edges, parts.csv says \d+"):
+        store.read(1, 0, True)
 
 
 def test_a_halo_node_that_is_another_is_refused_by_its_distance(make_store: Make) -> None:
@@ -375,8 +382,6 @@ def test_the_commands_that_know_of_it(make_store: Make, tmp_path: Path) -> None:
     file.write_text("data: {radius: 0.27}\n")
     with pytest.raises(Failure, match=r"partition.halo=ghost: unknown"):
         cli.verify(path, file, halo="ghost")
-    with pytest.raises(Failure, match=r"partition.halo=exchange: a plan knows bridge mode only"):
-        plan.make(config.load(None, [f"data.path={path}", "partition.halo=exchange"]))
 
 
 def test_ranks_keep_the_same_samples(make_store: Make) -> None:

@@ -16,6 +16,7 @@ from dist_egnn import (
     bench_road,
     calibrate,
     cli,
+    comm,
     local,
     machine,
     plan,
@@ -29,6 +30,7 @@ from dist_egnn import (
 from dist_egnn.calibrate import Lonely, Times, Trial
 from dist_egnn.config import Config, load
 from dist_egnn.errors import Failure
+from dist_egnn.store import Store
 
 DATA = ["data.radius=0.27", "data.horizon=3", "data.frames=3", "data.features=[mass,viscosity/max,speed]"]
 DATA += ["data.node_attributes=[mass]", "model.hidden=8", "model.layers=2"]
@@ -63,23 +65,32 @@ def test_counts_of_one_process_and_of_complete_graphs(small: Path, tmp_path: Pat
     assert complete.counts["train"][:, 0, 1].tolist() == pytest.approx([200 * 199] * 3 + [250 * 249] * 3, rel=0.01)
 
 
-def sent(group: Any, config: Config) -> list[tuple[str, int, int]]:
-    """What torch's own collectives are called with in a step of a real group."""
-    found = bench_road._count(group, config)
-    return [(phase, numbers, size) for phase, calls in found.items() for _, numbers, size in calls]
+def sent(group: Any, config: Config, numbers: list[int]) -> list[list[tuple[str, int]]]:
+    """What torch's own collectives are called with in steps of a real group, a step a snapshot: phase and bytes of each call."""
+    found = [bench_road._count(group, config, number) for number in numbers]
+    return [[(phase, size) for phase, calls in one.items() for *_, size in calls] for one in found]
 
 
-def test_sums_are_those_of_a_run(make_store: Any) -> None:
-    config = config_of(make_store(2))
-    for real, rank in zip(local.run(sent, 2, config), range(2), strict=True):
-        group = Lonely(rank, 2)
-        ours = samples.open_samples(config, rank, 2)
-        model = train.build_model(config, ours.widths, group)
-        loss, _ = train.loss_of(config, model, ours[ours.splits["train"][0]], group, torch.Generator().manual_seed(0))
-        loss.backward()
-        group.sum_gradients(model.parameters(), torch.zeros(3))
-        assert [(c.phase, c.numbers, c.numbers * c.width) for c in group.calls] == real
-    assert len(real) == 2 * config.model.layers + 1
+@pytest.mark.parametrize(
+    ("parts", "more"), [(2, []), (2, ["partition.halo=exchange"]), (3, ["partition.halo=exchange"])]
+)
+def test_sums_and_exchanges_are_those_of_a_run(
+    make_store: Any, monkeypatch: pytest.MonkeyPatch, parts: int, more: list[str]
+) -> None:
+    """Each call of each process on each snapshot; then the plan's own numbers, means of them."""
+    monkeypatch.setattr(calibrate, "SECONDS", 0.0)
+    config = config_of(make_store(parts, "bisection"), *more, "train.accumulate=2")
+    numbers = [5, 0, 3]
+    real = local.run(sent, parts, config, numbers)
+    heard = calibrate.told(Store(config.data.path), numbers) if more else [{}] * parts
+    for rank, steps in enumerate(real):
+        trial = calibrate.rank(comm.Alone(), config, rank, parts, [[n] for n in numbers], 1, heard[rank])
+        assert [[(c.phase, c.sent(parts)) for c in calls] for calls in trial.calls] == steps
+        count, payload, wire = plan._of_step(trial.calls, 2, parts)
+        each = [size for step in steps for phase, size in step for _ in range(1 if phase == "gradients" else 2)]
+        assert (3 * count, 3 * wire) == (len(each), pytest.approx(sum(each)))
+        assert payload == wire if parts == 2 else payload < wire
+    assert len(steps[0]) == (4 if more else 2) * config.model.layers + 1
 
 
 def test_sums_of_one_process_are_none() -> None:
@@ -164,11 +175,33 @@ def test_plan_of_a_store_as_users_see_it(make_store: Any, tmp_path: Path, monkey
         assert 0.1 < rank["peak_gb"] < 1
         assert 0 < rank["cpu_s"] < 10
         assert rank["cut"] > 0 < rank["halo"]
+        assert rank["sent_bytes"] == found["wire_bytes"]
         assert f"{rank['speed']:,.0f}" in ran.output
     told = "alike" if found["weights"] is None else f"partition.weights={shares.text(found['weights'])}"
     assert told in ran.output
     assert 0 < found["exchange_s"] < found["step_s"] < found["epoch_s"]
     assert sorted(f.name for f in tmp_path.iterdir()) == ["my.yaml"]
+
+
+def test_plan_in_halo_mode(
+    make_store: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ranks differ in what they send; they compute on edges between parts; samples count as their largest part."""
+    monkeypatch.setattr(calibrate, "SECONDS", 0.0)
+    config = config_of(make_store(3, "bisection"), "partition.halo=exchange", "train.epochs=1")
+    runs.run_plan(config, as_json=True)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    table = Store(config.data.path).parts_table
+    train_ones = table[table["snapshot"].isin(Store(config.data.path).split("train"))]
+    means = train_ones.groupby("part")[["nodes", "edges", "cut_edges"]].mean().to_numpy()
+    for rank, mean in zip(found["ranks"], means, strict=True):
+        assert [rank["nodes"], rank["edges"]] == pytest.approx(mean[:2])  # edges: all
+    sent = [rank["sent_bytes"] for rank in found["ranks"]]
+    assert max(sent) == found["wire_bytes"] > min(sent)
+    assert found["calls"] == 2 * 2 * 2 + 1
+    counts = np.array([[[100, 1000], [300, 900]], [[200, 500], [100, 600]]])  # (S, P, 2)
+    held = samples.kept_bytes(300, 1000) + samples.kept_bytes(200, 600)
+    assert plan._counted(counts, config).tolist() == [held, held]
 
 
 def test_weights_by_hand() -> None:
@@ -178,7 +211,7 @@ def test_weights_by_hand() -> None:
     source.tried[:, :, 0] *= 6 / tiles.NODES  # edges + tiles.NODES · nodes: 1,600 and 2,000
 
     def made(*fastest: float) -> plan.Plan:
-        trials = [Trial(times, times, 1.0, 5e8, 1.0, [], seconds) for seconds in fastest]
+        trials = [Trial(times, times, 1.0, 5e8, 1.0, [[]], seconds) for seconds in fastest]
         config = load(None, ["train.batch_size=2"])
         return plan._summed(config, source, [0, 1], trials, dict.fromkeys(calibrate.PHASES, 0.0), [1.0, 1.0])
 
@@ -196,12 +229,42 @@ def test_weights_of_one_process(small: Path) -> None:
 
 
 def test_too_large_is_one_failure_before_the_trial(make_store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_store(2)
     monkeypatch.setattr(machine, "memory_free", lambda: 1e8)
     monkeypatch.setattr(local, "run", lambda *_, **__: pytest.fail("a trial has started"))
     with pytest.raises(
         Failure, match=r"a step of one of 2 processes takes about .* GB are free; raise partition\.parts"
     ):
-        plan.make(config_of(make_store(2)))
+        plan.make(config_of(path))
+    held = config_of(path, "model.layers=100", "model.hidden=4096")
+    monkeypatch.setattr(machine, "memory_free", lambda: 1.5e9)
+    with pytest.raises(Failure, match="or set train.kept"):
+        plan.check_memory(held, 2)
+    held.train.kept = "/tmp"
+    plan.check_memory(held, 2)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_training_is_refused_before_there_is_a_folder(
+    make_store: Any, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: bool
+) -> None:
+    """Too little memory; more parts than nodes; weights that cannot be met: one line, and nothing is left."""
+    path, parts = (make_store(2), []) if stored else (small, ["partition.parts=2"])
+    given = [f"run.dir={tmp_path / 'run'}", *parts]
+    monkeypatch.setattr(machine, "memory_free", lambda: 0.3e9)
+    with pytest.raises(Failure, match=r"a step of one of 2 processes takes about 0\.4 GB, 0\.3 GB are free"):
+        runs.run_training(config_of(path, *given))
+    monkeypatch.undo()
+    for more, said in (
+        (["partition.parts=201"], "for 2;" if stored else "200 nodes, fewer than 201 parts"),
+        (
+            ["partition.parts=2", "partition.weights=[1,999]"],
+            "made with null" if stored else "process 0 would get 0.2 of",
+        ),
+    ):
+        with pytest.raises(Failure, match=said):
+            runs.run_training(config_of(path, *given, *more))
+    assert not list(tmp_path.iterdir())
 
 
 def test_table_is_written_between_the_marks(tmp_path: Path) -> None:
@@ -222,11 +285,11 @@ def test_table_is_written_between_the_marks(tmp_path: Path) -> None:
     assert text.count("| 1,000 | 2 | 1.00 | 1.00 | 1.00 |") == 1
 
 
-@pytest.mark.parametrize(("nodes", "parts"), [(500, 1), (2000, 2), (5000, 3)])
-def test_plan_against_reality(nodes: int, parts: int) -> None:
+@pytest.mark.parametrize(("nodes", "parts", "halo"), [(500, 1, "bridge"), (2000, 2, "exchange"), (5000, 3, "bridge")])
+def test_plan_against_reality(nodes: int, parts: int, halo: str) -> None:
     """Memory within 15%, always. A step's time within 30%, in one of three rounds; where other programs take the cores,
     by the processor's clock."""
-    small = ["model.hidden=32", "model.layers=2", "train.epochs=2"]
+    small = ["model.hidden=32", "model.layers=2", "train.epochs=2", f"partition.halo={halo}"]
     times = []
     for _ in range(3):
         one = bench_plan.compare(nodes, parts, 5, 14.6, small)

@@ -20,7 +20,7 @@ import pandas as pd
 import pytest
 import torch
 
-from dist_egnn import checkpoint, cli, comm, config, files, graphs, local, measures, rollout, sinkhorn, train
+from dist_egnn import checkpoint, cli, comm, config, files, graphs, local, machine, measures, rollout, sinkhorn, train
 from dist_egnn.errors import Failure
 from dist_egnn.scene import BOUNDS, Job, Scene
 from dist_egnn.trajectories import Trajectories, Writer, columns
@@ -94,8 +94,8 @@ def linear(t: float) -> Callable[[torch.nn.Module], None]:
 
 def roll(run: Path, out: Path, parts: int | None = None, double: bool = False, **options: Any) -> list[Any]:
     """Frames of a rollout, by way of the library."""
-    job, usual = rollout.prepare(run, trajectory=0, out=out, **{"steps": STEPS, **options})
-    assert local.run(rollout.roll, parts or usual, replace(job, double=double), timeout_s=60) == [""] * (parts or usual)
+    job, size = rollout.prepare(run, trajectory=0, out=out, parts=parts, **{"steps": STEPS, **options})
+    assert local.run(rollout.roll, size, replace(job, double=double), timeout_s=60) == [""] * size
     assert finish(out) == job.steps + 1
     with Rollout(out) as found:
         return list(found)
@@ -182,6 +182,18 @@ def test_processes_equal_one_on_the_same_cut_graphs(
         assert not any(changed[k - 1] for k in range(1, STEPS) if k % repartition)
 
 
+def test_parts_of_a_rollout_follow_the_weights(tmp_path: Path) -> None:
+    """Sizes are each process's own, whatever the positions; another number of processes than in training has equal ones."""
+    data = write(tmp_path / "a.h5")
+    keys = ["partition.parts=3", "partition.weights=[1,3,2]", "partition.method=bisection", "model.name=Linear"]
+    run = make_run(tmp_path / "run", data, *keys, weights=linear(HORIZON * 0.5))
+    frames = roll(run, tmp_path / "out.vtkhdf")
+    assert [np.bincount(frame.part).tolist() for frame in frames] == [[10, 30, 20]] * (STEPS + 1)
+    assert any((a.part != b.part).any() for a, b in itertools.pairwise(frames))
+    job, size = rollout.prepare(run, trajectory=0, steps=1, out=tmp_path / "o.vtkhdf", parts=2)
+    assert (job.owned, size) == (None, 2)
+
+
 def test_a_rollout_in_a_periodic_box_feels_across_its_boundary(tmp_path: Path) -> None:
     data = write(tmp_path / "a.h5", periodic=True, box=UNIT)
     ends = [
@@ -216,7 +228,7 @@ SETTINGS = config.load(None)
 
 def _kept(group: comm.Comm, x: np.ndarray) -> tuple[np.ndarray, ...]:
     class Fake:
-        repartition, method, method_seed = 1, "bisection", 0
+        repartition, method, method_seed, owned = 1, "bisection", 0, None
 
         class spec:
             radius, edge_drop = 1.5, 0.37
@@ -231,6 +243,8 @@ def test_parts_keep_their_names() -> None:
     shifted = np.repeat([2, 0, 1], 10)
     shifted[9] = 0
     np.testing.assert_array_equal(rollout.renamed(shifted, before, 3), np.r_[[0] * 9, [1] * 11, [2] * 10])
+    kept = rollout.renamed(shifted, before, 3, [1.0, 2.0, 2.0])  # only 1 and 2 may change places
+    np.testing.assert_array_equal(kept, np.r_[[1] * 9, [0] * 11, [2] * 10])
 
 
 def test_features_follow_the_velocity() -> None:
@@ -524,16 +538,29 @@ def test_mistakes_are_told_before_any_work(tmp_path: Path) -> None:
         ({"out": tmp_path / "o.h5"}, r"must end in \.vtkhdf"),
         ({"out": tmp_path / "there.vtkhdf"}, r"there\.vtkhdf: exists"),
         ({"data": tmp_path / "b.h5"}, r"b\.h5: no such file"),
+        ({"parts": 0}, r"parts=0: must be at least 1"),
+        ({"parts": 61}, r"parts=61: more parts than the 60 nodes"),
     ]
     for wrong, says in mistakes:
         with pytest.raises(Failure, match=says):
             rollout.prepare(run, **{**good, **wrong})
     with pytest.raises(Failure, match="not a run"):
         rollout.prepare(tmp_path, **good)
-    with pytest.raises(Failure, match="parts=0"):
-        rollout.run_rollout(run, parts=0, **good)
+    few = make_run(
+        tmp_path / "few", data, "partition.parts=2", "partition.weights=[1,1000]", "partition.method=bisection"
+    )
+    with pytest.raises(Failure, match=r"partition\.weights=\[1,1000\]: process 0 would get 0\.06 of 60 nodes"):
+        rollout.prepare(few, **good)
     assert rollout.prepare(run, **good, start=10)[0].start == 10
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.h5", "p.h5", "run", "there.vtkhdf"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.h5", "few", "p.h5", "run", "there.vtkhdf"]
+
+
+def test_too_little_memory_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path / "run", write(tmp_path / "a.h5"))
+    monkeypatch.setattr(machine, "memory_free", lambda: 0.3e9)
+    with pytest.raises(Failure, match=r"a\.h5: a step .* takes about .* GB, 0\.3 GB are free; name more processes"):
+        rollout.run_rollout(run, trajectory=0, steps=1, out=tmp_path / "o.vtkhdf")
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a.h5", "run"]
 
 
 def test_two_rollouts_to_one_file(tmp_path: Path) -> None:

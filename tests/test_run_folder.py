@@ -178,7 +178,7 @@ def disk(tmp_path: Path):
         subprocess.run(["umount", str(folder)], check=True)
 
 
-def test_a_folder_that_may_only_be_read(run, disk, capsys):
+def test_a_folder_that_may_only_be_read(run, small, disk, capsys):
     folder, mount = disk
     shutil.copytree(run, folder / "run")
     runs.resume_training(folder / "run", [])
@@ -190,7 +190,7 @@ def test_a_folder_that_may_only_be_read(run, disk, capsys):
     says = f"warning: {folder}/run/evaluate.csv: not written (Read-only file system)\n"
     assert capsys.readouterr().err.endswith(says)
     with pytest.raises(Failure, match=r"new: cannot be written to \(Read-only file system\)"):
-        runs.run_training(settings(folder / "absent.h5", folder / "new"))
+        runs.run_training(settings(small, folder / "new"))
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])

@@ -85,7 +85,8 @@ def _room(here: dict[str, Any], store: dict[str, Any], number: int, config: Conf
     needed = SERVER_BYTES + store["sizes"][number] + shared
     for rank in ranks:
         nodes, edges = store["largest"][rank]
-        needed += machine.step_bytes(nodes, edges, model.hidden, model.layers, model.tile)
+        step = machine.step_bytes(nodes, edges, model.hidden, model.layers, model.tile)
+        needed += config.train.replicas * step
     if needed > here["memory"]:
         found.append(
             f"server and trainers take about {needed / 1e9:.1f} GB, {here['memory'] / 1e9:.1f} GB are free; partition for more "

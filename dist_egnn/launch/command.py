@@ -77,19 +77,20 @@ def prepare(links: list[Link], config: Config, resume: bool, port: int, max_rest
 
 def show(job: Job, links: list[Link]) -> None:
     """The plan: who does what, and by which commands."""
-    config, each = job.config, job.trainers
+    config, ranks = job.config, job.ranks()
+    each = job.trainers * config.train.replicas
     rows = [
         [
             link.host.name,
             job.interfaces[m],
             f"{job.addresses[m]}:{job.port or '(free)'}",
-            f"{m * each}" if each == 1 else f"{m * each} to {(m + 1) * each - 1}",
+            " ".join(str(rank) for rank, machine in enumerate(ranks) if machine == m),
             f"{job.sizes[m] / 1e6:.1f} MB",
         ]
         for m, link in enumerate(links)
     ]
     print_table(
-        f"{config.data.path}: servers {len(links)}, trainers {len(links) * each}",
+        f"{config.data.path}: servers {len(links)}, trainers {len(ranks)}",
         ["host", "interface", "server", "ranks", "partition"],
         rows,
     )
@@ -102,7 +103,8 @@ def show(job: Job, links: list[Link]) -> None:
     )
     print(f"after a failure there are up to {job.max_restarts} restarts from the last one")
     for machine, link in enumerate(links):
-        print(f"on {link.host.name}: {link.host.python} -m dist_egnn.serving {config.data.path} {machine} IP_CONFIG")
+        served = f"{config.data.path} {machine} IP_CONFIG --replicas={config.train.replicas}"
+        print(f"on {link.host.name}: {link.host.python} -m dist_egnn.serving {served}")
         print(f"{' ' * len(link.host.name)}     {each} × {link.host.python} -m dist_egnn.launch.trainer")
 
 
@@ -119,11 +121,6 @@ def run(
     """Check all hosts, then train on them; what rank 0 returned. Raises Failure, or Stopped after a checkpoint."""
     if not config.data.path:
         raise Failure("data.path is not set: name a store made with `distegnn partition --shard-nodes 0`")
-    if config.train.replicas > 1:
-        raise Failure(
-            f"train.replicas={config.train.replicas}: launch starts one group of processes; add train.replicas=1, which trains the "
-            "same, or use `distegnn train` on one host"
-        )
     config.data.path = str(Path(config.data.path).absolute())
     if dispatch and not dry_run:
         copy_store(Path(config.data.path), hosts)
@@ -143,5 +140,5 @@ def run(
             finally:
                 crew.stop(servers=False)
                 crew.stop(servers=True, within=5)
-    tell_end(Path(config.run.dir), last or {"stopped": 1.0}, len(hosts) * job.trainers, "launch")
+    tell_end(Path(config.run.dir), last or {"stopped": 1.0}, len(job.ranks()), "launch")
     return last

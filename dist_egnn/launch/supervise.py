@@ -20,7 +20,7 @@ READY_S, LOADED_BYTES_S = 60.0, 2e7  # what a server may take to be ready: impor
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be run: trainers on each machine, whose address and interface are given in the hosts' order.
+    """What is to be run: trainers of each group on each machine, whose address and interface are given in the hosts' order.
 
     sizes: bytes of each machine's partition; port: of the servers, those after it for the rendezvous; 0: free ones.
     """
@@ -33,6 +33,11 @@ class Job:
     resume: bool
     port: int
     max_restarts: int
+
+    def ranks(self) -> list[int]:
+        """The machine of each rank: group after group of `train.replicas`, in each machine after machine."""
+        group = [machine for machine in range(len(self.addresses)) for _ in range(self.trainers)]
+        return group * self.config.train.replicas
 
 
 class Unreached(Failure):
@@ -159,7 +164,8 @@ class Launch:
             return named
         self.ports = ports
         for machine, path in enumerate(named):
-            argv = self._argv(machine, "serving", job.config.data.path, str(machine), path)
+            replicas = f"--replicas={job.config.train.replicas}"
+            argv = self._argv(machine, "serving", job.config.data.path, str(machine), path, replicas)
             crew.start(machine, SERVER, argv, shared=f"dist_egnn~{job.addresses[machine]}~{ports[machine]}~")
         waiting = set(range(len(named)))
         for machine, line in crew.lines(servers=True, limit=READY_S + max(job.sizes) / LOADED_BYTES_S):
@@ -172,8 +178,7 @@ class Launch:
     def _train(self, attempt: int, rendezvous: int, ip_config: list[str], resume: bool) -> dict[str, float]:
         """Start the trainers and listen to them until they end."""
         job, crew = self.job, self.crew
-        for rank in range(len(crew.links) * job.trainers):
-            machine = rank // job.trainers
+        for rank, machine in enumerate(job.ranks()):
             task = {
                 "rank": rank,
                 "group": attempt,

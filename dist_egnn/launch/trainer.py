@@ -40,6 +40,7 @@ def work(job: dict[str, Any], config: Config) -> dict[str, float]:
                 job["port"],
                 job["interface"],
                 config.train.timeout_s,
+                config.train.replicas,
             )
         except Failure as failure:
             raise Unmet(str(failure)) from failure

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import PLAIN_TRAIN, At, outcome, settings
+from tiny_runs import PLAIN_TRAIN, At, assert_same, outcome, settings
 
-from dist_egnn import comm, config, exactness, local, plan, resume, runs, samples, stopping, train
+from dist_egnn import comm, config, exactness, local, plan, resume, runs, samples, serving, stopping, train
 from dist_egnn.errors import Failure
-from dist_egnn.launch import command
+from dist_egnn.launch import command, hostfile, supervise
 from dist_egnn.store import Store
 
 
@@ -190,6 +190,23 @@ def test_groups_that_would_never_work_are_refused(small: Path, tmp_path: Path) -
     with pytest.raises(Failure, match=r"train\.replicas=3: .* only 2 batches of train\.batch_size=4"):
         runs.run_training(wanted)
     assert not (tmp_path / "run" / "config.yaml").exists()
-    for refusing in (plan.make, lambda given: command.run(given, [])):
-        with pytest.raises(Failure, match=r"train\.replicas=3: .*train\.replicas=1"):
-            refusing(wanted)
+    with pytest.raises(Failure, match=r"train\.replicas=3: .*train\.replicas=1"):
+        plan.make(wanted)
+
+
+def test_launch_trains_the_same(make_store: Callable[..., Path], tmp_path: Path) -> None:
+    """Two groups beside one server, bit for bit."""
+    local_, launched = (
+        settings(make_store(1, shard_nodes=0), tmp_path / name, "train.epochs=2", "train.replicas=2")
+        for name in ("local", "launched")
+    )
+    local.run(train.train, 2, local_)
+    command.run(launched, hostfile.listed(None, True, None))
+    assert_same(tmp_path / "launched", tmp_path / "local")
+
+
+def test_ranks_are_where_their_parts_are() -> None:
+    """Two groups of four ranks on two machines, and as the trainers count."""
+    wanted = config.load(None, ["train.replicas=2", "train.accumulate=2"])
+    job = supervise.Job(wanted, ["a", "b"], ["lo", "lo"], 2, [1, 1], False, 0, 0)
+    assert job.ranks() == [0, 0, 1, 1, 0, 0, 1, 1] == [serving.machine_of(rank, 4, 2) for rank in range(8)]

@@ -138,10 +138,11 @@ def test_too_little_memory_is_said_before_any_edge_is_made(make_inputs, small, t
         return
     monkeypatch.setattr(graphs, "edges", lambda *_: pytest.fail("edges were made"))
     with pytest.raises(
-        Failure, match=r"200 nodes, .* edges, takes about .* GB, 0\.3 GB are free; use bisection"
+        Failure, match=r"250 nodes, .* edges, takes about .* GB, 0\.3 GB are free; use bisection"
     ) as caught:
         build.write(Trajectories(small), tmp_path / "store", inputs, lambda *_: None)
     assert str(small) in str(caught.value)
+    assert not list(tmp_path.iterdir())  # nor anything that would stand in the way of another method
 
 
 def test_bytes_grow_with_edges_and_metis_takes_more():
