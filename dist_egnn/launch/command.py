@@ -75,16 +75,20 @@ def prepare(links: list[Link], config: Config, resume: bool, port: int, max_rest
     return Job(config, addresses, interfaces, store["trainers"], store["sizes"], resume, port, max_restarts)
 
 
+def _span(first: int, count: int) -> str:
+    return f"{first}" if count == 1 else f"{first} to {first + count - 1}"
+
+
 def show(job: Job, links: list[Link]) -> None:
     """The plan: who does what, and by which commands."""
     config, ranks = job.config, job.ranks()
-    each = job.trainers * config.train.replicas
+    each, group = job.trainers * config.train.replicas, job.trainers * len(links)
     rows = [
         [
             link.host.name,
             job.interfaces[m],
             f"{job.addresses[m]}:{job.port or '(free)'}",
-            " ".join(str(rank) for rank, machine in enumerate(ranks) if machine == m),
+            ", ".join(_span(first, job.trainers) for first in range(m * job.trainers, len(ranks), group)),
             f"{job.sizes[m] / 1e6:.1f} MB",
         ]
         for m, link in enumerate(links)
