@@ -238,7 +238,7 @@ def test_too_large_is_one_failure_before_the_trial(make_store: Any, monkeypatch:
         plan.make(config_of(path))
     held = config_of(path, "model.layers=100", "model.hidden=4096")
     monkeypatch.setattr(machine, "memory_free", lambda: 1.5e9)
-    with pytest.raises(Failure, match="or set train.kept"):
+    with pytest.raises(Failure, match=r"or set train\.kept"):
         plan.check_memory(held, 2)
     held.train.kept = "/tmp"
     plan.check_memory(held, 2)
