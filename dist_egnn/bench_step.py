@@ -192,6 +192,7 @@ def run(options: Options, peers: bool, say: Say = lambda line: None) -> dict[str
         say(f"EGNNConv left out: this DGL has no build for {options.device}")
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as name:
         folder = Path(name)
+        say(f"making a graph of {options.nodes:,} nodes")
         x = bench_data.block(options.nodes)
         edges = write_graphs([(x, bench_data.radius_for(x, options.degree))], folder)
         del x
