@@ -101,7 +101,7 @@ def step_bytes(nodes: float, edges: float, hidden: int, layers: int, block: floa
     from ``edges`` on the graph is in one piece, and autograd keeps everything.
     """
     row = 4 * (hidden + 3)
-    base = 0.4e9 + nodes * ((2 * max(layers, 1) + 2) * row + 140) + edges * 26  # docs/scaling.md
+    base = 0.4e9 + nodes * ((2 * max(layers, 1) + 2) * row + 250) + edges * 26  # docs/scaling.md
     return base + (11 * layers * edges if block >= edges else 12 * block) * row  # some eleven E×H arrays a layer
 
 
