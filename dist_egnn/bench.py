@@ -82,7 +82,13 @@ def step(
     precision: Annotated[str, typer.Option(help="float32 or bf16-messages")] = "float32",
     tile: Annotated[int | None, typer.Option(help="rows of a tile", show_default="the model's")] = None,
     repeats: Annotated[int, typer.Option(help="timed repetitions after a warm-up; the median counts")] = 3,
-    kept: Annotated[str, typer.Option(help="folder where a step keeps its layers' inputs, as train.kept")] = "",
+    kept: Annotated[
+        str | None,
+        typer.Option(
+            help="folder where a step keeps its layers' inputs, as train.kept; '' for memory",
+            show_default="memory, or a temporary folder where there is too little",
+        ),
+    ] = None,
     peers: Annotated[
         bool,
         typer.Option(
@@ -93,7 +99,10 @@ def step(
     ] = False,
     json: Json = False,
 ) -> Report:
-    """Forward and training step of one snapshot, each variant in a process of its own; peak memory is of its steps."""
+    """Forward without gradients, then training step of one snapshot, each variant in a process of its own; peaks are its.
+
+    A pass of a minute or more counts by itself, without warm-up or repeats.
+    """
     from . import bench_step
 
     model = (hidden, layers, virtual_nodes)
@@ -106,13 +115,14 @@ def _step_report(found: dict[str, Any], as_json: bool) -> Report:
     rows = [
         [
             name,
-            *(f"{row[key]:.3f}" for key in ("forward_s", "step_s", "peak_gb")),
+            *(f"{row[key]:.3f}" for key in ("forward_s", "forward_peak_gb", "step_s", "peak_gb")),
             *(f"{row[key]:.2f}" if key in row else "" for key in ("forward_ratio", "step_ratio", "peak_ratio")),
             *(f"{row[key]:.0e}" if key in row else "" for key in ("difference", "equivariance_error")),
         ]
         for name, row in {"ours": found, **found["peers"]}.items()
     ]
-    header = ["variant", "forward [s]", "step [s]", "peak [GB]", "forward/ours", "step/ours", "peak/ours"]
+    header = ["variant", "forward [s]", "its peak [GB]", "step [s]", "peak [GB]"]
+    header += ["forward/ours", "step/ours", "peak/ours"]
     header += ["differs by", "not equivariant by"]
     shown = ("hidden", "layers", "virtual_nodes", "threads", "engine", "device", "precision", "tile", "repeats", "kept")
     settings = ", ".join(f"{key}={found[key]}" for key in shown)
@@ -122,7 +132,13 @@ def _step_report(found: dict[str, Any], as_json: bool) -> Report:
         f"forward: {found['gflops_forward']:.0f} GFLOP/s in products; 64-wide products alone reach "
         f"{found['machine_gflops']:.0f} here" + (f", {onednn:.0f} by oneDNN" if onednn else "")
     )
-    return Report([table], [note], found, as_json)
+    notes = [note, found["place"]] if found["place"] else [note]
+    if found["once"]:
+        notes.append(
+            f"{' and '.join(found['once'])}: one pass took a minute or more and counted by itself, without warm-up or repeats; "
+            f"its tiles were cut before, in {found['tiles_s']:.1f} s"
+        )
+    return Report([table], notes, found, as_json)
 
 
 @app.command(epilog=example("distegnn bench batch --graphs 100 --repeats 9 --json"))

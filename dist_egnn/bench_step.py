@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from . import machine
+from . import disk, machine, progress
 from .errors import Failure
 
 PEERS = {"EGNNConv": "egnnconv.py", "plain": "plain.py"}  # files of tools/bench
 ONE_TILE = 10**9
+FILES = os.environ.get("TMPDIR") or "/var/tmp"
 ENGINES, PRECISIONS = ("auto", "dgl", "torch"), ("float32", "bf16-messages")
 Say = Callable[[str], None]
 
@@ -29,7 +32,7 @@ class Options:
     """What is run: the graph, the model and its widths, and how.
 
     tile: None for the model's own; full_size: equivariance is measured with last weights of full size, in float64 too.
-    kept: as train.kept.
+    kept: as train.kept; None: in memory if there is enough, else in FILES.
     """
 
     nodes: int = 113_140
@@ -45,7 +48,7 @@ class Options:
     repeats: int = 3
     model: str = "FastEGNN"
     full_size: bool = False
-    kept: str = ""
+    kept: str | None = None
 
 
 def variants(options: Options, peers: bool) -> dict[str, Options]:
@@ -74,6 +77,25 @@ def memory_needed(name: str, options: Options) -> float:
     return machine.step_bytes(options.nodes, edges, options.hidden, layers, block)
 
 
+def kept_bytes(options: Options) -> int:
+    """What a step keeps of its layers: inputs and means."""
+    return 2 * options.layers * options.nodes * 4 * (options.hidden + 3)
+
+
+def placed(options: Options) -> tuple[Options, str]:
+    """The options with a place for what a step keeps, and a line about it where that is not memory."""
+    if options.kept is not None or options.device != "cpu":
+        return replace(options, kept=options.kept or ""), ""
+    there = machine.memory_there(options.device)
+    in_memory, in_files = (memory_needed("ours", replace(options, kept=kept)) for kept in ("", FILES))
+    if in_memory <= there or in_files > there:
+        return replace(options, kept=""), ""
+    return replace(options, kept=FILES), (
+        f"a step would take about {in_memory / 1e9:.1f} GB, {there / 1e9:.1f} GB are free: it keeps its layers' inputs in files "
+        f"in {FILES}, {kept_bytes(options) / 1e9:.1f} GB, and takes about {in_files / 1e9:.1f} GB"
+    )
+
+
 def check_degree(nodes: int, degree: float) -> None:
     """Raise Failure for a mean degree that no graph of so many nodes has."""
     if not 0 < degree <= nodes - 1:
@@ -99,6 +121,8 @@ def check(options: Options, peers: bool) -> None:
         what = f"{options.nodes:,} nodes of degree {options.degree:g}: '{name}'"
         remedy = "lower --nodes, --hidden or --layers" + ", or leave --peers out" * peers
         machine.enough_memory(memory_needed(name, one), options.device, what, remedy)
+    if options.kept and (folder := Path(options.kept)).is_dir():
+        disk.check_room(folder / "kept", kept_bytes(options))
 
 
 def check_device(options: Options) -> None:
@@ -152,22 +176,26 @@ def products(options: Options, edges: int) -> float:
 def run(options: Options, peers: bool, say: Say = lambda line: None) -> dict[str, Any]:
     """Time ours and, if asked, the peers; say(line) as each ends.
 
-    Returns the options, ours' numbers (medians forward_s and step_s, every repetition in …_all_s, peak_gb, products done a
-    second gflops_forward, what 64-wide products alone reach, machine_gflops…, and equivariance_error), and peers: name → the
-    same, with …_ratio to ours and ``difference``, the largest from our prediction. Both are in units of the farthest that the
-    model moves a node.
+    Returns the options, ``place``, a line where memory was too small for what a step keeps, ours' numbers (those of
+    bench_worker.worker and gflops_forward, products done a second), and peers: name → the same, with …_ratio to ours and
+    ``difference``, the largest from our prediction, in units of the farthest that the model moves a node.
     """
+    options, place = placed(options)
     check(options, peers)
     from . import bench_data
 
+    if place:
+        say(place)
     wanted = variants(options, peers)
     if options.device != "cpu" and peers and not dgl_runs_on(options.device):
         del wanted["EGNNConv"]
         say(f"EGNNConv left out: this DGL has no build for {options.device}")
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as name:
         folder = Path(name)
+        say(f"making a graph of {options.nodes:,} nodes")
         x = bench_data.block(options.nodes)
         edges = write_graphs([(x, bench_data.radius_for(x, options.degree))], folder)
+        del x
         say(f"{options.nodes:,} nodes, {edges:,} edges")
         found = {}
         for variant, one in wanted.items():
@@ -181,24 +209,31 @@ def run(options: Options, peers: bool, say: Say = lambda line: None) -> dict[str
         row.update({"difference": apart[variant]} if variant in apart else {})
         row.pop("machine_gflops"), row.pop("machine_gflops_onednn", None)
     gflops = products(options, edges) / 1e9
-    return {**asdict(options), **ours, "edges": edges, "gflops_forward": gflops / ours["forward_s"], "peers": found}
+    rate = gflops / ours["forward_s"]
+    return {**asdict(options), **ours, "place": place, "edges": edges, "gflops_forward": rate, "peers": found}
 
 
 def write_graphs(made: Iterable[tuple[np.ndarray, float]], folder: Path) -> int:
     """Radius graphs as one batch, from the positions (N, 3) and radius of each; made here, so that no worker's peak memory
     counts the making. Returns their edges."""
-    from . import bench_data, graphs
+    from dist_egnn.partition import near
+
+    from . import bench_data
 
     parts: list[dict[str, Any]] = []
     first = 0
     for seed, (x, radius) in enumerate(made):
-        src, dst = graphs.radius_edges(x, radius)
-        counts = {"graph_nodes": [len(x)], "graph_edges": [len(src)]}
-        parts.append({"src": src + first, "dst": dst + first, **counts, **bench_data.node_fields(x, seed)})
+        ends, src = near.sources(x, radius, np.arange(len(x)))
+        src += first
+        counts = {"graph_nodes": [len(x)], "graph_edges": [len(src)], "degree": np.diff(ends).astype(np.int32)}
+        parts.append({"src": src, **counts, **bench_data.node_fields(x, seed)})
         first += len(x)
-    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    np.savez(folder / "graph.npz", **whole)  # type: ignore[arg-type]
-    return len(whole["src"])
+    edges = sum(len(part["src"]) for part in parts)
+    with zipfile.ZipFile(folder / "graph.npz", "w") as file:  # one field after the other: numpy.savez takes all at once
+        for name in list(parts[0]):
+            with file.open(f"{name}.npy", "w", force_zip64=True) as into:
+                np.lib.format.write_array(into, np.concatenate([part.pop(name) for part in parts]))
+    return edges
 
 
 def spawn(wanted: dict[str, Options], folder: Path) -> dict[str, dict[str, Any]]:
@@ -206,20 +241,47 @@ def spawn(wanted: dict[str, Options], folder: Path) -> dict[str, dict[str, Any]]
     name = ", ".join(wanted)
     threads = str(max(options.threads for options in wanted.values()))
     given = json.dumps({variant: asdict(options) for variant, options in wanted.items()})
-    done = subprocess.run(
-        [sys.executable, "-m", "dist_egnn.bench_worker", str(folder), given],
-        env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads},  # read when torch is imported
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode < 0:
-        raise Failure(f"'{name}' was ended by signal {-done.returncode}; short of memory?")
-    if done.returncode:
-        raise Failure(
-            f"'{name}': {(done.stderr.strip() or 'it said nothing').splitlines()[-1].removeprefix('error: ')}"
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "dist_egnn.bench_worker", str(folder), given],
+            # numbers of threads are read when torch is imported
+            env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, progress.MARKED: "1"},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
         )
-    return json.loads(done.stdout.splitlines()[-1])
+        assert process.stdout is not None
+        try:
+            last = _shown(process.stdout)
+            code = process.wait()
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+        errors.seek(0)
+        said = errors.read().strip() or "it said nothing"
+    if code < 0:
+        raise Failure(f"'{name}' was ended by signal {-code}; short of memory?")
+    if code:
+        raise Failure(f"'{name}': {said.splitlines()[-1].removeprefix('error: ')}")
+    return json.loads(last)
+
+
+def _shown(lines: Iterable[str]) -> str:
+    """Show the progress that a worker tells; returns the last line of its own."""
+    last = title = ""
+    with contextlib.ExitStack() as bars:
+        for line in lines:
+            if not line.startswith(progress.MARK):
+                last = line if line.strip() else last
+                continue
+            told = json.loads(line.removeprefix(progress.MARK))
+            if told["title"] != title:
+                title = told["title"]
+                bars.close()
+                tick = bars.enter_context(progress.bar(title, told["total"]))
+            tick(told["note"], to=told["done"])
+    return last
 
 
 def differences(folder: Path, names: list[str]) -> dict[str, float]:

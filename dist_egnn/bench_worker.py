@@ -11,8 +11,9 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +28,34 @@ from .config import Model
 from .errors import Failure
 from .local import watch
 from .metrics import peak_memory_gb
+from .progress import bar
+
+LONG = 60.0  # seconds of a pass from which one counts by itself, without warm-up or repeats
 
 
 def _graph(folder: Path) -> DGLGraph:
     with np.load(folder / "graph.npz") as file:
         fields = {name: file[name] for name in file.files}
     nodes, edges = (torch.from_numpy(fields.pop(name)) for name in ("graph_nodes", "graph_edges"))
-    graph = graphs.build(fields.pop("src"), fields.pop("dst"), fields)
+    degree = fields.pop("degree")
+    graph = graphs.build(fields.pop("src"), np.repeat(np.arange(len(degree), dtype=np.int32), degree), fields)
     graph.set_batch_num_nodes(nodes)
     graph.set_batch_num_edges(edges)
     return graph
 
 
-def _variant(name: str, options: Options, graph: DGLGraph) -> tuple[torch.nn.Module, Callable[[], torch.Tensor]]:
-    """A variant's model and its prediction of the graph's next positions. All have the weights of ours where they can."""
+@dataclass
+class _Variant:
+    """A model and its prediction of the graph's next positions."""
+
+    model: torch.nn.Module
+    graph: DGLGraph
+    predict: Callable[[], torch.Tensor]
+    tiles_s: float  # what cutting the graph's tiles took
+
+
+def _variant(name: str, options: Options, graph: DGLGraph) -> _Variant:
+    """A variant, ready to be run. All have the weights of ours where they can."""
     keys = ("hidden", "layers", "virtual_nodes", "engine", "precision", *(() if options.tile is None else ("tile",)))
     settings = {**asdict(Model()), "name": options.model, **{key: getattr(options, key) for key in keys}}
     kind, chosen = models.choose(settings, asdict(Model()), float(graph.edata["e"].max()))
@@ -48,22 +63,33 @@ def _variant(name: str, options: Options, graph: DGLGraph) -> tuple[torch.nn.Mod
     features, attributes, edge = graph.ndata["f"].shape[1], graph.ndata["a"].shape[1], graph.edata["e"].shape[1]
     ours = kind(features=features, node_attributes=attributes, edge_attributes=edge, **chosen)
     if name in PEERS:
-        return load_peer(name).peer(ours, graph, torch.device(options.device))
+        model, predict = load_peer(name).peer(ours, graph, torch.device(options.device))
+        return _Variant(model, graph, predict, 0.0)
     ours.to(options.device)
     with contextlib.suppress(dgl.DGLError):  # no build for the device: the model takes the fields there itself
         graph = graph.to(options.device)
-    return ours, lambda: ours(graph)[0]
+    started = time.perf_counter()
+    getattr(ours, "prepare", lambda graph: graph)(graph)
+    return _Variant(ours, graph, lambda: ours(graph)[0], time.perf_counter() - started)
 
 
-def _times(works: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each repetition of each work, after a warm-up. They take turns, and to go first: a fair share of noise."""
+def _times(
+    works: dict[str, Callable[[], Any]], repeats: int, device: str, told: Callable[[], Any] = contextlib.nullcontext
+) -> dict[str, list[float]]:
+    """Seconds of each repetition of each work, after a warm-up. They take turns, and to go first: a fair share of noise.
+
+    A warm-up that takes LONG is all that is done, and counts. told: the context of the warm-up.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(repeats + 1):
         for name in list(works)[:: -1 if turn % 2 else 1]:
-            started = time.perf_counter()
-            works[name]()
-            devices.wait(torch.device(device))
-            seconds[name].append(time.perf_counter() - started)
+            with contextlib.nullcontext() if turn else told():
+                started = time.perf_counter()
+                works[name]()
+                devices.wait(torch.device(device))
+                seconds[name].append(time.perf_counter() - started)
+        if turn == 0 and max(each[0] for each in seconds.values()) >= LONG:
+            return seconds
     return {name: each[1:] for name, each in seconds.items()}
 
 
@@ -79,18 +105,12 @@ def machine_rates(device: str) -> dict[str, float]:
         return {name: work / statistics.median(_times({"": way}, 100, device)[""]) for name, way in ways.items()}
 
 
-def _step(
-    model: torch.nn.Module, predict: Callable[[], torch.Tensor], target: torch.Tensor, folder: str
-) -> Callable[[], None]:
+def _step(one: _Variant, folder: str) -> None:
     """Forward and backward of the MSE; folder: as train.kept."""
-
-    def step() -> None:
-        model.zero_grad(set_to_none=True)
-        with kept.on_disk(folder):
-            predicted = predict()
-        torch.nn.functional.mse_loss(predicted, target).backward()
-
-    return step
+    one.model.zero_grad(set_to_none=True)
+    with kept.on_disk(folder, [one.graph.edata[name] for name in one.graph.edata]):
+        predicted = one.predict()
+    torch.nn.functional.mse_loss(predicted, one.graph.ndata["y"].to(predicted.device)).backward()
 
 
 def _equivariance_error(model: torch.nn.Module, graph: DGLGraph) -> float:
@@ -105,49 +125,89 @@ def _equivariance_error(model: torch.nn.Module, graph: DGLGraph) -> float:
     return float((there - x @ q.t()).abs().max()) / (float((x - graph.ndata["x"]).abs().max()) or 1.0)
 
 
+@contextlib.contextmanager
+def _told(title: str, one: _Variant) -> Iterator[None]:
+    """Tell how far the pass within is, forward or a whole step, and how long it will take: a layer updates every tile once forward
+    and once more backward, in three times the time."""
+    if not isinstance(one.model, models.Network):
+        yield
+        return
+    forward = len(one.model.layers) * len(one.model.cut(one.graph)[1].tiles)
+    done = 0
+    with bar(title, forward * (4 if torch.is_grad_enabled() else 1)) as tick:
+
+        def counted(update: Callable[[Any], Any], nodes: Any) -> Any:
+            nonlocal done
+            done += 1 if done < forward else 3
+            tick(to=done)
+            return update(nodes)
+
+        layers: list[Any] = list(one.model.layers)
+        for layer in layers:
+            layer.update = partial(counted, layer.update)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.update
+
+
 def worker(folder: Path, wanted: dict[str, Options]) -> dict[str, dict[str, Any]]:
-    """Time variants: training steps first, so that the peak is theirs, then forward passes alone.
+    """Time variants: forward passes without gradients first, so that their peak is theirs, then training steps.
 
     All have the repeats, threads and device of the first; each has a graph of its own, since a graph keeps one set of tiles.
+    Returns of each forward_s and step_s (medians, every repetition in …_all_s), forward_peak_gb and peak_gb of a step, ``once``,
+    which of "forward" and "step" took so long that one counted, machine_gflops…, and of ours tile, tiles_s (cutting them, before
+    the passes), parameters and, unless a forward pass takes long, equivariance_error, in units of the farthest that the model moves
+    a node.
     """
     first = next(iter(wanted.values()))
     torch.set_num_threads(first.threads)
-    steps, predicts = {}, {}
-    more: dict[str, dict[str, Any]] = {}
-    models_of: dict[str, tuple[torch.nn.Module, DGLGraph]] = {}
-    for name, options in wanted.items():
-        graph = _graph(folder)
-        model, predicts[name] = _variant(name, options, graph)
-        steps[name] = _step(model, predicts[name], graph.ndata["y"].to(options.device), options.kept)
-        if name not in PEERS:
-            parameters = sum(p.numel() for p in model.parameters())
-            more[name] = {"tile": getattr(model, "tile", None), "parameters": parameters}
-            models_of[name] = model, graph
-    step_s = _times(steps, first.repeats, first.device)
-    peak = peak_memory_gb(torch.device(first.device))
+    device = torch.device(first.device)
+    found = {name: _variant(name, options, _graph(folder)) for name, options in wanted.items()}
+    name, one = next(iter(found.items()))
+
+    def timed(works: dict[str, Callable[[], Any]], kind: str) -> dict[str, list[float]]:
+        told = partial(_told, f"{name}, {kind}", one) if len(wanted) == 1 else contextlib.nullcontext
+        return _times(works, first.repeats, first.device, told)
+
+    def predict(name: str, one: _Variant) -> None:
+        predicted = one.predict().cpu().numpy()
+        if not (folder / f"{name}.npy").exists():
+            np.save(folder / f"{name}.npy", predicted)
+
     with torch.no_grad():
-        forward_s = _times(predicts, first.repeats, first.device)
-        for name, predict in predicts.items():
-            np.save(folder / f"{name}.npy", predict().cpu().numpy())
-        for name, (model, graph) in models_of.items():
-            if wanted[name].full_size:
-                exactness.full_size(model)
-            more[name]["equivariance_error"] = _equivariance_error(model, graph)
-            if wanted[name].full_size:
-                more[name]["equivariance_error_float64"] = _equivariance_error(model.double(), graph)
-    rates = machine_rates(first.device)
+        forward_s = timed({name: partial(predict, name, one) for name, one in found.items()}, "forward")
+    forward_peak = peak_memory_gb(device)
+    step_s = timed({name: partial(_step, one, wanted[name].kept or "") for name, one in found.items()}, "step")
+    shared: dict[str, Any] = {"forward_peak_gb": forward_peak, "peak_gb": peak_memory_gb(device)}
+    every = {"forward": forward_s, "step": step_s}
+    once = [kind for kind, of in every.items() if any(len(each) == 1 and each[0] >= LONG for each in of.values())]
+    shared |= {"once": once, **machine_rates(first.device)}
     return {
         name: {
-            "forward_s": statistics.median(forward_s[name]),
-            "step_s": statistics.median(step_s[name]),
-            "peak_gb": peak,
-            "forward_all_s": forward_s[name],
-            "step_all_s": step_s[name],
-            **more.get(name, {}),
-            **rates,
+            **{f"{kind}_s": statistics.median(of[name]) for kind, of in every.items()},
+            **{f"{kind}_all_s": of[name] for kind, of in every.items()},
+            **shared,
+            **(_about(one, wanted[name], "forward" not in once) if name not in PEERS else {}),
         }
-        for name in wanted
+        for name, one in found.items()
     }
+
+
+def _about(one: _Variant, options: Options, exact: bool) -> dict[str, Any]:
+    """What is said of ours alone; exact: its equivariance too."""
+    parameters = sum(p.numel() for p in one.model.parameters())
+    found = {"tile": getattr(one.model, "tile", None), "tiles_s": one.tiles_s, "parameters": parameters}
+    if not exact:
+        return found
+    with torch.no_grad():
+        if options.full_size:
+            exactness.full_size(one.model)
+        found["equivariance_error"] = _equivariance_error(one.model, one.graph)
+        if options.full_size:
+            found["equivariance_error_float64"] = _equivariance_error(one.model.double(), one.graph)
+    return found
 
 
 def main() -> None:

@@ -75,25 +75,25 @@ def _sum_rows(value: Tensor, order: Tensor, start: Tensor) -> Tensor:
     if not len(order):
         return value.new_zeros(len(start) - 1, *value.shape[1:])
     # on a CPU, several times the speed of index_add, and no E×H array to gather first (docs/performance.md)
-    return torch.embedding_bag(value, order, start, False, 0, False, None, True)[0]
+    return torch.embedding_bag(value, order.int(), start.int(), False, 0, False, None, True)[0]
 
 
 @dataclass
 class _Ends:
-    """The edges of a block: ``pairs`` (2E,) int32 holds source row and n_src + destination row of each edge in turn."""
+    """The edges of a block, in int16 where it can count that far: of a large graph these numbers weigh as much as its fields."""
 
-    pairs: Tensor
+    pairs: Tensor  # (2E,) source row and n_src + destination row of each edge in turn
     by_source: Tensor  # (E,) the edges, sorted by source
     out_start: Tensor  # (n_src + 1,) where a source's edges start in by_source
     in_start: Tensor  # (n_dst + 1,) where a destination's edges start
 
     @property
     def src(self) -> Tensor:
-        return self.pairs[0::2].contiguous()
+        return self.pairs[0::2].int().contiguous()
 
     @property
     def dst(self) -> Tensor:
-        return self.pairs[1::2] - (len(self.out_start) - 1)
+        return self.pairs[1::2].int() - (len(self.out_start) - 1)
 
     def count(self, step: int) -> Tensor:
         """0, step, … E·step."""
@@ -201,10 +201,12 @@ class TorchEngine:
 
     def block(self, src: Tensor, dst: Tensor, n_src: int, n_dst: int) -> Any:
         def start(index: Tensor, rows: int) -> Tensor:
-            return functional.pad(torch.bincount(index, minlength=rows).cumsum(0), (1, 0)).int()
+            return functional.pad(torch.bincount(index, minlength=rows).cumsum(0), (1, 0))
 
+        dtype = torch.int16 if max(n_src + n_dst, len(src)) < 2**15 else torch.int32
         pairs = torch.stack([src, dst + n_src], 1).flatten()
-        return _Ends(pairs, src.argsort(stable=True).int(), start(src, n_src), start(dst, n_dst))
+        found = pairs, src.argsort(stable=True), start(src, n_src), start(dst, n_dst)
+        return _Ends(*(index.to(dtype) for index in found))
 
     def mean(self, block: Any, message: UDF, src: Fields, dst: Fields, edge: Fields) -> Fields:
         return {name: _Mean.apply(block, value) for name, value in message(_Edges(block, src, dst, edge)).items()}

@@ -165,6 +165,7 @@ def morton_order(x: np.ndarray, group: np.ndarray | None = None) -> np.ndarray:
 def in_edges(indptr: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Reorder destinations: given edges sorted by destination (indptr (N+1,)), the indptr of the nodes taken in ``order``
     and the edges (E,) in that order."""
-    start, degree = indptr[:-1][order], np.diff(indptr)[order]
+    start = indptr[order]
+    degree = indptr[order + 1] - start
     ends = np.concatenate([[0], np.cumsum(degree)])
     return ends, np.repeat(start - ends[:-1], degree) + np.arange(ends[-1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +43,21 @@ class _Filed:
 
 
 @contextlib.contextmanager
-def on_disk(folder: str) -> Iterator[None]:
+def on_disk(folder: str, besides: Iterable[Tensor] = ()) -> Iterator[None]:
     """Have what a forward pass within keeps for its backward pass, tensors of 1 MB and more, lie in files in ``folder``.
 
-    Empty: in memory. The backward pass may run after the block. Raises Failure where the folder cannot be written.
+    Empty: in memory. besides: tensors that stay in memory whatever happens, as a graph's fields do. The backward pass may run
+    after the block. Raises Failure where the folder cannot be written.
     """
     if not folder:
         yield
         return
     place = Path(folder)
-    filed: dict[tuple[Any, ...], _Filed] = {}  # a layer's edges are every layer's: one file for all
+    held = {tensor.untyped_storage().data_ptr() for tensor in besides}
+    filed: dict[tuple[Any, ...], _Filed] = {}  # a node's velocity is every layer's: one file for all
 
     def pack(tensor: Tensor) -> Tensor | _Filed:
-        if not tensor.is_floating_point() or tensor.nbytes < LEAST:
+        if not tensor.is_floating_point() or tensor.nbytes < LEAST or tensor.untyped_storage().data_ptr() in held:
             return tensor
         # a weak reference, so that another tensor later at the same address is not taken for this one
         key = (

@@ -97,10 +97,11 @@ def enough_memory(needed: float, device: str, what: str, remedy: str) -> None:
 def step_bytes(nodes: float, edges: float, hidden: int, layers: int, block: float) -> float:
     """About how many bytes the process of a training step takes, torch and DGL included, before anything is measured.
 
-    block: edges of a block of the tiles; from ``edges`` on the graph is in one piece, and autograd keeps everything.
+    layers: those whose inputs and means lie in memory (0: in files, one layer's at a time); block: edges of a block of the tiles;
+    from ``edges`` on the graph is in one piece, and autograd keeps everything.
     """
-    row = 4 * hidden
-    base = 0.4e9 + nodes * (layers + 3) * row * 2 + edges * 60
+    row = 4 * (hidden + 3)
+    base = 0.4e9 + nodes * ((2 * max(layers, 1) + 2) * row + 250) + edges * 26  # docs/scaling.md
     return base + (11 * layers * edges if block >= edges else 12 * block) * row  # some eleven E×H arrays a layer
 
 

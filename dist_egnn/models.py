@@ -139,7 +139,7 @@ class Network(nn.Module):
         return key in (*common, *cls.layer.options)
 
     def _inputs(self, graph: DGLGraph, cut: tiles.Tiles) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Node and edge fields in the tiles' order and the model's precision."""
+        """Node fields in the tiles' order and edge fields, in the model's precision."""
         like = next(self.parameters())
         widths = {"x": 3, "v": 3}
         if self.layer.features:
@@ -154,14 +154,15 @@ class Network(nn.Module):
             edge["shift"] = edge_field(graph, "shift", 3)
         if halos := halo.of(graph):
             edge = {name: torch.cat([value, halos.edge(name)]) for name, value in edge.items()}
-        return node, {name: value.to(like).index_select(0, cut.edge_order) for name, value in edge.items()}
+        return node, {name: value.to(like) for name, value in edge.items()}
 
     def prepare(self, graph: DGLGraph) -> DGLGraph:
         """Cut the graph into tiles, which stay with it, so that a step need not."""
-        self._cut(graph)
+        self.cut(graph)
         return graph
 
-    def _cut(self, graph: DGLGraph) -> tuple[engines.Engine, tiles.Tiles]:
+    def cut(self, graph: DGLGraph) -> tuple[engines.Engine, tiles.Tiles]:
+        """The engine that runs the messages, and the graph's tiles for it."""
         field(graph, "x", 3)
         # the graph stays where it is: DGL may have no build for the model's device
         device = next(self.parameters()).device
@@ -169,7 +170,7 @@ class Network(nn.Module):
         return engine, tiles.of(graph, engine, self.tile, device, self.hidden)
 
     def forward(self, graph: DGLGraph) -> tuple[Tensor, Tensor]:
-        engine, cut = self._cut(graph)
+        engine, cut = self.cut(graph)
         wire = None
         if halos := halo.of(graph):
             halos.link(graph.ndata["x"], self.comm)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-LINE_EVERY_S = 5.0
+LINE_EVERY_S = 5.0  # plain lines; of long work every twentieth of what has passed
 MARK = "\x1e"  # begins a line of JSON for `distegnn launch`, which sets MARKED and draws the bar
 MARKED, MARK_EVERY_S = "DISTEGNN_MARKED", 0.5
 
@@ -63,7 +63,9 @@ def bar(title: str, total: int, *, shown: bool = True, done: int = 0) -> Iterato
             return
         count = reached
         now = time.monotonic()
-        if now - spoken >= LINE_EVERY_S or (count == total and now - started >= LINE_EVERY_S):
+        if now - spoken >= max(LINE_EVERY_S, (now - started) / 20) or (
+            count == total and now - started >= LINE_EVERY_S
+        ):
             spoken = now
             left = (now - started) / max(count - done, 1) * (total - count)
             print(f"{title}: {count}/{total}, {left:.0f} s left  {note}".rstrip(), file=sys.stderr, flush=True)

@@ -75,13 +75,18 @@ class Tile:
     blocks: list[Block]
     glo: int
     ghi: int
-    graph: Tensor  # (n,) graph of each node, counted from glo
+    graph: Tensor | None  # (n,) graph of each node, counted from glo, unless they lie in one
+
+    @property
+    def edges(self) -> slice:
+        """Its in-edges among those of all rows."""
+        return slice(self.blocks[0].elo, self.blocks[-1].ehi)
 
 
 @dataclass
 class Tiles:
-    """A graph, ordered and cut. ``order`` (N,): which node of the graph is row k here; ``edge_order`` (E,) likewise, cross edges
-    of a halo counted after the graph's own."""
+    """A graph, ordered and cut. ``order`` (N,): which node of the graph is row k here; ``edge_order`` (E,) likewise of the in-edges
+    of these rows, cross edges of a halo counted after the graph's own. All are int32."""
 
     order: Tensor
     inverse: Tensor
@@ -106,20 +111,33 @@ def _bounds(cost: np.ndarray, size: int) -> list[int]:
     return np.unique(np.concatenate([[0], np.searchsorted(cost, marks, side="left") + 1, [len(cost)]])).tolist()
 
 
-def _sorted_edges(graph: DGLGraph, inverse: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The in-edges of the graph's nodes one after the other: indptr (N + 1,), the row of each source, the edge.
+class _Incoming:
+    """The in-edges of the graph's nodes, in rows; a halo's cross edges and its nodes are counted after the graph's own.
 
-    A halo's cross edges are counted after the graph's own edges, its nodes after the graph's own rows.
+    Nothing here or in ``cut`` that has E numbers is int64: of ten million nodes that would be gigabytes.
     """
-    # not DGL's compressed columns: the graph would keep them, 8 bytes an edge
-    src, dst = (t.cpu().numpy() for t in graph.edges(order="eid"))
-    src = inverse[src]
-    if (halos := halo.of(graph)) is not None:
-        src = np.concatenate([src, halos.src.numpy() + len(inverse)])
-        dst = np.concatenate([dst, halos.dst.numpy()])
-    edges = np.argsort(dst, kind="stable")
-    indptr = np.concatenate([[0], np.cumsum(np.bincount(dst, minlength=len(inverse)))])
-    return indptr, src[edges], edges
+
+    def __init__(self, graph: DGLGraph, inverse: np.ndarray) -> None:
+        # not DGL's compressed columns: the graph would keep them, 8 bytes an edge
+        self.src, dst = (t.cpu().numpy() for t in graph.edges(order="eid"))
+        self.rows = inverse
+        if (halos := halo.of(graph)) is not None:
+            self.src = np.concatenate([self.src, (halos.src + len(inverse)).int().numpy()])
+            dst = np.concatenate([dst, halos.dst.int().numpy()])
+            self.rows = np.concatenate([inverse, np.arange(len(inverse), len(inverse) + halos.size, dtype=np.int32)])
+        degree = torch.bincount(torch.from_numpy(dst), minlength=len(inverse)).numpy()
+        self.indptr = np.concatenate([[0], np.cumsum(degree)])
+        self.sorted = None  # the edges by destination, where they do not stand so
+        if (dst[1:] < dst[:-1]).any():
+            self.sorted = np.argsort(dst, kind="stable").astype(np.int32)
+
+    def of(self, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Those of some nodes (n,), one node's after the other's: where each node's begin and end (n + 1,), the rows of their
+        sources, the edges."""
+        ends, edges = in_edges(self.indptr, nodes)
+        if self.sorted is not None:
+            edges = self.sorted[edges]
+        return ends, self.rows[self.src[edges]], edges
 
 
 def cut(
@@ -134,44 +152,56 @@ def cut(
         raise Failure(f"model.tile={size}: must be at least 1 (default {SIZE})")
     device = device or graph.device
     per_graph = graph.batch_num_nodes().cpu().numpy()
-    group = np.repeat(np.arange(len(per_graph)), per_graph)
+    group = np.repeat(np.arange(len(per_graph), dtype=np.int32), per_graph)
     order = morton_order(graph.ndata["x"].detach().cpu().numpy(), group if len(per_graph) > 1 else None)
+    order = order.astype(np.int32)
     group = group[order]
     inverse = np.empty_like(order)
-    inverse[order] = np.arange(len(order))
+    inverse[order] = np.arange(len(order), dtype=np.int32)
 
-    # in-edges of each row, rows in order
-    indptr, sources, edges = _sorted_edges(graph, inverse)
-    ends, pick = in_edges(indptr, order)
-    src, edge_order = sources[pick], edges[pick]
-    dst = np.repeat(np.arange(len(order)), np.diff(ends))
-
-    node_cost = np.arange(1, len(order) + 1)
-    rows = NODES * len(order) + len(src)
+    incoming = _Incoming(graph, inverse)
+    edge_order = np.empty(len(incoming.src), np.int32)
+    rows = NODES * len(order) + len(edge_order)
     if rows * width <= WHOLE * size * WIDTH:
         size = rows + 1
     elif device.type != "cpu":
         size *= FAR
-    bounds = _bounds(node_cost, -(-size // NODES))
-    tiles = []
-    for lo, hi in pairwise(bounds):
-        first = int(ends[lo])
-        sources_here, local = np.unique(src[first : ends[hi]], return_inverse=True)
-        pairs = torch.from_numpy(np.stack([local, dst[first : ends[hi]] - lo]).astype(np.int32)).to(device)
-        marks = _bounds(ends[lo + 1 : hi + 1] - first, size)
-        blocks = []
-        for here, after in pairwise(marks):
-            elo, ehi = int(ends[lo + here]), int(ends[lo + after])
-            part = pairs[:, elo - first : ehi - first]
-            joined = engine.block(part[0], part[1] - here, len(sources_here), after - here)
-            blocks.append(Block(here, after, elo, ehi, joined))
-        glo, ghi = int(group[lo]), int(group[hi - 1]) + 1
-        local_graph = torch.from_numpy(group[lo:hi] - glo).to(device)
-        rows_here = torch.from_numpy(sources_here.astype(np.int32)).to(device)
-        near, far = rows_here.tensor_split([int(np.searchsorted(sources_here, len(order)))])
-        tiles.append(Tile(lo, hi, near, far - len(order), blocks, glo, ghi, local_graph))
-    there, back, listed = (torch.from_numpy(a.astype(np.int32)).to(device) for a in (order, inverse, edge_order))
+    tiles: list[Tile] = []
+    first = 0
+    for lo, hi in pairwise([*range(0, len(order), -(-size // NODES)), len(order)]):
+        ends, src, edges = incoming.of(order[lo:hi])
+        edge_order[first : first + len(edges)] = edges
+        tiles.append(_tile(lo, first, ends, src, group[lo:hi], len(order), engine, size, device))
+        first += len(edges)
+    there, back, listed = (torch.from_numpy(a).to(device) for a in (order, inverse, edge_order))
     return Tiles(there, back, listed, len(per_graph), tiles)
+
+
+def _tile(
+    lo: int,
+    first: int,
+    ends: np.ndarray,
+    src: np.ndarray,
+    group: np.ndarray,
+    own: int,
+    engine: Engine,
+    size: int,
+    device: torch.device,
+) -> Tile:
+    """The tile of the rows from ``lo``, in blocks of about ``size`` edges, given their in-edges as ``_Incoming.of`` does, of which
+    the first is edge ``first`` of all, and the graph of each row; own: rows that are no halo node's."""
+    sources, local = np.unique(src, return_inverse=True)
+    dst = np.repeat(np.arange(len(group)), np.diff(ends))
+    pairs = torch.from_numpy(np.stack([local, dst]).astype(np.int32)).to(device)
+    blocks = []
+    for here, after in pairwise(_bounds(ends[1:], size)):
+        of_block = slice(int(ends[here]), int(ends[after]))
+        joined = engine.block(pairs[0, of_block], pairs[1, of_block] - here, len(sources), after - here)
+        blocks.append(Block(here, after, first + of_block.start, first + of_block.stop, joined))
+    glo, ghi = int(group[0]), int(group[-1]) + 1
+    local_graph = torch.from_numpy(group - glo).long().to(device) if ghi - glo > 1 else None
+    near, far = torch.from_numpy(sources).to(device).tensor_split([int(np.searchsorted(sources, own))])
+    return Tile(lo, lo + len(group), near, far - own, blocks, glo, ghi, local_graph)
 
 
 def of(
@@ -222,10 +252,12 @@ class _Call:
         src = {k: node[k].index_select(0, tile.src) for k in self.layer.source_fields}
         if len(tile.far):
             src = {k: torch.cat([t, far[k].index_select(0, tile.far)]) for k, t in src.items()}
+        first = tile.edges.start
+        here = {k: t.index_select(0, self.tiles.edge_order[tile.edges]) for k, t in edge.items()}
         return _Rows(
             src,
             {k: t[tile.lo : tile.hi] for k, t in node.items()},
-            [{k: t[block.elo : block.ehi] for k, t in edge.items()} for block in tile.blocks],
+            [{k: t[block.elo - first : block.ehi - first] for k, t in here.items()} for block in tile.blocks],
             {k: t[tile.glo : tile.ghi] for k, t in shared.items()},
         )
 
@@ -238,11 +270,12 @@ class _Call:
         """The node update: node fields (n, …) and sums (b, …)."""
         n, b = tile.hi - tile.lo, tile.ghi - tile.glo
         spread = {
-            k: t.expand(n, *t.shape[1:]) if b == 1 else t.index_select(0, tile.graph) for k, t in rows.shared.items()
+            k: t.expand(n, *t.shape[1:]) if tile.graph is None else t.index_select(0, tile.graph)
+            for k, t in rows.shared.items()
         }
         out = self.layer.update(Nodes({**rows.dst, **means, **spread}))
         for name in self.layer.sums:
-            if b == 1:
+            if tile.graph is None:
                 out[name] = out[name].sum(0, keepdim=True)
             else:
                 out[name] = out[name].new_zeros(b, *out[name].shape[1:]).index_add(0, tile.graph, out[name])
@@ -289,6 +322,11 @@ def _as_leaf(value: Tensor, take: Callable[[Tensor], Any], leaves: Leaves) -> Te
     """The value as a leaf of a graph of its own."""
     leaves.append((value.detach().requires_grad_(), take))
     return leaves[-1][0]
+
+
+def _adder(into: Tensor, where: slice | Tensor) -> Callable[[Tensor], Any]:
+    """What adds to these rows."""
+    return into[where].add_ if isinstance(where, slice) else partial(into.index_add_, 0, where)
 
 
 def _back(ends: Iterable[tuple[Tensor, Tensor | None]], leaves: Leaves) -> None:
@@ -379,9 +417,11 @@ class _Tiled(torch.autograd.Function):
             node_total, edge_total, shared_total, of_parameters = call.unpack(totals[k])
             trained = [(p, t.add_) for p, t in zip(parameters, of_parameters, strict=True) if t is not None]
 
-            def as_leaves(fields: Fields, total: dict[str, Tensor | None], where: slice, leaves: Leaves) -> Fields:
+            def as_leaves(
+                fields: Fields, total: dict[str, Tensor | None], where: slice | Tensor, leaves: Leaves
+            ) -> Fields:
                 return {
-                    name: value if (into := total[name]) is None else _as_leaf(value, into[where].add_, leaves)
+                    name: value if (into := total[name]) is None else _as_leaf(value, _adder(into, where), leaves)
                     for name, value in fields.items()
                 }
 
@@ -427,7 +467,7 @@ class _Tiled(torch.autograd.Function):
                         layer.message,
                         as_leaves(sent, of_sent, slice(None), leaves),
                         as_leaves({name: t[rows] for name, t in received.items()}, of_received, rows, leaves),
-                        as_leaves(fields, edge_total, slice(block.elo, block.ehi), leaves),
+                        as_leaves(fields, edge_total, call.tiles.edge_order[block.elo : block.ehi], leaves),
                     )
                     _back([(t, of_mean[name][rows]) for name, t in found.items() if name in of_mean], leaves)
                     del found
@@ -462,7 +502,7 @@ def run(
 ) -> Fields:
     """Run a layer over the tiles.
 
-    node: fields (N, …) in the tiles' order; edge: (E, …) in its edge order; shared: (B, …) per graph. Returns the layer's
+    node: fields (N, …) in the tiles' order; edge: (E, …) in the graph's; shared: (B, …) per graph. Returns the layer's
     outputs (N, …) and sums (B, …). With one block there is nothing to bound: it runs under autograd as it is.
 
     wire: in halo mode, how rows of halo nodes come and their gradients go. Tiles without any are run meanwhile.

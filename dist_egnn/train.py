@@ -55,7 +55,7 @@ def loss_of(
     config: Config, model: torch.nn.Module, graph: DGLGraph, comm: Comm, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """This rank's share of the loss of a batch, and of its MSE alone."""
-    with kept.on_disk(config.train.kept):
+    with kept.on_disk(config.train.kept, [graph.edata[name] for name in graph.edata]):
         predicted, z = model(graph)
     total, _ = models.whole_graph(graph, graph.ndata["x"].to(predicted), comm)
     mse = losses.squared_error(predicted, graph.ndata["y"].to(predicted), total)

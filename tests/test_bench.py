@@ -18,7 +18,19 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from dist_egnn import bench_batch, bench_data, bench_models, bench_step, bench_worker, cli, graphs, machine, models
+from dist_egnn import (
+    bench_batch,
+    bench_data,
+    bench_models,
+    bench_step,
+    bench_worker,
+    cli,
+    graphs,
+    machine,
+    models,
+    progress,
+    tiles,
+)
 from dist_egnn.errors import Failure
 
 plain = bench_step.load_peer("plain")
@@ -111,7 +123,11 @@ def test_step_reports_what_was_run(step: dict[str, Any]) -> None:
         for key in ("forward_s", "step_s", "peak_gb"):
             assert 0 < row[key] < math.inf
         assert row["forward_s"] < row["step_s"]
-        assert 0.05 < row["peak_gb"] < 2
+        assert 0.05 < row["forward_peak_gb"] <= row["peak_gb"] < 2
+        assert row["once"] == []
+        assert len(row["forward_all_s"]) == len(row["step_all_s"]) == 1
+    assert (step["kept"], step["place"]) == ("", "")
+    assert step["tiles_s"] > 0
     assert step["gflops_forward"] > 0
     assert 1 < step["machine_gflops"] < 1e5
 
@@ -217,6 +233,48 @@ def test_the_works_take_turns() -> None:
     seconds = bench_worker._times({name: lambda name=name: order.append(name) for name in "ab"}, 3, "cpu")
     assert "".join(order) == "abbaabba"
     assert [len(each) for each in seconds.values()] == [3, 3]
+
+
+def test_a_long_pass_counts_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One pass of each kind, and how far it is: a tile's update forward counts 1, backward 3."""
+    monkeypatch.setattr(bench_worker, "LONG", 0.0)
+    monkeypatch.setattr(tiles, "WHOLE", 0)
+    monkeypatch.setattr(progress, "MARK_EVERY_S", 0.0)
+    monkeypatch.setenv(progress.MARKED, "1")
+    x = bench_data.block(400)
+    bench_step.write_graphs([(x, bench_data.radius_for(x, 10))], tmp_path)
+    options = bench_step.Options(hidden=8, layers=2, tile=256, repeats=3)
+    found = bench_worker.worker(tmp_path, {"ours": options})["ours"]
+    assert found["once"] == ["forward", "step"]
+    assert len(found["forward_all_s"]) == len(found["step_all_s"]) == 1
+    assert "equivariance_error" not in found
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+    told = [json.loads(line.removeprefix(progress.MARK)) for line in lines]
+    passes = 2 * 7  # layers, tiles of 64 nodes
+    for title, total, rest in (("forward", passes, []), ("step", 4 * passes, range(passes + 3, 4 * passes + 1, 3))):
+        done = [line["done"] for line in told if (line["title"], line["total"]) == (f"ours, {title}", total)]
+        assert done == [*range(1, passes + 1), *rest]
+
+
+def test_what_memory_has_no_room_for_is_kept_in_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = bench_step.Options(nodes=10**7)
+    in_memory, in_files = (bench_step.memory_needed("ours", replace(options, kept=kept)) for kept in ("", "/x"))
+    assert in_files < 0.6 * in_memory
+    for there, kept in ((in_memory, ""), ((in_memory + in_files) / 2, bench_step.FILES), (in_files / 2, "")):
+        monkeypatch.setattr(machine, "memory_there", lambda _, there=there: there)
+        chosen, line = bench_step.placed(options)
+        assert chosen.kept == kept
+        assert (f"keeps its layers' inputs in files in {kept}, 21.4 GB, and takes" in line) == bool(kept)
+        assert bench_step.placed(replace(options, kept="/y")) == (replace(options, kept="/y"), "")
+
+
+def test_the_degree_of_many_nodes_is_that_of_a_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = bench_data.block(3000)
+    exact = bench_data.radius_for(x, 14.6)
+    monkeypatch.setattr(bench_data, "COUNTED", 2999)
+    assert 0 < abs(bench_data.radius_for(x, 14.6) - exact) < 2e-3 * exact
 
 
 def test_the_chain_is_compact() -> None:

@@ -11,12 +11,13 @@ import subprocess
 import sys
 import termios
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from small import DATA
 
-from dist_egnn import terminal
+from dist_egnn import progress, terminal
 
 ESCAPE = re.compile(r"\x1b\[([0-9;?]*)([A-Za-z])")
 
@@ -147,3 +148,17 @@ def test_a_table_wider_than_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys
         monkeypatch.setattr(terminal, "columns", lambda columns=columns: columns)
         terminal.print_table("", HEADER, ROWS)
         assert capsys.readouterr().out.splitlines()[0] == wide
+
+
+def test_lines_of_long_work_get_rarer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every five seconds at first, then every twentieth of the time that has passed."""
+    now = 0.0
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
+    with progress.bar("work", 2000) as tick:
+        for _ in range(2000):
+            now += 1
+            tick()
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["work: 5/2000, 1995 s left", "work: 10/2000, 1990 s left"]
+    assert lines[-1].startswith("work: 2000/2000, 0 s left")
+    assert 60 < len(lines) < 90

@@ -85,3 +85,25 @@ def test_without_gradients_no_means_are_kept(monkeypatch):
         with torch.set_grad_enabled(recorded):
             model(graph)
         assert made == [1000] * expected
+
+
+def test_gradients_of_edge_fields_come_in_the_graphs_order() -> None:
+    found = []
+    for tile in (20, 10**9):
+        graph = make_graph(40, 1)
+        e = graph.edata["e"].requires_grad_()
+        torch.manual_seed(0)
+        models.FastEGNN(3, 2, hidden=8, tile=tile).double()(graph)[0].square().sum().backward()
+        found.append(e.grad)
+    assert float(found[0].abs().max()) > 0
+    assert torch.allclose(*found, atol=1e-13)
+
+
+@pytest.mark.parametrize(("sources", "dtype"), [(300, torch.int16), (2**15, torch.int32)])
+def test_a_block_counts_as_far_as_it_must(sources: int, dtype: torch.dtype) -> None:
+    src = torch.tensor([sources - 1, 0, sources - 1], dtype=torch.int32)
+    block = engine.TorchEngine().block(src, torch.tensor([0, 0, 1], dtype=torch.int32), sources, 2)
+    assert {index.dtype for index in vars(block).values()} == {dtype}
+    assert block.src.tolist() == src.tolist()
+    assert block.dst.tolist() == [0, 0, 1]
+    assert block.to_src(torch.tensor([[1.0], [2.0], [4.0]]))[[0, -1]].tolist() == [[2.0], [5.0]]
