@@ -151,12 +151,9 @@ def about(model: models.Network, graph: DGLGraph) -> dict[str, Any]:
 
 
 def add(name: str, rows: list[dict[str, Any]], folder: Path) -> None:
-    """Add rows to a CSV: seconds (…_s) as medians over rows that are alike else."""
-    table = pd.DataFrame(rows)
-    keys = [key for key in table if not key.endswith("_s")]
+    """Add rows to a CSV."""
     before = [pd.read_csv(folder / name)] if (folder / name).exists() else []
-    table = pd.concat([*before, table.groupby(keys, sort=False).median().reset_index()])
-    table.to_csv(folder / name, index=False, float_format="%.6g")
+    pd.concat([*before, pd.DataFrame(rows)]).to_csv(folder / name, index=False, float_format="%.6g")
 
 
 @app.command(epilog=example("python tools/scaling.py alone --nodes 5000 --parts 2 --parts 8 --out /tmp"))
@@ -186,7 +183,7 @@ def alone(
                         took = step(config, ours, graph, group)
                     sent = {"calls": len(stand_in.sent), "bytes": sum(stand_in.sent)}
                     setting = {"nodes": nodes, "method": method, "parts": size, "mode": mode, "rank": rank}
-                    rows.append({**setting, **shape, **sent, **took, "one_s": one})
+                    rows.append({**setting, "turn": turn, **shape, **sent, **took, "one_s": one})
                 slowest = [max(row["cpu_s"] for row in rows[-len(works) :] if row["mode"] == mode) for mode in MODES]
                 say(f"P={size} {method}, turn {turn + 1}: one {one:.3f} s, slowest of {MODES} {slowest}")
             add("scaling-ranks.csv", rows, out)
@@ -204,7 +201,7 @@ def among(group: comm.Comm, config: configs.Config, repeats: int) -> list[dict[s
             took = {name: group.max(value) for name, value in step(config, ours, graph, group).items()}
             rows += [{"what": mode, "bytes": 0, **took}] if turn else []
             say(f"rank {group.rank}, {mode}, turn {turn}: {took}")
-    for nbytes in BYTES * 20:
+    for nbytes in BYTES * 15:
         splits = [max(1, nbytes // 4 // (group.size - 1)) * (rank != group.rank) for rank in range(group.size)]
         sent = torch.zeros(sum(splits))
         group.max(0.0)

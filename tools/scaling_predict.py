@@ -1,27 +1,25 @@
-"""What scaling.py measured, as tables: speed-up over P, the model beside real runs, predictions; and the plot.
-
-    python tools/scaling_predict.py
-
-Reads docs/results/scaling-ranks.csv and scaling-runs.csv, writes docs/img/scaling.png. The model is scaling_model.py.
-"""
+"""What scaling.py measured and scaling_model.py makes of it, as tables and a plot."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
-from scaling_model import Fluid, Model, Network, Work
+import typer
+from scaling_model import NODE, Fluid, Model, Network, Work
 
 from dist_egnn.plots import pyplot
+from dist_egnn.terminal import example
 
 DOCS = Path(__file__).parents[1] / "docs"
 LINKS = {"10 GbE": (30e-6, 10e9 / 8), "25 GbE": (10e-6, 25e9 / 8), "100 GbE": (10e-6, 100e9 / 8)}  # s, bytes/s: assumed
 PUBLISHED = (8, 7.34)
 COLOURS = {"bridge": "C0", "exchange": "C1"}
 SIZES = (1, 8, 64, 256, 1024)
+app = typer.Typer(pretty_exceptions_enable=False)
 
 
 def table(title: str, header: str, rows: Any) -> None:
@@ -46,17 +44,39 @@ def over(here: Network, latency: float, bandwidth: float) -> Network:
     return Network(latency, rate, here.call, here.message)
 
 
+def taken(table: pd.DataFrame, seconds: str = "median") -> pd.DataFrame:
+    """Rows that are alike but for the turn and seconds as one: medians, or the least seconds ("min")."""
+    keys = [key for key in table if not key.endswith("_s") and key != "turn"]
+    return table.groupby(keys, sort=False).agg({key: seconds for key in table if key.endswith("_s")}).reset_index()
+
+
 def strong(ranks: pd.DataFrame, network: Network) -> pd.DataFrame:
-    """A row for each (nodes, method, parts, mode): the slowest rank's work, the longest wait, the step, the speed-up."""
+    """A row for each (nodes, method, parts, mode): the slowest rank's work, the longest wait, the step, the speed-up; balance: the
+    slowest rank over the mean of those measured, even: the same by count of edges and nodes."""
     rows = []
     for keys, group in ranks.groupby(["nodes", "method", "parts", "mode"], sort=False):
-        own, size = group.cpu_s.max(), keys[2]
+        own, size, one = group.cpu_s.max(), keys[2], group.one_s.iloc[0]
         wait = max(Model().wait(network, size, r.halo, r.interior * r.cpu_s) for r in group.itertuples())
-        step, one = own + wait, group.one_s.iloc[0]
-        balance, interior = own / group.cpu_s.mean(), group.interior.mean()
-        rows.append((*keys, one, own, balance, interior, group.bytes.max(), wait, step, one / step))
-    columns = "nodes method parts mode one own balance interior bytes wait step speedup"
-    return pd.DataFrame(rows, columns=columns.split())
+        count = group.edges + group.cross + NODE * group.own
+        balance, even = own / group.cpu_s.mean(), count.max() / count.mean()
+        rows.append((*keys, one, own, balance, even, group.bytes.max(), wait, own + wait, one / (own + wait)))
+    return pd.DataFrame(
+        rows,
+        columns=[
+            "nodes",
+            "method",
+            "parts",
+            "mode",
+            "one",
+            "own",
+            "balance",
+            "even",
+            "bytes",
+            "wait",
+            "step",
+            "speedup",
+        ],
+    )
 
 
 def check(ranks: pd.DataFrame, runs: pd.DataFrame) -> Iterator[list[Any]]:
@@ -140,8 +160,14 @@ def draw(path: Path, near: pd.DataFrame, lines: dict[tuple[str, str], list[float
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    ranks, runs = (pd.read_csv(DOCS / "results" / f"scaling-{name}.csv") for name in ("ranks", "runs"))
+@app.command(epilog=example("python tools/scaling_predict.py --results docs/results --plot docs/img/scaling.png"))
+def main(
+    folder: Annotated[Path, typer.Option("--results", help="folder of the CSV files")] = DOCS / "results",
+    plot: Annotated[Path, typer.Option("--plot", help="PNG to draw")] = DOCS / "img" / "scaling.png",
+) -> None:
+    """Tables of speed-up, of the model beside real runs, of predictions; and the plot."""
+    raw, runs = (pd.read_csv(folder / f"scaling-{name}.csv") for name in ("ranks", "runs"))
+    ranks, runs = taken(raw), taken(runs)
     here = software(runs[(runs.what == "trip") & (runs.delay_ms < 0)])
     print(
         f"here: {here.call * 1e6:.0f} µs a call, {here.message * 1e6:.1f} µs a message, {here.bandwidth / 1e6:.0f} MB/s"
@@ -149,23 +175,22 @@ def main() -> None:
     networks = {name: over(here, *link) for name, link in LINKS.items()}
     found = {name: strong(ranks[ranks.nodes == ranks.nodes.max()], network) for name, network in networks.items()}
     near = found["10 GbE"]
-    head = "P | method | mode | one [s] | slowest rank [s] | slowest/mean | interior | MB a step | waiting [ms] | "
-    rows = [
-        [
-            r.parts,
-            r.method,
-            r.mode,
+    best = strong(taken(raw[raw.nodes == raw.nodes.max()], "min"), networks["10 GbE"])
+    head = "P | method | mode | one [s] | slowest rank [s] | slowest/mean | work | MB a step | waiting [ms] | "
+    rows = []
+    for r in near.itertuples():
+        own = (
             f"{r.one:.2f}",
             f"{r.own:.3f}",
             f"{r.balance:.3f}",
-            f"{r.interior:.0%}",
-            f"{r.bytes / 1000000.0:.2f}",
-            f"{1000.0 * r.wait:.1f}",
-            *(f"{one.speedup[r.Index]:.2f}" for one in found.values()),
-        ]
-        for r in near.itertuples()
-    ]
-    table("Strong scaling", head + " | ".join(LINKS), rows)
+            f"{r.even:.3f}",
+            f"{r.bytes / 1e6:.2f}",
+            f"{1e3 * r.wait:.1f}",
+        )
+        rows.append(
+            [r.parts, r.method, r.mode, *own, *(f"{one.speedup[r.Index]:.2f}" for one in (*found.values(), best))]
+        )
+    table("Strong scaling", head + " | ".join(LINKS) + " | of the least times, 10 GbE", rows)
     head = "link | nodes | mode | own [s] | waiting [s] | real | step [s] | real | error | by the link as set"
     table("Check", head, check(ranks, runs))
     work, fluid = fitted(ranks)
@@ -180,8 +205,8 @@ def main() -> None:
                 for size, (step, wait, gain) in zip(SIZES, values, strict=True):
                     rows.append([words, mode, name, size, f"{step:.3g}", f"{1e3 * wait:.3g}", f"{gain:.3g}"])
     table("Predictions", "what | mode | network | P | step [s] | waiting [ms] | speed-up or efficiency", rows)
-    draw(DOCS / "img" / "scaling.png", near, lines)
+    draw(plot, near, lines)
 
 
 if __name__ == "__main__":
-    main()
+    app()
