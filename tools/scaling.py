@@ -37,12 +37,13 @@ MODES = ("bridge", "exchange")
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 BYTES = (4, 1 << 14, 1 << 17, 1 << 20)  # of a trip
 PORT = 29_556
+RENO = 'echo reno > /proc/sys/net/ipv4/tcp_congestion_control && exec "$@"'  # a host's own: see docs/scaling.md
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
 
 Parts = Annotated[list[int], typer.Option("--parts", help="processes P; may be given several times")]
 Nodes = Annotated[int, typer.Option("--nodes", help="nodes of the block, of degree 14.6")]
 Method = Annotated[str, typer.Option("--method", help="as partition.method")]
-Repeats = Annotated[int, typer.Option("--repeats", help="steps of each; medians count")]
+Repeats = Annotated[int, typer.Option("--repeats", help="timed steps of each, after one that is not; medians count")]
 Out = Annotated[Path, typer.Option("--out", help="folder of the CSV files")]
 
 
@@ -176,7 +177,7 @@ def alone(
                 held = linked(held) if mode == "exchange" else held
                 chosen = sorted(range(size), key=lambda r: -held[r].num_edges() - NODE * held[r].num_nodes())[:ranks]
                 works += [(mode, rank, held[rank], about(ours[0], held[rank])) for rank in chosen]
-            for turn in range(repeats):
+            for turn in range(repeats + 1):
                 one = step(config, ours, single, comm.Alone())["cpu_s"]
                 for mode, rank, graph, shape in works:
                     with standing_in(stand_in := StandIn(rank, size)) as group:
@@ -185,8 +186,8 @@ def alone(
                     setting = {"nodes": nodes, "method": method, "parts": size, "mode": mode, "rank": rank}
                     rows.append({**setting, "turn": turn, **shape, **sent, **took, "one_s": one})
                 slowest = [max(row["cpu_s"] for row in rows[-len(works) :] if row["mode"] == mode) for mode in MODES]
-                say(f"P={size} {method}, turn {turn + 1}: one {one:.3f} s, slowest of {MODES} {slowest}")
-            add("scaling-ranks.csv", rows, out)
+                say(f"P={size} {method}, turn {turn}: one {one:.3f} s, slowest of {MODES} {slowest}")
+            add("scaling-ranks.csv", [row for row in rows if row["turn"]], out)  # the first turn only warms up
 
 
 def among(group: comm.Comm, config: configs.Config, repeats: int) -> list[dict[str, Any]]:
@@ -236,7 +237,19 @@ def real(
             with Hosts(names := [f"h{k}" for k in range(size)]) as hosts:
                 for delay, rate in (map(float, words.split(":")) for words in link):
                     hosts.set(delay_ms=delay, rate_mbit=rate)
-                    argv = [sys.executable, __file__, "rank", str(file), hosts.address("h0"), str(repeats), str(size)]
+                    argv = [
+                        "sh",
+                        "-c",
+                        RENO,
+                        "sh",
+                        sys.executable,
+                        __file__,
+                        "rank",
+                        str(file),
+                        hosts.address("h0"),
+                        str(repeats),
+                        str(size),
+                    ]
                     ranks = [hosts.run(h, [*argv, str(k)], stdout=subprocess.PIPE) for k, h in enumerate(names)]
                     said = [rank.communicate(timeout=600)[0] for rank in ranks]
                     found = json.loads(said[0])

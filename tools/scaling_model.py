@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.optimize import nnls
 
 from dist_egnn import comm
 
@@ -74,20 +75,19 @@ class Model:
 
 @dataclass(frozen=True)
 class Work:
-    """Seconds of a rank's own step: fixed + edge · (e + q + 4n) + row · m."""
+    """Seconds of a rank's own step: edge · (e + q + 4n) + row · m; nothing fixed, so not for the smallest parts."""
 
-    fixed: float
     edge: float
     row: float
 
     @classmethod
     def fit(cls, n: np.ndarray, e: np.ndarray, q: np.ndarray, m: np.ndarray, seconds: np.ndarray) -> Work:
-        """Least relative squares over measured ranks."""
-        rows = np.stack([np.ones(len(n)), e + q + NODE * n, m], 1) / np.asarray(seconds)[:, None]
-        return cls(*np.linalg.lstsq(rows, np.ones(len(n)), rcond=None)[0].tolist())
+        """Least relative squares over measured ranks; neither is negative."""
+        rows = np.stack([e + q + NODE * n, m], 1) / np.asarray(seconds)[:, None]
+        return cls(*nnls(rows, np.ones(len(n)))[0].tolist())
 
     def seconds(self, n: float, e: float, q: float = 0, m: float = 0) -> float:
-        return self.fixed + self.edge * (e + q + NODE * n) + self.row * m
+        return self.edge * (e + q + NODE * n) + self.row * m
 
 
 @dataclass(frozen=True)

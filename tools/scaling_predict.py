@@ -18,6 +18,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 LINKS = {"10 GbE": (30e-6, 10e9 / 8), "25 GbE": (10e-6, 25e9 / 8), "100 GbE": (10e-6, 100e9 / 8)}  # s, bytes/s: assumed
 PUBLISHED = (8, 7.34)
 COLOURS = {"bridge": "C0", "exchange": "C1"}
+KEYS = ["nodes", "method", "parts", "mode"]
 SIZES = (1, 8, 64, 256, 1024)
 app = typer.Typer(pretty_exceptions_enable=False)
 
@@ -29,13 +30,13 @@ def table(title: str, header: str, rows: Any) -> None:
 
 
 def software(trips: pd.DataFrame) -> Network:
-    """What a trip costs here without a network: the wall's clock on two processes; a message's share by the processor's on more."""
-    two = trips[trips.parts == 2].sort_values("bytes")
-    least, most = two.iloc[0], two.iloc[-1]
-    small = trips[trips.bytes == trips.groupby("parts").bytes.transform("min")]
-    message = max(0.0, float(np.polyfit(small.parts - 1, small.cpu_s, 1)[0])) if small.parts.nunique() > 1 else 0.0
-    bandwidth = (most.bytes - least.bytes) / (most.wall_s - least.wall_s)
-    return Network(0.0, bandwidth, max(0.0, least.wall_s - message), message)
+    """What a trip costs here without a network: by the wall's clock on two processes, medians; a message by the least that the
+    processor took on more and more of them."""
+    two, small = trips[trips.parts == 2].groupby("bytes").wall_s.median(), trips.groupby(["parts", "bytes"]).cpu_s.min()
+    least = small.reset_index().groupby("parts").first().reset_index()
+    message = float(np.polyfit(least.parts - 1, least.cpu_s, 1)[0]) if len(least) > 1 else 0.0
+    bandwidth = (two.index[-1] - two.index[0]) / (two.iloc[-1] - two.iloc[0])
+    return Network(0.0, float(bandwidth), max(0.0, float(two.iloc[0]) - message), message)
 
 
 def over(here: Network, latency: float, bandwidth: float) -> Network:
@@ -54,69 +55,40 @@ def strong(ranks: pd.DataFrame, network: Network) -> pd.DataFrame:
     """A row for each (nodes, method, parts, mode): the slowest rank's work, the longest wait, the step, the speed-up; balance: the
     slowest rank over the mean of those measured, even: the same by count of edges and nodes."""
     rows = []
-    for keys, group in ranks.groupby(["nodes", "method", "parts", "mode"], sort=False):
+    for keys, group in ranks.groupby(KEYS, sort=False):
         own, size, one = group.cpu_s.max(), keys[2], group.one_s.iloc[0]
         wait = max(Model().wait(network, size, r.halo, r.interior * r.cpu_s) for r in group.itertuples())
         count = group.edges + group.cross + NODE * group.own
-        balance, even = own / group.cpu_s.mean(), count.max() / count.mean()
-        rows.append((*keys, one, own, balance, even, group.bytes.max(), wait, own + wait, one / (own + wait)))
-    return pd.DataFrame(
-        rows,
-        columns=[
-            "nodes",
-            "method",
-            "parts",
-            "mode",
-            "one",
-            "own",
-            "balance",
-            "even",
-            "bytes",
-            "wait",
-            "step",
-            "speedup",
-        ],
-    )
+        of = {"balance": own / group.cpu_s.mean(), "even": count.max() / count.mean(), "bytes": group.bytes.max()}
+        step = {"one": one, "own": own, "wait": wait, "step": own + wait, "speedup": one / (own + wait)}
+        rows.append({**dict(zip(KEYS, keys, strict=True)), **step, **of})
+    return pd.DataFrame(rows)
 
 
 def check(ranks: pd.DataFrame, runs: pd.DataFrame) -> Iterator[list[Any]]:
-    """Real steps of two processes beside the model's, once with the link as single trips on it show it, once as it was set."""
-    trips = runs[(runs.what == "trip") & (runs.parts == 2)]
-    free = software(trips[(trips.delay_ms == 0) & (trips.rate_mbit == 0)])
-    for r in runs[(runs.what != "trip") & (runs.parts == 2)].itertuples():
+    """Real steps of two processes beside the model's: with the link as single trips on it show it; as it was set; and, on emulated
+    hosts, the real step without limits and the wait that the link adds."""
+    links = ["nodes", "delay_ms", "rate_mbit"]
+    trips = {keys: software(group) for keys, group in runs[(runs.what == "trip") & (runs.parts == 2)].groupby(links)}
+    real = taken(runs[(runs.what != "trip") & (runs.parts == 2)])
+    for r in real.itertuples():
         own = ranks[
             (ranks.nodes == r.nodes) & (ranks.method == r.method) & (ranks.parts == 2) & (ranks["mode"] == r.what)
         ]
-        shown = software(
-            trips[(trips.delay_ms == r.delay_ms) & (trips.rate_mbit == r.rate_mbit) & (trips.nodes == r.nodes)]
-        )
-        (m,) = strong(own, shown).itertuples()
-        times = (
-            f"{m.own:.3f}",
-            f"{m.wait:.3f}",
-            f"{r.comm_s:.3f}",
-            f"{m.step:.3f}",
-            f"{r.wall_s:.3f}",
-            f"{m.step / r.wall_s - 1:+.0%}",
-        )
-        link, nominal = "this machine", ""
+        (m,) = strong(own, trips[r.nodes, r.delay_ms, r.rate_mbit]).itertuples()
+        link, others = "this machine", ["", ""]
         if r.delay_ms >= 0:
             link = f"{r.delay_ms:g} ms, " + (f"{r.rate_mbit:g} Mbit/s" if r.rate_mbit else "no limit")
-            (m,) = strong(own, over(free, r.delay_ms / 1e3, r.rate_mbit * 1e6 / 8)).itertuples()
-            nominal = f"{m.step:.3f}, {m.step / r.wall_s - 1:+.0%}"
-        yield [link, f"{r.nodes:,}", r.what, *times, nominal]
-
-
-def far(
-    fluid: Fluid, work: Work, network: Network, mode: str, nodes: float, per_rank: bool
-) -> list[tuple[float, float, float]]:
-    """Step, waiting, and speed-up (of ``nodes`` in all) or efficiency (``nodes`` a rank) for each of SIZES."""
-    one = fluid.step(work, network, 1, nodes, False)[0]
-    found = []
-    for size in SIZES:
-        step, wait = fluid.step(work, network, size, nodes if per_rank else nodes / size, mode == "exchange")
-        found.append((step, wait, one / step))
-    return found
+            free = trips[r.nodes, 0, 0]
+            (least,), (told,) = (
+                strong(own, over(free, *at)).itertuples() for at in ((0, 0), (r.delay_ms / 1e3, r.rate_mbit * 125e3))
+            )
+            base = real[
+                (real.delay_ms == 0) & (real.rate_mbit == 0) & (real.what == r.what) & (real.nodes == r.nodes)
+            ].wall_s.iloc[0]
+            others = [f"{s:.3f}, {s / r.wall_s - 1:+.0%}" for s in (told.step, base + m.wait - least.wait)]
+        times = [f"{s:.3f}" for s in (m.own, m.wait, r.comm_s, m.step, r.wall_s)]
+        yield [link, f"{r.nodes:,}", r.what, *times, f"{m.step / r.wall_s - 1:+.0%}", *others]
 
 
 def fitted(ranks: pd.DataFrame) -> tuple[Work, Fluid]:
@@ -125,38 +97,37 @@ def fitted(ranks: pd.DataFrame) -> tuple[Work, Fluid]:
     work = Work.fit(*(big[name].to_numpy(float) for name in ("own", "edges", "cross", "halo", "cpu_s")))
     inner = ranks[(ranks.nodes == ranks.nodes.max()) & (ranks.parts == 64)].sort_values("halo").iloc[-1]
     surface = inner.own ** (2 / 3)
-    return work, Fluid((inner.edges + inner.cross) / inner.own, inner.halo / surface, inner.cross / surface)
+    return work, Fluid(
+        *map(float, ((inner.edges + inner.cross) / inner.own, inner.halo / surface, inner.cross / surface))
+    )
 
 
 def draw(path: Path, near: pd.DataFrame, lines: dict[tuple[str, str], list[float]]) -> None:
-    """Speed-up to 8, and predictions to 1,024."""
+    """Speed-up to 8, and to 1,024."""
     figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.4), layout="constrained")
-    few = near[near.parts <= 8]
-    for mode, colour in COLOURS.items():
-        for method, style in (("metis", "o-"), ("bisection", "s")):
-            one = few[(few["mode"] == mode) & (few.method == method)].sort_values("parts")
-            left.plot(
-                one.parts,
-                one.speedup,
-                style,
-                color=colour,
-                mfc="w" if style == "s" else colour,
-                label=f"{mode}, {method}",
-            )
-        one = near[(near["mode"] == mode) & (near.method == "metis")].sort_values("parts")
-        right.plot(one.parts, one.speedup, "o-", color=colour, label=f"{mode}, 113,140 nodes, ranks measured")
-    for (mode, words), values in lines.items():
+    for (mode, method), one in near.groupby(["mode", "method"]):
+        one = one.sort_values("parts")
+        colour, style, face = COLOURS[mode], *(("o-", COLOURS[mode]) if method == "metis" else ("s", "w"))
+        few = one[one.parts <= 8]
+        left.plot(few.parts, few.speedup, style, color=colour, mfc=face, label=f"{mode}, {method}")
+        if method == "metis":
+            right.plot(one.parts, one.speedup, style, color=colour, label=f"{mode}, 113,140 nodes, ranks measured")
+    for (words, mode), values in lines.items():
         right.plot(
-            SIZES, values, "--" if "10" in words else ":", color=COLOURS[mode], label=f"{mode}, {words}, predicted"
+            SIZES, values, ":" if "rank" in words else "--", color=COLOURS[mode], label=f"{mode}, {words}, predicted"
         )
-    left.plot(*PUBLISHED, "k*", ms=11, label="published, 8 GPUs: 7.34")
-    for axes, most in ((left, 8), (right, SIZES[-1])):
-        axes.plot([1, most], [1, most], color="0.6", lw=1, zorder=0, label="ideal")
-        axes.set(xlabel="processes P", ylabel="speed-up over one process")
+    left.plot(*PUBLISHED, "k*", ms=11, label=f"published, on GPUs: {PUBLISHED[1]}")
+    for axes, ticks in ((left, range(1, 9)), (right, SIZES)):
+        axes.plot([1, ticks[-1]], [1, ticks[-1]], color="0.6", lw=1, zorder=0, label="ideal")
+        axes.set(xlabel="processes P", ylabel="speed-up over one process", xscale="linear" if axes is left else "log")
+        axes.set_xticks(ticks, map(str, ticks))
         axes.grid(alpha=0.3)
-    right.set(xscale="log", yscale="log", title="10 GbE, to 1,024 processes")
-    left.set(title="113,140 nodes: each rank's work measured alone, 10 GbE modelled")
-    left.legend(fontsize=8), right.legend(fontsize=7)
+    left.set_title("113,140 nodes; ranks measured, 10 GbE modelled", fontsize=11)
+    right.set_title("10 GbE, to 1,024 processes", fontsize=11)
+    right.set(yscale="log")
+    right.minorticks_off()
+    left.legend(fontsize=8)
+    right.legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
 
@@ -167,7 +138,7 @@ def main(
 ) -> None:
     """Tables of speed-up, of the model beside real runs, of predictions; and the plot."""
     raw, runs = (pd.read_csv(folder / f"scaling-{name}.csv") for name in ("ranks", "runs"))
-    ranks, runs = taken(raw), taken(runs)
+    ranks = taken(raw)
     here = software(runs[(runs.what == "trip") & (runs.delay_ms < 0)])
     print(
         f"here: {here.call * 1e6:.0f} µs a call, {here.message * 1e6:.1f} µs a message, {here.bandwidth / 1e6:.0f} MB/s"
@@ -191,20 +162,24 @@ def main(
             [r.parts, r.method, r.mode, *own, *(f"{one.speedup[r.Index]:.2f}" for one in (*found.values(), best))]
         )
     table("Strong scaling", head + " | ".join(LINKS) + " | of the least times, 10 GbE", rows)
-    head = "link | nodes | mode | own [s] | waiting [s] | real | step [s] | real | error | by the link as set"
+    head = "link | nodes | mode | own [s] | waiting [s] | real | step [s] | real | error | by the link as set | beyond no limit"
     table("Check", head, check(ranks, runs))
     work, fluid = fitted(ranks)
     print(f"\n{work}\n{fluid}")
     rows, lines = [], {}
-    for mode in COLOURS:
-        for words, nodes, weak in (("10,000,000 nodes", 1e7, False), ("1,000,000 nodes a rank", 1e6, True)):
-            for name, network in networks.items():
-                values = far(fluid, work, network, mode, nodes, weak)
-                if name == "10 GbE" and not weak:
-                    lines[mode, words] = [speedup for *_, speedup in values]
-                for size, (step, wait, gain) in zip(SIZES, values, strict=True):
-                    rows.append([words, mode, name, size, f"{step:.3g}", f"{1e3 * wait:.3g}", f"{gain:.3g}"])
-    table("Predictions", "what | mode | network | P | step [s] | waiting [ms] | speed-up or efficiency", rows)
+    for words, nodes, weak in (("10,000,000 nodes", 1e7, False), ("976,563 nodes a rank", 1e9 / 1024, True)):
+        for mode in COLOURS:
+            of = [nodes if weak else nodes / size for size in SIZES]
+            steps = [
+                fluid.step(work, networks["10 GbE"], p, n, mode == "exchange") for p, n in zip(SIZES, of, strict=True)
+            ]
+            gains = [steps[0][0] / step for step, _ in steps]
+            rows += [
+                [words, mode, p, f"{s:.3g}", f"{1e3 * w:.3g}", f"{g:.3g}"]
+                for p, (s, w), g in zip(SIZES, steps, gains, strict=True)
+            ]
+            lines[words, mode] = [g * p for g, p in zip(gains, SIZES, strict=True)] if weak else gains
+    table("Predictions, 10 GbE", "what | mode | P | step [s] | waiting [ms] | speed-up, or efficiency", rows)
     draw(plot, near, lines)
 
 
