@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from dist_egnn import comm, halo, local
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 import scaling
+import scaling_predict
 from scaling_model import Fluid, Model, Network, Work
 
 PARTS = 3  # the gradients then take two trips
@@ -110,3 +112,21 @@ def test_work_is_fitted_and_a_cube_follows() -> None:
     assert wait == pytest.approx(Model().wait(net, 8, 600))
     assert step == pytest.approx(3 * 19_000 + 5 * 600 + wait)
     assert fluid.step(work, net, 8, 1000, False)[0] == pytest.approx(3 * 17_000 + Model().wait(net, 8))
+
+
+def test_tables_follow_from_rows() -> None:
+    """The software's share of trips that take 1 ms + 2 ms · (P − 1) + bytes at 1 MB/s; the slowest rank of medians."""
+    rows = [
+        {"parts": p, "bytes": b, "cpu_s": 2e-3 * (p - 1) + noise, "wall_s": 1e-3 + 2e-3 * (p - 1) + b / 1e6}
+        for p, b, noise in ((2, 0, 0.0), (2, 5_000, 0.0), (4, 0, 9.0), (4, 0, 0.0), (8, 0, 0.0))
+    ]
+    here = scaling_predict.software(pd.DataFrame(rows))
+    assert (here.call, here.message, here.bandwidth) == pytest.approx((1e-3, 2e-3, 1e6))
+    shape = {"edges": 100, "cross": 0, "halo": 0, "interior": 0.0, "bytes": 8, "own": 10}
+    setting = {"nodes": 20, "method": "metis", "parts": 2, "mode": "bridge"}
+    turns = [(0, 1, 2.0), (0, 2, 4.0), (1, 1, 5.0), (1, 2, 1.0), (1, 3, 1.0)]
+    ranks = [{**setting, "rank": r, "turn": t, **shape, "cpu_s": s, "one_s": 6.0} for r, t, s in turns]
+    (found,) = scaling_predict.strong(scaling_predict.taken(pd.DataFrame(ranks)), here).itertuples()
+    wait = Model().wait(here, 2)
+    assert (found.own, found.balance, found.even) == pytest.approx((3.0, 3.0 / 2.0, 1.0))
+    assert (found.wait, found.speedup) == pytest.approx((wait, 6.0 / (3.0 + wait)))
