@@ -30,6 +30,7 @@ from torch import Tensor
 
 from dist_egnn import bench_plan, comm, graphs, halo, local, models, runs, train
 from dist_egnn import config as configs
+from dist_egnn.errors import Failure
 from dist_egnn.samples import open_samples
 from dist_egnn.terminal import example
 
@@ -136,9 +137,8 @@ def step(config: configs.Config, learner: Any, graph: DGLGraph, group: comm.Comm
     group.sum_gradients(model.parameters(), torch.stack([loss.detach(), mse, torch.zeros(())]))
     train._clipped(model, config.train.clip)
     optimizer.step()
-    return {
-        name: clock() - then for name, clock, then in zip(("cpu_s", "wall_s", "comm_s"), clocks, begun, strict=True)
-    }
+    took = [clock() - then for clock, then in zip(clocks, begun, strict=True)]
+    return dict(zip(("cpu_s", "wall_s", "comm_s"), took, strict=True))
 
 
 def about(model: models.Network, graph: DGLGraph) -> dict[str, Any]:
@@ -235,37 +235,23 @@ def real(
                 continue
             (file := Path(name) / "config.yaml").write_text(configs.to_yaml(config))
             with Hosts(names := [f"h{k}" for k in range(size)]) as hosts:
-                for delay, rate in (map(float, words.split(":")) for words in link):
+                for delay, rate in (map(float, one.split(":")) for one in link):
                     hosts.set(delay_ms=delay, rate_mbit=rate)
-                    argv = [
-                        "sh",
-                        "-c",
-                        RENO,
-                        "sh",
-                        sys.executable,
-                        __file__,
-                        "rank",
-                        str(file),
-                        hosts.address("h0"),
-                        str(repeats),
-                        str(size),
-                    ]
+                    words = [sys.executable, __file__, "rank", *map(str, (file, hosts.address("h0"), repeats, size))]
+                    argv = ["sh", "-c", RENO, "sh", *words]
                     ranks = [hosts.run(h, [*argv, str(k)], stdout=subprocess.PIPE) for k, h in enumerate(names)]
                     said = [rank.communicate(timeout=600)[0] for rank in ranks]
-                    found = json.loads(said[0])
-                    add(
-                        "scaling-runs.csv",
-                        [{**setting, "delay_ms": delay, "rate_mbit": rate, **row} for row in found],
-                        out,
-                    )
+                    if any(rank.returncode for rank in ranks):
+                        raise Failure(f"--link {delay:g}:{rate:g}: a process on the hosts failed; its words are above")
+                    link_set = {**setting, "delay_ms": delay, "rate_mbit": rate}
+                    add("scaling-runs.csv", [{**link_set, **row} for row in json.loads(said[0])], out)
 
 
 @app.command(hidden=True)
 def rank(file: Path, address: str, repeats: int, size: int, number: int) -> None:
     """A process on a host; says what it found."""
-    print(
-        json.dumps(among(comm.meet(number, size, address, PORT, INTERFACE, 60.0), configs.load(str(file), []), repeats))
-    )
+    group = comm.meet(number, size, address, PORT, INTERFACE, 60.0)
+    print(json.dumps(among(group, configs.load(str(file), []), repeats)))
     comm.leave()
 
 

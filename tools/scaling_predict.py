@@ -72,20 +72,17 @@ def check(ranks: pd.DataFrame, runs: pd.DataFrame) -> Iterator[list[Any]]:
     trips = {keys: software(group) for keys, group in runs[(runs.what == "trip") & (runs.parts == 2)].groupby(links)}
     real = taken(runs[(runs.what != "trip") & (runs.parts == 2)])
     for r in real.itertuples():
-        own = ranks[
-            (ranks.nodes == r.nodes) & (ranks.method == r.method) & (ranks.parts == 2) & (ranks["mode"] == r.what)
-        ]
+        own = ranks.query("nodes == @r.nodes and method == @r.method and parts == 2 and mode == @r.what")
         (m,) = strong(own, trips[r.nodes, r.delay_ms, r.rate_mbit]).itertuples()
         link, others = "this machine", ["", ""]
         if r.delay_ms >= 0:
             link = f"{r.delay_ms:g} ms, " + (f"{r.rate_mbit:g} Mbit/s" if r.rate_mbit else "no limit")
             free = trips[r.nodes, 0, 0]
-            (least,), (told,) = (
-                strong(own, over(free, *at)).itertuples() for at in ((0, 0), (r.delay_ms / 1e3, r.rate_mbit * 125e3))
-            )
-            base = real[
-                (real.delay_ms == 0) & (real.rate_mbit == 0) & (real.what == r.what) & (real.nodes == r.nodes)
-            ].wall_s.iloc[0]
+            set_to = over(free, r.delay_ms / 1e3, r.rate_mbit * 125e3)
+            (least,), (told,) = strong(own, free).itertuples(), strong(own, set_to).itertuples()
+            base = real.query("delay_ms == 0 and rate_mbit == 0 and nodes == @r.nodes and what == @r.what").wall_s.iloc[
+                0
+            ]
             others = [f"{s:.3f}, {s / r.wall_s - 1:+.0%}" for s in (told.step, base + m.wait - least.wait)]
         times = [f"{s:.3f}" for s in (m.own, m.wait, r.comm_s, m.step, r.wall_s)]
         yield [link, f"{r.nodes:,}", r.what, *times, f"{m.step / r.wall_s - 1:+.0%}", *others]
@@ -97,9 +94,8 @@ def fitted(ranks: pd.DataFrame) -> tuple[Work, Fluid]:
     work = Work.fit(*(big[name].to_numpy(float) for name in ("own", "edges", "cross", "halo", "cpu_s")))
     inner = ranks[(ranks.nodes == ranks.nodes.max()) & (ranks.parts == 64)].sort_values("halo").iloc[-1]
     surface = inner.own ** (2 / 3)
-    return work, Fluid(
-        *map(float, ((inner.edges + inner.cross) / inner.own, inner.halo / surface, inner.cross / surface))
-    )
+    shape = (inner.edges + inner.cross) / inner.own, inner.halo / surface, inner.cross / surface
+    return work, Fluid(*map(float, shape))
 
 
 def draw(path: Path, near: pd.DataFrame, lines: dict[tuple[str, str], list[float]]) -> None:
@@ -113,9 +109,8 @@ def draw(path: Path, near: pd.DataFrame, lines: dict[tuple[str, str], list[float
         if method == "metis":
             right.plot(one.parts, one.speedup, style, color=colour, label=f"{mode}, 113,140 nodes, ranks measured")
     for (words, mode), values in lines.items():
-        right.plot(
-            SIZES, values, ":" if "rank" in words else "--", color=COLOURS[mode], label=f"{mode}, {words}, predicted"
-        )
+        style = ":" if "rank" in words else "--"
+        right.plot(SIZES, values, style, color=COLOURS[mode], label=f"{mode}, {words}, predicted")
     left.plot(*PUBLISHED, "k*", ms=11, label=f"published, on GPUs: {PUBLISHED[1]}")
     for axes, ticks in ((left, range(1, 9)), (right, SIZES)):
         axes.plot([1, ticks[-1]], [1, ticks[-1]], color="0.6", lw=1, zorder=0, label="ideal")
@@ -140,27 +135,18 @@ def main(
     raw, runs = (pd.read_csv(folder / f"scaling-{name}.csv") for name in ("ranks", "runs"))
     ranks = taken(raw)
     here = software(runs[(runs.what == "trip") & (runs.delay_ms < 0)])
-    print(
-        f"here: {here.call * 1e6:.0f} µs a call, {here.message * 1e6:.1f} µs a message, {here.bandwidth / 1e6:.0f} MB/s"
-    )
+    shares = f"{here.call * 1e6:.0f} µs a call, {here.message * 1e6:.1f} µs a message"
+    print(f"software: {shares}, {here.bandwidth / 1e6:.0f} MB/s")
     networks = {name: over(here, *link) for name, link in LINKS.items()}
     found = {name: strong(ranks[ranks.nodes == ranks.nodes.max()], network) for name, network in networks.items()}
-    near = found["10 GbE"]
-    best = strong(taken(raw[raw.nodes == raw.nodes.max()], "min"), networks["10 GbE"])
+    near, ten = found["10 GbE"], networks["10 GbE"]
+    best = strong(taken(raw[raw.nodes == raw.nodes.max()], "min"), ten)
     head = "P | method | mode | one [s] | slowest rank [s] | slowest/mean | work | MB a step | waiting [ms] | "
     rows = []
     for r in near.itertuples():
-        own = (
-            f"{r.one:.2f}",
-            f"{r.own:.3f}",
-            f"{r.balance:.3f}",
-            f"{r.even:.3f}",
-            f"{r.bytes / 1e6:.2f}",
-            f"{1e3 * r.wait:.1f}",
-        )
-        rows.append(
-            [r.parts, r.method, r.mode, *own, *(f"{one.speedup[r.Index]:.2f}" for one in (*found.values(), best))]
-        )
+        gains = [f"{one.speedup[r.Index]:.2f}" for one in (*found.values(), best)]
+        own = f"{r.one:.2f}", f"{r.own:.3f}", f"{r.balance:.3f}", f"{r.even:.3f}"
+        rows.append([r.parts, r.method, r.mode, *own, f"{r.bytes / 1e6:.2f}", f"{1e3 * r.wait:.1f}", *gains])
     table("Strong scaling", head + " | ".join(LINKS) + " | of the least times, 10 GbE", rows)
     head = "link | nodes | mode | own [s] | waiting [s] | real | step [s] | real | error | by the link as set | beyond no limit"
     table("Check", head, check(ranks, runs))
@@ -169,15 +155,10 @@ def main(
     rows, lines = [], {}
     for words, nodes, weak in (("10,000,000 nodes", 1e7, False), ("976,563 nodes a rank", 1e9 / 1024, True)):
         for mode in COLOURS:
-            of = [nodes if weak else nodes / size for size in SIZES]
-            steps = [
-                fluid.step(work, networks["10 GbE"], p, n, mode == "exchange") for p, n in zip(SIZES, of, strict=True)
-            ]
+            steps = [fluid.step(work, ten, p, nodes if weak else nodes / p, mode == "exchange") for p in SIZES]
             gains = [steps[0][0] / step for step, _ in steps]
-            rows += [
-                [words, mode, p, f"{s:.3g}", f"{1e3 * w:.3g}", f"{g:.3g}"]
-                for p, (s, w), g in zip(SIZES, steps, gains, strict=True)
-            ]
+            for p, (step, wait), gain in zip(SIZES, steps, gains, strict=True):
+                rows.append([words, mode, p, f"{step:.3g}", f"{1e3 * wait:.3g}", f"{gain:.3g}"])
             lines[words, mode] = [g * p for g, p in zip(gains, SIZES, strict=True)] if weak else gains
     table("Predictions, 10 GbE", "what | mode | P | step [s] | waiting [ms] | speed-up, or efficiency", rows)
     draw(plot, near, lines)
