@@ -20,11 +20,11 @@ from typing import Annotated, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
 
+import hosts
 import pandas as pd
 import torch
 import typer
 from dgl import DGLGraph
-from hosts import INTERFACE, Hosts
 from scaling_model import NODE
 from torch import Tensor
 
@@ -41,10 +41,12 @@ PORT = 29_556
 RENO = 'echo reno > /proc/sys/net/ipv4/tcp_congestion_control && exec "$@"'  # a host's own: see docs/scaling.md
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
 
-Parts = Annotated[list[int], typer.Option("--parts", help="processes P; may be given several times")]
-Nodes = Annotated[int, typer.Option("--nodes", help="nodes of the block, of degree 14.6")]
+Parts = Annotated[list[int], typer.Option("--parts", min=2, help="processes P; may be given several times")]
+Nodes = Annotated[int, typer.Option("--nodes", min=2, help="nodes of the block, of degree 14.6")]
 Method = Annotated[str, typer.Option("--method", help="as partition.method")]
-Repeats = Annotated[int, typer.Option("--repeats", help="timed steps of each, after one that is not; medians count")]
+Repeats = Annotated[
+    int, typer.Option("--repeats", min=1, help="timed steps of each, after one that is not; medians count")
+]
 Out = Annotated[Path, typer.Option("--out", help="folder of the CSV files")]
 
 
@@ -100,7 +102,7 @@ def linked(parts: list[DGLGraph]) -> list[DGLGraph]:
 
 
 def store(folder: Path, nodes: int, method: str, parts: int) -> configs.Config:
-    """A config whose data are a store of a block in so many parts."""
+    """A config whose data are a store of a block in so many parts. Raises Failure where it cannot be cut into them."""
     if not (file := folder / "block.h5").exists():
         (folder / "radius").write_text(repr(bench_plan.write_data(file, nodes, 1, 14.6)))
     radius = float((folder / "radius").read_text())
@@ -234,12 +236,12 @@ def real(
                 add("scaling-runs.csv", [{**setting, "delay_ms": -1, "rate_mbit": 0, **row} for row in found], out)
                 continue
             (file := Path(name) / "config.yaml").write_text(configs.to_yaml(config))
-            with Hosts(names := [f"h{k}" for k in range(size)]) as hosts:
+            with hosts.Hosts(names := [f"h{k}" for k in range(size)]) as up:
                 for delay, rate in (map(float, one.split(":")) for one in link):
-                    hosts.set(delay_ms=delay, rate_mbit=rate)
-                    words = [sys.executable, __file__, "rank", *map(str, (file, hosts.address("h0"), repeats, size))]
+                    up.set(delay_ms=delay, rate_mbit=rate)
+                    words = [sys.executable, __file__, "rank", *map(str, (file, up.address("h0"), repeats, size))]
                     argv = ["sh", "-c", RENO, "sh", *words]
-                    ranks = [hosts.run(h, [*argv, str(k)], stdout=subprocess.PIPE) for k, h in enumerate(names)]
+                    ranks = [up.run(h, [*argv, str(k)], stdout=subprocess.PIPE) for k, h in enumerate(names)]
                     said = [rank.communicate(timeout=600)[0] for rank in ranks]
                     if any(rank.returncode for rank in ranks):
                         raise Failure(f"--link {delay:g}:{rate:g}: a process on the hosts failed; its words are above")
@@ -250,10 +252,13 @@ def real(
 @app.command(hidden=True)
 def rank(file: Path, address: str, repeats: int, size: int, number: int) -> None:
     """A process on a host; says what it found."""
-    group = comm.meet(number, size, address, PORT, INTERFACE, 60.0)
+    group = comm.meet(number, size, address, PORT, hosts.INTERFACE, 60.0)
     print(json.dumps(among(group, configs.load(str(file), []), repeats)))
     comm.leave()
 
 
 if __name__ == "__main__":
-    app()
+    try:
+        app()
+    except (Failure, hosts.Failure) as failure:
+        sys.exit(f"error: {failure}")

@@ -144,9 +144,9 @@ def main(
     head = "P | method | mode | one [s] | slowest rank [s] | slowest/mean | work | MB a step | waiting [ms] | "
     rows = []
     for r in near.itertuples():
-        gains = [f"{one.speedup[r.Index]:.2f}" for one in (*found.values(), best)]
+        speed = [f"{one.speedup[r.Index]:.2f}" for one in (*found.values(), best)]
         own = f"{r.one:.2f}", f"{r.own:.3f}", f"{r.balance:.3f}", f"{r.even:.3f}"
-        rows.append([r.parts, r.method, r.mode, *own, f"{r.bytes / 1e6:.2f}", f"{1e3 * r.wait:.1f}", *gains])
+        rows.append([r.parts, r.method, r.mode, *own, f"{r.bytes / 1e6:.2f}", f"{1e3 * r.wait:.1f}", *speed])
     table("Strong scaling", head + " | ".join(LINKS) + " | of the least times, 10 GbE", rows)
     head = "link | nodes | mode | own [s] | waiting [s] | real | step [s] | real | error | by the link as set | beyond no limit"
     table("Check", head, check(ranks, runs))
