@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dist_egnn import comm, halo, local
+from dist_egnn.store import Store
 
 sys.path.append(str(Path(__file__).parents[1] / "tools"))
 import scaling
@@ -49,7 +50,7 @@ def after(config: Any, graph: Any, other: Any) -> list[Tensor]:
 def among(group: comm.Comm, config: Any) -> list[dict[str, Any]]:
     found = []
     for mode in scaling.MODES:
-        graph = scaling.part(config, mode, group.rank, group.size)
+        graph = Store(config.data.path).read(0, group.rank, mode == "exchange")
         if halos := halo.of(graph):
             halos.link(graph.ndata["x"], group)
         real = after(config, graph, listener := Listener(comm.dist))
@@ -65,7 +66,7 @@ def among(group: comm.Comm, config: Any) -> list[dict[str, Any]]:
 def test_a_rank_alone_is_the_rank_among_others(tmp_path: Path) -> None:
     config = scaling.store(tmp_path, 600, "bisection", PARTS)
     ranks = local.run(among, PARTS, config)
-    parts = scaling.linked([scaling.part(config, "exchange", rank, PARTS) for rank in range(PARTS)])
+    parts = scaling.linked([Store(config.data.path).read(0, rank, exchange=True) for rank in range(PARTS)])
     for rank, (bridge, exchange) in enumerate(ranks):
         for one in (bridge, exchange):
             same, lonely = one["differ"]

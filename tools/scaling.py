@@ -31,7 +31,7 @@ from torch import Tensor
 from dist_egnn import bench_plan, comm, graphs, halo, local, models, runs, train
 from dist_egnn import config as configs
 from dist_egnn.errors import Failure
-from dist_egnn.samples import open_samples
+from dist_egnn.store import Store
 from dist_egnn.terminal import example
 
 MODES = ("bridge", "exchange")
@@ -112,15 +112,9 @@ def store(folder: Path, nodes: int, method: str, parts: int) -> configs.Config:
     return config
 
 
-def part(config: configs.Config, mode: str, rank: int, size: int) -> DGLGraph:
-    config.partition.halo = mode
-    return open_samples(config, rank, size)[0]
-
-
 def learner(config: configs.Config) -> tuple[models.Network, torch.optim.Optimizer]:
     """A model for both modes (a graph with a halo is exchanged), and its optimiser."""
     torch.set_num_threads(1)
-    config.partition.halo = "bridge"
     model = train.build_model(config, (len(config.data.features or ()), len(config.data.node_attributes)), comm.Alone())
     assert isinstance(model, models.Network)
     return model, torch.optim.Adam(model.parameters(), lr=config.train.lr)
@@ -171,11 +165,12 @@ def alone(
     """Every rank's step alone, one after the other, in both modes; in turn with one process's step on the whole graph."""
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as name:
         config = store(Path(name), nodes, method, 1)
-        single, ours = part(config, "bridge", 0, 1), learner(config)
+        single, ours = Store(config.data.path).read(0, 0), learner(config)
         for size in parts:
             config, rows, works = store(Path(name), nodes, method, size), list[dict[str, Any]](), list[Any]()
+            parted = Store(config.data.path)
             for mode in MODES:
-                held = [part(config, mode, rank, size) for rank in range(size)]
+                held = [parted.read(0, rank, mode == "exchange") for rank in range(size)]
                 held = linked(held) if mode == "exchange" else held
                 chosen = sorted(range(size), key=lambda r: -held[r].num_edges() - NODE * held[r].num_nodes())[:ranks]
                 works += [(mode, rank, held[rank], about(ours[0], held[rank])) for rank in chosen]
@@ -195,7 +190,7 @@ def alone(
 def among(group: comm.Comm, config: configs.Config, repeats: int) -> list[dict[str, Any]]:
     """Steps in both modes, in turn, and single trips, among real ranks: seconds of the slowest."""
     ours, rows = learner(config), list[dict[str, Any]]()
-    held = {mode: part(config, mode, group.rank, group.size) for mode in MODES}
+    held = {mode: Store(config.data.path).read(0, group.rank, mode == "exchange") for mode in MODES}
     for turn in range(repeats + 1):
         for mode, graph in held.items():
             if halos := halo.of(graph):
