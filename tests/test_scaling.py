@@ -129,5 +129,5 @@ def test_tables_follow_from_rows() -> None:
     ranks = [{**setting, "rank": r, "turn": t, **shape, "cpu_s": s, "one_s": 6.0} for r, t, s in turns]
     (found,) = scaling_predict.strong(scaling_predict.taken(pd.DataFrame(ranks)), here).itertuples()
     wait = Model().wait(here, 2)
-    assert (found.own, found.balance, found.even) == pytest.approx((3.0, 3.0 / 2.0, 1.0))
+    assert (found.own, found.balance, found.even) == pytest.approx((3.0, 3.0 / 2.0, 2.0))
     assert (found.wait, found.speedup) == pytest.approx((wait, 6.0 / (3.0 + wait)))
