@@ -161,7 +161,7 @@ def main(
             steps = [fluid.step(work, ten, p, nodes if weak else nodes / p, mode == "exchange") for p in SIZES]
             gains = [steps[0][0] / step for step, _ in steps]
             for p, (step, wait), gain in zip(SIZES, steps, gains, strict=True):
-                rows.append([words, mode, p, f"{step:.3g}", f"{1e3 * wait:.3g}", f"{gain:.3g}"])
+                rows.append([words, mode, p, *(f"{float(f'{value:.3g}'):,g}" for value in (step, 1e3 * wait, gain))])
             lines[words, mode] = [g * p for g, p in zip(gains, SIZES, strict=True)] if weak else gains
     table("Predictions, 10 GbE", "what | mode | P | step [s] | waiting [ms] | speed-up, or efficiency", rows)
     draw(plot, near, lines)
