@@ -142,7 +142,7 @@ def about(model: models.Network, graph: DGLGraph) -> dict[str, Any]:
     found = {"own": graph.num_nodes(), "edges": graph.num_edges(), "cross": 0, "halo": 0}
     if halos := halo.of(graph):
         found |= {"cross": len(halos.src), "halo": max(halos.size, sum(map(len, halos.parts[0].given)))}
-    cut = model._cut(graph)[1]
+    cut = model.cut(graph)[1]
     work = [sum(t.blocks[-1].ehi - t.blocks[0].elo + NODE * (t.hi - t.lo) for t in tiles) for tiles in cut.groups]
     return {**found, "interior": 0.0 if cut.whole else work[0] / sum(work)}
 
