@@ -1,7 +1,6 @@
-"""A training step on P processes: every rank's work alone on one core, real processes beside it, and what a model makes of both.
+"""A training step on P processes: every rank's work alone on one core, and real processes beside it.
 
-`alone` and `real` measure and add rows to CSV files, `predict` reads them, prints tables and draws the plot. The model is
-scaling_model.py; docs/scaling.md says what was found.
+Both add rows to CSV files, of which scaling_predict.py makes tables and a plot by the model of scaling_model.py: docs/scaling.md.
 """
 
 from __future__ import annotations
