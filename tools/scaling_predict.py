@@ -144,7 +144,7 @@ def main(
     near, ten = found["10 GbE"], networks["10 GbE"]
     head = "P | method | mode | one [s] | slowest rank [s] | slowest/mean | MB a step | waiting [ms] | "
     rows = []
-    for r in near.itertuples():
+    for r in near.sort_values(["method", "parts"], ascending=[False, True], kind="stable").itertuples():
         speed = [f"{one.speedup[r.Index]:.2f}" for one in found.values()]
         own = f"{r.one:.2f}", f"{r.own:.3f}", f"{r.balance:.3f}"
         rows.append(
