@@ -121,8 +121,11 @@ def check(options: Options, peers: bool) -> None:
         what = f"{options.nodes:,} nodes of degree {options.degree:g}: '{name}'"
         remedy = "lower --nodes, --hidden or --layers" + ", or leave --peers out" * peers
         machine.enough_memory(memory_needed(name, one), options.device, what, remedy)
-    if options.kept and (folder := Path(options.kept)).is_dir():
-        disk.check_room(folder / "kept", kept_bytes(options))
+    if options.kept:
+        from . import kept
+
+        kept.check(options.kept, "--kept ")
+        disk.check_room(Path(options.kept) / "kept", kept_bytes(options))
 
 
 def check_device(options: Options) -> None:

@@ -42,6 +42,12 @@ class _Filed:
         return tensor.to(self.device)
 
 
+def check(folder: str, key: str) -> None:
+    """Raise Failure for a name that is no folder's, before any work. key: how it was given, "train.kept="."""
+    if folder and not Path(folder).is_dir():
+        raise Failure(f"{key}{folder}: no such folder; make it, or leave this out to keep all in memory")
+
+
 @contextlib.contextmanager
 def on_disk(folder: str, besides: Iterable[Tensor] = ()) -> Iterator[None]:
     """Have what a forward pass within keeps for its backward pass, tensors of 1 MB and more, lie in files in ``folder``.

@@ -102,7 +102,7 @@ def run_training(config: Any, resume: bool = False) -> dict[str, float]:
 
     resume: go on with the run in run.dir. Raises Stopped, after a checkpoint, if a signal asks this process to stop.
     """
-    from . import files, local, models, plan, samples, stopping
+    from . import files, kept, local, models, plan, samples, stopping
     from . import resume as resuming
     from . import train as training
 
@@ -114,6 +114,7 @@ def run_training(config: Any, resume: bool = False) -> dict[str, float]:
     check = resuming.check_resumed if resume else resuming.check_fresh
     check(config)  # before there is a folder
     parts, processes = samples.parts(config), samples.processes(config)
+    kept.check(config.train.kept, "train.kept=")
     plan.check_memory(config, parts)
     cut = to_partition(config) if parts > 1 and not samples.is_store(config.data.path) else None
     with files.hold(folder, "another run is at work there; wait for it, or choose another run.dir"):

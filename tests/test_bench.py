@@ -365,6 +365,7 @@ def test_pipeline_times_both_roads(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         ("step --tile 0", r"--tile 0: must be at least 1"),
         ("step --nodes 1", r"--nodes 1: must be at least 2"),
         ("step --hidden 0", r"--hidden 0: must be at least 1"),
+        ("step --kept /nowhere", r"--kept /nowhere: no such folder"),
         ("step --nodes 10", r"--degree 14.6: must be above 0 and at most 9 for 10 nodes"),
         ("step --nodes 100000000000", r"'ours' takes about [\d.]+ GB, [\d.]+ GB are free; lower --nodes"),
         ("step --nodes 100000000 --peers", r"takes about [\d.]+ GB, .*leave --peers out"),

@@ -248,7 +248,7 @@ def test_too_large_is_one_failure_before_the_trial(make_store: Any, monkeypatch:
 def test_training_is_refused_before_there_is_a_folder(
     make_store: Any, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: bool
 ) -> None:
-    """Too little memory; more parts than nodes; weights that cannot be met: one line, and nothing is left."""
+    """Too little memory; no folder; more parts than nodes; weights that cannot be met: one line, and nothing is left."""
     path, parts = (make_store(2), []) if stored else (small, ["partition.parts=2"])
     given = [f"run.dir={tmp_path / 'run'}", *parts]
     monkeypatch.setattr(machine, "memory_free", lambda: 0.3e9)
@@ -256,6 +256,7 @@ def test_training_is_refused_before_there_is_a_folder(
         runs.run_training(config_of(path, *given))
     monkeypatch.undo()
     for more, said in (
+        (["train.kept=/nowhere"], "train.kept=/nowhere: no such folder"),
         (["partition.parts=201"], "for 2;" if stored else "200 nodes, fewer than 201 parts"),
         (
             ["partition.parts=2", "partition.weights=[1,999]"],
