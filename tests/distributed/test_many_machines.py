@@ -256,7 +256,7 @@ def cause(run: Run) -> str:
 
 
 def test_a_link_cut_for_good(launch, make_store, cluster):
-    run = launch(make_store(2, trainers=1, shard_nodes=0), "ab", "train.epochs=1000", "--max-restarts", "0")
+    run = launch(make_store(2, trainers=1, shard_nodes=0), "ab", "train.epochs=1000", "--max-restarts", "1")
     run.after(1)
     began = time.monotonic()
     cluster.cut("a", "b")
