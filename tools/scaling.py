@@ -27,7 +27,7 @@ from dgl import DGLGraph
 from scaling_model import NODE
 from torch import Tensor
 
-from dist_egnn import bench_plan, comm, graphs, halo, local, models, runs, train
+from dist_egnn import bench_plan, comm, halo, local, models, runs, train
 from dist_egnn import config as configs
 from dist_egnn.errors import Failure
 from dist_egnn.store import Store
@@ -95,8 +95,7 @@ def linked(parts: list[DGLGraph]) -> list[DGLGraph]:
     halos, x = [halo.of(graph).parts[0] for graph in parts], [graph.ndata["x"] for graph in parts]  # type: ignore[union-attr]
     for rank, own in enumerate(halos):
         far = torch.cat([there[rows] for there, rows in zip(x, own.wanted, strict=True)])
-        own.edge = graphs.edge_fields(far[own.src], x[rank][own.dst], own.side)
-        own.given = [other.wanted[rank] for other in halos]
+        own.learn(x[rank], [other.wanted[rank] for other in halos], far)
     return parts
 
 
