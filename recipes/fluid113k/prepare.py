@@ -93,13 +93,13 @@ def draw(seed: int, index: int, particles: int) -> Scene:
 
 
 class Engines:
-    """Engine processes, one a thread. The first failure, or Ctrl-C, ends them all; each ends if prepare.py is killed."""
+    """Engine processes, one a worker. The first failure, or Ctrl-C, ends them all; each ends if prepare.py is killed."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int) -> None:
         self.running: set[subprocess.Popen[str]] = set()
         self.lock, self.reason = threading.Lock(), ""
-        # one thread: a splash is chaotic, and the engine's sums depend on the number of threads
-        self.env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        # one by default: a splash is chaotic, and the engine's sums depend on the number of threads
+        self.env = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
 
     def stop(self, reason: str) -> None:
         with self.lock:
@@ -234,10 +234,11 @@ def prepare(options: argparse.Namespace) -> None:
         "description": f"Fluid113K scene at {options.particles} particles: a block of fluid dropped into a box",
         "seed": options.seed,
         "particles": options.particles,
+        "threads": options.threads,
         "records": bool(options.records),
         "versions": preparing.versions("pysplishsplash", "numpy"),
     }
-    engines = Engines()
+    engines = Engines(options.threads)
     before = signal.signal(signal.SIGINT, engines.interrupted)
     try:
         write(
@@ -274,17 +275,22 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="how many, in place of the scale's; of records: the first so many (default all, in shares of 100:20:20)",
     )
     option("--frames", type=int, help="frames of a trajectory, in place of the scale's; of records: the first so many")
+    option(
+        "--threads",
+        type=int,
+        help="threads of a simulation (default 1: the same seed gives the same bytes; more are quicker, and it need not)",
+    )
     option("--quantum", type=float, default=0.0, help="round m and m/s to multiples of this; a power of two packs best")
     option("--no-velocity", action="store_true", help="leave velocities out: readers take forward differences")
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--records", type=Path, metavar="DIR", help="also write the published files sim_*.msgpack.zst")
     which.add_argument("--from-records", type=Path, metavar="DIR", help="read such files instead of simulating")
     options = preparing.parse(parser, arguments)
-    for name, low in (("particles", 1), ("frames", 2), ("quantum", 0)):
+    for name, low in (("particles", 1), ("frames", 2), ("threads", 1), ("quantum", 0)):
         if (value := getattr(options, name)) is not None and value < low:
             raise Failure(f"--{name} {value}: must be at least {low}")
     if options.from_records:
-        for name in ("scale", "particles"):
+        for name in ("scale", "particles", "threads"):
             if getattr(options, name) is not None:
                 raise Failure(f"--{name} means a simulation, --from-records reads one; leave out one of the two")
         options.numbers = records.numbers(options.from_records)
@@ -292,6 +298,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         if sum(options.trajectories) > (found := len(options.numbers)):
             raise Failure(f"--trajectories: {sum(options.trajectories)} wanted, {options.from_records} has {found}")
     else:
+        options.threads = options.threads or 1
         for name, value in zip(("particles", "trajectories", "frames"), SIZES[options.scale or "small"], strict=True):
             if getattr(options, name) is None:
                 setattr(options, name, value)

@@ -234,6 +234,7 @@ def test_trajectories_in_the_order_of_their_numbers(tmp_path):
     [
         (["--from-records", "{}", "--scale", "tiny"], "--scale means a simulation"),
         (["--from-records", "{}", "--particles", 2000], "--particles means a simulation"),
+        (["--from-records", "{}", "--threads", 2], "--threads means a simulation"),
         (["--from-records", "{}", "--records", "{}"], "not allowed with"),
         (["--from-records", "{}", "--trajectories", 1, 1, 0], "--trajectories: 2 wanted"),
         (["--from-records", "{}/nothing"], "no file named like sim_0001_00.msgpack.zst"),
@@ -241,6 +242,7 @@ def test_trajectories_in_the_order_of_their_numbers(tmp_path):
         (["--trajectories", 0, 0, 0], "not all of them 0"),
         (["--frames", 1], "--frames 1: must be at least 2"),
         (["--particles", 0], "--particles 0: must be at least 1"),
+        (["--threads", 0], "--threads 0: must be at least 1"),
         (["--quantum", -1], "--quantum -1.0: must be at least 0"),
     ],
 )

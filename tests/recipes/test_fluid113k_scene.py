@@ -212,6 +212,12 @@ def test_legs_of_a_large_simulation_are_kept_when_one_fails(tmp_path, engine, ca
     assert not (tmp_path / "b.h5.parts").exists()
 
 
+@pytest.mark.parametrize(("words", "threads"), [((), "1"), (("--threads", 3), "3")])
+def test_threads_of_a_simulation(tmp_path, engine, words, threads):
+    engine(f"assert os.environ['OMP_NUM_THREADS'] == {threads!r}")
+    assert run("--out", tmp_path / "x.h5", *SMALL, *words) == 0
+
+
 def test_an_engine_that_makes_no_frames_is_not_asked_for_ever(tmp_path, engine, capsys):
     engine("sys.exit(0)")
     assert run("--out", tmp_path / "b.h5", *SMALL) == 2

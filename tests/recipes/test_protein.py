@@ -272,7 +272,8 @@ def test_boxes_that_the_format_cannot_hold(tmp_path, call):
     }
     for says, box in cases.items():
         options = md(tmp_path, walk(30), box)
-        ran = call("--out", tmp_path / "x.h5", *options, "--horizon", 3)
+        # one worker: another, which begins further on, may come first to its own first frame of the kind
+        ran = call("--out", tmp_path / "x.h5", *options, "--horizon", 3, "--workers", 1)
         assert (ran.code, ran.err.count("error: "), ran.err.count("Traceback")) == (2, 1, 0)
         assert re.search(rf"few\.dcd: {says}.*--no-box leaves it out$", ran.err), ran.err
         assert not (tmp_path / "x.h5").exists()
