@@ -53,14 +53,18 @@ def energy_gain(energies: np.ndarray) -> float:
 def complaints(
     position: np.ndarray, velocity: np.ndarray, mass: np.ndarray, box: np.ndarray, radius: float
 ) -> list[str]:
-    """What is doubtful about a trajectory, a clause each: density at its end off by over 5%, energy up by over 1%."""
-    found = []
+    """What is doubtful about a trajectory, a clause each."""
     rho = inner_density(position[-1], mass, box, radius)
+    return doubts(rho, energy_gain(energy(position, velocity, mass, float(box[0, 1]))))
+
+
+def doubts(rho: float, gain: float) -> list[str]:
+    """A clause for a density (kg/m³) at the end that is off by over 5%, and for energy that rises by over 1%."""
+    found = []
     if abs(rho / REST_DENSITY - 1) > 0.05:
         found.append(
             f"density {rho:.0f} kg/m³ inside the fluid at the last frame, expected {REST_DENSITY:.0f} within 5%"
         )
-    gain = energy_gain(energy(position, velocity, mass, float(box[0, 1])))
     if gain > 0.01:
         found.append(f"energy rises by {gain:.1%} of its first value, expected no rise")
     return found

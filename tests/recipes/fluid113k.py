@@ -28,6 +28,7 @@ def load(name: str) -> ModuleType:
 
 physics, records = load("physics"), load("records")
 prepare = load("prepare")
+check = load("check")
 del sys.modules["prepare"]  # every recipe has one
 
 
