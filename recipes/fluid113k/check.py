@@ -90,7 +90,7 @@ def picture(out: Path, data: Trajectories, k: int, course: Course) -> None:
             depthshade=False,
         )
         axes.patch.set_visible(False)  # it would hide the neighbour's numbers
-        axes.set_title(f"t = {t * dt:.2f} s", fontsize=10, y=1.03)
+        axes.set_title(f"t = {t * dt:.2f} s", fontsize=10, y=1.18)
     axes = figure.add_subplot(grid[1, :])
     axes.plot(np.arange(len(course.energy)) * dt, course.energy / course.energy[0])
     axes.set(xlabel="t [s]", ylabel="energy / first", ylim=(0, 1.05), xlim=(0, last * dt))

@@ -58,8 +58,9 @@ def load_engine() -> Any:
     return pysplishsplash
 
 
-def write_scene(directory: Path, job: Mapping[str, np.ndarray], step: float = 0.0) -> None:
-    """scene.json and the files it names, in the formats of the engine; step: the first time step, if it is not the longest."""
+def write_scene(directory: Path, job: Mapping[str, np.ndarray], begun: float = 0.0, step: float = 0.0) -> None:
+    """scene.json and the files it names, in the formats of the engine. begun: seconds of earlier legs, which the engine does
+    not count; step: the first time step, if it is not the longest."""
     rows = job["position"]
     header = f"ATTRIBUTES\nposition\nTYPES\nV\nNUMBER_OF_PARTICLES: {len(rows)}\nBEGIN DATA"
     np.savetxt(directory / "fluid.pda", rows, fmt="%.8g", header=header, comments="")
@@ -72,7 +73,7 @@ def write_scene(directory: Path, job: Mapping[str, np.ndarray], step: float = 0.
         "particleRadius": float(job["radius"]),
         "timeStepSize": step or dt / 4,
         "cflMaxTimeStepSize": dt / 4,  # 5 ms at full size
-        "stopAt": (frames - 1) * dt * 1.0001,  # the engine counts in float32
+        "stopAt": (frames - 1) * dt * 1.0001 - begun,  # the engine counts in float32
     }
     content = {
         "Configuration": configuration,
@@ -165,7 +166,8 @@ class Recorder:
 def run(directory: Path) -> None:
     """Simulate DIR/job.npz, or its next leg, and write the frames."""
     job, before = np.load(directory / "job.npz"), directory / "state.npz"
-    write_scene(directory, job, float(np.load(before)["step"]) if before.exists() else 0.0)
+    earlier = [float(np.load(before)[key]) for key in ("time", "step")] if before.exists() else []
+    write_scene(directory, job, *earlier)
     engine = load_engine()
     # the engine logs to standard output as it pleases
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -28,7 +28,7 @@ def load(name: str) -> ModuleType:
 
 physics, records = load("physics"), load("records")
 prepare = load("prepare")
-check = load("check")
+check, engine = load("check"), load("engine")
 del sys.modules["prepare"]  # every recipe has one
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
+import json
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import h5py
 import numpy as np
 import pytest
 from fluid113k import BOX, MASS, RADIUS, RECIPE, block, check, physics, prepare, run
+from fluid113k import engine as simulation
 
 from dist_egnn.trajectories import Writer
 
@@ -245,7 +247,7 @@ def leg(end):
     open(folder + '/calls', 'a').write(f"{job['leg']} ")
     if not os.path.exists(folder + '/state.npz'):
         open(folder + '/frames', 'w').write('8')
-        np.savez(folder + '/state.npz')
+        np.savez(folder + '/state.npz', done=8)
         sys.exit(0)
     if end:
         sys.exit(end)
@@ -261,7 +263,11 @@ def test_legs_of_a_large_simulation_are_kept_when_one_fails(tmp_path, engine, ca
     assert "no more memory" in capsys.readouterr().err
     calls = tmp_path / "b.h5.parts" / "000000.engine" / "calls"
     assert calls.read_text() == "8 8 "
-    engine(LEGS + "leg(0)\nassert open(folder + '/calls').read() == '8 8 8 '")
+    calls.with_name("frames").write_text("16")  # of a leg that was killed at its end
+    engine(
+        LEGS
+        + "leg(0)\nassert open(folder + '/calls').read() == '8 8 8 '\nassert open(folder + '/frames').read() == '8'"
+    )
     assert run(*one) == 0
     assert not (tmp_path / "b.h5.parts").exists()
 
@@ -372,6 +378,17 @@ import prepare
 prepare.LARGE, prepare.LEG = 500, 7
 sys.exit(prepare.preparing.main(prepare.run))
 """
+
+
+@pytest.mark.parametrize(("begun", "left"), [((), 3.98), ((3.6, 0.002), 0.38)])
+def test_a_leg_ends_when_the_trajectory_does(tmp_path, begun, left):
+    """The engine counts from the leg's own beginning."""
+    scene = prepare.draw(0, 0, 1000)
+    job = {"position": scene.position, "velocity": scene.velocity, "box": scene.box}
+    simulation.write_scene(tmp_path, job | {"radius": RADIUS, "frames": 200, "dt": 0.02}, *begun)
+    configuration = json.loads((tmp_path / "scene.json").read_text())["Configuration"]
+    assert left < configuration["stopAt"] < left + 0.001
+    assert configuration["timeStepSize"] == (begun[1] if begun else 0.005)
 
 
 @needs_engine
