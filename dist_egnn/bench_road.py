@@ -17,6 +17,7 @@ from torch import Tensor
 from . import bench_data, comm, engine, graphs, halo, local, tiles, train
 from .config import Config, Data
 from .config import load as load_config
+from .optimizer import Adam
 from .samples import Samples, open_samples
 from .store import Store
 from .trajectories import Trajectories
@@ -176,7 +177,7 @@ def _road(group: comm.Comm, config: Config, repeats: int) -> dict[str, float]:
     samples = open_samples(config, group.rank, group.size)
     numbers = samples.splits["train"]
     model = train.build_model(config, samples.widths, group)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+    optimizer = Adam(model.parameters(), lr=1e-4)
 
     def steps(graphs_: Iterable[DGLGraph]) -> float:
         """Mean seconds from the end of a step to the end of the next, the first left out."""

@@ -22,6 +22,7 @@ from torch import Tensor
 from . import devices, halo, metrics, train
 from .comm import Alone, Comm, sent_bytes
 from .config import Config
+from .optimizer import Adam
 from .samples import ahead, open_samples
 from .store import Store
 
@@ -202,7 +203,7 @@ def rank(
     device = train.device_of(config, number)
     samples = open_samples(config, number, size)
     model = train.build_model(config, samples.widths, group).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.train.lr)
+    optimizer = Adam(model.parameters(), lr=config.train.lr)
     prepare = getattr(model, "prepare", lambda graph: graph)
     clocks = time.perf_counter, time.thread_time
     seconds: dict[str, list[tuple[float, ...]]] = {"make": [], "batch": [], "finish": [], "forward": []}

@@ -19,6 +19,7 @@ from .comm import Comm
 from .config import Config, Model, Train
 from .desk import Desk, opened
 from .errors import Failure
+from .optimizer import Adam
 from .progress import bar
 from .resume import Position, fingerprint, restore
 from .samples import Samples, ahead, open_samples
@@ -143,7 +144,7 @@ def train(world: Comm, config: Config, resume: bool = False) -> dict[str, float]
             f"train.batch_size={config.train.batch_size}, so some groups would never work; lower one of the two"
         )
     model = build_model(config, samples.widths, comm).to(device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay)
+    optimizer = Adam(model.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay)
     print_of = fingerprint(samples, comm)
     position, wrong = restore(world, config, model, optimizer, print_of) if resume else (Position(), "")
     with ExitStack() as stack:

@@ -30,6 +30,7 @@ from torch import Tensor
 from dist_egnn import bench_plan, comm, halo, local, models, runs, train
 from dist_egnn import config as configs
 from dist_egnn.errors import Failure
+from dist_egnn.optimizer import Adam
 from dist_egnn.store import Store
 from dist_egnn.terminal import example
 
@@ -115,7 +116,7 @@ def learner(config: configs.Config) -> tuple[models.Network, torch.optim.Optimiz
     torch.set_num_threads(1)
     model = train.build_model(config, (len(config.data.features or ()), len(config.data.node_attributes)), comm.Alone())
     assert isinstance(model, models.Network)
-    return model, torch.optim.Adam(model.parameters(), lr=config.train.lr)
+    return model, Adam(model.parameters(), lr=config.train.lr)
 
 
 def step(config: configs.Config, learner: Any, graph: DGLGraph, group: comm.Comm) -> dict[str, float]:
