@@ -280,7 +280,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     option(
         "--threads",
         type=int,
-        help="threads of a simulation (default 1: the same seed gives the same bytes; more are quicker, and it need not)",
+        help="threads of a simulation (default 1: the same seed gives the same bytes; with more it is quicker, and does not)",
     )
     option("--quantum", type=float, default=0.0, help="round m and m/s to multiples of this; a power of two packs best")
     option("--no-velocity", action="store_true", help="leave velocities out: readers take forward differences")
