@@ -47,7 +47,7 @@ INSTALL = ".venv/bin/pip install -e '.[fluid]' (on Debian also: apt-get install 
 SIZES = {"tiny": (1_500, (1, 1, 1), 40), "small": (20_000, (8, 2, 2), 80), "full": (REFERENCE, (100, 20, 20), 200)}
 SCALES = {
     "tiny": "1,500 particles, 1/1/1 trajectories of 40 frames: 10 s of a core, 3 MB",
-    "small": "20,000 particles, 8/2/2 trajectories of 80 frames: 40 to 70 minutes of a core, 0.35 GB (extrapolated)",
+    "small": "20,000 particles, 8/2/2 trajectories of 80 frames: 50 minutes of a core, 0.3 GB",
     "full": "113,140 particles, 100/20/20 trajectories of 200 frames: 1.1 hours of a core or more each, 57 GB",
 }
 EXAMPLE = """\
