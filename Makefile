@@ -3,6 +3,8 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 # DGL and torch lose most of their speed when threads outnumber cores; one thread per process is the rule here.
 export OMP_NUM_THREADS ?= 1
+# METIS repeats its answer always only without malloc's cache of small blocks (docs/architecture.md)
+export GLIBC_TUNABLES ?= glibc.malloc.tcache_count=0
 
 .PHONY: setup demo test test-hosts lint clean
 setup:

@@ -55,5 +55,5 @@ setup(
             "mypy==2.4.1",
         ],
     },
-    entry_points={"console_scripts": ["distegnn = dist_egnn.cli:main"]},
+    entry_points={"console_scripts": ["distegnn = dist_egnn.cli:console"]},
 )

@@ -488,8 +488,20 @@ def show_report(report: bench.Report | None, **_: Any) -> None:
 app.add_typer(bench.app, name="bench", result_callback=show_report)
 
 
+def console() -> None:
+    """`main` without malloc's cache of small blocks, else METIS's answer is not always the same: partition/methods.py.
+
+    glibc reads this setting only when a process starts: the process starts itself once more. Training is as fast without.
+    """
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    if sys.platform == "linux" and "tcache_count" not in tunables:
+        os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, "glibc.malloc.tcache_count=0"]))
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    main()
+
+
 def main() -> None:
-    """The console script: 0 done, 2 something the user can mend, 75 stopped and can go on, 130 interrupted."""
+    """The command line: 0 done, 2 something the user can mend, 75 stopped and can go on, 130 interrupted."""
     debug = "--debug" in sys.argv
     if len(sys.argv) == 1:  # not an error
         sys.argv.append("--help")
@@ -514,4 +526,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    console()

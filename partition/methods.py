@@ -86,7 +86,8 @@ def assign(
     seed: int = 0,
     weights: Sequence[float] | None = None,
 ) -> np.ndarray:
-    """The part of every node, (N,) int64; no part is empty, and the same arguments give the same answer.
+    """The part of every node, (N,) int64; no part is empty, and the same arguments give the same answer (METIS: always
+    with GLIBC_TUNABLES=glibc.malloc.tcache_count=0, as under `distegnn`; nearly always without).
 
     The largest part of a balanced method (METHODS) has at most ⌈1.05·N/parts⌉ nodes. With weights, one a part, each part
     of a balanced method is within ⌈2%⌉ of its share of the nodes; equal weights change nothing else. Raises Failure where
@@ -218,8 +219,9 @@ def _pymetis(nodes: int, src: np.ndarray, dst: np.ndarray, sizes: np.ndarray) ->
 def _clean_heap() -> Iterator[None]:
     """Let malloc zero what it hands out (glibc only).
 
-    With DGL's options METIS reads words that it never wrote, so that its answer would depend on what the heap held
-    before. A new thread is needed besides: the small blocks that a thread recycles are handed out as they are.
+    DGL's METIS, when it drops edges of a coarse graph, takes a median beyond the end of what it wrote, so that its
+    answer would depend on what the heap held before. The small blocks that a thread recycles (malloc's tcache) are handed
+    out as they are all the same: `cli.console` turns that off, and where that was not done a new thread has few of them.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)
     mallopt(M_PERTURB, 255)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -26,9 +27,10 @@ class Ran(NamedTuple):
     err: str
 
 
-def python(*arguments: object, cwd: Path) -> Ran:
+def python(*arguments: object, cwd: Path, **env: str) -> Ran:
     command = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
+    shared = {"cwd": cwd, "env": os.environ | env}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **shared)
     return Ran(done.returncode, done.stdout, done.stderr)
 
 
@@ -46,6 +48,19 @@ def test_import_is_quick_and_silent(tmp_path):
     ran = python("-c", "import dist_egnn, sys; sys.exit('torch' in sys.modules or 'dgl' in sys.modules)", cwd=tmp_path)
     assert ran == (0, "", "")
     assert time.monotonic() - started < 3
+
+
+@pytest.mark.parametrize(("before", "after"), [("", ""), ("glibc.malloc.check=0", "glibc.malloc.check=0:")])
+def test_the_process_starts_itself_once_more(tmp_path, before, after):
+    """METIS needs a setting of malloc that is read when a process starts; arguments, id and other settings stay."""
+    code = (
+        "import os, sys; from dist_egnn import cli; print(os.getpid(), 'tcache' in os.environ['GLIBC_TUNABLES'], flush=True); "
+        "cli.main = lambda: print(os.environ['GLIBC_TUNABLES'], sys.argv[1:], sys.flags.no_user_site); cli.console()"
+    )
+    ran = python("-s", "-c", code, "a b", "--c=*", cwd=tmp_path, GLIBC_TUNABLES=before)
+    (first, had), (second, has), said = (line.split(maxsplit=1) for line in ran.out.splitlines())
+    assert (ran.code, ran.err, first, had, has) == (0, "", second, "False", "True")
+    assert said == [f"{after}glibc.malloc.tcache_count=0", "['a b', '--c=*'] 1"]
 
 
 def test_help(tmp_path):
