@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 from pathlib import Path
 
 from .errors import Failure
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
 GROUPS = Path("/sys/fs/cgroup")
 
 
@@ -92,6 +94,22 @@ def enough_memory(needed: float, device: str, what: str, remedy: str) -> None:
     """Raise Failure where ``what`` needs more bytes than there are."""
     if needed > (there := memory_there(device)):
         raise Failure(f"{what} takes about {needed / 1e9:.1f} GB, {there / 1e9:.1f} GB are free; {remedy}")
+
+
+def mallopt(option: int, value: int) -> None:
+    """Set one of glibc's <malloc.h> options; elsewhere nothing."""
+    getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)(option, value)
+
+
+def keep_memory() -> None:
+    """Let malloc keep the memory of tensors that a step frees and the next one takes again, else the kernel zeroes it anew.
+
+    glibc moves both limits up by itself, but not to the end, which these are. What the user has set stands.
+    """
+    said = os.environ.get("GLIBC_TUNABLES", "")
+    if not any("threshold" in word.lower() for word in (said, *(k for k in os.environ if k.startswith("MALLOC_")))):
+        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
+        mallopt(M_TRIM_THRESHOLD, 64 * 2**20)
 
 
 def step_bytes(nodes: float, edges: float, hidden: int, layers: int, block: float) -> float:

@@ -6,7 +6,6 @@ Shapes: x (N, 3); src, dst (E,), an edge runs src→dst; a part vector (N,) int6
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import difflib
 import importlib.util
 import math
@@ -24,7 +23,7 @@ import torch
 from scipy import sparse
 from scipy.spatial import KDTree
 
-from dist_egnn import shares
+from dist_egnn import machine, shares
 from dist_egnn.errors import Failure
 from dist_egnn.graphs import morton_order
 
@@ -223,12 +222,11 @@ def _clean_heap() -> Iterator[None]:
     answer would depend on what the heap held before. The small blocks that a thread recycles (malloc's tcache) are handed
     out as they are all the same: `cli.console` turns that off, and where that was not done a new thread has few of them.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", lambda option, value: 0)
-    mallopt(M_PERTURB, 255)
+    machine.mallopt(M_PERTURB, 255)
     try:
         yield
     finally:
-        mallopt(M_PERTURB, 0)
+        machine.mallopt(M_PERTURB, 0)
 
 
 @contextlib.contextmanager

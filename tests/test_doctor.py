@@ -199,3 +199,21 @@ def test_limits_of_a_control_group(tmp_path: Path) -> None:
     assert (machine.core_quota(one), machine.memory_limit(one)) == (0.5, math.inf)
     (one / "memory" / "memory.limit_in_bytes").write_text("2000000000\n")
     assert machine.memory_limit(one) == 2e9
+
+
+@pytest.mark.parametrize(
+    ("setting", "kept"), [("", True), ("GLIBC_TUNABLES=x.trim_threshold", False), ("MALLOC_TRIM_THRESHOLD_=0", False)]
+)
+def test_memory_that_is_taken_again_is_kept(setting, kept):
+    """The kernel brings no new pages for what was freed, as soon as all have come once; the user's own settings stand."""
+    code = (
+        "import resource; from dist_egnn.machine import keep_memory; keep_memory(); faults = []\n"
+        "for _ in range(12):\n"
+        "    held = [b'x' * 20_000_000 for _ in range(3)]; del held\n"
+        "    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)\n"
+        "print(faults[-1] - faults[1])"
+    )
+    name, _, value = setting.partition("=")
+    environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"} | ({name: value} if name else {})
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert (int(ran.stdout) < 1000) is kept
