@@ -85,8 +85,8 @@ def assign(
     seed: int = 0,
     weights: Sequence[float] | None = None,
 ) -> np.ndarray:
-    """The part of every node, (N,) int64; no part is empty, and the same arguments give the same answer (METIS: always
-    with GLIBC_TUNABLES=glibc.malloc.tcache_count=0, as under `distegnn`; nearly always without).
+    """The part of every node, (N,) int64; no part is empty, and the same arguments give the same answer (METIS: with
+    GLIBC_TUNABLES=glibc.malloc.tcache_count=0, as under `distegnn`; without, another one for some small graphs, now and then).
 
     The largest part of a balanced method (METHODS) has at most ⌈1.05·N/parts⌉ nodes. With weights, one a part, each part
     of a balanced method is within ⌈2%⌉ of its share of the nodes; equal weights change nothing else. Raises Failure where

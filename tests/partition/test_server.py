@@ -36,7 +36,7 @@ def role(kind: str, ip_config: str, result: str) -> None:
 
 
 def ours() -> set[Path]:
-    """What DGL's server shares: its graph, its partition book, its node fields. Those of `distegnn serve` start with dist_egnn~,
+    """What DGL's server shares: its graph, its partition book, its node fields. Those of dist_egnn.serving start with dist_egnn~,
     and may be another test's of this moment."""
     return {f for pattern in ("dist_egnn[!~]*", "dist_egnn", "node~_N~*-kvdata-") for f in SHARED.glob(pattern)}
 
