@@ -29,11 +29,9 @@ from .store import Store
 Told = dict[int, tuple[list[np.ndarray], np.ndarray]]  # snapshot → what a halo learns of the others: see Halo.learn
 
 PHASES = ("forward", "backward", "gradients")
-LEAST, SECONDS, MOST = (
-    3,
-    2.0,
-    20,
-)  # timed batches at least; passes until so much processor time is spent; passes at most
+# Timed batches at least; passes until so much processor time is spent, as the peak of a graph that runs whole grows over some
+# twenty steps; passes at most.
+LEAST, SECONDS, MOST = 3, 8.0, 20
 
 
 @dataclass(frozen=True)
