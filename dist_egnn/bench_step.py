@@ -246,7 +246,7 @@ def spawn(wanted: dict[str, Options], folder: Path) -> dict[str, dict[str, Any]]
     given = json.dumps({variant: asdict(options) for variant, options in wanted.items()})
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-m", "dist_egnn.bench_worker", str(folder), given],
+            [sys.executable, "-P", "-m", "dist_egnn.bench_worker", str(folder), given],
             # numbers of threads are read when torch is imported
             env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, progress.MARKED: "1"},
             stdout=subprocess.PIPE,

@@ -264,10 +264,11 @@ def rank(
 
 
 def exchange(
-    group: Comm, ranks: Sequence[Sequence[Sequence[Call]]], repeats: int = 10
+    group: Comm, ranks: Sequence[Sequence[Sequence[Call]]], apart: float = 0.0, repeats: int = 10
 ) -> tuple[dict[str, float], float]:
-    """Seconds that the calls of a step take this group when nothing else is to be done, by phase, medians over the batches in
-    turn; and the bytes of memory that being in a group costs a process. ranks: the calls of each, by batch."""
+    """Seconds that the calls of a step take this group, by phase, medians over the batches in turn; and the bytes of memory that
+    being in a group costs a process. ranks: the calls of each, by batch; apart: processor seconds that each process works from one
+    call to the next, not counted: processes that come from work wait for one another longer than those that only call."""
     before = metrics.peak_memory_gb()
     seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
     kinds, own = {4: torch.float32, 8: torch.float64}, ranks[group.rank]
@@ -276,12 +277,17 @@ def exchange(
             calls = [c for c in own[turn % len(own)] if c.phase == phase]
             tensors = [torch.zeros(c.payload // c.width, dtype=kinds[c.width]) for c in calls]
             group.max(0.0)  # all start together
-            started = time.perf_counter()
+            waited = 0.0
             for c, tensor in zip(calls, tensors, strict=True):
+                until = time.thread_time() + apart
+                while time.thread_time() < until:
+                    pass
+                started = time.perf_counter()
                 if c.give:
                     group.exchange(tensor.view(-1, c.numbers), c.give, c.take)()
                 else:
                     group.sum(tensor)
-            seconds[phase].append(time.perf_counter() - started)
+                waited += time.perf_counter() - started
+            seconds[phase].append(waited)
     grown = (metrics.peak_memory_gb() - before) * 1e9
     return {phase: statistics.median(each[1:]) for phase, each in seconds.items()}, grown

@@ -263,7 +263,7 @@ def _sum_of_two(group: Any) -> float:
 
 def probes(command: list[str] | None = None, patience_s: float = PATIENCE_S) -> list[Finding]:
     """Run `probe` and judge what it said; the stage at which it stopped is the problem."""
-    command = command or [sys.executable, "-c", "from dist_egnn import doctor; doctor.probe()"]
+    command = command or [sys.executable, "-P", "-c", "from dist_egnn import doctor; doctor.probe()"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=patience_s, check=False)
         out, why = done.stdout, _last_line(done.stderr, done.returncode)

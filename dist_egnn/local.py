@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,22 @@ def _worker(
         os._exit(1)  # leaving in order would wait for the peers
 
 
+def _serve() -> None:
+    """Start what ranks are forked from, where torch and DGL are imported once, not once a rank.
+
+    It begins as ``python -c`` does, which looks into the working folder first: a user's dgl.py there would be taken for DGL.
+    """
+    forkserver.set_forkserver_preload(["dist_egnn.train"])
+    before = os.environ.get("PYTHONSAFEPATH")
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONSAFEPATH")
+        if before is not None:
+            os.environ["PYTHONSAFEPATH"] = before
+
+
 def run(function: Callable[..., Any], size: int, *args: Any, timeout_s: float = 300.0, apart: str = "") -> list[Any]:
     """function(comm, *args) on ``size`` ranks; what each returned.
 
@@ -85,7 +102,8 @@ def run(function: Callable[..., Any], size: int, *args: Any, timeout_s: float = 
         return [function(comm.Alone(), *args)]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context: Any = multiprocessing.get_context(apart or "forkserver")
-    context.set_forkserver_preload(["dist_egnn.train"])  # torch and DGL are imported once, not once a rank
+    if context.get_start_method() == "forkserver":
+        _serve()
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
         rendezvous = str(Path(folder) / "rendezvous")
         pipes, processes = [], []

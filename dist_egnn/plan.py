@@ -21,6 +21,10 @@ from .errors import Failure
 from .plan_data import TRIED, Say, Source
 from .store import Store
 
+MOST, ROWS = (
+    10,
+    1_000_000,
+)  # batches that a rank is tried on: at most; as long as edges + 4 nodes of all are less (TRIED anyway)
 ALIKE = 1.1  # the fastest device over the slowest: below, the difference is the trial's own noise
 
 
@@ -93,12 +97,16 @@ def _rows(counts: np.ndarray) -> np.ndarray:
 
 
 def _picked(source: Source, size: int) -> list[list[int]]:
-    """Batches of places in ``source.numbers``, the largest snapshot among them, the others spread over all (and over shards)."""
+    """Batches of places in ``source.numbers``, the largest snapshot among them, the others spread over all (and over shards).
+
+    More of small graphs: malloc's heap grows with every other size of tensor, and tiles' tensors are all of one size."""
     count = len(source.numbers)
     size = min(size, count)
-    spread = np.linspace(0, count - 1, min(TRIED * size, count)).round().astype(int).tolist()
-    places = list(dict.fromkeys([int(_rows(source.tried).max(1).argmax()), *spread]))
-    return [places[k : k + size] for k in range(0, len(places) - size + 1, size)][:TRIED]
+    rows = _rows(source.tried).max(1)  # of the slowest rank
+    tried = int(np.clip(ROWS // (size * rows.mean()), TRIED, MOST))
+    spread = np.linspace(0, count - 1, min(tried * size, count)).round().astype(int).tolist()
+    places = list(dict.fromkeys([int(rows.argmax()), *spread]))
+    return [places[k : k + size] for k in range(0, len(places) - size + 1, size)][:tried]
 
 
 def check_memory(config: Config, parts: int) -> None:
@@ -132,6 +140,13 @@ def _counted(counts: np.ndarray, config: Config) -> np.ndarray:
     if config.partition.halo == "exchange":
         counts = np.broadcast_to(counts.max(1, keepdims=True), counts.shape)
     return (counts * [samples.kept_bytes(1, 0), samples.kept_bytes(0, 1)]).sum((0, 2))
+
+
+def _apart(trials: list[Trial]) -> float:
+    """Seconds of work between two calls of a step, up to where longer ones no longer change what a call costs (measured: 3 to
+    10 ms); none where processes must share cores, since they are counted as waiting for those already."""
+    longest = max(trial.cpu.batch / max(map(len, trial.calls)) for trial in trials)
+    return min(longest, 0.01) if len(trials) <= machine.cores() else 0.0
 
 
 def _held(source: Source, picked: list[int], trials: list[Trial], group: float) -> list[float]:
@@ -175,7 +190,7 @@ def make(config: Config, say: Say = lambda line: None) -> Plan:
             say(f"rank {p}: {trials[-1].wall.batch:.3f} s a batch, {trials[-1].peak / 1e9:.2f} GB")
         found = [(dict.fromkeys(PHASES, 0.0), 0.0)]
         if parts > 1:
-            found = local.run(calibrate.exchange, parts, [trial.calls for trial in trials])
+            found = local.run(calibrate.exchange, parts, [trial.calls for trial in trials], _apart(trials))
     sums = {phase: max(seconds[phase] for seconds, _ in found) for phase in PHASES}
     picked = [k for batch in batches for k in batch]
     memory = [trial.peak for trial in trials]

@@ -22,7 +22,7 @@ from .store import Store
 from .trajectories import Snapshot, Trajectories
 
 Say = Callable[[str], None]
-TRIED = 3  # batches of snapshots that a rank is tried on
+TRIED = 3  # batches of snapshots that a rank is tried on at least
 SHARDS = 3  # of a store that is made for the trial: two are kept in memory while the next is read
 COLUMNS = ["nodes", "edges", "cut_edges", "halo"]
 

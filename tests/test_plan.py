@@ -125,6 +125,20 @@ def test_clock_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert clock.batch("train", fresh=True) == pytest.approx(2 * (1.0 + 2.0) + 2 * (0.2 + 0.2) + 0.03)
 
 
+def test_work_between_calls_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the slowest rank, as far as it matters; none where ranks share cores."""
+    monkeypatch.setattr(machine, "cores", lambda: 2.0)
+    calls = [[calibrate.Call("forward", 1, 4)] * count for count in (8, 10)]
+
+    def trials(*seconds: float) -> list[Trial]:
+        times = [Times(batch, 0.0, 0.0, 0.0, 0.0) for batch in seconds]
+        return [Trial(one, one, 1.0, 0.0, 1.0, calls, 0.0) for one in times]
+
+    assert plan._apart(trials(0.02, 0.04)) == pytest.approx(0.004)
+    assert plan._apart(trials(0.02, 4.0)) == 0.01
+    assert plan._apart(trials(0.02, 0.04, 0.02)) == 0.0
+
+
 def test_samples_that_are_kept_count(monkeypatch: pytest.MonkeyPatch) -> None:
     source, times = source_of(4), Times(1.0, 1.0, 0.0, 0.0, 0.0)
     trials = [Trial(times, times, 1.0, 5e8, ratio, [], 1.0) for ratio in (1.0, 1.5)]
@@ -143,13 +157,16 @@ def test_held_bytes_by_hand(make_store: Any) -> None:
     assert calibrate.held_bytes(graph) == n * (4 * width + 8 * 5) + e * 8 + 4 * 2 * e
 
 
-def test_picked_batches_hold_the_largest() -> None:
+@pytest.mark.parametrize(("larger", "count"), [(1, 10), (60, 4), (1000, 3)])
+def test_picked_batches_hold_the_largest(larger: int, count: int) -> None:
+    """Many of small graphs, a few of large ones: a batch of two has 3,960 rows on average."""
     source = source_of(20)
     source.tried[13] *= 3
+    source.tried *= larger
     batches = plan._picked(source, 2)
-    assert [len(batch) for batch in batches] == [2, 2, 2]
+    assert [len(batch) for batch in batches] == [2] * count
     assert batches[0][0] == 13
-    assert len({k for batch in batches for k in batch}) == 6
+    assert len({k for batch in batches for k in batch}) == 2 * count
     assert plan._picked(source_of(1), 4) == [[0]]
 
 

@@ -108,8 +108,8 @@ def show(job: Job, links: list[Link]) -> None:
     print(f"after a failure there are up to {job.max_restarts} restarts from the last one")
     for machine, link in enumerate(links):
         served = f"{config.data.path} {machine} IP_CONFIG --replicas={config.train.replicas}"
-        print(f"on {link.host.name}: {link.host.python} -m dist_egnn.serving {served}")
-        print(f"{' ' * len(link.host.name)}     {each} × {link.host.python} -m dist_egnn.launch.trainer")
+        print(f"on {link.host.name}: {link.host.python} -P -m dist_egnn.serving {served}")
+        print(f"{' ' * len(link.host.name)}     {each} × {link.host.python} -P -m dist_egnn.launch.trainer")
 
 
 def run(

@@ -32,7 +32,7 @@ class Link:
         self._greeted = threading.Event()
         try:
             self.process = subprocess.Popen(
-                host.command(host.python, "-m", "dist_egnn.launch.agent"),
+                host.command(host.python, "-P", "-m", "dist_egnn.launch.agent"),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

@@ -153,7 +153,7 @@ class Launch:
     # the processes
 
     def _argv(self, machine: int, module: str, *words: str) -> list[str]:
-        return [self.crew.links[machine].host.python, "-m", f"dist_egnn.{module}", *words]
+        return [self.crew.links[machine].host.python, "-P", "-m", f"dist_egnn.{module}", *words]
 
     def _serve(self, ports: list[int]) -> list[str]:
         """Start the servers, unless they run, and wait until all are ready; on each host, the file that names them."""
