@@ -21,10 +21,8 @@ from .errors import Failure
 from .plan_data import TRIED, Say, Source
 from .store import Store
 
-MOST, ROWS = (
-    10,
-    1_000_000,
-)  # batches that a rank is tried on: at most; as long as edges + 4 nodes of all are less (TRIED anyway)
+# Batches that a rank is tried on: at most; as many as have so many edges + 4 nodes together, but TRIED at least.
+MOST, ROWS = 10, 1_000_000
 ALIKE = 1.1  # the fastest device over the slowest: below, the difference is the trial's own noise
 
 
