@@ -19,7 +19,7 @@ import torch
 from dgl import DGLGraph
 from torch import Tensor
 
-from . import devices, halo, metrics, train
+from . import devices, halo, machine, metrics, train
 from .comm import Alone, Comm, sent_bytes
 from .config import Config
 from .optimizer import Adam
@@ -272,22 +272,23 @@ def exchange(
     before = metrics.peak_memory_gb()
     seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
     kinds, own = {4: torch.float32, 8: torch.float64}, ranks[group.rank]
+    shared = max(group.size / machine.cores(), 1.0)  # that work takes so many times as long
     for turn in range(repeats + 1):
         for phase in PHASES:
             calls = [c for c in own[turn % len(own)] if c.phase == phase]
             tensors = [torch.zeros(c.payload // c.width, dtype=kinds[c.width]) for c in calls]
             group.max(0.0)  # all start together
-            waited = 0.0
+            started, worked = time.perf_counter(), 0.0
             for c, tensor in zip(calls, tensors, strict=True):
-                until = time.thread_time() + apart
+                begun, until = time.perf_counter(), time.thread_time() + apart
                 while time.thread_time() < until:
                     pass
-                started = time.perf_counter()
+                worked += time.perf_counter() - begun
                 if c.give:
                     group.exchange(tensor.view(-1, c.numbers), c.give, c.take)()
                 else:
                     group.sum(tensor)
-                waited += time.perf_counter() - started
-            seconds[phase].append(waited)
+            passed = time.perf_counter() - started
+            seconds[phase].append(max(passed - max(worked, apart * len(calls) * shared), 0.0))
     grown = (metrics.peak_memory_gb() - before) * 1e9
     return {phase: statistics.median(each[1:]) for phase, each in seconds.items()}, grown

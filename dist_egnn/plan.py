@@ -141,10 +141,8 @@ def _counted(counts: np.ndarray, config: Config) -> np.ndarray:
 
 
 def _apart(trials: list[Trial]) -> float:
-    """Seconds of work between two calls of a step, up to where longer ones no longer change what a call costs (measured: 3 to
-    10 ms); none where processes must share cores, since they are counted as waiting for those already."""
-    longest = max(trial.cpu.batch / max(map(len, trial.calls)) for trial in trials)
-    return min(longest, 0.01) if len(trials) <= machine.cores() else 0.0
+    """Seconds of work between two calls of a step, up to where longer ones change little of what a call costs."""
+    return min(0.01, max(trial.cpu.batch / max(map(len, trial.calls)) for trial in trials))
 
 
 def _held(source: Source, picked: list[int], trials: list[Trial], group: float) -> list[float]:
