@@ -264,11 +264,11 @@ def rank(
 
 
 def exchange(
-    group: Comm, ranks: Sequence[Sequence[Sequence[Call]]], apart: float = 0.0, repeats: int = 10
+    group: Comm, ranks: Sequence[Sequence[Sequence[Call]]], between: float = 0.0, repeats: int = 10
 ) -> tuple[dict[str, float], float]:
     """Seconds that the calls of a step take this group, by phase, medians over the batches in turn; and the bytes of memory that
-    being in a group costs a process. ranks: the calls of each, by batch; apart: processor seconds that each process works from one
-    call to the next, not counted: processes that come from work wait for one another longer than those that only call."""
+    being in a group costs a process. ranks: the calls of each, by batch; between: processor seconds that each process works from
+    one call to the next, not counted: processes that come from work wait for one another longer than those that only call."""
     before = metrics.peak_memory_gb()
     seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
     kinds, own = {4: torch.float32, 8: torch.float64}, ranks[group.rank]
@@ -280,7 +280,7 @@ def exchange(
             group.max(0.0)  # all start together
             started, worked = time.perf_counter(), 0.0
             for c, tensor in zip(calls, tensors, strict=True):
-                begun, until = time.perf_counter(), time.thread_time() + apart
+                begun, until = time.perf_counter(), time.thread_time() + between
                 while time.thread_time() < until:
                     pass
                 worked += time.perf_counter() - begun
@@ -289,6 +289,6 @@ def exchange(
                 else:
                     group.sum(tensor)
             passed = time.perf_counter() - started
-            seconds[phase].append(max(passed - max(worked, apart * len(calls) * shared), 0.0))
+            seconds[phase].append(max(passed - max(worked, between * len(calls) * shared), 0.0))
     grown = (metrics.peak_memory_gb() - before) * 1e9
     return {phase: statistics.median(each[1:]) for phase, each in seconds.items()}, grown

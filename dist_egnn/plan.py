@@ -97,7 +97,7 @@ def _rows(counts: np.ndarray) -> np.ndarray:
 def _picked(source: Source, size: int) -> list[list[int]]:
     """Batches of places in ``source.numbers``, the largest snapshot among them, the others spread over all (and over shards).
 
-    More of small graphs: malloc's heap grows with every other size of tensor, and tiles' tensors are all of one size."""
+    More of small graphs: the peak of those that run whole grows with the variety of their sizes."""
     count = len(source.numbers)
     size = min(size, count)
     rows = _rows(source.tried).max(1)  # of the slowest rank
@@ -140,7 +140,7 @@ def _counted(counts: np.ndarray, config: Config) -> np.ndarray:
     return (counts * [samples.kept_bytes(1, 0), samples.kept_bytes(0, 1)]).sum((0, 2))
 
 
-def _apart(trials: list[Trial]) -> float:
+def _between(trials: list[Trial]) -> float:
     """Seconds of work between two calls of a step, up to where longer ones change little of what a call costs."""
     return min(0.01, max(trial.cpu.batch / max(map(len, trial.calls)) for trial in trials))
 
@@ -186,7 +186,7 @@ def make(config: Config, say: Say = lambda line: None) -> Plan:
             say(f"rank {p}: {trials[-1].wall.batch:.3f} s a batch, {trials[-1].peak / 1e9:.2f} GB")
         found = [(dict.fromkeys(PHASES, 0.0), 0.0)]
         if parts > 1:
-            found = local.run(calibrate.exchange, parts, [trial.calls for trial in trials], _apart(trials))
+            found = local.run(calibrate.exchange, parts, [trial.calls for trial in trials], _between(trials))
     sums = {phase: max(seconds[phase] for seconds, _ in found) for phase in PHASES}
     picked = [k for batch in batches for k in batch]
     memory = [trial.peak for trial in trials]

@@ -37,8 +37,9 @@ plain = bench_step.load_peer("plain")
 
 
 def bench(*arguments: object, cwd: Path) -> dict[str, Any]:
-    """Run a benchmark as a user does; the JSON on its last line."""
-    command = [sys.executable, "-m", "dist_egnn.cli", "bench", *map(str, arguments), "--json"]
+    """Run a benchmark as a user does, in a folder with a file that is not DGL; the JSON on its last line."""
+    (cwd / "dgl.py").write_text("raise SystemExit('a file of the user, not DGL')\n")
+    command = [sys.executable, "-P", "-m", "dist_egnn.cli", "bench", *map(str, arguments), "--json"]
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

@@ -133,8 +133,8 @@ def test_work_between_calls_by_hand() -> None:
         times = [Times(batch, 0.0, 0.0, 0.0, 0.0) for batch in seconds]
         return [Trial(one, one, 1.0, 0.0, 1.0, calls, 0.0) for one in times]
 
-    assert plan._apart(trials(0.02, 0.04)) == pytest.approx(0.004)
-    assert plan._apart(trials(0.02, 4.0)) == 0.01
+    assert plan._between(trials(0.02, 0.04)) == pytest.approx(0.004)
+    assert plan._between(trials(0.02, 4.0)) == 0.01
 
 
 def test_samples_that_are_kept_count(monkeypatch: pytest.MonkeyPatch) -> None:

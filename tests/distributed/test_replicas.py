@@ -194,8 +194,12 @@ def test_groups_that_would_never_work_are_refused(small: Path, tmp_path: Path) -
         plan.make(wanted)
 
 
-def test_launch_trains_the_same(make_store: Callable[..., Path], tmp_path: Path) -> None:
-    """Two groups beside one server, bit for bit."""
+def test_launch_trains_the_same(
+    make_store: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two groups beside one server, bit for bit; in a folder with a file that is not DGL."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dgl.py").write_text("raise SystemExit('a file of the user, not DGL')\n")
     local_, launched = (
         settings(make_store(1, shard_nodes=0), tmp_path / name, "train.epochs=2", "train.replicas=2")
         for name in ("local", "launched")
