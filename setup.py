@@ -9,12 +9,17 @@ TFRECORDS = ["google-crc32c>=1.5,<2", "protobuf>=4.25,<8"]
 NUMBA = ["numba>=0.61,<1"]
 RECORDS = ["msgpack>=1.0,<2", "msgpack-numpy>=0.4.8,<0.5", "zstandard>=0.22,<1"]
 
+PACKAGES = [
+    *("utils", "distributed", "data", "partition", "ops", "models", "train", "evaluate", "viz", "planning"),
+    *("commands", "launch"),
+]
+
 setup(
     name="dist_egnn",
     version="0.1.0",
     description="Equivariant graph networks on geometric graphs too large for one device",
     python_requires=">=3.11,<3.12",  # hashlib.file_digest came with 3.11; DGL 1.1.3 has no wheel for 3.12
-    packages=["dist_egnn", "dist_egnn.launch", "dist_egnn.nn", "dist_egnn.partition"],
+    packages=["dist_egnn", *(f"dist_egnn.{name}" for name in PACKAGES)],
     package_dir={"dist_egnn.partition": "partition"},
     install_requires=[
         "torch>=2.1,<2.14",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from .inference import Predictor
+    from .evaluate.predictor import Predictor
 
 __version__ = "0.1.0"
 
@@ -24,6 +24,6 @@ def load(run_or_checkpoint: str | Path, device: str = "cpu") -> Predictor:
 
     device: cpu, cuda, cuda:N or auto. Raises dist_egnn.errors.Failure for what cannot be read.
     """
-    from .inference import Predictor
+    from .evaluate.predictor import Predictor
 
     return Predictor(run_or_checkpoint, device)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from . import bench
-from .errors import Failure
-from .runs import (
+from .commands.runs import (
     make_store,
     resume_training,
     run_doctor,
@@ -22,7 +19,8 @@ from .runs import (
     run_training,
     run_verification,
 )
-from .terminal import example, print_line, print_table
+from .errors import Failure
+from .utils.console import example, print_table
 
 # one thread a process unless the user says otherwise: DGL's kernels lose most of their speed when threads outnumber cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -118,11 +116,11 @@ def partition(
         wanted = None if weights is None else [float(word) for word in weights.split(",")]
     except ValueError as error:
         raise Failure(f"--weights {weights}: write one number a process, comma-separated, as 2,1,1") from error
-    from .partition import build
-    from .trajectories import Trajectories
+    from .data.trajectories import Trajectories
+    from .partition import store_writer
 
     file = Trajectories(data)
-    inputs = build.inputs_of(
+    inputs = store_writer.inputs_of(
         file,
         parts=parts,
         trainers=trainers,
@@ -130,10 +128,10 @@ def partition(
         method=method,
         method_seed=seed,
         settings=settings,
-        shard_nodes=build.SHARD_NODES if shard_nodes is None else shard_nodes,
+        shard_nodes=store_writer.SHARD_NODES if shard_nodes is None else shard_nodes,
     )
     if compare:
-        rows = build.compare(file, inputs)
+        rows = store_writer.compare(file, inputs)
         print_table(
             f"first snapshot of {data}, {inputs.processes} parts",
             ["method", "edges cut", "largest/mean", "halo/nodes", "seconds"],
@@ -264,8 +262,9 @@ def launch(
     the first host's. Without --hosts and --local, the hosts are those of the Slurm job. docs/distributed.md goes through it.
     """
     from . import config as configs
-    from .launch import command, hostfile
-    from .runs import resumed_config
+    from .commands.runs import resumed_config
+    from .launch import hostfile
+    from .launch import main as launch_main
 
     if local and hosts:
         raise Failure(f"--local and --hosts {hosts}: take one of them")
@@ -279,7 +278,7 @@ def launch(
         )
     else:
         settings = configs.load(config, overrides or ())
-    command.run(
+    launch_main.run(
         settings,
         listed,
         resume=resume is not None,
@@ -325,7 +324,7 @@ def rollout(
     ] = None,
 ) -> None:
     """Feed a model with its own predictions, step after step; a file for ParaView, a table of errors."""
-    from .rollout import run_rollout
+    from .evaluate.rollout import run_rollout
 
     run_rollout(
         run,
@@ -353,7 +352,7 @@ def report(
     ] = None,
 ) -> None:
     """Show a run on one page: curves, errors, a sample, a rollout, seconds by phase, settings. The file needs no other."""
-    from .report import run_report
+    from .viz.html_report import run_report
 
     run_report(run, rollout, out)
 
@@ -372,7 +371,7 @@ def render(
     ] = "speed",
 ) -> None:
     """Draw a rollout as a film, the predicted nodes beside the true ones where the data have them."""
-    from .render import run_render
+    from .viz.render import run_render
 
     run_render(rollout, out, fps, every, colour)
 
@@ -448,17 +447,18 @@ def sweep(
     """
     import math
 
-    from . import grids, shares
-    from . import sweep as sweeps
-    from .partition import methods
+    from .commands import sweep as sweeps
+    from .commands import sweep_config
+    from .partition import assign
+    from .utils import part_weights
 
-    plan = grids.load(file)
+    plan = sweep_config.load(file)
     failed: dict[str, str] = {}
     if not table:
-        grids.check(plan)
+        sweep_config.check(plan)
         for run in plan.runs:
             cut = run.config.partition
-            methods.check(cut.method, 1, cut.weights and shares.of(cut.weights, len(cut.weights)))
+            assign.check(cut.method, 1, cut.weights and part_weights.of(cut.weights, len(cut.weights)))
         failed = sweeps.execute(plan, jobs, math.inf if minutes is None else minutes)
     sweeps.show(plan, sweeps.table(plan), failed)
     if failed:
@@ -473,23 +473,8 @@ def show_config(overrides: Overrides = None) -> None:
     print(configs.to_yaml(configs.load(None, overrides or ())), end="")
 
 
-def show_report(report: bench.Report | None, **_: Any) -> None:
-    """Print what a benchmark returned."""
-    if report is None:  # only help was asked for
-        return
-    for table in report.tables:
-        print_table(table.title, table.header, table.rows)
-    for note in report.notes:
-        print_line(note)
-    if report.as_json:
-        print(json.dumps(report.numbers))
-
-
-app.add_typer(bench.app, name="bench", result_callback=show_report)
-
-
-def console() -> None:
-    """`main` without malloc's cache of small blocks, else METIS's answer is not always the same: partition/methods.py.
+def console(commands: typer.Typer = app) -> None:
+    """`main` without malloc's cache of small blocks, else METIS's answer is not always the same: partition/assign.py.
 
     glibc reads this setting only when a process starts: the process starts itself once more. Training is as fast without.
     """
@@ -497,16 +482,16 @@ def console() -> None:
     if sys.platform == "linux" and "tcache_count" not in tunables:
         os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, "glibc.malloc.tcache_count=0"]))
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    main()
+    main(commands)
 
 
-def main() -> None:
+def main(commands: typer.Typer = app) -> None:
     """The command line: 0 done, 2 something the user can mend, 75 stopped and can go on, 130 interrupted."""
     debug = "--debug" in sys.argv
     if len(sys.argv) == 1:  # not an error
         sys.argv.append("--help")
     try:
-        if app(standalone_mode=False) == 130:  # typer makes this of Ctrl-C
+        if commands(standalone_mode=False) == 130:  # typer makes this of Ctrl-C
             raise KeyboardInterrupt
     except Failure as failure:
         if debug:

@@ -254,7 +254,7 @@ def parse(text: str, where: str) -> Config:
 
 def _check(config: Config) -> None:
     """Ranges, and what cannot be together; what a config alone cannot know is checked where it is used."""
-    from . import devices, shares
+    from .utils import devices, part_weights
 
     if config.loss.kernel not in KERNELS:
         raise Failure(f"loss.kernel={config.loss.kernel}: unknown; use {' or '.join(KERNELS)}")
@@ -295,7 +295,7 @@ def _check(config: Config) -> None:
     if config.partition.halo not in HALOS:
         raise Failure(f"partition.halo={config.partition.halo}: unknown; use {' or '.join(HALOS)}")
     if config.partition.weights is not None:
-        shares.of(config.partition.weights, config.partition.parts or len(config.partition.weights))
+        part_weights.of(config.partition.weights, config.partition.parts or len(config.partition.weights))
     data, train = config.data, config.train
     if not data.radius > 0:
         raise Failure(f"data.radius={data.radius}: must be positive (.inf for the complete graph)")

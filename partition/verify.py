@@ -9,9 +9,9 @@ import dgl
 import numpy as np
 from torch import Tensor
 
-from dist_egnn import graphs
+from dist_egnn.data import graphs
+from dist_egnn.data.store import GRAPH, Store
 from dist_egnn.errors import Failure
-from dist_egnn.store import GRAPH, Store
 
 
 def verify(store: Store, progress: Callable[[int, int], None]) -> dict[str, int]:

@@ -29,7 +29,7 @@ SPLITS = ("train", "train", "valid", "test")
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """trajectories.h5: four trajectories of 200 to 250 nodes and 14 frames; two train, one valid, one test."""
-    from dist_egnn.trajectories import Writer
+    from dist_egnn.data.trajectories import Writer
 
     path = tmp_path_factory.mktemp("small") / "small.h5"
     with Writer(path, {"command": "tests/conftest.py"}) as out:
@@ -49,12 +49,12 @@ def _inputs(
     **data: Any,
 ) -> Any:
     """The inputs of a store of ``path`` under DATA, other settings by name."""
-    from dist_egnn.partition import build
+    from dist_egnn.partition import store_writer
 
     from dist_egnn.config import Data
-    from dist_egnn.trajectories import Trajectories
+    from dist_egnn.data.trajectories import Trajectories
 
-    return build.inputs_of(
+    return store_writer.inputs_of(
         Trajectories(path),
         parts=parts,
         trainers=trainers,
@@ -75,9 +75,9 @@ def make_inputs(small: Path) -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def make_store(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """make_store(parts, method="metis", shard_nodes=1500, trainers=1, **data settings): such a store, made once."""
-    from dist_egnn.partition import build
+    from dist_egnn.partition import store_writer
 
-    from dist_egnn.trajectories import Trajectories
+    from dist_egnn.data.trajectories import Trajectories
 
     made: dict[str, Path] = {}
 
@@ -86,7 +86,7 @@ def make_store(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         if key not in made:
             out = tmp_path_factory.mktemp("store") / "store"
             inputs = _inputs(small, parts, method, shard_nodes, trainers, **data)
-            build.write(Trajectories(small), out, inputs, lambda *_: None)
+            store_writer.write(Trajectories(small), out, inputs, lambda *_: None)
             made[key] = out
         return made[key]
 

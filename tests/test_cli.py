@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 
 from dist_egnn.config import load
-from dist_egnn.trajectories import Trajectories, snapshots
+from dist_egnn.data.trajectories import Trajectories, snapshots
 
 RADIUS, HORIZON = 0.27, 3
 
@@ -55,7 +55,7 @@ def test_the_process_starts_itself_once_more(tmp_path, before, after):
     """METIS needs a setting of malloc that is read when a process starts; arguments, id and other settings stay."""
     code = (
         "import os, sys; from dist_egnn import cli; print(os.getpid(), 'tcache' in os.environ['GLIBC_TUNABLES'], flush=True); "
-        "cli.main = lambda: print(os.environ['GLIBC_TUNABLES'], sys.argv[1:], sys.flags.no_user_site); cli.console()"
+        "cli.main = lambda *_: print(os.environ['GLIBC_TUNABLES'], sys.argv[1:], sys.flags.no_user_site); cli.console()"
     )
     ran = python("-s", "-c", code, "a b", "--c=*", cwd=tmp_path, GLIBC_TUNABLES=before)
     (first, had), (second, has), said = (line.split(maxsplit=1) for line in ran.out.splitlines())

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import typer
 
-from dist_egnn import cli, config, fields
+from dist_egnn import cli, config
+from dist_egnn.data import fields
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("recipes/*/README.md")])
@@ -106,7 +107,7 @@ def wrong_commands(text: str) -> Iterator[str]:
             # `make PYTHON=… setup`
             yield from (f"make {w}: no such target" for w in rest if "=" not in w and w not in targets())
         elif program.startswith("python") and rest and rest[0].endswith(".py") and (ROOT / rest[0]).is_file():
-            shared = (ROOT / "dist_egnn" / name for name in ("preparing.py", "road.py"))
+            shared = (ROOT / "dist_egnn" / name for name in ("data/prepare.py", "commands/recipe.py"))
             known = "".join(file.read_text() for file in (ROOT / rest[0], *shared))
             options = [w.split("=")[0] for w in rest[1:] if w.startswith("--")]
             yield from (f"{rest[0]} {o}: no such option" for o in options if f'"{o}"' not in known)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,23 +16,13 @@ import torch
 import typer
 import yaml
 from small import falling_swirl
-from test_published import theirs
+from test_published_weights import theirs
 from typer.testing import CliRunner
 
-from dist_egnn import bench_batch, bench_plan, bench_step, bench_worker, cli
-from dist_egnn.trajectories import Writer
+from dist_egnn import cli
+from dist_egnn.data.trajectories import Writer
 
 ROOT = Path(__file__).parents[1]
-# benchmarks are for large graphs: the same words, smaller numbers
-SMALLER = {
-    "step": "--repeats 1 --hidden 8 --layers 1",
-    "batch": "--graphs 2 --nodes 20 --repeats 1 --hidden 8 --layers 1",
-    "models": "--graphs 1 --repeats 1 --hidden 8 --layers 1 --model EGNN --model SchNet",
-    "partition": "",
-    "comm": "--nodes 300 --hidden 8 --layers 1",
-    "pipeline": "--repeats 1 --hidden 8 --layers 1",
-    "plan": "--rounds 1 --epochs 2 --snapshots 3 --hidden 8 --layers 1",
-}
 
 
 def leaves(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
@@ -59,10 +48,10 @@ def shown(words: tuple[str, ...]) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkout in small: data and configs under the recipes' names, weights, a page with the marks of `bench plan`."""
+    """A checkout in small: data and configs under the recipes' names, weights."""
     here = tmp_path_factory.mktemp("examples")
     fluid, nbody = here / "recipes" / "fluid113k", here / "recipes" / "nbody"
-    for made in (fluid, nbody, here / "docs", here / "bin"):
+    for made in (fluid, nbody, here / "bin"):
         made.mkdir(parents=True)
     with Writer(fluid / "sample.h5", {}) as out:
         for seed, split in enumerate(["train"] * 3 + ["valid"] + ["test"] * 2):
@@ -80,7 +69,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "grids: [{keys: {model.name: [EGNN], data.edge_drop: [0, 1]}}]\nseeds: [0]\nplot: {x: data.edge_drop}\n"
     )
     torch.save(theirs(node=2, gravity=True).float().state_dict(), here / "best.pth")
-    (here / "docs" / "plan.md").write_text(f"{bench_plan.BEGIN}\n{bench_plan.END}\n")
     # the installed program does not look for modules in the working folder (-P), and nothing that it starts may
     (here / "bin" / "distegnn").write_text(f'#!/bin/sh\nexec {sys.executable} -P -m dist_egnn.cli "$@"\n')
     (here / "dgl.py").write_text("raise SystemExit('a file of the user, not DGL')\n")
@@ -88,20 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return here
 
 
-@pytest.mark.parametrize("words", [words for words in COMMANDS if words[0] == "bench"], ids=" ".join)
-def test_an_example_of_a_benchmark(folder: Path, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process, its workers too: test_bench.py is about these."""
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(bench_batch, "MOST", 1)
-    monkeypatch.setattr(bench_batch, "LADDER", (100, 3000))
-    monkeypatch.setattr(bench_step, "spawn", lambda wanted, folder: bench_worker.worker(folder, wanted))
-    line = re.sub(r"(--nodes|--case) \d+", r"\1 300", shown(words).replace("\\\n", " ")) + " " + SMALLER[words[1]]
-    ran = CliRunner().invoke(cli.app, shlex.split(line)[1:])
-    assert ran.exit_code == 0, ran.output
-    assert ran.output.strip()
-
-
-@pytest.mark.parametrize("words", [words for words in COMMANDS if words[0] != "bench"], ids=" ".join)
+@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 def test_an_example_does_what_it_says(folder: Path, words: tuple[str, ...]) -> None:
     line = shown(words)
     assert line.startswith(" ".join(["distegnn", *words]))

@@ -9,9 +9,10 @@ import pandas as pd
 import torch
 from small import DATA
 
-from dist_egnn import checkpoint, config, train
+from dist_egnn import config
+from dist_egnn.train import checkpoint, trainer
 
-PLAIN_STEPS, PLAIN_TRAIN = train.steps, train.train
+PLAIN_STEPS, PLAIN_TRAIN = trainer.steps, trainer.train
 # 6 training samples, so 3 steps an epoch; the rate changes in the first epoch from step to step, then from epoch to epoch
 SETTINGS = ["model.hidden=4", "model.layers=1", "train.accumulate=2", "train.clip=0.5", "train.lr=1e-2"]
 SETTINGS += ["train.schedule=cosine", "train.warmup=0.9", "train.checkpoint_minutes=0"]
@@ -64,8 +65,8 @@ class At:
                     self.act(*self.args)
                 yield stop
 
-        train.steps = steps
+        trainer.steps = steps
         try:
             return PLAIN_TRAIN(comm, *given)
         finally:
-            train.steps = PLAIN_STEPS
+            trainer.steps = PLAIN_STEPS

@@ -13,7 +13,8 @@ import torch
 from dgl import DGLGraph
 from torch import Tensor
 
-from dist_egnn import comm, exactness
+from dist_egnn.distributed import comm
+from dist_egnn.evaluate import parallel_check
 
 
 class Board:
@@ -125,10 +126,12 @@ def step(model: torch.nn.Module, graph: DGLGraph, group: comm.Comm) -> Found:
 def differences(one: Found, many: Sequence[Found], rows: Sequence[Tensor]) -> dict[str, float]:
     """Relative differences of the ranks from one process; rows: which node of the whole each of a rank's nodes is."""
     found = {
-        "x": exactness._apart(torch.cat([m.predicted for m in many])[torch.cat(list(rows)).argsort()], one.predicted)
+        "x": parallel_check._apart(
+            torch.cat([m.predicted for m in many])[torch.cat(list(rows)).argsort()], one.predicted
+        )
     }
-    found["z"] = max(exactness._apart(m.z, one.z) for m in many)
+    found["z"] = max(parallel_check._apart(m.z, one.z) for m in many)
     least = 1e-3 * max((float(g.abs().max()) for g in one.gradients.values()), default=0.0)
     for name, gradient in one.gradients.items():
-        found[name] = max(exactness._apart(m.gradients[name], gradient, least) for m in many)
+        found[name] = max(parallel_check._apart(m.gradients[name], gradient, least) for m in many)
     return found

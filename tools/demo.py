@@ -17,15 +17,17 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a process; before to
 import numpy as np
 import pandas as pd
 import torch
-from dist_egnn.partition import build
+from dist_egnn.partition import store_writer
 
-from dist_egnn import checkpoint, cli, config, plots, train
-from dist_egnn.comm import Alone
+from dist_egnn import cli, config
+from dist_egnn.data.store import Store
+from dist_egnn.data.trajectories import Trajectories
+from dist_egnn.distributed.comm import Alone
 from dist_egnn.errors import Failure
-from dist_egnn.metrics import fitted_time, mean_squared_error
-from dist_egnn.store import Store
-from dist_egnn.terminal import print_table
-from dist_egnn.trajectories import Trajectories
+from dist_egnn.train import checkpoint, trainer
+from dist_egnn.train.metrics import fitted_time, mean_squared_error
+from dist_egnn.utils.console import print_table
+from dist_egnn.viz import plots
 
 HERE = Path(__file__).resolve().parent.parent
 RECIPE = HERE / "recipes" / "fluid113k"
@@ -61,7 +63,7 @@ def picture(out: Path, store: Store, found: dict[str, dict[str, float]], epochs:
     predicted, virtual = {}, np.zeros((0, 3))
     widths = len(store.inputs["features"]), len(store.inputs["node_attributes"])
     for name in MODELS:
-        model = train.build_model(settings(out, name, epochs), widths, Alone())
+        model = trainer.build_model(settings(out, name, epochs), widths, Alone())
         path = out / name / "best.pt"
         checkpoint.load_weights(model, checkpoint.load(path), path)
         with torch.no_grad():
@@ -105,7 +107,9 @@ def main() -> None:
     print("1. Partition the fluid into 2 parts with METIS")
     file = Trajectories(RECIPE / "sample.h5")
     data = settings(out, "EGNN", 1).data
-    inputs = build.inputs_of(file, parts=2, method="metis", method_seed=0, settings=data, shard_nodes=build.SHARD_NODES)
+    inputs = store_writer.inputs_of(
+        file, parts=2, method="metis", method_seed=0, settings=data, shard_nodes=store_writer.SHARD_NODES
+    )
     cli.make_store(file, out / "store", inputs)
     store = Store(out / "store")
 

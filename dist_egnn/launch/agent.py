@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from . import look
+from . import host_info
 
 GREETING = "dist_egnn agent"
 SHARED = Path("/dev/shm")
@@ -169,7 +169,7 @@ class Agent:
         self.patience = patience
 
     def do_look(self, **asked: Any) -> dict[str, Any]:
-        return look.around(**asked)
+        return host_info.around(**asked)
 
     def do_listen(self, address: str, ports: list[int]) -> dict[str, Any]:
         """Take ports (0: any free one) of an address until `close`; they are then free for a server."""
@@ -181,7 +181,7 @@ class Agent:
                 taken.listen()
             except OSError as error:
                 taken.close()
-                return {"problem": f"port {port} of {address}: {error.strerror}{look.holder_of(port)}"}
+                return {"problem": f"port {port} of {address}: {error.strerror}{host_info.holder_of(port)}"}
             self.listening.append(taken)
         return {"ports": [one.getsockname()[1] for one in self.listening[-len(ports) :]]}
 

@@ -18,10 +18,12 @@ import pandas as pd
 import physics
 from prepare import RADIUS
 
-from dist_egnn import files, plots, preparing
+from dist_egnn.data import prepare
+from dist_egnn.data.trajectories import Trajectories
 from dist_egnn.errors import Failure
-from dist_egnn.progress import bar
-from dist_egnn.trajectories import Trajectories
+from dist_egnn.utils import filesystem
+from dist_egnn.utils.progress import bar
+from dist_egnn.viz import plots
 
 EXAMPLE = "python recipes/fluid113k/check.py recipes/fluid113k/sample.h5 --picture splash.png"
 SHOWN = 20_000  # particles that are drawn: more only paint over one another
@@ -101,7 +103,7 @@ def picture(out: Path, data: Trajectories, k: int, course: Course) -> None:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=100)
     plt.close(figure)
-    files.write_whole(out, content.getvalue())
+    filesystem.write_whole(out, content.getvalue())
 
 
 def check(options: argparse.Namespace) -> int:
@@ -135,7 +137,7 @@ def check(options: argparse.Namespace) -> int:
 
 
 def run(arguments: Sequence[str] | None) -> None:
-    parser = preparing.Parser(description=__doc__, epilog=f"example:\n  {EXAMPLE}")
+    parser = prepare.Parser(description=__doc__, epilog=f"example:\n  {EXAMPLE}")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("file", type=Path, help="a trajectories.h5 that prepare.py wrote")
     parser.add_argument("--picture", type=Path, metavar="PNG", help="draw the first trajectory, and its energy")
@@ -145,4 +147,4 @@ def run(arguments: Sequence[str] | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(preparing.main(run))
+    sys.exit(prepare.main(run))

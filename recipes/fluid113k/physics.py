@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from scipy.ndimage import binary_erosion
 
-from dist_egnn.measures import density
+from dist_egnn.evaluate.metrics import density
 
 REST_DENSITY, GRAVITY = 1000.0, 9.81
 FEWEST = 20  # inner particles, to speak of their density

@@ -30,10 +30,10 @@ import numpy as np
 import physics
 import records
 
-from dist_egnn import preparing
-from dist_egnn.disk import check_room
+from dist_egnn.data import prepare as preparation
+from dist_egnn.data.trajectories import SPLITS
 from dist_egnn.errors import Failure
-from dist_egnn.trajectories import SPLITS
+from dist_egnn.utils.disk import check_room
 
 RADIUS, REFERENCE, FPS = 0.025, 113_140, 50
 BOX = np.array([5.0, 10.0, 5.0])
@@ -162,9 +162,9 @@ def simulated(
     leg = LEG if len(scene.position) >= LARGE else options.frames
     np.savez(directory / "job.npz", **asdict(scene), radius=RADIUS, frames=options.frames, leg=leg)
     while not (directory / "whole").exists():
-        before = preparing.steps_in(directory / "frames")
+        before = preparation.steps_in(directory / "frames")
         engines.run(directory, name)
-        if preparing.steps_in(directory / "frames") <= before and not (directory / "whole").exists():
+        if preparation.steps_in(directory / "frames") <= before and not (directory / "whole").exists():
             raise Failure(f"{name}: the engine ended without a new frame, after {before} of {options.frames}")
     fields = {key: np.load(directory / f"{key}.npy") for key in ("position", "velocity", "mass", "viscosity")}
     record = records.Record(**fields, box=scene.box, dt=scene.dt)
@@ -219,14 +219,14 @@ def prepare(options: argparse.Namespace) -> None:
     """Write the file, and the records if they are wanted."""
     settings = {"trajectories": options.trajectories, "frames": options.frames, "quantum": options.quantum}
     settings["velocity_unit"] = "forward difference: m per frame" if options.no_velocity else "m/s"
-    write = functools.partial(preparing.write, options.out, workers=options.workers, threads=True, unit="trajectory")
+    write = functools.partial(preparation.write, options.out, workers=options.workers, threads=True, unit="trajectory")
     if options.from_records:
         numbers = options.numbers[: len(options.splits)]
         settings |= {
             "description": "Fluid113K: read from records",
             "numbers": numbers,
             "folder": str(options.from_records.resolve()),
-            "versions": preparing.versions("numpy", "msgpack", "msgpack-numpy", "zstandard"),
+            "versions": preparation.versions("numpy", "msgpack", "msgpack-numpy", "zstandard"),
         }
         write(functools.partial(reread, options, numbers), len(numbers), settings=settings)
         return
@@ -238,7 +238,7 @@ def prepare(options: argparse.Namespace) -> None:
         "particles": options.particles,
         "threads": options.threads,
         "records": bool(options.records),
-        "versions": preparing.versions("pysplishsplash", "numpy"),
+        "versions": preparation.versions("pysplishsplash", "numpy"),
     }
     engines = Engines(options.threads)
     before = signal.signal(signal.SIGINT, engines.interrupted)
@@ -247,8 +247,8 @@ def prepare(options: argparse.Namespace) -> None:
             functools.partial(simulate, options, engines),
             len(options.splits),
             settings=settings,
-            steps=preparing.Steps(
-                "frames", options.frames, lambda k: preparing.steps_in(folder_of(options, k) / "frames")
+            steps=preparation.Steps(
+                "frames", options.frames, lambda k: preparation.steps_in(folder_of(options, k) / "frames")
             ),
         )
     finally:
@@ -261,7 +261,7 @@ def prepare(options: argparse.Namespace) -> None:
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line, with what --scale stands for; Failure for a value that cannot be."""
-    parser = preparing.parser(
+    parser = preparation.parser(
         "Simulate the scene of Fluid113K with SPlisHSPlasH, at any size, or read its published records.",
         SCALES,
         EXAMPLE,
@@ -287,7 +287,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--records", type=Path, metavar="DIR", help="also write the published files sim_*.msgpack.zst")
     which.add_argument("--from-records", type=Path, metavar="DIR", help="read such files instead of simulating")
-    options = preparing.parse(parser, arguments)
+    options = preparation.parse(parser, arguments)
     for name, low in (("particles", 1), ("frames", 2), ("threads", 1), ("quantum", 0)):
         if (value := getattr(options, name)) is not None and value < low:
             raise Failure(f"--{name} {value}: must be at least {low}")
@@ -319,4 +319,4 @@ def run(arguments: Sequence[str] | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(preparing.main(run))
+    sys.exit(preparation.main(run))

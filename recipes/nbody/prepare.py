@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from dist_egnn import preparing
+from dist_egnn.data import prepare as preparation
+from dist_egnn.data.trajectories import SPLITS
 from dist_egnn.errors import Failure
-from dist_egnn.trajectories import SPLITS
 
 try:
     from leapfrog import simulate
@@ -68,7 +68,7 @@ def systems(
 
 def run(arguments: Sequence[str] | None = None) -> None:
     """Simulate every system and write the file."""
-    parser = preparing.parser(
+    parser = preparation.parser(
         "Simulate systems of charged particles into a trajectories file.",
         SCALES,
         "python recipes/nbody/prepare.py --out data/nbody.h5 --scale tiny",
@@ -79,12 +79,12 @@ def run(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--clusters", type=int, choices=(1, 3, 10), default=1, help="that particles start in (default 1)"
     )
-    options = preparing.parse(parser, arguments)
+    options = preparation.parse(parser, arguments)
     if options.particles < 2:
         raise Failure(f"--particles {options.particles}: must be at least 2")
     counts = COUNTS[options.scale]
     chosen = {"seed": options.seed, "particles": options.particles, "clusters": options.clusters, "counts": counts}
-    preparing.write(
+    preparation.write(
         options.out,
         functools.partial(systems, **chosen),
         -(-sum(counts) // PIECE),
@@ -96,7 +96,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
             "step": DT,
             "every": EVERY,
             "limit": LIMIT,
-            "versions": preparing.versions("numpy", "numba"),
+            "versions": preparation.versions("numpy", "numba"),
         },
         workers=options.workers,
         threads=True,  # the compiled loops run without Python's lock
@@ -105,4 +105,4 @@ def run(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(preparing.main(run))
+    sys.exit(preparation.main(run))

@@ -4,7 +4,8 @@ import functools
 import sys
 from pathlib import Path
 
-from dist_egnn import preparing, road
+from dist_egnn.commands import recipe
+from dist_egnn.data import prepare
 
 SCALES = {  # config keys beside config.yaml
     "tiny": ["train.epochs=20", "train.batch_size=5"],
@@ -13,4 +14,4 @@ SCALES = {  # config keys beside config.yaml
 }
 
 if __name__ == "__main__":
-    sys.exit(preparing.main(functools.partial(road.run, Path(__file__).parent, SCALES)))
+    sys.exit(prepare.main(functools.partial(recipe.run, Path(__file__).parent, SCALES)))

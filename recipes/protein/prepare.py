@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dist_egnn import graphs, preparing
-from dist_egnn.disk import check_room
+from dist_egnn.data import graphs
+from dist_egnn.data import prepare as preparation
+from dist_egnn.data.trajectories import SPLITS, unwrap
 from dist_egnn.errors import Failure
-from dist_egnn.trajectories import SPLITS, unwrap
+from dist_egnn.utils.disk import check_room
 
 if TYPE_CHECKING:
     from MDAnalysis import AtomGroup
@@ -77,7 +78,7 @@ def adk_equilibrium() -> Source:
     folder = Path(get_data_home()) / adk.NAME
     for remote in adk.ARCHIVE.values():  # the library takes whatever stands there, a download cut short too
         file = folder / remote.filename
-        if file.exists() and preparing.sha256(file) != remote.checksum:
+        if file.exists() and preparation.sha256(file) != remote.checksum:
             print(f"{file}: not whole; fetching it again", file=sys.stderr)
             file.unlink()
     socket.setdefaulttimeout(60)
@@ -209,8 +210,8 @@ def tell_crossing(x: np.ndarray, side: np.ndarray) -> None:
     )
 
 
-def parser() -> preparing.Parser:
-    found = preparing.parser((__doc__ or "").splitlines()[0], SCALES, EXAMPLE)
+def parser() -> preparation.Parser:
+    found = preparation.parser((__doc__ or "").splitlines()[0], SCALES, EXAMPLE)
     option = found.add_argument
     option("--source", choices=SOURCES, help="default: adk-dims, at full scale adk-equilibrium")
     option("--topology", type=Path, help="instead of --source: your own PSF, PDB, GRO, …")
@@ -255,7 +256,7 @@ def chosen(options: argparse.Namespace) -> tuple[str, Source]:
 
 def run(arguments: Sequence[str] | None = None) -> None:
     """Read the first frame, decide the splits, write one trajectory for each."""
-    options = preparing.parse(parser(), arguments)
+    options = preparation.parse(parser(), arguments)
     if options.horizon < 1:
         raise Failure(f"--horizon {options.horizon}: must be at least 1")
     if options.splits and not min(options.splits) > 0:
@@ -285,18 +286,18 @@ def run(arguments: Sequence[str] | None = None) -> None:
     check_room(options.out, 2 * 12 * len(atoms) * sum(hi - lo + options.horizon for lo, hi in spans))
     settings = {
         "description": f"{name}: {len(atoms)} atoms ({options.select}), lengths in Å, dt in ps, charge in e",
-        "files": [[path.name, preparing.sha256(path)] for path in (source.topology, *source.trajectory)],
+        "files": [[path.name, preparation.sha256(path)] for path in (source.topology, *source.trajectory)],
         "select": options.select,
         "splits": dict(zip(SPLITS, spans, strict=True)),
         "horizon": options.horizon,
         "box": side is not None,
-        "versions": preparing.versions("MDAnalysis", "numpy", "h5py"),
+        "versions": preparation.versions("MDAnalysis", "numpy", "h5py"),
     }
     make = functools.partial(piece, options, source, spans, side, charge)
-    preparing.write(
+    preparation.write(
         options.out, make, len(SPLITS), settings=settings, workers=options.workers, threads=True, unit="split"
     )
 
 
 if __name__ == "__main__":
-    sys.exit(preparing.main(run))
+    sys.exit(preparation.main(run))

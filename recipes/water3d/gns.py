@@ -23,9 +23,9 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from dist_egnn import progress
+from dist_egnn.data.trajectories import SPLITS
 from dist_egnn.errors import Failure
-from dist_egnn.trajectories import SPLITS
+from dist_egnn.utils import progress
 
 URL = "https://storage.googleapis.com/learning-to-simulate-complex-physics/Datasets/Water-3D"
 # tf.train.SequenceExample as far as GNS uses it, message → (field, number, repeated, type); maps as repeated entries

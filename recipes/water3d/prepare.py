@@ -16,10 +16,10 @@ from typing import Any
 import gns
 import numpy as np
 
-from dist_egnn import preparing
-from dist_egnn.disk import check_room
+from dist_egnn.data import prepare as preparation
+from dist_egnn.data.trajectories import SPLITS
 from dist_egnn.errors import Failure
-from dist_egnn.trajectories import SPLITS
+from dist_egnn.utils.disk import check_room
 
 COUNTS = {"tiny": (4, 1, 1), "small": (20, 4, 4), "full": (1000, 100, 100)}  # trajectories by split
 SIMULATED = {"tiny": (1000, 60), "small": (8000, 200), "full": (8000, 801)}  # the stand-in's particles and frames
@@ -79,7 +79,7 @@ class Simulations:
 
     def reached(self, number: int) -> int:
         """How many frames of a trajectory are done."""
-        return preparing.steps_in(self.folder(number) / "frames")
+        return preparation.steps_in(self.folder(number) / "frames")
 
     def simulated(self, number: int, job: dict[str, Any], folder: Path) -> dict[str, Any]:
         timing = {"radius": RADIUS, "dt": DT, "steps": 2, "frames": self.frames}
@@ -99,7 +99,7 @@ class Simulations:
             "position": position,
             "split": self.splits[number],
             "dt": DT,
-            "source": f"stand-in for GNS Water-3D: SPlisHSPlasH {preparing.versions('pysplishsplash')['pysplishsplash']}",
+            "source": f"stand-in for GNS Water-3D: SPlisHSPlasH {preparation.versions('pysplishsplash')['pysplishsplash']}",
             "attributes": {"type": np.full(position.shape[1], WATER)},
             "box": box,
         }
@@ -114,7 +114,7 @@ def need(remedy: str, *modules: str) -> None:
 
 def run(arguments: Sequence[str] | None = None) -> None:
     """Read or simulate what the options ask for, and write the file."""
-    parser = preparing.parser(__doc__ or "", SCALES, EXAMPLE)
+    parser = preparation.parser(__doc__ or "", SCALES, EXAMPLE)
     parser.add_argument(
         "--source",
         metavar="DIR",
@@ -124,7 +124,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--download", action="store_true", help="first fetch what DIR lacks, as much as the scale needs"
     )
-    options = preparing.parse(parser, arguments)
+    options = preparation.parse(parser, arguments)
     source = "splishsplash" if (options.source, options.scale) == (None, "tiny") else options.source
     if source is None or (options.download and source == "splishsplash"):
         which = "DIR" if options.download else "DIR, or --source splishsplash for a simulated stand-in"
@@ -139,7 +139,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         splits = [split for split, count in zip(SPLITS, limits, strict=True) for _ in range(count)]
         scratch = options.out.with_name(options.out.name + ".parts")
         make = Simulations(options.seed, splits, *SIMULATED[options.scale], scratch)
-        steps = preparing.Steps("frames", make.frames, make.reached)
+        steps = preparation.Steps("frames", make.frames, make.reached)
         pieces, packages = len(splits), ["pysplishsplash"]
         settings["source"] = source
     else:
@@ -154,11 +154,11 @@ def run(arguments: Sequence[str] | None = None) -> None:
         make, found = gns.find(folder, (sys.maxsize,) * 3 if full else limits, whole=full)
         pieces, packages = len(make.places), []
         settings |= {"source": "GNS"} | found
-    preparing.write(
+    preparation.write(
         options.out,
         make,
         pieces,
-        settings=settings | {"versions": preparing.versions("numpy", "h5py", *packages)},
+        settings=settings | {"versions": preparation.versions("numpy", "h5py", *packages)},
         workers=options.workers,
         threads=source == "splishsplash",
         unit="trajectory",
@@ -167,4 +167,4 @@ def run(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(preparing.main(run))
+    sys.exit(preparation.main(run))

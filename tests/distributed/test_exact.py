@@ -17,9 +17,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from dist_egnn import comm, config, exactness, local, models, train
+from dist_egnn import config
+from dist_egnn.data.store import Store
+from dist_egnn.distributed import comm, spawn
 from dist_egnn.errors import Failure
-from dist_egnn.store import Store
+from dist_egnn.evaluate import parallel_check
+from dist_egnn.models import network
+from dist_egnn.train import trainer
 
 SETTINGS = ["model.hidden=16", "model.layers=3", "loss.samples=4"]
 
@@ -33,35 +37,35 @@ def test_many_processes_equal_one(
     make_store: Callable[..., Path], tmp_path: Path, parts: int, overrides: list[str]
 ) -> None:
     store = Store(make_store(parts, "metis"))
-    found = exactness.compare(config.load(None, [*SETTINGS, *overrides]), store, 1, tmp_path)
-    assert max(found.values()) <= exactness.TOLERANCE, found
+    found = parallel_check.compare(config.load(None, [*SETTINGS, *overrides]), store, 1, tmp_path)
+    assert max(found.values()) <= parallel_check.TOLERANCE, found
     assert sum(name.startswith("gradient") for name in found) > 40
 
 
 def test_trainers_of_several_machines_equal_one(make_store: Callable[..., Path], tmp_path: Path) -> None:
     store = Store(make_store(2, "metis", trainers=2))
-    found = exactness.compare(config.load(None, SETTINGS), store, 1, tmp_path)
-    assert max(found.values()) <= exactness.TOLERANCE, found
+    found = parallel_check.compare(config.load(None, SETTINGS), store, 1, tmp_path)
+    assert max(found.values()) <= parallel_check.TOLERANCE, found
 
 
 def _each(group: comm.Comm, settings: dict[str, config.Config], path: str, folder: str) -> None:
     """Every model in one group of processes, which take longer to start than to compute."""
     for name, one in settings.items():
-        exactness._partitioned(group, one, path, 1, f"{folder}/{name}")
+        parallel_check._partitioned(group, one, path, 1, f"{folder}/{name}")
 
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_many_processes_equal_one_for_every_model(make_store: Callable[..., Path], tmp_path: Path, parts: int) -> None:
     small = ["model.hidden=8", "model.layers=2", "loss.samples=4", "data.radius=0.27"]
-    settings = {name: config.load(None, [f"model.name={name}", *small]) for name in models.NAMES}
+    settings = {name: config.load(None, [f"model.name={name}", *small]) for name in network.NAMES}
     store = Store(make_store(parts, "metis"))
     for name in settings:
         (tmp_path / name).mkdir()
-    local.run(_each, parts, settings, str(store.path), str(tmp_path))
+    spawn.run(_each, parts, settings, str(store.path), str(tmp_path))
     for name, one in settings.items():
-        found = exactness._against_one(one, store, 1, tmp_path / name)
-        assert max(found.values()) <= exactness.TOLERANCE, (name, found)
-        weights = len(list(train.build_model(one, (3, 1), comm.Alone()).parameters()))
+        found = parallel_check._against_one(one, store, 1, tmp_path / name)
+        assert max(found.values()) <= parallel_check.TOLERANCE, (name, found)
+        weights = len(list(trainer.build_model(one, (3, 1), comm.Alone()).parameters()))
         assert sum(key.startswith("gradient") for key in found) > weights / 2  # all but some of the last layer's
 
 
@@ -69,8 +73,8 @@ def test_many_processes_equal_one_for_every_model(make_store: Callable[..., Path
 def test_the_partition_does_not_matter_to_exactness(
     make_store: Callable[..., Path], tmp_path: Path, method: str
 ) -> None:
-    found = exactness.compare(config.load(None, SETTINGS), Store(make_store(2, method)), 0, tmp_path)
-    assert max(found.values()) <= exactness.TOLERANCE, found
+    found = parallel_check.compare(config.load(None, SETTINGS), Store(make_store(2, method)), 0, tmp_path)
+    assert max(found.values()) <= parallel_check.TOLERANCE, found
 
 
 def _lamed(group: comm.Comm, lame: str, *args: object) -> None:
@@ -86,16 +90,16 @@ def _lamed(group: comm.Comm, lame: str, *args: object) -> None:
         comm._Sum.backward = staticmethod(lambda ctx, grad: (grad, None))  # type: ignore[method-assign]
     elif lame == "gradients":
         comm.Group.sum_gradients = lambda self, parameters: comm.Alone().sum_gradients(parameters)  # type: ignore[method-assign]
-    exactness._partitioned(group, *args)  # type: ignore[arg-type]
+    parallel_check._partitioned(group, *args)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("lame", ["forward", "backward", "gradients"])
 def test_the_comparison_fails_without_any_one_sum(
     make_store: Callable[..., Path], tmp_path: Path, lame: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = local.run
-    monkeypatch.setattr(local, "run", lambda f, size, *args, **options: run(_lamed, size, lame, *args, **options))
-    found = exactness.compare(config.load(None, SETTINGS), Store(make_store(2, "metis")), 0, tmp_path)
+    run = spawn.run
+    monkeypatch.setattr(spawn, "run", lambda f, size, *args, **options: run(_lamed, size, lame, *args, **options))
+    found = parallel_check.compare(config.load(None, SETTINGS), Store(make_store(2, "metis")), 0, tmp_path)
     assert max(found.values()) > 1e-6
 
 
@@ -111,8 +115,8 @@ def _calls(group: comm.Comm, settings: config.Config, path: str) -> tuple[list[i
     dist.all_to_all_single = counted
     store = Store(path)
     graph = dgl.batch([store.read(n, group.rank) for n in (0, 1)])
-    model = train.build_model(settings, (3, 2), group)
-    loss, _ = train.loss_of(settings, model, graph, group, torch.Generator().manual_seed(0))
+    model = trainer.build_model(settings, (3, 2), group)
+    loss, _ = trainer.loss_of(settings, model, graph, group, torch.Generator().manual_seed(0))
     forward = list(sent)
     loss.backward()
     return forward, sent[len(forward) :]
@@ -121,7 +125,7 @@ def _calls(group: comm.Comm, settings: config.Config, path: str) -> tuple[list[i
 def test_a_step_exchanges_once_a_layer_and_direction(make_store: Callable[..., Path]) -> None:
     settings = config.load(None, SETTINGS)
     path = make_store(2, "metis", features=["viscosity", "mass", "speed"], node_attributes=["viscosity", "mass"])
-    for forward, backward in local.run(_calls, 2, settings, str(path)):
+    for forward, backward in spawn.run(_calls, 2, settings, str(path)):
         # 3 + 3C + HC numbers a graph, two graphs
         assert forward == backward == [2 * (3 + 9 + 48)] * 3
 
@@ -129,7 +133,7 @@ def test_a_step_exchanges_once_a_layer_and_direction(make_store: Callable[..., P
 def _losses(group: comm.Comm, settings: config.Config, path: str) -> list[float]:
     """Two optimiser steps on batches of two snapshots."""
     store = Store(path)
-    model = train.build_model(settings, (len(store.inputs["features"]), len(store.inputs["node_attributes"])), group)
+    model = trainer.build_model(settings, (len(store.inputs["features"]), len(store.inputs["node_attributes"])), group)
     model.double()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     found = []
@@ -137,7 +141,7 @@ def _losses(group: comm.Comm, settings: config.Config, path: str) -> list[float]
         read = (lambda n: store.read(n, group.rank)) if group.size > 1 else store.whole
         graph = dgl.batch([read(n) for n in (step, step + 1)])
         optimizer.zero_grad()
-        loss, _ = train.loss_of(settings, model, graph, group, torch.Generator().manual_seed(step))
+        loss, _ = trainer.loss_of(settings, model, graph, group, torch.Generator().manual_seed(step))
         loss.backward()
         group.sum_gradients(model.parameters())
         optimizer.step()
@@ -148,7 +152,7 @@ def _losses(group: comm.Comm, settings: config.Config, path: str) -> list[float]
 def test_training_on_batches_equals_one_process(make_store: Callable[..., Path]) -> None:
     settings, path = config.load(None, SETTINGS), str(make_store(4, "metis"))
     one = _losses(comm.Alone(), settings, path)
-    for many in local.run(_losses, 4, settings, path):
+    for many in spawn.run(_losses, 4, settings, path):
         assert many == pytest.approx(one, rel=1e-9)
 
 
@@ -164,7 +168,7 @@ def _dies(group: comm.Comm, folder: str) -> None:
 def test_a_killed_process_ends_the_run_and_leaves_none(tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.raises(Failure, match="process 1 of 3 died"):
-        local.run(_dies, 3, str(tmp_path))
+        spawn.run(_dies, 3, str(tmp_path))
     assert time.monotonic() - started < 30
     for pid in (int(f.name) for f in tmp_path.iterdir()):
         assert not Path(f"/proc/{pid}").exists() or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
@@ -178,7 +182,7 @@ def _refuses(group: comm.Comm) -> None:
 
 def test_the_first_cause_is_what_is_reported() -> None:
     with pytest.raises(Failure, match="this file: that key: do this"):
-        local.run(_refuses, 2)
+        spawn.run(_refuses, 2)
 
 
 LAUNCHER = """

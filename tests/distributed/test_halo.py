@@ -13,15 +13,21 @@ import torch
 from small import DATA
 from test_exact import _each
 
-from dist_egnn import comm, config, exactness, halo, local, runs, tiles, train
+from dist_egnn import config
+from dist_egnn.commands import runs
+from dist_egnn.data import halo
+from dist_egnn.data.store import Store
+from dist_egnn.distributed import comm, spawn
 from dist_egnn.errors import Failure
-from dist_egnn.store import Store
+from dist_egnn.evaluate import parallel_check
+from dist_egnn.ops import tiling
+from dist_egnn.train import trainer
 
 SMALL = ["model.hidden=8", "model.layers=2", "loss.samples=4", "data.radius=0.27", "partition.halo=exchange"]
 
 
 def _many(group: comm.Comm, settings: dict[str, config.Config], path: str, folder: str) -> None:
-    tiles.WHOLE = 0  # so that there are tiles that need not wait
+    tiling.WHOLE = 0  # so that there are tiles that need not wait
     _each(group, settings, path, folder)
 
 
@@ -33,11 +39,11 @@ def test_many_processes_equal_one_on_the_full_graph(
     store = Store(make_store(parts, "metis"))
     for name in settings:
         (tmp_path / name).mkdir()
-    local.run(_many, parts, settings, str(store.path), str(tmp_path))
+    spawn.run(_many, parts, settings, str(store.path), str(tmp_path))
     for name, one in settings.items():
-        found = exactness._against_one(one, store, 1, tmp_path / name)
-        assert max(found.values()) <= exactness.TOLERANCE, (name, found)
-        weights = len(list(train.build_model(one, (3, 1), comm.Alone()).parameters()))
+        found = parallel_check._against_one(one, store, 1, tmp_path / name)
+        assert max(found.values()) <= parallel_check.TOLERANCE, (name, found)
+        weights = len(list(trainer.build_model(one, (3, 1), comm.Alone()).parameters()))
         assert sum(key.startswith("gradient") for key in found) > weights / 2  # all but some of the last layer's
 
 
@@ -85,12 +91,12 @@ def _dies(group: comm.Comm, path: str, how: int) -> None:
 def test_a_rank_killed_during_the_exchange_ends_the_run(make_store: Callable[..., Path]) -> None:
     started = time.monotonic()
     with pytest.raises(Failure, match="process 1 of 3 died"):
-        local.run(_dies, 3, str(make_store(3, "kmeans")), signal.SIGKILL)
+        spawn.run(_dies, 3, str(make_store(3, "kmeans")), signal.SIGKILL)
     assert time.monotonic() - started < 30
 
 
 def test_a_rank_that_hangs_in_the_exchange_is_given_up(make_store: Callable[..., Path]) -> None:
     started = time.monotonic()
     with pytest.raises(RuntimeError, match=r"(?i)time"):
-        local.run(_dies, 3, str(make_store(3, "kmeans")), signal.SIGSTOP, timeout_s=3)
+        spawn.run(_dies, 3, str(make_store(3, "kmeans")), signal.SIGSTOP, timeout_s=3)
     assert time.monotonic() - started < 40

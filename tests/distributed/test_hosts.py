@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import hosts_bridge
+import bridge
 import pytest
 from hosts import Failure, Hosts
-from hosts_namespaces import members, network_of
+from namespaces import members, network_of
 
-TOOL = Path(__file__).parents[2] / "tools" / "hosts.py"
+TOOL = Path(__file__).parents[2] / "tools" / "emulated_hosts" / "hosts.py"
 PYTHON = [sys.executable, "-S", "-c"]
 ECHO = """if True:
     import socket, sys
@@ -145,11 +145,11 @@ def test_loss(make_hosts):
 
 
 def test_rate_spaces_packets_and_its_queue_has_an_end():
-    host = hosts_bridge.Host("a", "10.0.0.1")
-    link = hosts_bridge.Link(host, host, rate=1e6, delay=0.5)
+    host = bridge.Host("a", "10.0.0.1")
+    link = bridge.Link(host, host, rate=1e6, delay=0.5)
     due = [link.due(1000, 7.0, lambda: 0.0) for _ in range(300)]
     assert due[:3] == pytest.approx([7.501, 7.502, 7.503])
-    assert [d > 0 for d in due].count(True) == pytest.approx(hosts_bridge.QUEUE * 1000, abs=2)
+    assert [d > 0 for d in due].count(True) == pytest.approx(bridge.QUEUE * 1000, abs=2)
     assert link.due(1000, 8.0, lambda: 0.0) == pytest.approx(8.501)
 
 

@@ -22,8 +22,9 @@ import pandas as pd
 import pytest
 from small import DATA
 
-from dist_egnn import checkpoint, runs
 from dist_egnn import config as configs
+from dist_egnn.commands import runs
+from dist_egnn.train import checkpoint
 
 ROOT = Path(__file__).parents[2]
 LIMIT_S = 120.0  # of a whole launch; what is quicker is bounded by timeout_s
@@ -217,11 +218,14 @@ def test_what_dies_comes_back(launch, alone, make_store, cluster):
     run.after(1)
     assert "restart 1" not in run.text
     record("a link is cut for 10 s (timeout 15 s)", "goes on without a restart", time.monotonic() - began)
-    for event, what in (("kill -9 of a trainer", "launch.trainer"), ("kill -9 of a server", "dist_egnn.serving")):
+    for event, what in (
+        ("kill -9 of a trainer", "launch.trainer"),
+        ("kill -9 of a server", "dist_egnn.data.graph_server"),
+    ):
         began = time.monotonic()
         os.kill(run.pid("b", what), signal.SIGKILL)
         run.wait_for(
-            lambda what=what: f"restart {1 + ('serving' in what)} of 3" in run.text, f"restarted after {event}"
+            lambda what=what: f"restart {1 + ('graph_server' in what)} of 3" in run.text, f"restarted after {event}"
         )
         run.after(1)
         record(event, "restarted from the last checkpoint", time.monotonic() - began)
@@ -338,8 +342,8 @@ def test_before_anything_starts(launch, make_store, cluster, tmp_path):
     shutil.copytree(
         ROOT / "dist_egnn", other / "dist_egnn", symlinks=True, ignore=shutil.ignore_patterns("__pycache__")
     )
-    (other / "dist_egnn" / "fields.py").write_text(
-        "# another version\n" + (other / "dist_egnn" / "fields.py").read_text()
+    (other / "dist_egnn" / "data" / "fields.py").write_text(
+        "# another version\n" + (other / "dist_egnn" / "data" / "fields.py").read_text()
     )
     python = other / "python"
     python.write_text(f'#!/bin/sh\ncd {other} && PYTHONPATH={other} exec {sys.executable} "$@"\n')

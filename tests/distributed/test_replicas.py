@@ -14,27 +14,34 @@ import pytest
 import torch
 from tiny_runs import PLAIN_TRAIN, At, assert_same, outcome, settings
 
-from dist_egnn import comm, config, exactness, local, plan, resume, runs, samples, serving, stopping, train
+from dist_egnn import config
+from dist_egnn.commands import runs
+from dist_egnn.data import dataset, graph_server
+from dist_egnn.data.store import Store
+from dist_egnn.distributed import comm, spawn
 from dist_egnn.errors import Failure
-from dist_egnn.launch import command, hostfile, supervise
-from dist_egnn.store import Store
+from dist_egnn.evaluate import parallel_check
+from dist_egnn.launch import hostfile, main, supervisor
+from dist_egnn.planning import plan
+from dist_egnn.train import resume, trainer
+from dist_egnn.utils import signals
 
 
 @contextmanager
 def doubled() -> Iterator[None]:
     """Models are in float64, so that nothing but rounding at 1e-16 parts the sums of groups; their last weights at full size."""
-    plain = train.build_model
+    plain = trainer.build_model
 
     def build(*given: Any) -> torch.nn.Module:
         model = plain(*given).double()
-        exactness.full_size(model)
+        parallel_check.full_size(model)
         return model
 
-    train.build_model = build
+    trainer.build_model = build
     try:
         yield
     finally:
-        train.build_model = plain
+        trainer.build_model = plain
 
 
 Result = dict[str, Any]
@@ -47,23 +54,23 @@ def _optimise(world: comm.Comm, settings: list[config.Config]) -> list[Result]:
 
 def _one(world: comm.Comm, settings: config.Config) -> Result:
     group = world.split(settings.train.replicas)
-    read = samples.open_samples(settings, group.rank, world.size)
-    if world.size == 1 and samples.is_store(settings.data.path):
+    read = dataset.open_samples(settings, group.rank, world.size)
+    if world.size == 1 and dataset.is_store(settings.data.path):
         store = Store(settings.data.path)
         read._read = lambda n: store.whole(n, settings.partition.halo == "exchange")
     with doubled():
-        model = train.build_model(settings, read.widths, group)
+        model = trainer.build_model(settings, read.widths, group)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     found: Result = {"steps": 0, "calls": []}
     position = resume.Position()
     for epoch in range(2):
-        for _ in train.steps(group, settings, model, optimizer, read, position):
+        for _ in trainer.steps(group, settings, model, optimizer, read, position):
             found["steps"] += 1
             for name, p in model.named_parameters():
                 found[f"gradient {found['steps']} {name}"] = p.grad.numpy().copy()
         for name in ("loss", "mse", "batches", "grad_norm"):
             found[f"{name} {epoch}"] = position.sums[name]
-        found[f"valid {epoch}"] = valid = train.evaluate_split(model, read, "valid", settings, group)
+        found[f"valid {epoch}"] = valid = trainer.evaluate_split(model, read, "valid", settings, group)
         position.end_epoch(valid, settings.train)
     for name, p in model.named_parameters():
         found[f"weight {name}"] = p.detach().numpy().copy()
@@ -101,7 +108,7 @@ def test_groups_train_what_one_process_does(small: Path, make_store: Callable[..
     many[-1].train.replicas = 4
     expected = _optimise(comm.Alone(), _cases(small, store, 1))
     assert [one["steps"] for one in expected] == [4, 4, 4]
-    for ranks in local.run(_optimise, 4, many):
+    for ranks in spawn.run(_optimise, 4, many):
         for found, one in zip(ranks, expected, strict=True):
             _same(found, one)
 
@@ -125,17 +132,15 @@ def test_a_run_that_ends_early_goes_on_with_another_number_of_groups(
 ) -> None:
     """Rank 1 is killed, or asked to stop, in the second epoch; one process goes on and ends where one process ends."""
     more = ["train.epochs=3", "train.lr=1e-3"]
-    monkeypatch.setattr(train, "train", _double)
+    monkeypatch.setattr(trainer, "train", _double)
     runs.run_training(settings(small, tmp_path / "one", *more))
     ended = (
-        pytest.raises(Failure, match="process 1 of 2 died")
-        if how == signal.SIGKILL
-        else pytest.raises(stopping.Stopped)
+        pytest.raises(Failure, match="process 1 of 2 died") if how == signal.SIGKILL else pytest.raises(signals.Stopped)
     )
-    monkeypatch.setattr(train, "train", DoubleAt(4, 1, _signal, how))
+    monkeypatch.setattr(trainer, "train", DoubleAt(4, 1, _signal, how))
     with ended:
         runs.run_training(settings(small, tmp_path / "two", *more, "train.replicas=2"))
-    monkeypatch.setattr(train, "train", _double)
+    monkeypatch.setattr(trainer, "train", _double)
     runs.resume_training(tmp_path / "two", ["train.replicas=1"])
     one, two = outcome(tmp_path / "one"), outcome(tmp_path / "two")
     for name, value in one.items():
@@ -162,7 +167,7 @@ def test_a_group_gives_up_a_rank_that_hangs() -> None:
     """torch would give a group of some ranks half an hour, whatever the group of all was given."""
     started = time.monotonic()
     with pytest.raises(RuntimeError, match=r"(?is)process 2 of 4: .*time"):
-        local.run(_hangs, 4, timeout_s=3)
+        spawn.run(_hangs, 4, timeout_s=3)
     assert time.monotonic() - started < 40
 
 
@@ -171,7 +176,7 @@ def test_evaluation_is_shared(small: Path, tmp_path: Path) -> None:
     more = ["train.epochs=1", "train.accumulate=3", "train.warmup=0"]
     runs.run_training(settings(small, tmp_path, *more, "train.replicas=3"))
     many = runs.run_evaluation(tmp_path)
-    one = train.evaluate(comm.Alone(), settings(small, tmp_path, *more), tmp_path / "best.pt")
+    one = trainer.evaluate(comm.Alone(), settings(small, tmp_path, *more), tmp_path / "best.pt")
     assert many == pytest.approx(one, rel=1e-6)
 
 
@@ -204,13 +209,13 @@ def test_launch_trains_the_same(
         settings(make_store(1, shard_nodes=0), tmp_path / name, "train.epochs=2", "train.replicas=2")
         for name in ("local", "launched")
     )
-    local.run(train.train, 2, local_)
-    command.run(launched, hostfile.listed(None, True, None))
+    spawn.run(trainer.train, 2, local_)
+    main.run(launched, hostfile.listed(None, True, None))
     assert_same(tmp_path / "launched", tmp_path / "local")
 
 
 def test_ranks_are_where_their_parts_are() -> None:
     """Two groups of four ranks on two machines, and as the trainers count."""
     wanted = config.load(None, ["train.replicas=2", "train.accumulate=2"])
-    job = supervise.Job(wanted, ["a", "b"], ["lo", "lo"], 2, [1, 1], False, 0, 0)
-    assert job.ranks() == [0, 0, 1, 1, 0, 0, 1, 1] == [serving.machine_of(rank, 4, 2) for rank in range(8)]
+    job = supervisor.Job(wanted, ["a", "b"], ["lo", "lo"], 2, [1, 1], False, 0, 0)
+    assert job.ranks() == [0, 0, 1, 1, 0, 0, 1, 1] == [graph_server.machine_of(rank, 4, 2) for rank in range(8)]

@@ -22,14 +22,17 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from tiny_runs import assert_same, settings
 
-from dist_egnn import comm, config, local, serving, train
+from dist_egnn import config
+from dist_egnn.data import graph_server
+from dist_egnn.data.store import Part, Store
+from dist_egnn.distributed import comm, spawn
 from dist_egnn.errors import Failure
-from dist_egnn.store import Part, Store
+from dist_egnn.train import trainer as training
 
 LIMIT_S = 60.0
 HOST, LOOPBACK = "127.0.0.1", "0100007F"
 
-pytestmark = pytest.mark.skipif(not serving.SHARED.is_dir(), reason="DGL's servers share graphs through /dev/shm")
+pytestmark = pytest.mark.skipif(not graph_server.SHARED.is_dir(), reason="DGL's servers share graphs through /dev/shm")
 
 
 def listens_on(pid: int | str) -> set[str]:
@@ -61,20 +64,20 @@ def same(one: Part, other: Part) -> bool:
 def trainer(path: str, rank: str, ip_config: str, group: str, port: str, run: str) -> None:
     """Enter, compare every part with the disk's, and train; with no run to train, wait to be killed."""
     try:
-        entered = serving.enter(Path(path), int(rank), Path(ip_config), int(group), HOST, int(port), "lo", LIMIT_S)
+        entered = graph_server.enter(Path(path), int(rank), Path(ip_config), int(group), HOST, int(port), "lo", LIMIT_S)
     except Failure as failure:
         print(f"error: {failure}")
-        serving.leave(2)
+        graph_server.leave(2)
     if not run:
         print("entered", flush=True)
         time.sleep(LIMIT_S)
     store = Store(path)
-    assert type(store.source) is serving.FromServer
+    assert type(store.source) is graph_server.FromServer
     for machine in range(store.machines):
         assert same(store.source.part("shard-00000", machine), store.disk.part("shard-00000", machine)), machine
     assert listens_on("self") == {LOOPBACK}  # of rank 0 also torch's store, of all gloo's and DGL's
-    train.train(entered, chosen(Path(path), Path(run)))
-    serving.leave(0)
+    training.train(entered, chosen(Path(path), Path(run)))
+    graph_server.leave(0)
 
 
 def free_ports(count: int) -> list[int]:
@@ -106,12 +109,12 @@ class Served:
         self.path, self.folder, self.ip_config, self.store = path, folder, folder / "ip.txt", Store(path)
         *ports, self.port = free_ports(self.store.machines + 1)
         self.ip_config.write_text("".join(f"{HOST} {port}\n" for port in ports))
-        self.places = serving.addresses(self.ip_config, self.store.machines)
+        self.places = graph_server.addresses(self.ip_config, self.store.machines)
         self.running: list[subprocess.Popen] = []
 
     def server(self, machine: int) -> subprocess.Popen:
         log = self.folder / f"server-{machine}.log"
-        self.running.append(started(log, "-m", "dist_egnn.serving", self.path, machine, self.ip_config))
+        self.running.append(started(log, "-m", "dist_egnn.data.graph_server", self.path, machine, self.ip_config))
         wait_for(f"distegnn server {machine} ready on {self.places[machine]}\n", log, self.running[-1])
         return self.running[-1]
 
@@ -161,14 +164,14 @@ def check(served: Served) -> None:
     """What its servers take, and where they listen."""
     for machine, place in enumerate(served.places):
         taken = sum(file.stat().st_size for file in place.files())
-        assert taken <= serving.shared_bytes(served.store, machine) <= 1.2 * taken + (64 << 10)
+        assert taken <= graph_server.shared_bytes(served.store, machine) <= 1.2 * taken + (64 << 10)
         assert listens_on(served.running[machine].pid) == {LOOPBACK}
 
 
 def test_training_does_not_know(make_store: Callable[..., Path], tmp_path: Path) -> None:
     """Own part or another machine's: all tensors are the disk's, and losses and weights those of a run from disk, bit for bit."""
     path = make_store(2, shard_nodes=0, node_attributes=[])
-    local.run(train.train, 2, chosen(path, tmp_path / "local"))
+    spawn.run(training.train, 2, chosen(path, tmp_path / "local"))
     with serving_of(path, tmp_path) as served:
         check(served)
         served.trained(0, tmp_path / "served")
@@ -183,7 +186,7 @@ def test_training_does_not_know(make_store: Callable[..., Path], tmp_path: Path)
 def test_killed_trainers_and_servers(one: Path, tmp_path: Path) -> None:
     """A new group meets the same server, whether the last one died in its work or before it was connected; two trainers on its
     machine do what a run from disk does."""
-    local.run(train.train, 2, chosen(one, tmp_path / "local"))
+    spawn.run(training.train, 2, chosen(one, tmp_path / "local"))
     with serving_of(one, tmp_path) as served:
         check(served)
         for group, said in enumerate(("entered", "waits on")):
@@ -196,9 +199,9 @@ def test_killed_trainers_and_servers(one: Path, tmp_path: Path) -> None:
         assert_same(tmp_path / "served", tmp_path / "local")
         server = served.running[0]
         with pytest.raises(Failure, match=f"process {server.pid} serves there already"):
-            serving.clear(served.places[0])
+            graph_server.clear(served.places[0])
         again = subprocess.run(
-            [sys.executable, "-m", "dist_egnn.serving", one, "0", served.ip_config],
+            [sys.executable, "-m", "dist_egnn.data.graph_server", one, "0", served.ip_config],
             capture_output=True,
             text=True,
             timeout=LIMIT_S,
@@ -209,12 +212,14 @@ def test_killed_trainers_and_servers(one: Path, tmp_path: Path) -> None:
         )
         server.kill()
         server.wait()
-        stranger = serving.SHARED / f"dist_egnn~{HOST}~{served.places[0].port}0~x"  # of a port that begins like ours
+        stranger = (
+            graph_server.SHARED / f"dist_egnn~{HOST}~{served.places[0].port}0~x"
+        )  # of a port that begins like ours
         stranger.touch()
         try:
             left = len(served.left())
             assert left > 10
-            assert serving.clear(served.places[0]) == left
+            assert graph_server.clear(served.places[0]) == left
             assert stranger.exists()
         finally:
             stranger.unlink()
@@ -231,29 +236,29 @@ def test_what_a_server_refuses(
         before = file.read_bytes()
         file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
         with pytest.raises(Failure, match=f"{name}: its sha256 is not the manifest's"):
-            serving.serve(damaged, 0, ip_config)
+            graph_server.serve(damaged, 0, ip_config)
         file.write_bytes(before)
     with monkeypatch.context() as patch:
-        patch.setattr(serving, "shared_bytes", lambda *_: 1 << 60)
+        patch.setattr(graph_server, "shared_bytes", lambda *_: 1 << 60)
         with pytest.raises(Failure, match=f"/dev/shm/dist_egnn~{HOST}~.*disk full: needs .* MB are free"):
-            serving.serve(one, 0, ip_config)
+            graph_server.serve(one, 0, ip_config)
     with pytest.raises(Failure, match="graphs, a server serves one; partition again with --shard-nodes 0"):
-        serving.serve(make_store(1, shard_nodes=300), 0, ip_config)
+        graph_server.serve(make_store(1, shard_nodes=300), 0, ip_config)
     with pytest.raises(Failure, match="a part has no edges at all"):
-        serving.serve(make_store(1, shard_nodes=0, edge_drop=1.0), 0, ip_config)
+        graph_server.serve(make_store(1, shard_nodes=0, edge_drop=1.0), 0, ip_config)
     with pytest.raises(Failure, match="names 1 machines, the store is cut for 2"):
-        serving.serve(make_store(2, shard_nodes=0), 0, ip_config)
+        graph_server.serve(make_store(2, shard_nodes=0), 0, ip_config)
     for line in ("0.0.0.0 4000", "localhost 4000", HOST, f"{HOST} 70000"):
         ip_config.write_text(line)
         with pytest.raises(Failure, match=r"ip\.txt: line 1 is not `ADDRESS PORT` of one interface"):
-            serving.serve(one, 0, ip_config)
+            graph_server.serve(one, 0, ip_config)
 
 
 def test_trainers_without_a_server(make_store: Callable[..., Path], tmp_path: Path) -> None:
     """On their own machine, then on the other one."""
     served = Served(make_store(2, shard_nodes=0), tmp_path)
     with pytest.raises(Failure, match=f"{served.places[0]}: no server of yours shares a graph on this machine"):
-        serving.connect(served.path, 0, served.ip_config, 0, 4)
+        graph_server.connect(served.path, 0, served.ip_config, 0, 4)
     code = "import sys; from pathlib import Path; from dist_egnn import serving; from dist_egnn.errors import Failure\n"
     code += f"try: serving.connect(Path({str(served.path)!r}), 0, Path({str(served.ip_config)!r}), 0, 4)\n"
     code += "except Failure as failure: print(failure, flush=True); serving.leave(3)"

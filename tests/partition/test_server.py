@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dist_egnn.store import Store
+from dist_egnn.data.store import Store
 
 LIMIT_S = 40.0
 SHARED = Path("/dev/shm")
@@ -36,7 +36,7 @@ def role(kind: str, ip_config: str, result: str) -> None:
 
 
 def ours() -> set[Path]:
-    """What DGL's server shares: its graph, its partition book, its node fields. Those of dist_egnn.serving start with dist_egnn~,
+    """What DGL's server shares: its graph, its partition book, its node fields. Those of graph_server.py start with dist_egnn~,
     and may be another test's of this moment."""
     return {f for pattern in ("dist_egnn[!~]*", "dist_egnn", "node~_N~*-kvdata-") for f in SHARED.glob(pattern)}
 

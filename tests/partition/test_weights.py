@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import yaml
 from dgl import load_graphs
-from dist_egnn.partition import build, methods
+from dist_egnn.partition import assign, store_writer
 from typer.testing import CliRunner
 
-from dist_egnn import cli, runs, samples
+from dist_egnn import cli
+from dist_egnn.commands import runs
 from dist_egnn.config import Config, load, to_yaml
+from dist_egnn.data import dataset
+from dist_egnn.data.store import Store
+from dist_egnn.data.trajectories import Trajectories
 from dist_egnn.errors import Failure
-from dist_egnn.store import Store
-from dist_egnn.trajectories import Trajectories
 
 
 def content(path: Path) -> dict[str, str]:
@@ -50,10 +52,10 @@ def test_every_snapshot_follows(make_store, method, parts, trainers, weights):
     assert store.summary()["balance"] == pytest.approx((owned(store) / share).max(1).mean())
 
 
-@pytest.mark.parametrize("method", methods.METHODS)
+@pytest.mark.parametrize("method", assign.METHODS)
 def test_equal_weights_write_the_same_store(small, make_store, make_inputs, tmp_path, method):
     plain = make_store(2, method, trainers=2)
-    build.write(
+    store_writer.write(
         Trajectories(small), tmp_path / "store", make_inputs(2, method, trainers=2, weights=[5] * 4), lambda *_: None
     )
     assert content(tmp_path / "store") == content(plain)
@@ -66,9 +68,9 @@ def test_a_store_from_before_there_were_weights(make_store, make_inputs, small, 
     del manifest["inputs"]["weights"]
     (path / "manifest.yaml").write_text(yaml.safe_dump(manifest))
     assert Store(path).inputs["weights"] is None
-    assert build.write(Trajectories(small), path, make_inputs(2), lambda *_: None) is False
+    assert store_writer.write(Trajectories(small), path, make_inputs(2), lambda *_: None) is False
     with pytest.raises(Failure, match="exists and is not a store of these settings"):
-        build.write(Trajectories(small), path, make_inputs(2, "morton", weights=[2, 1]), lambda *_: None)
+        store_writer.write(Trajectories(small), path, make_inputs(2, "morton", weights=[2, 1]), lambda *_: None)
 
 
 def test_config_and_store(make_store):
@@ -76,7 +78,7 @@ def test_config_and_store(make_store):
     weighted, equal = make_store(2, "morton", weights=[2, 1]), make_store(2, "morton")
 
     def parts(path: Path, *more: str) -> int:
-        return samples.parts(load(None, [f"data.path={path}", *more]))
+        return dataset.parts(load(None, [f"data.path={path}", *more]))
 
     assert parts(weighted) == parts(weighted, "partition.weights=[4,2]") == 2
     assert parts(equal, "partition.weights=[7,7]") == 2
@@ -90,7 +92,7 @@ def test_config_and_store(make_store):
 
 def test_more_weights_than_processes(small):
     with pytest.raises(Failure, match="2 of them for 1 processes"):
-        samples.parts(load(None, [f"data.path={small}", "partition.weights=[2,1]"]))
+        dataset.parts(load(None, [f"data.path={small}", "partition.weights=[2,1]"]))
     with pytest.raises(Failure, match="2 of them for 3 processes"):
         load(None, ["partition.parts=3", "partition.weights=[2,1]"])
     with pytest.raises(Failure, match="must be positive numbers"):
@@ -108,7 +110,7 @@ def test_the_config_of_a_run_with_weights_loads_again(tmp_path):
 def test_weights_that_cannot_be_met_write_nothing(small, make_inputs, tmp_path):
     inputs = make_inputs(2, "morton", weights=[1000, 1])
     with pytest.raises(Failure, match=r"weights=\[1000,1\]: process 1 would get 0\.2 of 200 nodes; raise its weight"):
-        build.write(Trajectories(small), tmp_path / "store", inputs, lambda *_: None)
+        store_writer.write(Trajectories(small), tmp_path / "store", inputs, lambda *_: None)
     with pytest.raises(Failure, match="method=kmeans: does not follow weights"):
         make_inputs(2, "kmeans", weights=[2, 1])
     assert list(tmp_path.iterdir()) == []
@@ -124,12 +126,12 @@ def test_a_run_from_a_file_partitions_by_its_weights(small, tmp_path, capsys):
     config.partition.method, config.partition.weights = "bisection", [3.0, 1.0]
     runs.run_partition(config, tmp_path / "store")
     assert owned(Store(tmp_path / "store"))[0].tolist() == [150, 50]
-    assert samples.parts(config) == 2
+    assert dataset.parts(config) == 2
 
 
 def test_a_resume_on_other_parts_leaves_the_weights(tmp_path, monkeypatch):
     """They were those of the old parts."""
-    monkeypatch.setattr("dist_egnn.resume.check_run", lambda run: None)
+    monkeypatch.setattr("dist_egnn.train.resume.check_run", lambda run: None)
     (tmp_path / "config.yaml").write_text(to_yaml(load(None, ["partition.parts=2", "partition.weights=[2,1]"])))
 
     def weights(*words: str) -> list[float] | None:

@@ -94,5 +94,7 @@ def gns(monkeypatch):
 def water3d(gns, monkeypatch):
     """recipes/water3d/prepare.py as a module; in this process, with threads as workers."""
     module = loaded(monkeypatch, "water3d_prepare", RECIPE / "prepare.py")
-    monkeypatch.setattr(module.preparing, "ProcessPoolExecutor", lambda workers, *_, **__: ThreadPoolExecutor(workers))
+    monkeypatch.setattr(
+        module.preparation, "ProcessPoolExecutor", lambda workers, *_, **__: ThreadPoolExecutor(workers)
+    )
     return module

@@ -33,7 +33,7 @@ del sys.modules["prepare"]  # every recipe has one
 
 
 def run(*words: object) -> int:
-    return prepare.preparing.main(prepare.run, [str(word) for word in words])
+    return prepare.preparation.main(prepare.run, [str(word) for word in words])
 
 
 def block(n: int = 12, frames: int = 20, dt: float = 0.02) -> tuple[np.ndarray, np.ndarray]:

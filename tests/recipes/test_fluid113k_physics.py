@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from fluid113k import BOX, MASS, RADIUS, RECIPE, block, check, physics, prepare
 
-from dist_egnn.trajectories import Writer
+from dist_egnn.data.trajectories import Writer
 
 
 def test_density_of_a_block_and_of_one_too_dense():
@@ -62,7 +62,7 @@ def checked(tmp_path, capsys):
             masses = {"mass": np.full(position.shape[1], mass)}
             out.add(position, velocity=velocity, attributes=masses, box=BOX, dt=0.02, split="train", source="test")
         try:
-            code = prepare.preparing.main(check.run, [str(word) for word in (path, *words)])
+            code = prepare.preparation.main(check.run, [str(word) for word in (path, *words)])
         except SystemExit as ended:
             code = ended.code
         return code, *capsys.readouterr()
@@ -98,7 +98,7 @@ def test_a_file_that_does_not_obey(checked):
 def test_a_file_of_another_recipe_is_one_line(tmp_path, capsys):
     with Writer(tmp_path / "x.h5", {}) as out:
         out.add(np.zeros((3, 2, 3)), dt=1.0, split="train", source="test")
-    assert prepare.preparing.main(check.run, [str(tmp_path / "x.h5")]) == 2
+    assert prepare.preparation.main(check.run, [str(tmp_path / "x.h5")]) == 2
     assert capsys.readouterr().err == (
         f"error: {tmp_path / 'x.h5'}: trajectory 0 has no box; this is no file of fluid113k's prepare.py\n"
     )

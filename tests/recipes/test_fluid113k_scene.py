@@ -114,8 +114,8 @@ def test_progress_is_told_in_frames(tmp_path, engine, monkeypatch):
 
         yield tick
 
-    monkeypatch.setattr(prepare.preparing.progress, "bar", bar)
-    monkeypatch.setattr(prepare.preparing, "POLL_S", 0.02)
+    monkeypatch.setattr(prepare.preparation.progress, "bar", bar)
+    monkeypatch.setattr(prepare.preparation, "POLL_S", 0.02)
     engine(f"""if k == 1:
   open(folder + "/frames", "w").write("5")
   ends = time.monotonic() + 60
@@ -278,7 +278,7 @@ import sys
 sys.path.insert(0, sys.argv.pop(1))
 import prepare
 prepare.LARGE, prepare.LEG = 500, 7
-sys.exit(prepare.preparing.main(prepare.run))
+sys.exit(prepare.preparation.main(prepare.run))
 """
 
 

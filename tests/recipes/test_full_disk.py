@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from gns_files import METADATA, command
 
-from dist_egnn import disk
+from dist_egnn.data.store import Store
+from dist_egnn.data.trajectories import Trajectories, Writer
 from dist_egnn.errors import Failure
-from dist_egnn.store import Store
-from dist_egnn.trajectories import Trajectories, Writer
+from dist_egnn.utils import disk
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SWEEP = """
@@ -26,7 +26,7 @@ import sys
 from pathlib import Path
 import numpy as np
 from dist_egnn.errors import Failure
-from dist_egnn.trajectories import Writer
+from dist_egnn.data.trajectories import Writer
 
 folder = Path(sys.argv[1])
 draw = np.random.default_rng(0)
@@ -119,7 +119,7 @@ def test_prepare_on_a_full_disk_goes_on_once_there_is_room(small_disk, tmp_path)
 
 def test_partition_on_a_full_disk(small_disk, small, make_inputs):
     """Wherever it gets full: one line, no store; with room the same call ends with a whole one."""
-    from dist_egnn.partition import build
+    from dist_egnn.partition import store_writer
     from dist_egnn.partition.verify import verify
 
     out, filler, inputs = small_disk / "store", small_disk / "filler", make_inputs(2)
@@ -127,7 +127,7 @@ def test_partition_on_a_full_disk(small_disk, small, make_inputs):
     for free in (0, 20_000, 300_000, 350_000, 400_000, 450_000, 500_000, 550_000, 650_000, 850_000):
         filler.write_bytes(bytes(4_194_304 - free))
         try:
-            build.write(Trajectories(small), out, inputs, lambda *_: None)
+            store_writer.write(Trajectories(small), out, inputs, lambda *_: None)
         except Failure as failure:
             lines.add(str(failure))
             assert not out.exists()
@@ -146,7 +146,7 @@ def test_partition_on_a_full_disk(small_disk, small, make_inputs):
             "is the disk full?",
         )  # the last: DGL's own last bytes
         assert any(text in line for text in said), line
-    build.write(Trajectories(small), out, inputs, lambda *_: None)
+    store_writer.write(Trajectories(small), out, inputs, lambda *_: None)
     verify(Store(out), lambda *_: None)
 
 

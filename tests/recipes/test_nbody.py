@@ -16,9 +16,10 @@ import pandas as pd
 import pytest
 from scipy.integrate import solve_ivp
 
-from dist_egnn import config, road
+from dist_egnn import config
+from dist_egnn.commands import recipe
+from dist_egnn.data.trajectories import Trajectories, snapshots
 from dist_egnn.errors import Failure
-from dist_egnn.trajectories import Trajectories, snapshots
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "nbody"
 FEW = ("--scale", "tiny", "--particles", "10", "--workers", "1")
@@ -206,7 +207,7 @@ def test_killed_and_resumed_gives_the_same_bytes(nbody, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("wrong", [["--particles", "1"], ["--clusters", "2"], ["--scale", "huge"], ["--seed", "-1"]])
 def test_wrong_options_are_one_line(nbody, tmp_path, capsys, wrong):
-    assert nbody.preparing.main(nbody.run, ["--out", str(tmp_path / "x.h5"), *wrong]) == 2
+    assert nbody.preparation.main(nbody.run, ["--out", str(tmp_path / "x.h5"), *wrong]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert wrong[0] in error
@@ -260,7 +261,7 @@ def test_road(data, tmp_path, capsys):
     out.mkdir()
     shutil.copy(data, out / "nbody-tiny.h5")
     arguments = ["--out", str(out), "--models", "Linear", "EGNN", "train.lr=1e-3"]
-    road.run(RECIPE, SCALES, arguments)
+    recipe.run(RECIPE, SCALES, arguments)
     found = table(out)
     assert list(found.index) == ["static", "linear", "Linear", "EGNN"]
     assert found.loc["static", "of static"] == found.loc["linear", "of linear"] == 1
@@ -269,26 +270,26 @@ def test_road(data, tmp_path, capsys):
     assert config.load(out / "EGNN" / "config.yaml").train.lr == 1e-3
     before = (out / "EGNN" / "best.pt").read_bytes()
     assert "trained already" not in capsys.readouterr().out
-    road.run(RECIPE, SCALES, arguments)
+    recipe.run(RECIPE, SCALES, arguments)
     assert capsys.readouterr().out.count("trained already") == 2
     assert (out / "EGNN" / "best.pt").read_bytes() == before
     pd.testing.assert_frame_equal(table(out), found)
     with pytest.raises(Failure, match=r"train\.lr is 0\.001 there and 0\.002 now"):
-        road.run(RECIPE, SCALES, [*arguments, "train.lr=2e-3"])
+        recipe.run(RECIPE, SCALES, [*arguments, "train.lr=2e-3"])
     shutil.copy(data, out / "nbody-small.h5")
     with pytest.raises(Failure, match=r"data\.path is .*nbody-tiny\.h5 there and .*nbody-small\.h5 now"):
-        road.run(RECIPE, {**SCALES, "small": SCALES["tiny"]}, [*arguments, "--scale", "small"])
+        recipe.run(RECIPE, {**SCALES, "small": SCALES["tiny"]}, [*arguments, "--scale", "small"])
 
 
 def test_road_goes_on_after_an_interruption(data, tmp_path, monkeypatch):
     """Stopped in the third of four epochs: the same weights as without a stop."""
     import torch
 
-    from dist_egnn import train
+    from dist_egnn.train import trainer
 
     arguments = [f"data.path={data}", "--models", "EGNN", "--epochs", "4"]
-    road.run(RECIPE, SCALES, ["--out", str(tmp_path / "whole"), *arguments])
-    steps = train.steps
+    recipe.run(RECIPE, SCALES, ["--out", str(tmp_path / "whole"), *arguments])
+    steps = trainer.steps
 
     def stopping(*given):
         if given[-1].epoch == 2:
@@ -296,11 +297,11 @@ def test_road_goes_on_after_an_interruption(data, tmp_path, monkeypatch):
         return steps(*given)
 
     stopped = ["--out", str(tmp_path / "stopped"), *arguments]
-    monkeypatch.setattr(train, "steps", stopping)
+    monkeypatch.setattr(trainer, "steps", stopping)
     with pytest.raises(KeyboardInterrupt):
-        road.run(RECIPE, SCALES, stopped)
-    monkeypatch.setattr(train, "steps", steps)
-    road.run(RECIPE, SCALES, stopped)
+        recipe.run(RECIPE, SCALES, stopped)
+    monkeypatch.setattr(trainer, "steps", steps)
+    recipe.run(RECIPE, SCALES, stopped)
     whole, mended = (torch.load(tmp_path / name / "EGNN" / "last.pt")["model"] for name in ("whole", "stopped"))
     assert all(torch.equal(value, mended[key]) for key, value in whole.items())
     pd.testing.assert_frame_equal(table(tmp_path / "whole"), table(tmp_path / "stopped"))
@@ -308,7 +309,7 @@ def test_road_goes_on_after_an_interruption(data, tmp_path, monkeypatch):
 
 def test_road_on_two_parts(data, tmp_path):
     """One store; the static prediction's error is that of the data, whatever the cut."""
-    road.run(RECIPE, SCALES, ["--out", str(tmp_path), f"data.path={data}", "--models", "EGNN", "--parts", "2"])
+    recipe.run(RECIPE, SCALES, ["--out", str(tmp_path), f"data.path={data}", "--models", "EGNN", "--parts", "2"])
     assert (tmp_path / "store-2" / "manifest.yaml").exists()
     assert config.load(tmp_path / "EGNN" / "config.yaml").data.path == str(tmp_path / "store-2")
     file = Trajectories(data)
@@ -329,5 +330,5 @@ def test_road_on_two_parts(data, tmp_path):
 )
 def test_road_refuses_before_it_prepares(tmp_path, wrong, said):
     with pytest.raises(Failure, match=said):
-        road.run(RECIPE, SCALES, ["--out", str(tmp_path / "road"), *wrong])
+        recipe.run(RECIPE, SCALES, ["--out", str(tmp_path / "road"), *wrong])
     assert not (tmp_path / "road").exists()

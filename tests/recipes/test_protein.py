@@ -20,9 +20,9 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 
-from dist_egnn import preparing
-from dist_egnn.graphs import radius_edges
-from dist_egnn.trajectories import SampleSpec, Snapshot, Trajectories, Writer, sample, snapshots
+from dist_egnn.data import prepare as preparation
+from dist_egnn.data.graphs import radius_edges
+from dist_egnn.data.trajectories import SampleSpec, Snapshot, Trajectories, Writer, sample, snapshots
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "protein"
 for package in ("MDAnalysis", "MDAnalysisData", "MDAnalysisTests"):
@@ -54,7 +54,7 @@ def call(prepare, capsys) -> Callable[..., Ran]:
 
     def run(*arguments: object) -> Ran:
         capsys.readouterr()
-        code = preparing.main(prepare.run, [str(a) for a in arguments])
+        code = preparation.main(prepare.run, [str(a) for a in arguments])
         return Ran(code, *capsys.readouterr())
 
     return run
@@ -186,7 +186,7 @@ def remote(tmp_path, monkeypatch) -> Callable[[str], None]:
     *_, trajectory = md(tmp_path / "server", walk(4187, 8))
     files = {"topology": tmp_path / "server" / "few.pdb", "trajectory": Path(trajectory)}
     archive = {
-        key: base.RemoteFileMetadata(file.name, str(file), preparing.sha256(file)) for key, file in files.items()
+        key: base.RemoteFileMetadata(file.name, str(file), preparation.sha256(file)) for key, file in files.items()
     }
     monkeypatch.setattr(adk_equilibrium, "ARCHIVE", archive)
     monkeypatch.setenv("MDANALYSIS_DATA", str(tmp_path / "home"))

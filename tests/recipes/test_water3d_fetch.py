@@ -138,7 +138,7 @@ def test_no_network_is_one_clear_line(gns, water3d, tmp_path, monkeypatch, capsy
 
     monkeypatch.setattr(gns.urllib.request, "urlopen", offline)
     options = ["--source", str(tmp_path / "d"), "--download", "--scale", "tiny", "--out", str(tmp_path / "a.h5")]
-    assert water3d.preparing.main(water3d.run, options) == 2
+    assert water3d.preparation.main(water3d.run, options) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(
         f"error: {gns.URL}/metadata.json: cannot be fetched (<urlopen error Name or service not known>)"

@@ -16,8 +16,8 @@ import pytest
 from gns_files import METADATA, RECIPE, command, framed, needs_records, record, run, trajectories
 
 from dist_egnn import config
+from dist_egnn.data.trajectories import SampleSpec, Snapshot, Trajectories, node_fields
 from dist_egnn.errors import Failure
-from dist_egnn.trajectories import SampleSpec, Snapshot, Trajectories, node_fields
 
 
 def same(path: Path, counts: tuple[int, int, int]) -> None:

@@ -9,8 +9,8 @@ import pytest
 from gns_files import RECIPE, run
 
 from dist_egnn import config
+from dist_egnn.data.trajectories import Trajectories
 from dist_egnn.errors import Failure
-from dist_egnn.trajectories import Trajectories
 
 
 @pytest.mark.parametrize("particles", [1000, 8000])

@@ -14,12 +14,14 @@ import tempfile
 import time
 from pathlib import Path
 
+import bench_pipeline
 import torch
 
-from dist_egnn import bench_road, comm, local, train
 from dist_egnn import config as configs
-from dist_egnn.samples import open_samples
-from dist_egnn.store import Store
+from dist_egnn.data.dataset import open_samples
+from dist_egnn.data.store import Store
+from dist_egnn.distributed import comm, spawn
+from dist_egnn.train import trainer
 
 MODES = ("bridge", "exchange")
 REPEATS = 5
@@ -31,7 +33,7 @@ def steps(group: comm.Comm, path: str, store: str) -> dict[str, list[float]]:
     for mode in MODES:
         config = configs.load(path, [f"data.path={store}", f"partition.halo={mode}"])
         samples = open_samples(config, group.rank, group.size)
-        model = train.build_model(config, samples.widths, group)
+        model = trainer.build_model(config, samples.widths, group)
         works[mode] = config, model, samples[samples.splits["train"][0]]
     taken: dict[str, list[list[float]]] = {mode: [] for mode in MODES}
     for turn in range(REPEATS + 1):
@@ -39,7 +41,7 @@ def steps(group: comm.Comm, path: str, store: str) -> dict[str, list[float]]:
             config, model, graph = works[mode]
             group.max(0.0)  # all begin together
             clocks = [clock() for clock in (time.perf_counter, time.process_time, comm.seconds)]
-            loss, _ = train.loss_of(config, model, graph, group, torch.Generator().manual_seed(0))
+            loss, _ = trainer.loss_of(config, model, graph, group, torch.Generator().manual_seed(0))
             loss.backward()
             group.sum_gradients(model.parameters())
             ends = (time.perf_counter(), time.process_time(), comm.seconds())
@@ -53,10 +55,10 @@ if __name__ == "__main__":
     first, second = sys.argv[1:]
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
         if first.isdigit():
-            made = bench_road._config(Path(folder), int(first), 14.6, int(second), 1, {}, "bridge")
+            made = bench_pipeline._config(Path(folder), int(first), 14.6, int(second), 1, {}, "bridge")
             first, second = made.data.path, str(Path(folder) / "config.yaml")
             Path(second).write_text(configs.to_yaml(made))
-        ranks = local.run(steps, Store(first).parts, second, first)
+        ranks = spawn.run(steps, Store(first).parts, second, first)
     print("mode        step [s]  processor [s]  collectives [s]")
     for name in MODES:
         wall, cpu, talk = (max(column) for column in zip(*(rank[name] for rank in ranks), strict=True))

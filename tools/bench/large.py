@@ -14,10 +14,10 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+from bench_data import DRIFT, SPACING, block
 from scipy.spatial import KDTree
 
-from dist_egnn.bench_data import DRIFT, SPACING, block
-from dist_egnn.trajectories import Writer
+from dist_egnn.data.trajectories import Writer
 
 SLAB = 1 << 18  # particles drawn at once
 DEGREE = 15.0

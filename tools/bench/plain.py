@@ -1,7 +1,7 @@
 """FastEGNN as a page of PyTorch: gather, concatenate, perceptron, scatter, all nodes and edges at once.
 
 Written from the equations of docs/paper-map.md, apart from dist_egnn's layers: `distegnn bench step --peers` times it, and
-tests/test_bench.py holds it equal to dist_egnn.models.EGNN. One graph, one process, no options.
+tests/tools/test_bench.py holds it equal to dist_egnn.models.network.EGNN. One graph, one process, no options.
 
 Legend: N nodes, E edges, C virtual nodes, H width, F input features, K node attributes, A edge attributes.
 """

@@ -17,17 +17,22 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import bench_data
 import torch
 from torch import Tensor
 
-from dist_egnn import bench_plan, calibrate, comm, local, plan, runs, shares, train
+from dist_egnn.commands import runs
 from dist_egnn.config import Config
-from dist_egnn.samples import open_samples
+from dist_egnn.data.dataset import open_samples
+from dist_egnn.distributed import comm, spawn
+from dist_egnn.planning import plan, trial
+from dist_egnn.train import trainer
+from dist_egnn.utils import part_weights
 
 PARTS, SLOW, SPEED = 2, 1, 0.5
 REPEATS = 7
 MODEL = ["partition.method=bisection", "model.hidden=32", "model.layers=3"]
-Trial = calibrate.Trial
+Trial = trial.Trial
 
 
 class _Backward(torch.autograd.Function):
@@ -67,13 +72,13 @@ class Slowed:
 
 def tried(group: comm.Comm, config: Config, number: int, *more: Any) -> Trial:
     """`calibrate.rank`, of a slow process where it is one."""
-    plain = calibrate.Lonely
+    plain = trial.Lonely
     if number == SLOW:
-        calibrate.Lonely = lambda rank, size: _slow(plain(rank, size))  # type: ignore[assignment,misc,return-value]
+        trial.Lonely = lambda rank, size: _slow(plain(rank, size))  # type: ignore[assignment,misc,return-value]
     return rank_of(group, config, number, *more)
 
 
-rank_of = calibrate.rank
+rank_of = trial.rank
 
 
 def _slow(group: Any) -> Slowed:
@@ -92,7 +97,7 @@ def steps(group: comm.Comm, config: Config, slow: bool) -> list[float]:
     """Least seconds of a step: wall, processor."""
     own: Any = _slow(group) if slow and group.rank == SLOW else group
     samples = open_samples(config, group.rank, group.size)
-    model = train.build_model(config, samples.widths, own)
+    model = trainer.build_model(config, samples.widths, own)
     graph = samples[samples.splits["train"][0]]
     taken = []
     for _ in range(REPEATS + 1):
@@ -100,7 +105,7 @@ def steps(group: comm.Comm, config: Config, slow: bool) -> list[float]:
         if own is not group:
             own.since = time.thread_time()
         begun = time.perf_counter(), time.thread_time()
-        loss, _ = train.loss_of(config, model, graph, own, torch.Generator().manual_seed(0))
+        loss, _ = trainer.loss_of(config, model, graph, own, torch.Generator().manual_seed(0))
         loss.backward()
         own.sum_gradients(model.parameters())
         taken.append([time.perf_counter() - begun[0], time.thread_time() - begun[1]])
@@ -109,22 +114,22 @@ def steps(group: comm.Comm, config: Config, slow: bool) -> list[float]:
 
 def main(nodes: int) -> None:
     """Partition, plan, partition again; then all three kinds of steps in turn."""
-    calibrate.rank = tried  # type: ignore[assignment]
+    trial.rank = tried  # type: ignore[assignment]
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as name:
         folder = Path(name)
-        radius = bench_plan.write_data(folder / "block.h5", nodes, 3, 14.6)
-        equal = bench_plan.config_of(folder / "block.h5", radius, PARTS, MODEL)
+        radius = bench_data.write_data(folder / "block.h5", nodes, 3, 14.6)
+        equal = bench_data.config_of(folder / "block.h5", radius, PARTS, MODEL)
         weighted = deepcopy(equal)
         runs.run_partition(equal, folder / "equal")
         planned = plan.make(equal)
-        print(f"speeds {[round(rank.speed) for rank in planned.ranks]}, weights {shares.text(planned.weights)}")
+        print(f"speeds {[round(rank.speed) for rank in planned.ranks]}, weights {part_weights.text(planned.weights)}")
         weighted.partition.weights = planned.weights
         runs.run_partition(weighted, folder / "weighted")
         cases = {"equal, none slow": (equal, False), "equal": (equal, True), "proposed": (weighted, True)}
         found: dict[str, list[list[float]]] = {case: [] for case in cases}
         for _ in range(3):
             for case, args in cases.items():
-                ranks = local.run(steps, PARTS, *args)
+                ranks = spawn.run(steps, PARTS, *args)
                 found[case].append([max(column) for column in zip(*ranks, strict=True)])
     best = {case: [min(column) for column in zip(*each, strict=True)] for case, each in found.items()}
     ideal = [seconds * PARTS / (PARTS - 1 + SPEED) for seconds in best["equal, none slow"]]

@@ -1,0 +1,100 @@
+"""Hold P processes against one on a user's own data: outputs, loss and the gradient of every parameter, in float64."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from dgl import DGLGraph
+from torch import Tensor
+
+from ..config import Config
+from ..data.store import Store
+from ..distributed import spawn
+from ..distributed.comm import Alone, Comm
+from ..train import trainer
+
+TOLERANCE = 1e-10
+
+
+@dataclass
+class Step:
+    """A forward and backward pass: predictions by node of the snapshot, the loss, gradients by parameter."""
+
+    predicted: Tensor
+    virtual: Tensor
+    loss: Tensor
+    gradients: dict[str, Tensor]
+
+
+def full_size(model: torch.nn.Module) -> None:
+    """Draw the last weights of φ_x and its kind anew, at full size: they start near zero, where an error in what they carry
+    would hide."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("phi_x.2.weight", "phi_xv.2.weight", "phi_z.2.weight")):
+            drawn = 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.data = drawn.to(parameter)
+
+
+def _step(comm: Comm, config: Config, store: Store, graph: DGLGraph) -> Step:
+    widths = len(store.inputs["features"]), len(store.inputs["node_attributes"])
+    model = trainer.build_model(config, widths, comm).double()
+    full_size(model)
+    predicted, z = model(graph)
+    loss, _ = trainer.loss_of(config, model, graph, comm, torch.Generator().manual_seed(2))
+    loss.backward()
+    comm.sum_gradients(model.parameters())
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return Step(predicted.detach(), z.detach(), comm.sum(loss.detach()), gradients)
+
+
+def _partitioned(comm: Comm, config: Config, path: str, snapshot: int, folder: str) -> None:
+    store = Store(path)
+    graph = store.read(snapshot, comm.rank, config.partition.halo == "exchange")
+    step = _step(comm, config, store, graph)
+    result = {"gid": graph.ndata["gid"], "predicted": step.predicted}
+    if comm.rank == 0:
+        result |= {
+            "virtual": step.virtual,
+            "loss": step.loss,
+            **{f"gradient {k}": g for k, g in step.gradients.items()},
+        }
+    torch.save(result, Path(folder) / f"{comm.rank}.pt")
+
+
+def _apart(a: Tensor, b: Tensor, least: float = 0.0) -> float:
+    """The largest difference relative to the largest value of b, or to ``least`` if that is larger; two zeros agree."""
+    difference = float((a - b).abs().max()) if a.numel() else 0.0
+    return difference / max(float(b.abs().max()), least) if difference else 0.0
+
+
+def compare(config: Config, store: Store, snapshot: int, folder: Path) -> dict[str, float]:
+    """Relative differences of P processes from one on the same cut graph, in halo mode on the full graph, by what was compared.
+
+    A gradient that symmetry makes zero (φ_z's on a block of fluid at rest, say) is nothing but rounding, and cannot be held
+    against its own size: a gradient's scale is at least a thousandth of the largest gradient of the model.
+    """
+    config = copy.deepcopy(config)
+    spawn.run(
+        _partitioned, store.parts, config, str(store.path), snapshot, str(folder), timeout_s=config.train.timeout_s
+    )
+    return _against_one(config, store, snapshot, folder)
+
+
+def _against_one(config: Config, store: Store, snapshot: int, folder: Path) -> dict[str, float]:
+    """What compare returns, given what each process left in the folder."""
+    one = _step(Alone(), config, store, store.whole(snapshot, config.partition.halo == "exchange"))
+    ranks = [torch.load(folder / f"{p}.pt", weights_only=True) for p in range(store.parts)]
+    predicted = torch.cat([r["predicted"] for r in ranks])[torch.cat([r["gid"] for r in ranks]).argsort()]
+    found = {
+        "prediction x": _apart(predicted, one.predicted),
+        "virtual nodes z": _apart(ranks[0]["virtual"], one.virtual),
+        "loss": _apart(ranks[0]["loss"], one.loss),
+    }
+    least = 1e-3 * max((float(g.abs().max()) for g in one.gradients.values()), default=0.0)
+    for name, gradient in one.gradients.items():
+        found[f"gradient {name}"] = _apart(ranks[0][f"gradient {name}"], gradient, least)
+    return found

@@ -1,1 +1,0 @@
-"""Layers: what an edge sends, what a node and the virtual nodes do with it."""

@@ -1,0 +1,298 @@
+"""dist_egnn.load: arrays in, predicted positions out, equal to what the run's evaluation predicts."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import dist_egnn
+from dist_egnn import config
+from dist_egnn.data.dataset import open_samples
+from dist_egnn.data.trajectories import Trajectories, Writer, snapshots
+from dist_egnn.distributed.comm import Alone
+from dist_egnn.errors import Failure
+from dist_egnn.models import network
+from dist_egnn.train import checkpoint, trainer
+
+ROOT = Path(__file__).parents[2]
+DATA = ["data.radius=0.27", "data.horizon=3", "data.frames=2", "data.edge_drop=0.25"]
+FEATURES = ["data.features=[speed,viscosity/max,mass]", "data.node_attributes=[viscosity]"]
+# name → overrides of a run whose model is written, not trained: what it predicts is compared, not judged
+RUNS = {
+    "named": FEATURES,
+    "all of them": [],  # data.features: null
+    "speed alone": ["data.features=[speed]"],
+    "EGNN": [*FEATURES, "model.name=EGNN"],
+    "Linear": [*FEATURES, "model.name=Linear"],
+    "options": [*FEATURES, "model.attention=true", "model.normalize=true", "model.gravity=[0,-9.81,0]"],
+    "complete graph": [*FEATURES, "data.radius=.inf", "data.edge_drop=0.9"],
+}
+
+
+def settings(small: Path, folder: Path, *overrides: str) -> Any:
+    model = ["model.hidden=8", "model.layers=2", "train.batch_size=1"]
+    return config.load(None, [f"data.path={small}", f"run.dir={folder}", *DATA, *model, *overrides])
+
+
+def write(wanted: Any, seed: int = 0) -> Path:
+    """A run's folder with a checkpoint whose weights are all drawn at full size. Returns the checkpoint."""
+    model = trainer.build_model(wanted, open_samples(wanted, 0, 1).widths, Alone())
+    torch.manual_seed(seed)
+    for value in model.parameters():
+        value.data = torch.randn_like(value) / max(value.shape or (1,)) ** 0.5
+    folder = Path(wanted.run.dir)
+    folder.mkdir()
+    text = config.to_yaml(wanted)
+    checkpoint.save(folder / "best.pt", {"model": model.state_dict(), "config": text})
+    (folder / "config.yaml").write_text(text)
+    return folder / "best.pt"
+
+
+@pytest.fixture(scope="module")
+def run(small, tmp_path_factory) -> Path:
+    """A trained run of the settings `named`."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    trainer.train(Alone(), settings(small, folder, *FEATURES, "train.epochs=1"))
+    return folder
+
+
+def inputs(
+    small: Path, wanted: Any, split: str = "test"
+) -> list[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray], np.ndarray]]:
+    """Positions, velocities, attributes by name and true later positions of a split's snapshots, from the file."""
+    data, d = Trajectories(small), wanted.data
+    return [
+        (
+            data.position(s.trajectory, s.frame),
+            data.velocity(s.trajectory, s.frame),
+            {name: data.attribute(s.trajectory, name) for name in data[s.trajectory].attributes},
+            data.position(s.trajectory, s.frame + d.horizon),
+        )
+        for s in snapshots(data, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed)
+        if s.split == split
+    ]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_predicts_what_evaluation_predicts(name, small, tmp_path):
+    wanted = settings(small, tmp_path / "run", *RUNS[name])
+    path = write(wanted)
+    # the model as `distegnn evaluate` makes it
+    samples = open_samples(wanted, 0, 1)
+    model = trainer.build_model(wanted, samples.widths, Alone())
+    checkpoint.load_weights(model, checkpoint.load(path), path)
+    model.eval()
+    predict = dist_egnn.load(path)
+    cases = inputs(small, wanted)
+    assert len(cases) == 2
+    for number, (x, v, attributes, _) in zip(samples.splits["test"], cases, strict=True):
+        with torch.no_grad():
+            y, z = model(samples[number])
+        assert float((y - torch.from_numpy(x)).abs().max()) > 1e-3
+        found, virtual = predict.with_virtual(x, v, attributes)
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, y.numpy())
+        np.testing.assert_array_equal(virtual, z[0].numpy())
+        np.testing.assert_array_equal(predict(x, v, attributes), found)
+
+
+def test_periodic_box(tmp_path):
+    """Edges across the boundary, as in the sample; a box where the run has one, and only there."""
+    draw = np.random.default_rng(0)
+    v = draw.normal(scale=0.02, size=(80, 3))
+    position = draw.uniform(size=(80, 3)) + v * np.arange(6)[:, None, None]
+    box = np.array([[0.0, 0.1, 0.0], [1.0, 1.1, 1.3]])
+    with Writer(tmp_path / "a.h5", {}) as out:
+        for split in ("train", "valid", "test"):
+            given = {"mass": draw.uniform(size=80), "viscosity": np.ones(80)}
+            out.add(position, split=split, dt=1.0, source="test", attributes=given, box=box, periodic=True)
+    wanted = settings(tmp_path / "a.h5", tmp_path / "run", *FEATURES, "data.periodic=true")
+    predict = dist_egnn.load(write(wanted))
+    samples = open_samples(wanted, 0, 1)
+    graph = samples[samples.splits["test"][0]]
+    assert bool(graph.edata["shift"].any())
+    with torch.no_grad():
+        y, z = predict.model(graph)
+    (x, v, given, _), *_ = inputs(tmp_path / "a.h5", wanted)
+    for one in (box, box.tolist(), torch.from_numpy(box)):
+        found, virtual = predict.with_virtual(x, v, given, box=one)
+        np.testing.assert_array_equal(found, y.numpy())
+        np.testing.assert_array_equal(virtual, z[0].numpy())
+    wrong = {
+        "needs a box": None,
+        r"box: shape \(3,\), expected \(2, 3\)": box[1],
+        "box: NaN": box + np.nan,
+        "half its shortest side": box / 2,
+    }
+    for says, one in wrong.items():
+        with pytest.raises(Failure, match=says):
+            predict(x, v, given, box=one)
+    open_run = dist_egnn.load(write(settings(tmp_path / "a.h5", tmp_path / "open", *FEATURES)))
+    assert not np.array_equal(open_run(x, v, given), y.numpy())
+    with pytest.raises(Failure, match="leave the box out"):
+        open_run(x, v, given, box=box)
+
+
+def test_errors_are_those_of_evaluate(run, small):
+    wanted = config.load(run / "config.yaml")
+    for split in ("test", "valid"):
+        evaluated = trainer.evaluate(Alone(), wanted, run / "best.pt", split)
+        predict = dist_egnn.load(run)
+        squares = [
+            (predict(x, v, given).astype(np.float64) - y) ** 2 for x, v, given, y in inputs(small, wanted, split)
+        ]
+        assert float(np.concatenate(squares).mean()) == pytest.approx(evaluated["FastEGNN"], rel=1e-12)
+
+
+def test_a_checkpoint_alone_is_enough(run, small, tmp_path, monkeypatch):
+    """Without its folder, its data, and from anywhere; a run's folder means its best.pt."""
+    state = checkpoint.load(run / "best.pt")
+    checkpoint.save(tmp_path / "one.pt", {**state, "config": state["config"].replace(str(small), "gone.h5")})
+    monkeypatch.chdir(tmp_path)
+    one = dist_egnn.load("one.pt")
+    assert one.config.data.path == "gone.h5"
+    x, v, given, _ = inputs(small, config.load(run / "config.yaml"))[0]
+    np.testing.assert_array_equal(one(x, v, given), dist_egnn.load(run)(x, v, given))
+    np.testing.assert_array_equal(one(x, v, given), dist_egnn.load(str(run / "best.pt"))(x, v, given))
+
+
+def test_kinds_of_input(run, small):
+    """Tensors, of any dtype and grad; lists; views; features as arrays: one result. What is given stays as it was."""
+    predict = dist_egnn.load(run)
+    x, v, given, _ = inputs(small, predict.config)[0]
+    wanted = predict(x, v, given)
+    f = np.stack([np.linalg.norm(v, axis=1), given["viscosity"] / given["viscosity"].max(), given["mass"]], 1)
+    a = given["viscosity"][:, None]
+    kept = x.copy(), v.copy()
+    by_name = {key: torch.from_numpy(value) for key, value in given.items()}
+    same = [
+        predict(x.astype(np.float64), v.astype(np.float64), given),
+        predict(x[::-1].copy()[::-1], v, given | {"unused": np.zeros(3)}),
+        predict(x.tolist(), v.tolist(), {key: value.tolist() for key, value in given.items()}),
+        predict(x, v, f, node_attributes=a),
+        predict(x, torch.from_numpy(v), torch.from_numpy(f), node_attributes={"viscosity": given["viscosity"]}),
+        predict(x, v, {"viscosity": given["viscosity"], "mass": given["mass"]}, node_attributes=a),
+    ]
+    for found in same:
+        assert isinstance(found, np.ndarray)
+        np.testing.assert_array_equal(found, wanted)
+    for tensor in (torch.from_numpy(x), torch.from_numpy(x).double().requires_grad_()):
+        found, z = predict.with_virtual(tensor, torch.from_numpy(v), by_name)
+        assert isinstance(found, torch.Tensor)
+        assert isinstance(z, torch.Tensor)
+        assert (found.dtype, found.requires_grad, z.shape) == (torch.float32, False, (3, 3))
+        np.testing.assert_array_equal(found.numpy(), wanted)
+    found[:] = 0  # what is returned belongs to the caller
+    np.testing.assert_array_equal(predict(x, v, given), wanted)
+    np.testing.assert_array_equal(x, kept[0])
+    np.testing.assert_array_equal(v, kept[1])
+
+
+def test_one_node_and_far_ones(run):
+    """Without any edge."""
+    predict = dist_egnn.load(run)
+    for n in (1, 2):
+        x = np.arange(n, dtype=float)[:, None] * np.ones(3)
+        given = {"mass": np.ones(n), "viscosity": np.ones(n)}
+        assert np.isfinite(predict(x, np.ones((n, 3)), given)).all()
+
+
+def test_loading_leaves_the_callers_draws_alone(run):
+    torch.manual_seed(5)
+    wanted = torch.rand(3)
+    torch.manual_seed(5)
+    dist_egnn.load(run)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_wrong_input_is_named(run):
+    predict = dist_egnn.load(run)
+    x, v = np.zeros((4, 3)), np.ones((4, 3))
+    ones = np.ones(4)
+    given = {"mass": ones, "viscosity": ones}
+    bad = x.copy()
+    bad[2, 1] = np.nan
+    f = np.ones((4, 3))
+    wrong: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
+        (r"positions: shape \(3, 4\), expected \(N, 3\)", (x.T, v, given), {}),
+        (r"positions: shape \(4,\), expected \(N, 3\)", (ones, v, given), {}),
+        (r"positions: no node", (np.zeros((0, 3)), np.zeros((0, 3)), given), {}),
+        (r"positions: NaN or infinite at row 2", (bad, v, given), {}),
+        (r"positions: NaN or infinite at row 0", (x + 1e300, v, given), {}),
+        (r"positions: not an array of numbers", (["a"], v, given), {}),
+        (r"positions: shape \(\), expected \(N, 3\)", (None, v, given), {}),
+        (r"velocities: shape \(3, 3\), expected \(4, 3\)", (x, v[:3], given), {}),
+        (r"velocities: NaN or infinite at row 2", (x, bad, given), {}),
+        (r"features: 'viscosity' is missing.*\(given: mass\)", (x, v, {"mass": ones}), {}),
+        (r"features: 'viscosity' is missing.*\(given: none\)", (x, v), {}),
+        (r"features: 'mass': shape \(3,\), expected \(4,\)", (x, v, given | {"mass": ones[:3]}), {}),
+        (r"features: 'mass': NaN or infinite at row 1", (x, v, given | {"mass": [1, np.inf, 1, 1]}), {}),
+        (r"features: shape \(4, 2\), expected \(4, 3\)", (x, v, f[:, :2]), {}),
+        (r"node_attributes: 'viscosity' is missing", (x, v, f), {}),
+        (r"node_attributes: shape \(4, 2\), expected \(4, 1\)", (x, v, f), {"node_attributes": f[:, :2]}),
+    ]
+    for says, arguments, named in wrong:
+        with pytest.raises(Failure, match=says) as caught:
+            predict(*arguments, **named)
+        assert "\n" not in str(caught.value)
+
+
+def test_all_features_are_counted(small, tmp_path):
+    """A run with data.features: null knows how many attributes it was trained with, not which."""
+    predict = dist_egnn.load(write(settings(small, tmp_path / "run")))
+    x, v = np.zeros((4, 3)), np.ones((4, 3))
+    with pytest.raises(Failure, match=r"takes every attribute of its data, 2, and speed; given are 1: mass"):
+        predict(x, v, {"mass": np.ones(4)})
+    np.testing.assert_array_equal(
+        predict(x, v, {"b": np.arange(4), "a": np.ones(4)}),
+        predict(x, v, np.stack([np.ones(4), np.arange(4), np.full(4, 3**0.5)], 1)),
+    )
+
+
+def test_what_cannot_be_loaded(run, tmp_path):
+    state = checkpoint.load(run / "best.pt")
+    checkpoint.save(tmp_path / "key.pt", {**state, "config": "model: {nome: EGNN}"})
+    checkpoint.save(tmp_path / "yaml.pt", {**state, "config": "model: {"})
+    checkpoint.save(tmp_path / "other.pt", {**state, "config": state["config"].replace("hidden: 8", "hidden: 9")})
+    torch.save(state["model"], tmp_path / "bare.pt")
+    wrong = {
+        "absent.pt": "no such checkpoint",
+        "": "best.pt: no such checkpoint",
+        "key.pt": r"key\.pt: its config: unknown key 'model\.nome'; did you mean model\.name",
+        "yaml.pt": r"yaml\.pt: its config: not readable as YAML",
+        "other.pt": r"other\.pt: its weights are not this model's: size mismatch",
+        "bare.pt": "not a checkpoint of this program",
+    }
+    for name, says in wrong.items():
+        with pytest.raises(Failure, match=says):
+            dist_egnn.load(tmp_path / name)
+    with pytest.raises(Failure, match=r"device=gpu: unknown; use cpu, cuda, cuda:N or auto"):
+        dist_egnn.load(run, device="gpu")
+    with pytest.raises(Failure, match=r"device=cuda:99: not there"):
+        dist_egnn.load(run, device="cuda:99")
+
+
+def test_models_are_those_of_the_runs(small, tmp_path):
+    """RUNS has the kinds of model that read features and that read none."""
+    kinds = {network.named(settings(small, tmp_path, *overrides).model.name) for overrides in RUNS.values()}
+    assert kinds >= {network.Linear, network.EGNN, network.FastEGNN}
+
+
+def test_the_page_works(run, tmp_path, monkeypatch, capsys):
+    """docs/inference.md's code, on a run of these features, in a folder where it has the name that the page gives it."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "inference.md").read_text(), re.S)
+    assert len([line for line in block.splitlines() if line.strip()]) <= 10
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "fluid").symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, Any] = {}
+    exec(block, found)
+    assert capsys.readouterr().out == "(1000, 3) float32 (3, 3)\n"
+    assert isinstance(found["later"], np.ndarray)
+    assert isinstance(found["same"], torch.Tensor)
+    assert torch.equal(found["same"], torch.from_numpy(found["later"]))

@@ -1,0 +1,330 @@
+"""One suite that every model passes; a new model inherits it in three lines. And a control: it fails where it must."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import dgl
+import numpy as np
+import pytest
+import reference
+import torch
+from dgl import DGLGraph
+from torch import Tensor
+
+from dist_egnn.data import graphs
+from dist_egnn.errors import Failure
+from dist_egnn.models import network
+from dist_egnn.ops import message_passing, tiling
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
+
+
+def make_graph(n: int, seed: int, dtype: torch.dtype = torch.float64, radius: float = 0.35) -> DGLGraph:
+    rng = np.random.default_rng(seed)
+    x = rng.random((n, 3))
+    fields = {"x": x, "v": rng.normal(0, 0.3, (n, 3)), "f": rng.random((n, 3)), "a": rng.random((n, 2)), "y": x}
+    nodes = {name: torch.from_numpy(value).to(dtype) for name, value in fields.items()}
+    return graphs.build(*graphs.radius_edges(x, radius), nodes)
+
+
+def moved(graph: DGLGraph, rotation: Tensor, shift: Tensor) -> DGLGraph:
+    """The same sample seen from elsewhere."""
+    other = graph.clone()
+    other.ndata["x"] = graph.ndata["x"] @ rotation.T + shift
+    other.ndata["v"] = graph.ndata["v"] @ rotation.T
+    return other
+
+
+def equivariance_error(model: torch.nn.Module, graph: DGLGraph, rotation: Tensor, shift: Tensor) -> float:
+    """The largest |f(Rx + t) − (R f(x) + t)| over real and virtual nodes."""
+    with torch.no_grad():
+        x, z = model(graph)
+        x_moved, z_moved = model(moved(graph, rotation, shift))
+        pairs = ((x_moved, x), (z_moved.flatten(0, 1), z.flatten(0, 1)))
+        return max(float((a - b @ rotation.T - shift).abs().max()) if len(a) else 0.0 for a, b in pairs)
+
+
+def orthogonal(seed: int, dtype: torch.dtype, determinant: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    q, _ = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64))
+    return (q * q.det().sign() * determinant).to(dtype)
+
+
+def gradients(model: torch.nn.Module, graph: DGLGraph) -> dict[str, Tensor]:
+    """Gradients of a scalar that weighs every output differently."""
+    model.zero_grad()
+    x, z = model(graph)
+    weight = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).view_as(x)
+    ((x * weight).sum() + z.pow(3).sum()).backward()
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+def degenerate() -> list[DGLGraph]:
+    """Coincident nodes, no edge (as after edge dropping at p = 1), one node, and one beside others in a batch."""
+    coincident = make_graph(12, 8)
+    coincident.ndata["x"][3:7] = coincident.ndata["x"][2]
+    graphs.set_edge_lengths(coincident)
+    no_edges = dgl.remove_edges(make_graph(10, 9), make_graph(10, 9).edges("eid"))
+    return [coincident, no_edges, make_graph(1, 10), dgl.batch([make_graph(1, 11), coincident])]
+
+
+def assert_close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -> None:
+    scale = max(float(value.abs().max()) for value in b.values())
+    for name, value in b.items():
+        assert float((a[name] - value).abs().max()) <= tolerance * scale, name
+
+
+@pytest.fixture(autouse=True)
+def no_graph_is_too_small_for_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiling, "WHOLE", 0)
+
+
+class ModelSuite:
+    """What every model must do. Subclasses say which model."""
+
+    name: ClassVar[str]
+    options: ClassVar[dict[str, Any]] = {}
+
+    @pytest.fixture(autouse=True)
+    def every_graph_is_cut(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As above, for suites in other files."""
+        monkeypatch.setattr(tiling, "WHOLE", 0)
+
+    def model(self, dtype: torch.dtype = torch.float64, **options: Any) -> torch.nn.Module:
+        torch.manual_seed(3)
+        model = network.named(self.name)(features=3, node_attributes=2, **{**self.options, **options})
+        for key, parameter in model.named_parameters():
+            if key.endswith(("phi_x.2.weight", "phi_xv.2.weight", "phi_z.2.weight")):
+                torch.nn.init.normal_(parameter, std=0.2)  # not nearly zero, as it starts
+        if isinstance(model, network.Linear):
+            torch.nn.init.constant_(model.t, 0.7)
+        return model.to(dtype)  # at last: the same draws give other numbers in another dtype
+
+    def rotation(self, seed: int, dtype: torch.dtype, determinant: int) -> Tensor:
+        return orthogonal(seed, dtype, determinant)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    @pytest.mark.parametrize("determinant", [1, -1])
+    def test_rotation_reflection_translation(self, dtype: torch.dtype, determinant: int) -> None:
+        graph = dgl.batch([make_graph(40, 1, dtype), make_graph(25, 2, dtype)])
+        shift = torch.tensor([0.3, -1.2, 2.0], dtype=dtype)
+        error = equivariance_error(self.model(dtype), graph, self.rotation(4, dtype, determinant), shift)
+        assert error <= 10 * TOLERANCE[dtype]
+
+    def test_translation_alone_moves_nothing_else(self) -> None:
+        graph, model = make_graph(30, 5), self.model()
+        shift = torch.tensor([5.0, 0.0, -3.0], dtype=torch.float64)
+        assert equivariance_error(model, graph, torch.eye(3, dtype=torch.float64), shift) <= 1e-12
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+    def test_node_and_edge_order_do_not_matter(self, dtype: torch.dtype) -> None:
+        graph, model = make_graph(50, 6, dtype), self.model(dtype)
+        order, edge_order = torch.randperm(50), torch.randperm(graph.num_edges())
+        inverse = order.argsort()
+        src, dst = graph.edges()
+        other = dgl.graph((inverse[src[edge_order]], inverse[dst[edge_order]]), num_nodes=50)
+        for name, value in graph.ndata.items():
+            other.ndata[name] = value[order]
+        other.edata["e"] = graph.edata["e"][edge_order]
+        x, z = model(graph)
+        x_other, z_other = model(other)
+        assert torch.allclose(x_other, x[order], atol=TOLERANCE[dtype])
+        assert torch.allclose(z_other, z, atol=TOLERANCE[dtype])
+
+    @pytest.mark.parametrize("tile", [60, 10**9])
+    def test_a_batch_is_its_graphs(self, tile: int) -> None:
+        model = self.model(**({} if self.name == "Linear" else {"tile": tile}))
+        alone = [make_graph(n, seed) for n, seed in ((30, 1), (1, 2), (45, 3))]
+        x, z = model(dgl.batch(alone))
+        for k, graph in enumerate(alone):
+            x_alone, z_alone = model(graph)
+            lo = sum(g.num_nodes() for g in alone[:k])
+            assert torch.allclose(x[lo : lo + len(x_alone)], x_alone, atol=1e-12)
+            assert torch.allclose(z[k], z_alone[0], atol=1e-12)
+
+    def test_float32_is_float64_rounded(self) -> None:
+        x64, z64 = self.model()(make_graph(60, 7))
+        x32, z32 = self.model(torch.float32)(make_graph(60, 7, torch.float32))
+        assert torch.allclose(x32.double(), x64, atol=2e-5)
+        assert torch.allclose(z32.double(), z64, atol=2e-5)
+
+    def test_every_case_has_finite_gradients(self) -> None:
+        for graph in degenerate():
+            for name, gradient in gradients(self.model(), graph).items():
+                assert gradient.isfinite().all(), name
+
+
+class MessagePassingSuite(ModelSuite):
+    """What every model with layers must do besides."""
+
+    def reference(self, model: Any, graph: DGLGraph) -> tuple[Tensor, Tensor]:
+        """What must come out whatever the tiles and the engine. Here the model itself, whole, by DGL; better is reference.py."""
+        kept = model.tile, model.engine
+        model.tile, model.engine = 10**9, "dgl"
+        try:
+            return type(model).forward(model, graph)
+        finally:
+            model.tile, model.engine = kept
+
+    def test_degenerate_graphs_are_as_in_the_reference(self) -> None:
+        fast = network.named(self.name).virtual_nodes > 0
+        for options in ({}, {"virtual_nodes": 1}) if fast else ({},):
+            model = self.model(**options, tile=20)
+            for graph in degenerate():
+                (x, z), (x_plain, z_plain) = model(graph), self.reference(model, graph)
+                assert torch.allclose(x, x_plain, atol=1e-12)
+                assert torch.allclose(z, z_plain, atol=1e-12)
+                assert z.shape == (graph.batch_size, model.count, 3)
+                assert all(gradient.isfinite().all() for gradient in gradients(model, graph).values())
+
+    @pytest.mark.parametrize("engine_name", ["dgl", "torch"])
+    @pytest.mark.parametrize("tile", [1, 40, 150, 10**9])
+    def test_tiles_and_engine_do_not_matter(self, engine_name: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(tiling, "WHOLE", 0)
+        graph = dgl.batch([make_graph(50, 1), make_graph(20, 2), make_graph(35, 3)])
+        model = self.model(engine=engine_name, tile=tile)
+        cut = tiling.of(graph, message_passing.choose(engine_name), tile)
+        assert cut.whole == (tile == 10**9)
+        assert cut.whole or sum(len(one.blocks) for one in cut.tiles) > 3
+        x, z = model(graph)
+        x_plain, z_plain = self.reference(model, graph)
+        assert torch.allclose(x, x_plain, atol=1e-12)
+        assert torch.allclose(z, z_plain, atol=1e-12)
+        found = gradients(model, graph)
+        model.forward = lambda g: self.reference(model, g)
+        assert_close(found, gradients(model, graph), 1e-12)
+
+    @pytest.mark.parametrize("tile", [50, 10**9])
+    def test_gradients_are_those_of_differences(self, tile: int) -> None:
+        # without `normalize`, whose divisor is no part of the gradient by definition
+        graph, model = make_graph(14, 4, radius=0.6), self.model(hidden=4, layers=2, tile=tile, normalize=False)
+        x = graph.ndata["x"].clone().requires_grad_()
+
+        def through(x: Tensor) -> tuple[Tensor, Tensor]:
+            seen = graph.clone()
+            seen.ndata["x"] = x
+            return model(seen)
+
+        assert torch.autograd.gradcheck(through, (x,), atol=1e-6)
+
+    def test_missing_and_misshapen_fields_are_named(self) -> None:
+        graph = make_graph(10, 1)
+        wrong = {"v": None, "f": torch.zeros(10, 5), "x": torch.zeros(10, 2)}
+        if not network.named(self.name).layer.features:
+            del wrong["f"]  # not read
+        for name, value in wrong.items():
+            broken = graph.clone()
+            broken.ndata.pop(name)
+            if value is not None:
+                broken.ndata[name] = value
+            with pytest.raises(Failure, match=f"'{name}'"):
+                self.model()(broken)
+        broken = graph.clone()
+        broken.edata.pop("e")
+        with pytest.raises(Failure, match="'e'"):
+            self.model()(broken)
+
+
+class TestLinear(ModelSuite):
+    name = "Linear"
+
+
+class EGNNSuite(MessagePassingSuite):
+    """EGNN and FastEGNN have a reference of their own."""
+
+    def reference(self, model: Any, graph: DGLGraph) -> tuple[Tensor, Tensor]:
+        return reference.egnn(model, graph)
+
+
+class TestEGNN(EGNNSuite):
+    name = "EGNN"
+    options: ClassVar = {"hidden": 8, "layers": 3}
+
+
+class TestFastEGNN(EGNNSuite):
+    name = "FastEGNN"
+    options: ClassVar = {"hidden": 8, "layers": 3}
+
+
+class TestFastEGNNWithOneVirtualNode(EGNNSuite):
+    name = "FastEGNN"
+    options: ClassVar = {"hidden": 8, "layers": 2, "virtual_nodes": 1, "normalize": True}
+
+
+class TestFastEGNNWithEveryOption(EGNNSuite):
+    name = "FastEGNN"
+    options: ClassVar = {
+        "hidden": 8,
+        "layers": 2,
+        "virtual_nodes": 5,
+        "normalize": True,
+        "attention": True,
+        "tanh": True,
+        "gravity": [0.0, -9.81, 0.0],
+    }
+
+    def rotation(self, seed: int, dtype: torch.dtype, determinant: int) -> Tensor:
+        # gravity leaves the rotations about it, and reflections that keep it
+        angle = torch.tensor(1.1, dtype=dtype)
+        c, s = angle.cos(), angle.sin()
+        zero, one = torch.zeros_like(c), torch.ones_like(c)
+        return torch.stack([c, zero, s, zero, one, zero, -s * determinant, zero, c * determinant]).view(3, 3)
+
+
+class NotEquivariant(network.FastEGNN):
+    """A control: the first coordinate is special, ever so slightly."""
+
+    def forward(self, graph: DGLGraph) -> tuple[Tensor, Tensor]:
+        x, z = super().forward(graph)
+        return x * torch.tensor([1.001, 1.0, 1.0], dtype=x.dtype), z
+
+
+def test_the_equivariance_check_fails_on_a_model_that_is_not() -> None:
+    torch.manual_seed(0)
+    model = NotEquivariant(3, 2, hidden=8).double()
+    zero = torch.zeros(3, dtype=torch.float64)
+    assert equivariance_error(model, make_graph(30, 1), orthogonal(1, torch.float64, 1), zero) > 1e-5
+
+
+def test_gravity_breaks_what_it_must() -> None:
+    suite = TestFastEGNNWithEveryOption()
+    zero = torch.zeros(3, dtype=torch.float64)
+    assert equivariance_error(suite.model(), make_graph(30, 1), orthogonal(1, torch.float64, 1), zero) > 1e-3
+
+
+def test_parameters_have_the_papers_names_and_input_order() -> None:
+    h, c, a, k = 8, 5, 2, 2
+    shapes = {name: tuple(p.shape) for name, p in TestFastEGNNWithEveryOption().model().named_parameters()}
+    expected = {
+        "phi_e.0.weight": (h, 2 * h + 1 + a),
+        "phi_x.2.weight": (1, h),
+        "phi_v.2.weight": (1, h),
+        "phi_h.0.weight": (h, 3 * h + k),
+        "virtual.phi_ev.0.weight": (h, 2 * h + 1 + c),
+        "virtual.phi_xv.2.weight": (1, h),
+        "virtual.phi_z.2.weight": (1, h),
+        "virtual.phi_s.0.weight": (h, 2 * h),
+    }
+    for name, shape in expected.items():
+        assert shapes[f"layers.0.{name}"] == shape
+    assert not any(name.endswith(("phi_x.2.bias", "phi_xv.2.bias", "phi_z.2.bias")) for name in shapes)
+    assert "layers.0.phi_v.2.bias" in shapes
+
+
+def test_unknown_names_are_refused_with_the_nearest() -> None:
+    with pytest.raises(Failure, match="did you mean FastEGNN"):
+        network.named("FastEgnn")
+    with pytest.raises(Failure, match="auto, dgl or torch"):
+        message_passing.choose("numpy")
+    with pytest.raises(Failure, match="tile"):
+        network.EGNN(3, 2, tile=0)(make_graph(5, 1).to("cpu"))
+
+
+@pytest.mark.parametrize("tile", [50, 10**9])
+def test_a_gradient_of_a_gradient_is_refused_rather_than_wrong(tile: int) -> None:
+    graph, model = make_graph(30, 1), network.FastEGNN(3, 2, hidden=8, tile=tile).double()
+    x = graph.ndata["x"].requires_grad_()
+    (force,) = torch.autograd.grad(model(graph)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        force.square().sum().backward()

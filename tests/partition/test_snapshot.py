@@ -1,0 +1,154 @@
+"""Edges found part by part are those of the whole graph, and a store made of them is the store made with all edges held."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import dgl
+import numpy as np
+import pytest
+import torch
+from dist_egnn.partition import neighbors, snapshot, store_writer
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from dist_egnn.config import Data
+from dist_egnn.data import graphs
+from dist_egnn.data.trajectories import Trajectories, Writer
+from dist_egnn.errors import Failure
+from dist_egnn.utils import resources
+
+
+def points(kind: str, n: int, draw: np.random.Generator) -> np.ndarray:
+    """Even, clustered, or on a lattice, where many lie at the radius itself and on the faces of boxes; float32."""
+    if kind == "lattice":
+        return np.float32(0.1) * np.stack(np.unravel_index(draw.permutation(1000)[:n], (10, 10, 10)), 1).astype(
+            np.float32
+        )
+    x = draw.uniform(-3, 4, (n, 3)) if kind == "even" else draw.normal(0, 0.5, (n, 3)) ** 3
+    return x.astype(np.float32)
+
+
+@given(
+    kind=st.sampled_from(["even", "clustered", "lattice"]),
+    n=st.integers(1, 400),
+    radius=st.sampled_from([0.1, 0.2, 0.45]),
+    side=st.sampled_from([None, (1.0, 1.0, 1.0), (0.95, 2.0, 7.5)]),
+    box=st.integers(1, 60),
+    seed=st.integers(0, 9),
+)
+@example(kind="lattice", n=400, radius=0.1, side=(1.0, 1.0, 1.0), box=7, seed=0)
+@example(kind="lattice", n=400, radius=0.2, side=None, box=1, seed=1)
+def test_sources_are_those_of_the_radius_graph(kind, n, radius, side, box, seed):
+    draw = np.random.default_rng(seed)
+    x = points(kind, n, draw)
+    sides = None if side is None else np.array(side)
+    place = x if sides is None else graphs.wrap(x, sides)
+    src, dst = graphs.radius_edges(x, radius, sides)
+    nodes = draw.permutation(n)[: draw.integers(1, n + 1)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neighbors, "BOX", box)
+        ends, found = neighbors.sources(place, radius, nodes, sides)
+    wanted = [src[dst == node] for node in nodes]
+    assert np.diff(ends).tolist() == [len(each) for each in wanted]
+    assert found.tolist() == [node for each in wanted for node in each.tolist()]
+
+
+def test_degree():
+    x = points("even", 400, np.random.default_rng(0))
+    for radius, side in ((0.9, None), (1.3, np.array([4.0, 4.0, 4.0]))):
+        mean = len(graphs.radius_edges(x, radius, side)[0]) / len(x)
+        assert neighbors.degree(x, radius, side) == pytest.approx(mean, rel=0.15)
+    assert neighbors.degree(x, float("inf")) == 399
+
+
+@pytest.fixture(scope="module")
+def boxed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """trajectories.h5 of a periodic box, 700 nodes, and one of walls, 900 nodes; three frames."""
+    draw, path = np.random.default_rng(3), tmp_path_factory.mktemp("boxed") / "boxed.h5"
+    with Writer(path, {"command": "test_pieces.py"}) as out:
+        for n, split in ((700, "train"), (900, "test")):
+            x = draw.uniform(0, 4, (n, 3)) + draw.normal(0, 0.01, (3, n, 3)).cumsum(0)
+            out.add(x, split=split, dt=1.0, source="test", box=np.array([[0] * 3, [4] * 3]), periodic=True)
+    return path
+
+
+CASES = [
+    {"method": "bisection", "parts": 3},
+    {"method": "morton", "parts": 4, "periodic": True},
+    {"method": "bisection", "parts": 2, "trainers": 3, "periodic": True},
+    {"method": "random", "parts": 2, "shard_nodes": 0},
+    {"method": "kmeans", "parts": 3},
+    {"method": "morton", "parts": 3, "weights": (2, 1, 1)},
+    {"method": "bisection", "parts": 2, "trainers": 2, "weights": (3, 1, 2, 2), "periodic": True},
+]
+
+
+def files(folder: Path) -> dict[str, object]:
+    """What a store holds; of graph.dgl its tensors, since DGL leaves bytes between them unset."""
+    found: dict[str, object] = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if path.name == "graph.dgl":
+            (graph,), _ = dgl.load_graphs(str(path))
+            src, dst = graph.edges(order="eid")
+            found[name] = {"src": src, "dst": dst, **graph.ndata, **graph.edata}
+        elif path.is_file() and path.name != "manifest.yaml":  # which has graph.dgl's hash
+            found[name] = path.read_bytes()
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
+def test_stores_are_equal(boxed, tmp_path, monkeypatch, case):
+    """Byte for byte, with boxes of 50 nodes and with all edges held."""
+    options = {"parts": 2, "trainers": 1, "shard_nodes": 1000} | case
+    settings = Data(radius=0.5, horizon=1, features=["speed"], periodic=options.pop("periodic", False), last_frame=1)
+    data, made = Trajectories(boxed), []
+    monkeypatch.setattr(neighbors, "BOX", 50)
+    asked = []
+    whole = neighbors.sources
+    monkeypatch.setattr(neighbors, "sources", lambda *given: (asked.append(1), whole(*given))[1])
+    for held in (False, True):
+        if held:
+            monkeypatch.setattr(snapshot, "in_memory", lambda inputs: True)
+        out = tmp_path / str(held)
+        store_writer.write(
+            data, out, store_writer.inputs_of(data, method_seed=0, settings=settings, **options), lambda *_: None
+        )
+        made.append(files(out))
+    assert len(asked) == 4 * options["parts"]  # snapshots × parts, and none of them the second time
+    assert made[0].keys() == made[1].keys()
+    for name, value in made[0].items():
+        other = made[1][name]
+        if isinstance(value, dict):
+            assert value.keys() == other.keys()
+            assert all(torch.equal(value[key], other[key]) for key in value), name
+        else:
+            assert value == other, name
+
+
+@pytest.mark.parametrize(
+    ("settings", "held"),
+    [({}, False), ({"method": "metis"}, True), ({"edge_drop": 0.1}, True), ({"radius": float("inf")}, True)],
+)
+def test_too_little_memory_is_said_before_any_edge_is_made(make_inputs, small, tmp_path, monkeypatch, settings, held):
+    """Only where all edges are held: in 300 MB there is place for nothing else than the program."""
+    monkeypatch.setattr(resources, "memory_free", lambda: 0.3e9)
+    inputs = make_inputs(2, settings.pop("method", "bisection"), **settings)
+    if not held:
+        assert store_writer.write(Trajectories(small), tmp_path / "store", inputs, lambda *_: None)
+        return
+    monkeypatch.setattr(graphs, "edges", lambda *_: pytest.fail("edges were made"))
+    with pytest.raises(
+        Failure, match=r"250 nodes, .* edges, takes about .* GB, 0\.3 GB are free; use bisection"
+    ) as caught:
+        store_writer.write(Trajectories(small), tmp_path / "store", inputs, lambda *_: None)
+    assert str(small) in str(caught.value)
+    assert not list(tmp_path.iterdir())  # nor anything that would stand in the way of another method
+
+
+def test_bytes_grow_with_edges_and_metis_takes_more():
+    for method, edges in itertools.product(("metis", "morton"), (0, 10**6)):
+        assert snapshot.bytes_in_memory(method, 1000, edges) <= snapshot.bytes_in_memory("metis", 1000, edges)
+        assert snapshot.bytes_in_memory(method, 1000, edges + 1) > snapshot.bytes_in_memory(method, 1000, edges)

@@ -1,0 +1,131 @@
+"""tools/scaling/scaling.py: a rank alone does what it does among others. tools/scaling/model.py: its trips, and its arithmetic."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import predict
+import pytest
+import scaling
+import torch
+from model import Fluid, Model, Network, Work
+from torch import Tensor
+
+from dist_egnn.data import halo
+from dist_egnn.data.store import Store
+from dist_egnn.distributed import comm, spawn
+
+PARTS = 3  # the gradients then take two trips
+
+
+class Listener:
+    """torch.distributed, and what came on each trip."""
+
+    def __init__(self, plain: Any) -> None:
+        self.plain, self.heard = plain, list[Tensor]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.plain, name)
+
+    def all_to_all_single(self, taken: Tensor, *others: Any, group: Any = None, async_op: bool = False) -> Any:
+        self.plain.all_to_all_single(taken, *others, group=group)
+        self.heard.append(taken.clone())
+        return SimpleNamespace(wait=lambda: None)
+
+
+def after(config: Any, graph: Any, other: Any) -> list[Tensor]:
+    """Gradients, summed, and parameters after a step."""
+    learner = scaling.learner(config)
+    with scaling.standing_in(other) as group:
+        scaling.step(config, learner, graph, group)
+    return [t.detach() for p in learner[0].parameters() for t in (p.grad, p)]
+
+
+def among(group: comm.Comm, config: Any) -> list[dict[str, Any]]:
+    found = []
+    for mode in scaling.MODES:
+        graph = Store(config.data.path).read(0, group.rank, mode == "exchange")
+        if halos := halo.of(graph):
+            halos.link(graph.ndata["x"], group)
+        real = after(config, graph, listener := Listener(comm.dist))
+        alone = after(config, graph, stand_in := scaling.StandIn(group.rank, group.size, iter(listener.heard)))
+        lonely = after(config, graph, scaling.StandIn(group.rank, group.size))
+        differ = [[not torch.equal(a, b) for a, b in zip(real, others, strict=True)] for others in (alone, lonely)]
+        link = [t.numpy() for part in (halos.parts if halos else ()) for t in (*part.given, *part.edge.values())]
+        about = scaling.about(scaling.learner(config)[0], graph)
+        found.append({"differ": list(map(sum, differ)), "sent": stand_in.sent, "link": link, "about": about})
+    return found
+
+
+def test_a_rank_alone_is_the_rank_among_others(tmp_path: Path) -> None:
+    config = scaling.store(tmp_path, 600, "bisection", PARTS)
+    ranks = spawn.run(among, PARTS, config)
+    parts = scaling.linked([Store(config.data.path).read(0, rank, exchange=True) for rank in range(PARTS)])
+    for rank, (bridge, exchange) in enumerate(ranks):
+        for one in (bridge, exchange):
+            same, lonely = one["differ"]
+            assert same == 0
+            assert lonely > 0, "no difference could be seen"
+            told = [size for _, size in Model().trips(PARTS, one["about"]["halo"])]
+            assert sorted(one["sent"]) == sorted(told)
+        made = halo.of(parts[rank]).parts[0]  # type: ignore[union-attr]
+        for mine, theirs in zip([*made.given, *made.edge.values()], exchange["link"], strict=True):
+            assert np.array_equal(mine.numpy(), theirs)
+
+
+def test_trips_are_those_of_a_step() -> None:
+    """docs/halo.md has the bytes, counted by `distegnn bench comm`."""
+    bridge = Model().trips(2)
+    assert (len(bridge), sum(size for _, size in bridge)) == (9, 2 * 3_264 + 1_141_532)
+    forward = [size for phase, size in Model().trips(2, 2_714) if phase == "forward"]
+    assert sum(forward) + 3_264 == pytest.approx(2_912_672, rel=1e-3)
+    assert len(Model().trips(1)) == 0
+    assert len(Model().trips(1024)) == 18
+
+
+def test_waiting() -> None:
+    net = Network(latency=1.0, bandwidth=100.0, call=0.5, message=0.25)
+    assert net.trip(5, 200) == 2 + 0.5 + 4 * 0.25 + 2
+    plain = Model(hidden=1, layers=2, virtual=1, parameters=2)  # sums of 7 numbers, gradients of 5; rows of 16 bytes
+    trips = [4 * 28, 20, 16 * 4, 16 * 4, 16 * 4, 4 * 4]
+    by_hand = 5 * 2.75 + (28 * 4 + 20) / 100
+    assert plain.wait(net, 2) == pytest.approx(by_hand)
+    rows = 4 * 2.75 + sum(trips[2:]) / 100
+    assert plain.wait(net, 2, halo=4) == pytest.approx(by_hand + rows)
+    assert plain.wait(net, 2, halo=4, inside=4.0) == pytest.approx(by_hand + rows - 2 * 0.5 - 2 * 1.5)
+    assert plain.wait(net, 2, halo=4, inside=1e3) == pytest.approx(by_hand)
+
+
+def test_work_is_fitted_and_a_cube_follows() -> None:
+    draw = np.random.default_rng(0)
+    n, e, q, m = (draw.uniform(10, 1000, 20) for _ in range(4))
+    work = Work.fit(n, e, q, m, 3 * (e + q + 4 * n) + 5 * m)
+    assert (work.edge, work.row) == pytest.approx((3, 5))
+    fluid, net = Fluid(degree=15, halo=6, cross=20), Network(1.0, 1e9)
+    assert fluid.step(work, net, 1, 1000, True) == pytest.approx((3 * 19_000, 0))
+    step, wait = fluid.step(work, net, 8, 1000, True)
+    assert wait == pytest.approx(Model().wait(net, 8, 600))
+    assert step == pytest.approx(3 * 19_000 + 5 * 600 + wait)
+    assert fluid.step(work, net, 8, 1000, False)[0] == pytest.approx(3 * 17_000 + Model().wait(net, 8))
+
+
+def test_tables_follow_from_rows() -> None:
+    """The software's share of trips that take 1 ms + 2 ms · (P − 1) + bytes at 1 MB/s; the slowest rank of medians."""
+    rows = [
+        {"parts": p, "bytes": b, "cpu_s": 2e-3 * (p - 1) + noise, "wall_s": 1e-3 + 2e-3 * (p - 1) + b / 1e6}
+        for p, b, noise in ((2, 0, 0.0), (2, 5_000, 0.0), (4, 0, 9.0), (4, 0, 0.0), (8, 0, 0.0))
+    ]
+    here = predict.software(pd.DataFrame(rows))
+    assert (here.call, here.message, here.bandwidth) == pytest.approx((1e-3, 2e-3, 1e6))
+    shape = {"edges": 100, "cross": 0, "halo": 0, "interior": 0.0, "bytes": 8, "own": 10}
+    setting = {"nodes": 20, "method": "metis", "parts": 2, "mode": "bridge"}
+    turns = [(0, 1, 2.0), (0, 2, 4.0), (1, 1, 5.0), (1, 2, 1.0), (1, 3, 1.0)]
+    ranks = [{**setting, "rank": r, "turn": t, **shape, "cpu_s": s, "one_s": 6.0} for r, t, s in turns]
+    (found,) = predict.strong(predict.taken(pd.DataFrame(ranks)), here).itertuples()
+    wait = Model().wait(here, 2)
+    assert (found.own, found.balance, found.even) == pytest.approx((3.0, 3.0 / 2.0, 2.0))
+    assert (found.wait, found.speedup) == pytest.approx((wait, 6.0 / (3.0 + wait)))

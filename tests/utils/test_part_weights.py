@@ -1,0 +1,43 @@
+"""Weights → sizes of parts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dist_egnn.errors import Failure
+from dist_egnn.utils import part_weights
+
+WEIGHTS = st.lists(st.floats(0.01, 100), min_size=1, max_size=40)
+
+
+@given(WEIGHTS, st.integers(1, 100_000))
+def test_sizes_are_within_a_node_of_their_shares(weights: list[float], nodes: int) -> None:
+    share = nodes * part_weights.fractions(weights, len(weights))
+    assert share.sum() == pytest.approx(nodes)
+    if share.min() < 1 - 1e-6:
+        with pytest.raises(Failure, match=f"process {share.argmin()} would get .* of {nodes} nodes"):
+            part_weights.sizes(nodes, weights)
+    elif share.min() > 1 + 1e-6:
+        found = part_weights.sizes(nodes, weights)
+        assert found.sum() == nodes
+        assert found.min() >= 1
+        assert np.abs(found - share).max() < 1 + 1e-6
+
+
+def test_sizes_by_hand() -> None:
+    assert part_weights.sizes(8, [2, 1, 1]).tolist() == [4, 2, 2]
+    assert part_weights.sizes(5, [1.5, 1, 1, 1.5]).sum() == 5
+    assert part_weights.sizes(5, [1.5, 1, 1, 1.5]).min() == 1  # shares of exactly 1 after a half
+
+
+def test_weights_in_any_unit() -> None:
+    assert part_weights.same((2, 1), (4, 2))
+    assert part_weights.same(None, None)
+    assert not part_weights.same((2, 1), None)
+    assert not part_weights.same((2, 1), (1, 2))
+    assert not part_weights.same((2, 1), (2, 1, 1))
+    assert part_weights.of([5, 5], 2) is None
+    assert part_weights.of([2, 1], 2) == (2.0, 1.0)

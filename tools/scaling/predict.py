@@ -1,0 +1,172 @@
+"""What scaling.py measured and model.py makes of it, as tables and a plot."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pandas as pd
+import typer
+from model import NODE, Fluid, Model, Network, Work
+
+from dist_egnn.utils.console import example
+from dist_egnn.viz.plots import pyplot
+
+DOCS = Path(__file__).parents[1] / "docs"
+LINKS = {"10 GbE": (30e-6, 10e9 / 8), "100 GbE": (10e-6, 100e9 / 8)}  # seconds, bytes a second: assumed
+PUBLISHED = (8, 7.34)
+COLOURS = {"bridge": "C0", "exchange": "C1"}
+KEYS = ["nodes", "method", "parts", "mode"]
+SIZES = (1, 8, 64, 256, 1024)
+app = typer.Typer(pretty_exceptions_enable=False)
+
+
+def table(title: str, header: str, rows: Any) -> None:
+    """A table as docs/scaling.md has it."""
+    print(f"\n{title}\n\n| {header} |\n|{'---|' * (header.count('|') + 1)}")
+    print("\n".join(f"| {' | '.join(map(str, row))} |" for row in rows))
+
+
+def software(trips: pd.DataFrame) -> Network:
+    """What a trip costs here without a network: by the wall's clock on two processes, medians; a message by the least that the
+    processor took on more and more of them."""
+    two, small = trips[trips.parts == 2].groupby("bytes").wall_s.median(), trips.groupby(["parts", "bytes"]).cpu_s.min()
+    least = small.reset_index().groupby("parts").first().reset_index()
+    message = float(np.polyfit(least.parts - 1, least.cpu_s, 1)[0]) if len(least) > 1 else 0.0
+    bandwidth = (two.index[-1] - two.index[0]) / (two.iloc[-1] - two.iloc[0])
+    return Network(0.0, float(bandwidth), max(0.0, float(two.iloc[0]) - message), message)
+
+
+def over(here: Network, latency: float, bandwidth: float) -> Network:
+    """The software of ``here`` over a network; bytes pass one after the other."""
+    rate = 1 / (1 / here.bandwidth + (1 / bandwidth if bandwidth else 0.0))
+    return Network(latency, rate, here.call, here.message)
+
+
+def taken(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows that are alike but for the turn and seconds as one: medians."""
+    keys = [key for key in table if not key.endswith("_s") and key != "turn"]
+    return table.groupby(keys, sort=False).agg({key: "median" for key in table if key.endswith("_s")}).reset_index()
+
+
+def strong(ranks: pd.DataFrame, network: Network) -> pd.DataFrame:
+    """A row for each (nodes, method, parts, mode): the slowest rank's work, the longest wait, the step, the speed-up; balance: the
+    slowest rank over the mean of those measured; even: the speed-up if all took time by their edges + 4 nodes, and none waited."""
+    work = (ranks.edges + ranks.cross + NODE * ranks.own).groupby([ranks[key] for key in KEYS])
+    rows, whole = list[dict[str, Any]](), work.sum().max()  # in exchange no edge is missing
+    for keys, group in ranks.groupby(KEYS, sort=False):
+        own, size, one = group.cpu_s.max(), keys[2], group.one_s.iloc[0]
+        wait = max(Model().wait(network, size, r.halo, r.interior * r.cpu_s) for r in group.itertuples())
+        of = {"balance": own / group.cpu_s.mean(), "even": whole / work.max()[keys], "bytes": group.bytes.max()}
+        step = {"one": one, "own": own, "wait": wait, "step": own + wait, "speedup": one / (own + wait)}
+        rows.append({**dict(zip(KEYS, keys, strict=True)), **step, **of})
+    return pd.DataFrame(rows)
+
+
+def check(ranks: pd.DataFrame, runs: pd.DataFrame) -> Iterator[list[Any]]:
+    """Real steps of two processes beside the model's: with the link as single trips on it show it; as it was set; and, on emulated
+    hosts, the real step without limits and the wait that the link adds."""
+    links = ["nodes", "delay_ms", "rate_mbit"]
+    trips = {keys: software(group) for keys, group in runs[(runs.what == "trip") & (runs.parts == 2)].groupby(links)}
+    real = taken(runs[(runs.what != "trip") & (runs.parts == 2)])
+    for r in real.itertuples():
+        own = ranks.query("nodes == @r.nodes and method == @r.method and parts == 2 and mode == @r.what")
+        if own.empty:
+            continue
+        (m,) = strong(own, trips[r.nodes, r.delay_ms, r.rate_mbit]).itertuples()
+        link, others = "this machine", ["", ""]
+        if r.delay_ms >= 0:
+            link = f"{r.delay_ms:g} ms, " + (f"{r.rate_mbit:g} Mbit/s" if r.rate_mbit else "no limit")
+            free = trips[r.nodes, 0, 0]
+            set_to = over(free, r.delay_ms / 1e3, r.rate_mbit * 125e3)
+            (least,), (told,) = strong(own, free).itertuples(), strong(own, set_to).itertuples()
+            base = real.query("delay_ms == 0 and rate_mbit == 0 and nodes == @r.nodes and what == @r.what").wall_s.iloc[
+                0
+            ]
+            others = [f"{s:.3f}, {s / r.wall_s - 1:+.0%}" for s in (told.step, base + m.wait - least.wait)]
+        times = [f"{s:.3f}" for s in (m.own, m.wait, r.comm_s, m.step, r.wall_s)]
+        yield [link, f"{r.nodes:,}", r.what, *times, f"{m.step / r.wall_s - 1:+.0%}", *others]
+
+
+def fitted(ranks: pd.DataFrame) -> tuple[Work, Fluid]:
+    """The work of parts in tiles, and the shape of a part with neighbours on all sides: of 64, the one with most halo nodes."""
+    big = ranks[(ranks.own > 5_300) & (ranks.nodes == ranks.nodes.max())]
+    work = Work.fit(*(big[name].to_numpy(float) for name in ("own", "edges", "cross", "halo", "cpu_s")))
+    inner = ranks[(ranks.nodes == ranks.nodes.max()) & (ranks.parts == 64)].sort_values("halo").iloc[-1]
+    surface = inner.own ** (2 / 3)
+    shape = (inner.edges + inner.cross) / inner.own, inner.halo / surface, inner.cross / surface
+    return work, Fluid(*map(float, shape))
+
+
+def draw(path: Path, near: pd.DataFrame, lines: dict[tuple[str, str], list[float]]) -> None:
+    """Speed-up to 8, and to 1,024."""
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    for (mode, method), one in near.groupby(["mode", "method"]):
+        one = one.sort_values("parts")
+        colour, style, face = COLOURS[mode], *(("o-", COLOURS[mode]) if method == "metis" else ("s", "w"))
+        few = one[one.parts <= 8]
+        left.plot(few.parts, few.speedup, style, color=colour, mfc=face, label=f"{mode}, {method}")
+        if method == "metis":
+            right.plot(one.parts, one.speedup, style, color=colour, label=f"{mode}, 113,140 nodes, ranks measured")
+    for (words, mode), values in lines.items():
+        style = ":" if "rank" in words else "--"
+        right.plot(SIZES, values, style, color=COLOURS[mode], label=f"{mode}, {words}, predicted")
+    left.plot(*PUBLISHED, "k*", ms=11, label=f"published, on GPUs: {PUBLISHED[1]}")
+    for axes, ticks in ((left, range(1, 9)), (right, SIZES)):
+        axes.plot([1, ticks[-1]], [1, ticks[-1]], color="0.6", lw=1, zorder=0, label="ideal")
+        axes.set(xlabel="processes P", ylabel="speed-up over one process", xscale="linear" if axes is left else "log")
+        axes.set_xticks(ticks, map(str, ticks))
+        axes.grid(alpha=0.3)
+    left.set_title("113,140 nodes; ranks measured, 10 GbE modelled", fontsize=11)
+    right.set_title("10 GbE, to 1,024 processes", fontsize=11)
+    right.set(yscale="log")
+    right.minorticks_off()
+    left.legend(fontsize=8)
+    right.legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+@app.command(epilog=example("python tools/scaling/predict.py --results docs/results --plot docs/img/scaling.png"))
+def main(
+    folder: Annotated[Path, typer.Option("--results", help="folder of the CSV files")] = DOCS / "results",
+    plot: Annotated[Path, typer.Option("--plot", help="PNG to draw")] = DOCS / "img" / "scaling.png",
+) -> None:
+    """Tables of speed-up, of the model beside real runs, of predictions; and the plot."""
+    raw, runs = (pd.read_csv(folder / f"scaling-{name}.csv") for name in ("ranks", "runs"))
+    ranks = taken(raw)
+    here = software(runs[(runs.what == "trip") & (runs.delay_ms < 0)])
+    shares = f"{here.call * 1e6:.0f} µs a call, {here.message * 1e6:.1f} µs a message"
+    print(f"software: {shares}, {here.bandwidth / 1e6:.0f} MB/s")
+    networks = {name: over(here, *link) for name, link in LINKS.items()}
+    found = {name: strong(ranks[ranks.nodes == ranks.nodes.max()], network) for name, network in networks.items()}
+    near, ten = found["10 GbE"], networks["10 GbE"]
+    head = "P | method | mode | one [s] | slowest rank [s] | slowest/mean | MB a step | waiting [ms] | "
+    rows = []
+    for r in near.sort_values(["method", "parts"], ascending=[False, True], kind="stable").itertuples():
+        speed = [f"{one.speedup[r.Index]:.2f}" for one in found.values()]
+        own = f"{r.one:.2f}", f"{r.own:.3f}", f"{r.balance:.3f}"
+        rows.append(
+            [r.parts, r.method, r.mode, *own, f"{r.bytes / 1e6:.2f}", f"{1e3 * r.wait:.1f}", *speed, f"{r.even:.2f}"]
+        )
+    table("Strong scaling", head + " | ".join(LINKS) + " | by count", rows)
+    head = "link | nodes | mode | own [s] | waiting [s] | real | step [s] | real | error | by the link as set | beyond no limit"
+    table("Check", head, check(ranks, runs))
+    compact = "method != 'random'"  # random parts have no surface to speak of, and in bridge mode hardly an edge
+    work, fluid = fitted(ranks.query(compact))
+    print(f"\n{work}\n{fluid}")
+    rows, lines = [], {}
+    for words, nodes, weak in (("10,000,000 nodes", 1e7, False), ("976,563 nodes a rank", 1e9 / 1024, True)):
+        for mode in COLOURS:
+            steps = [fluid.step(work, ten, p, nodes if weak else nodes / p, mode == "exchange") for p in SIZES]
+            gains = [steps[0][0] / step for step, _ in steps]
+            for p, (step, wait), gain in zip(SIZES, steps, gains, strict=True):
+                rows.append([words, mode, p, *(f"{float(f'{value:.3g}'):,g}" for value in (step, 1e3 * wait, gain))])
+            lines[words, mode] = [g * p for g, p in zip(gains, SIZES, strict=True)] if weak else gains
+    table("Predictions, 10 GbE", "what | mode | P | step [s] | waiting [ms] | speed-up, or efficiency", rows)
+    draw(plot, near.query(compact), lines)
+
+
+if __name__ == "__main__":
+    app()

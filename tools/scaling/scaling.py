@@ -1,0 +1,267 @@
+"""A training step on P processes: every rank's work alone on one core, and real processes beside it.
+
+Both add rows to CSV files, of which predict.py makes tables and a plot by the model of model.py: docs/scaling.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("bench", "emulated_hosts")]
+
+import bench_data
+import hosts
+import pandas as pd
+import torch
+import typer
+from dgl import DGLGraph
+from model import NODE
+from torch import Tensor
+
+from dist_egnn import config as configs
+from dist_egnn.commands import runs
+from dist_egnn.data import halo
+from dist_egnn.data.store import Store
+from dist_egnn.distributed import comm, spawn
+from dist_egnn.errors import Failure
+from dist_egnn.models import network
+from dist_egnn.train import trainer
+from dist_egnn.utils.console import example
+
+MODES = ("bridge", "exchange")
+RESULTS = Path(__file__).parents[1] / "docs" / "results"
+BYTES = (4, 1 << 14, 1 << 17, 1 << 20)  # of a trip
+PORT = 29_556
+RENO = 'echo reno > /proc/sys/net/ipv4/tcp_congestion_control && exec "$@"'  # a host's own: see docs/scaling.md
+app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
+
+Parts = Annotated[list[int], typer.Option("--parts", min=2, help="processes P; may be given several times")]
+Nodes = Annotated[int, typer.Option("--nodes", min=2, help="nodes of the block, of degree 14.6")]
+Method = Annotated[str, typer.Option("--method", help="as partition.method")]
+Repeats = Annotated[
+    int, typer.Option("--repeats", min=1, help="timed steps of each, after one that is not; medians count")
+]
+Out = Annotated[Path, typer.Option("--out", help="folder of the CSV files")]
+
+
+def say(line: str) -> None:
+    """Progress, away from the result."""
+    print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
+
+
+class StandIn:
+    """torch.distributed as comm.py sees it, where no other rank is there: everything comes at once.
+
+    sent: bytes of each trip, taken ones if they are more. answers: what comes, a tensor a trip; by default the first rows of what
+    was sent, and zeros.
+    """
+
+    def __init__(self, rank: int, size: int, answers: Iterator[Tensor] | None = None) -> None:
+        self.rank, self.size, self.answers, self.sent = rank, size, answers, list[int]()
+
+    def get_rank(self, group: Any = None) -> int:
+        return self.rank
+
+    def get_world_size(self, group: Any = None) -> int:
+        return self.size
+
+    def all_to_all_single(self, taken: Tensor, sent: Tensor, *_: Any, **__: Any) -> Any:
+        self.sent.append(max(sent.nbytes, taken.nbytes))
+        if self.answers:
+            taken.copy_(next(self.answers))
+        else:
+            taken[: len(sent)] = sent[: len(taken)]
+            taken[len(sent) :] = 0
+        return SimpleNamespace(wait=lambda: None)
+
+
+@contextlib.contextmanager
+def standing_in(other: Any) -> Iterator[comm.Comm]:
+    """A group whose every line is comm.py's, but for torch.distributed."""
+    plain, comm.dist = comm.dist, other
+    try:
+        yield comm.Group(60.0)
+    finally:
+        comm.dist = plain
+
+
+def linked(parts: list[DGLGraph]) -> list[DGLGraph]:
+    """All parts of a snapshot, their halos linked as the ranks would link them together."""
+    halos, x = [halo.of(graph).parts[0] for graph in parts], [graph.ndata["x"] for graph in parts]  # type: ignore[union-attr]
+    for rank, own in enumerate(halos):
+        far = torch.cat([there[rows] for there, rows in zip(x, own.wanted, strict=True)])
+        own.learn(x[rank], [other.wanted[rank] for other in halos], far)
+    return parts
+
+
+def store(folder: Path, nodes: int, method: str, parts: int) -> configs.Config:
+    """A config whose data are a store of a block in so many parts. Raises Failure where it cannot be cut into them."""
+    if not (file := folder / "block.h5").exists():
+        (folder / "radius").write_text(repr(bench_data.write_data(file, nodes, 1, 14.6)))
+    radius = float((folder / "radius").read_text())
+    config = bench_data.config_of(file, radius, parts, [f"partition.method={method}"])
+    with contextlib.redirect_stdout(sys.stderr):
+        runs.run_partition(config, folder / f"{method}-{parts}")
+    return config
+
+
+def learner(config: configs.Config) -> tuple[network.Network, torch.optim.Optimizer]:
+    """A model for both modes (a graph with a halo is exchanged), and its optimiser."""
+    torch.set_num_threads(1)
+    model = trainer.build_model(
+        config, (len(config.data.features or ()), len(config.data.node_attributes)), comm.Alone()
+    )
+    assert isinstance(model, network.Network)
+    return model, torch.optim.Adam(model.parameters(), lr=config.train.lr)
+
+
+def step(config: configs.Config, learner: Any, graph: DGLGraph, group: comm.Comm) -> dict[str, float]:
+    """A training step as train.steps takes it; its seconds: processor, wall, in collectives."""
+    model, optimizer = learner
+    model.prepare(graph)
+    model.comm = group
+    clocks = time.process_time, time.perf_counter, comm.seconds
+    begun = [clock() for clock in clocks]
+    optimizer.zero_grad(set_to_none=True)
+    loss, mse = trainer.loss_of(config, model, graph, group, torch.Generator().manual_seed(0))
+    loss.backward()
+    group.sum_gradients(model.parameters(), torch.stack([loss.detach(), mse, torch.zeros(())]))
+    trainer._clipped(model, config.train.clip)
+    optimizer.step()
+    took = [clock() - then for clock, then in zip(clocks, begun, strict=True)]
+    return dict(zip(("cpu_s", "wall_s", "comm_s"), took, strict=True))
+
+
+def about(model: network.Network, graph: DGLGraph) -> dict[str, Any]:
+    """What a part's work and traffic follow from; interior: the share of the work in tiles without halo nodes."""
+    found = {"own": graph.num_nodes(), "edges": graph.num_edges(), "cross": 0, "halo": 0}
+    if halos := halo.of(graph):
+        found |= {"cross": len(halos.src), "halo": max(halos.size, sum(map(len, halos.parts[0].given)))}
+    cut = model.cut(graph)[1]
+    work = [sum(t.blocks[-1].ehi - t.blocks[0].elo + NODE * (t.hi - t.lo) for t in tiles) for tiles in cut.groups]
+    return {**found, "interior": 0.0 if cut.whole else work[0] / sum(work)}
+
+
+def add(name: str, rows: list[dict[str, Any]], folder: Path) -> None:
+    """Add rows to a CSV."""
+    before = [pd.read_csv(folder / name)] if (folder / name).exists() else []
+    pd.concat([*before, pd.DataFrame(rows)]).to_csv(folder / name, index=False, float_format="%.6g")
+
+
+@app.command(epilog=example("python tools/scaling/scaling.py alone --nodes 5000 --parts 2 --parts 8 --out /tmp"))
+def alone(
+    parts: Parts,
+    nodes: Nodes = 113_140,
+    method: Method = "metis",
+    repeats: Repeats = 3,
+    ranks: Annotated[int, typer.Option("--ranks", help="only so many ranks, those with most work")] = 8,
+    out: Out = RESULTS,
+) -> None:
+    """Every rank's step alone, one after the other, in both modes; in turn with one process's step on the whole graph."""
+    with tempfile.TemporaryDirectory(prefix="dist_egnn-") as name:
+        config = store(Path(name), nodes, method, 1)
+        single, ours = Store(config.data.path).read(0, 0), learner(config)
+        for size in parts:
+            config, rows, works = store(Path(name), nodes, method, size), list[dict[str, Any]](), list[Any]()
+            parted = Store(config.data.path)
+            for mode in MODES:
+                held = [parted.read(0, rank, mode == "exchange") for rank in range(size)]
+                held = linked(held) if mode == "exchange" else held
+                chosen = sorted(range(size), key=lambda r: -held[r].num_edges() - NODE * held[r].num_nodes())[:ranks]
+                works += [(mode, rank, held[rank], about(ours[0], held[rank])) for rank in chosen]
+            for turn in range(repeats + 1):
+                one = step(config, ours, single, comm.Alone())["cpu_s"]
+                for mode, rank, graph, shape in works:
+                    with standing_in(stand_in := StandIn(rank, size)) as group:
+                        took = step(config, ours, graph, group)
+                    sent = {"calls": len(stand_in.sent), "bytes": sum(stand_in.sent)}
+                    setting = {"nodes": nodes, "method": method, "parts": size, "mode": mode, "rank": rank}
+                    rows.append({**setting, "turn": turn, **shape, **sent, **took, "one_s": one})
+                slowest = [max(row["cpu_s"] for row in rows[-len(works) :] if row["mode"] == mode) for mode in MODES]
+                say(f"P={size} {method}, turn {turn}: one {one:.3f} s, slowest of {MODES} {slowest}")
+            add("scaling-ranks.csv", [row for row in rows if row["turn"]], out)  # the first turn only warms up
+
+
+def among(group: comm.Comm, config: configs.Config, repeats: int) -> list[dict[str, Any]]:
+    """Steps in both modes, in turn, and single trips, among real ranks: seconds of the slowest."""
+    ours, rows = learner(config), list[dict[str, Any]]()
+    held = {mode: Store(config.data.path).read(0, group.rank, mode == "exchange") for mode in MODES}
+    for turn in range(repeats + 1):
+        for mode, graph in held.items():
+            if halos := halo.of(graph):
+                halos.link(graph.ndata["x"], group)  # once a snapshot, so of no step
+            group.max(0.0)  # all begin together
+            took = {name: group.max(value) for name, value in step(config, ours, graph, group).items()}
+            rows += [{"what": mode, "bytes": 0, **took}] if turn else []
+            say(f"rank {group.rank}, {mode}, turn {turn}: {took}")
+    for nbytes in BYTES * 15:
+        splits = [max(1, nbytes // 4 // (group.size - 1)) * (rank != group.rank) for rank in range(group.size)]
+        sent = torch.zeros(sum(splits))
+        group.max(0.0)
+        begun = time.process_time(), time.perf_counter()
+        group.exchange(sent, splits, splits)()
+        took = {"cpu_s": time.process_time() - begun[0], "wall_s": time.perf_counter() - begun[1]}
+        rows.append({"what": "trip", "bytes": sent.nbytes, **{name: group.max(value) for name, value in took.items()}})
+    return rows
+
+
+@app.command(
+    epilog=example("python tools/scaling/scaling.py real --nodes 5000 --parts 2 --link 0:0 --link 5:100 --out /tmp")
+)
+def real(
+    parts: Parts,
+    nodes: Nodes = 113_140,
+    method: Method = "metis",
+    repeats: Repeats = 5,
+    link: Annotated[
+        list[str] | None, typer.Option("--link", help="DELAY_MS:RATE_MBIT of emulated hosts' network, 0: no limit")
+    ] = None,
+    out: Out = RESULTS,
+) -> None:
+    """Steps and single trips of P real processes: on this machine, or with --link on emulated hosts (docs/hosts.md; needs root)."""
+    for size in parts:
+        with tempfile.TemporaryDirectory(prefix="dist_egnn-") as name:
+            config = store(Path(name), nodes, method, size)
+            setting = {"nodes": nodes, "method": method, "parts": size}
+            if not link:
+                found = spawn.run(among, size, config, repeats)[0]
+                add("scaling-runs.csv", [{**setting, "delay_ms": -1, "rate_mbit": 0, **row} for row in found], out)
+                continue
+            (file := Path(name) / "config.yaml").write_text(configs.to_yaml(config))
+            with hosts.Hosts(names := [f"h{k}" for k in range(size)]) as up:
+                for delay, rate in (map(float, one.split(":")) for one in link):
+                    up.set(delay_ms=delay, rate_mbit=rate)
+                    words = [sys.executable, __file__, "rank", *map(str, (file, up.address("h0"), repeats, size))]
+                    argv = ["sh", "-c", RENO, "sh", *words]
+                    ranks = [up.run(h, [*argv, str(k)], stdout=subprocess.PIPE) for k, h in enumerate(names)]
+                    said = [rank.communicate(timeout=600)[0] for rank in ranks]
+                    if any(rank.returncode for rank in ranks):
+                        raise Failure(f"--link {delay:g}:{rate:g}: a process on the hosts failed; its words are above")
+                    link_set = {**setting, "delay_ms": delay, "rate_mbit": rate}
+                    add("scaling-runs.csv", [{**link_set, **row} for row in json.loads(said[0])], out)
+
+
+@app.command(hidden=True)
+def rank(file: Path, address: str, repeats: int, size: int, number: int) -> None:
+    """A process on a host; says what it found."""
+    group = comm.meet(number, size, address, PORT, hosts.INTERFACE, 60.0)
+    print(json.dumps(among(group, configs.load(str(file), []), repeats)))
+    comm.leave()
+
+
+if __name__ == "__main__":
+    try:
+        app()
+    except (Failure, hosts.Failure) as failure:
+        sys.exit(f"error: {failure}")
