@@ -16,8 +16,9 @@ import numpy as np
 from dist_egnn.partition import assign, neighbors
 
 from dist_egnn.data import graphs
+from dist_egnn.data.samples import SampleSpec, Snapshot, node_fields
 from dist_egnn.data.store import SIDES
-from dist_egnn.data.trajectories import SampleSpec, Snapshot, Trajectories, node_fields
+from dist_egnn.data.trajectories import Trajectories
 from dist_egnn.errors import Failure
 from dist_egnn.utils import part_weights, resources
 
@@ -100,7 +101,7 @@ def check_memory(x: np.ndarray, inputs: Inputs, side: np.ndarray | None, where: 
 def edges_of(x: np.ndarray, inputs: Inputs, side: np.ndarray | None, where: str) -> tuple[np.ndarray, np.ndarray]:
     """All edges of a snapshot at x (N, 3). Raises Failure, naming ``where``, before any work for which memory would not do."""
     check_memory(x, inputs, side, where)
-    return graphs.edges(x, inputs.radius, inputs.edge_drop, side)
+    return graphs.sample_edges(x, inputs.radius, inputs.edge_drop, side)
 
 
 def owners(method: str, place: np.ndarray, src: np.ndarray, dst: np.ndarray, inputs: Inputs) -> np.ndarray:

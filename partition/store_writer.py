@@ -30,9 +30,10 @@ from dist_egnn.partition import assign, snapshot
 from dist_egnn.partition.snapshot import Inputs
 
 from dist_egnn import __version__
+from dist_egnn.data.samples import Snapshot, select_snapshots
 from dist_egnn.data.store import FORMAT, GRAPH, VERSION
-from dist_egnn.data.store_inputs import LATER
-from dist_egnn.data.trajectories import Snapshot, Trajectories, snapshots
+from dist_egnn.data.store_inputs import DEFAULT_INPUTS
+from dist_egnn.data.trajectories import Trajectories
 from dist_egnn.errors import Failure
 from dist_egnn.utils import disk, part_weights
 
@@ -116,7 +117,7 @@ def listing(data: Trajectories, inputs: Inputs) -> list[Snapshot]:
         if inputs.periodic:
             data.sides(k, inputs.radius)
     return list(
-        snapshots(data, inputs.horizon, inputs.frames, inputs.first_frame, inputs.last_frame, inputs.frame_seed)
+        select_snapshots(data, inputs.horizon, inputs.frames, inputs.first_frame, inputs.last_frame, inputs.frame_seed)
     )
 
 
@@ -214,7 +215,7 @@ def _made_with(inputs: Inputs, file: Path) -> bool:
     """Whether a manifest or an unfinished run's stamp is there and names these inputs."""
     try:
         found = yaml.safe_load(file.read_text()) if file.suffix == ".yaml" else {"inputs": json.loads(file.read_text())}
-        return LATER | found["inputs"] == inputs.plain()
+        return DEFAULT_INPUTS | found["inputs"] == inputs.plain()
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return False
 

@@ -24,7 +24,7 @@ def verify(store: Store, progress: Callable[[int, int], None]) -> dict[str, int]
     if extra := sorted(listed - set(store.manifest["files"])):
         raise Failure(f"{store.path / extra[0]}: not in the manifest; remove it or partition again")
     for name in store.manifest["files"]:
-        store.disk.check(name)
+        store.disk.verify(name)
     nodes = edges = 0
     for shard, rows in store.snapshots.groupby("shard", sort=False).indices.items():
         config = str(store.path / shard / f"{GRAPH}.json")
@@ -54,7 +54,7 @@ def verify(store: Store, progress: Callable[[int, int], None]) -> dict[str, int]
                 found.append(gid_of[ids[src[inner]]] * n + gid_of[ids[dst[inner]]])
             x = store.whole(int(snapshot)).ndata["x"].numpy()  # also checks fields, shapes and NaN
             side = store.sides(int(snapshot))
-            src, dst = graphs.edges(x, store.inputs["radius"], store.inputs["edge_drop"], side)
+            src, dst = graphs.sample_edges(x, store.inputs["radius"], store.inputs["edge_drop"], side)
             if not np.array_equal(np.sort(np.concatenate(found)), np.sort(src * n + dst)):
                 raise Failure(f"{where}: its edges are not those of its positions, each once; partition again")
             nodes, edges = nodes + n, edges + len(src)

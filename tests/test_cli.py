@@ -16,7 +16,8 @@ import pandas as pd
 import pytest
 
 from dist_egnn.config import load
-from dist_egnn.data.trajectories import Trajectories, snapshots
+from dist_egnn.data.samples import select_snapshots
+from dist_egnn.data.trajectories import Trajectories
 
 RADIUS, HORIZON = 0.27, 3
 
@@ -166,7 +167,7 @@ def test_train_then_evaluate(run, small):
     # the baselines by their definition, from the file
     data = Trajectories(small)
     pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"train": [], "valid": [], "test": []}
-    for s in snapshots(data, HORIZON, 2, 0, -1, 0):
+    for s in select_snapshots(data, HORIZON, 2, 0, -1, 0):
         x, y = data.position(s.trajectory, s.frame), data.position(s.trajectory, s.frame + HORIZON)
         pairs[s.split].append((data.velocity(s.trajectory, s.frame).astype(float), (y - x).astype(float)))
     t = sum((v * d).sum() for v, d in pairs["train"]) / sum((v * v).sum() for v, _ in pairs["train"])

@@ -118,7 +118,7 @@ def run_training(config: Any, resume: bool = False) -> dict[str, float]:
         config.data.path = str(Path(config.data.path).absolute())  # the run is evaluated from anywhere
     check = resuming.check_resumed if resume else resuming.check_fresh
     check(config)  # before there is a folder
-    parts, processes = dataset.parts(config), dataset.processes(config)
+    parts, processes = dataset.part_count(config), dataset.process_count(config)
     activation_offload.check(config.train.kept, "train.kept=")
     plan.check_memory(config, parts)
     cut = to_partition(config) if parts > 1 and not dataset.is_store(config.data.path) else None
@@ -239,7 +239,7 @@ def run_evaluation(run: Path, split: str = "test") -> dict[str, float]:
         training.device_of(config)
     except Failure as failure:  # nothing on this command line sets it: the run's file does
         raise Failure(f"{run / 'config.yaml'}: {failure}") from failure
-    size = dataset.processes(config)
+    size = dataset.process_count(config)
     found = spawn.run(training.evaluate, size, config, run / "best.pt", split, timeout_s=config.train.timeout_s)[0]
     table, path = (
         pd.DataFrame([{"split": split, "prediction": k, "mse": v} for k, v in found.items()]),
@@ -263,7 +263,7 @@ def run_plan(config: Any, as_json: bool = False, measure: bool = False) -> None:
     from ..data import dataset
     from ..planning import plan
 
-    if measure and dataset.parts(config) == 1:
+    if measure and dataset.part_count(config) == 1:
         raise Failure("--measure: weights are for several processes; name them, for example partition.parts=2")
     found = plan.make(config, lambda line: print(line, file=sys.stderr, flush=True))
     rows = [

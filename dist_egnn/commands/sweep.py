@@ -63,7 +63,7 @@ def _work(run: Run) -> None:
         "epoch_s": float(epochs["epoch_s"].mean()),
         "seconds": float(epochs["epoch_s"].sum()),
         "parameters": sum(t.numel() for t in checkpoint.load(folder / "best.pt")["model"].values()),
-        "processes": dataset.processes(run.config),
+        "processes": dataset.process_count(run.config),
         "peak_gb": float(epochs["peak_gb"].max()),
     }
     write_whole(folder / "result.json", (json.dumps(found, indent=1) + "\n").encode())

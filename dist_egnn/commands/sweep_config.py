@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from .. import config as configs
 from ..data import dataset
 from ..data.store import Store
-from ..data.store_inputs import same_settings
+from ..data.store_inputs import check_settings
 from ..data.trajectories import Trajectories
 from ..errors import Failure
 from ..models import network
@@ -199,8 +199,8 @@ def check(sweep: Sweep) -> None:
     """Raise Failure for data or a device that is not there, and for a store made with other settings: before anything runs."""
     for config in {run.setting: run.config for run in sweep.runs}.values():
         device_of(config)
-        dataset.parts(config)
+        dataset.part_count(config)
         if dataset.is_store(config.data.path):
-            same_settings(Store(config.data.path).inputs, config.data.path, config.data)
+            check_settings(Store(config.data.path).inputs, config.data.path, config.data)
         else:
             Trajectories(config.data.path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -13,9 +13,10 @@ from dgl import DGLGraph
 from ..config import Config, Data
 from ..errors import Failure
 from ..utils import part_weights
+from .samples import SampleSpec, read_sample, select_snapshots
 from .store import Store
-from .store_inputs import same_settings
-from .trajectories import SPLITS, SampleSpec, Trajectories, sample, snapshots
+from .store_inputs import check_settings
+from .trajectories import SPLITS, Trajectories
 
 Key = TypeVar("Key")
 Made = TypeVar("Made")
@@ -23,9 +24,9 @@ Made = TypeVar("Made")
 CACHE_BYTES = 2 << 30  # graphs kept ready by all processes of a machine together
 
 
-def ahead(make: Callable[[Key], Made], keys: Iterable[Key]) -> Generator[Made, None, None]:
+def prefetch(make: Callable[[Key], Made], keys: Iterable[Key]) -> Generator[Made, None, None]:
     """make(key) of each key in order, the next one being made in a thread while the last is in use."""
-    with ThreadPoolExecutor(1, thread_name_prefix="ahead") as thread:
+    with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
         waiting: Future[Made] | None = None
         for key in keys:
             done, waiting = waiting, thread.submit(make, key)
@@ -35,12 +36,12 @@ def ahead(make: Callable[[Key], Made], keys: Iterable[Key]) -> Generator[Made, N
             yield waiting.result()
 
 
-def kept_bytes(nodes: int, edges: int) -> int:
+def cached_bytes(nodes: int, edges: int) -> int:
     """What a sample that stays in memory is counted as: fields, structure and tiles, roughly."""
     return 64 * edges + 256 * nodes
 
 
-class Samples:
+class Dataset:
     """Samples by number; the latest ones stay in memory, ready for use.
 
     splits: name → numbers; widths: F and K of the fields f and a; frames: trajectory and frame of each number; sizes: bytes that
@@ -74,11 +75,7 @@ class Samples:
 
     def size(self, number: int, graph: DGLGraph) -> int:
         """The bytes that a sample is counted as."""
-        return self._sizes[number] if self._sizes else kept_bytes(graph.num_nodes(), graph.num_edges())
-
-    def ahead(self, numbers: Iterable[int]) -> Iterator[DGLGraph]:
-        """The samples of these numbers, each read while the one before is in use."""
-        return ahead(self.__getitem__, numbers)
+        return self._sizes[number] if self._sizes else cached_bytes(graph.num_nodes(), graph.num_edges())
 
 
 def is_store(path: str) -> bool:
@@ -92,12 +89,12 @@ def is_store(path: str) -> bool:
     return Path(path).is_dir()
 
 
-def processes(config: Config) -> int:
+def process_count(config: Config) -> int:
     """How many processes train: ``parts`` of them for each of train.replicas groups."""
-    return parts(config) * config.train.replicas
+    return part_count(config) * config.train.replicas
 
 
-def parts(config: Config) -> int:
+def part_count(config: Config) -> int:
     """How many processes share each graph. Raises Failure where the config and the store disagree."""
     wanted, weights = config.partition.parts, config.partition.weights
     if not is_store(config.data.path):
@@ -116,14 +113,14 @@ def parts(config: Config) -> int:
     return store.parts
 
 
-def spec_of(data: Data, features: Iterable[str]) -> SampleSpec:
+def sample_spec(data: Data, features: Iterable[str]) -> SampleSpec:
     """How the data section makes samples; features: its own, or what null stands for."""
     return SampleSpec(
         data.radius, data.horizon, tuple(features), tuple(data.node_attributes), data.edge_drop, data.periodic
     )
 
 
-def open_samples(config: Config, part: int, count: int) -> Samples:
+def open_dataset(config: Config, part: int, count: int) -> Dataset:
     """The samples of a config: this process's part of each snapshot in a store, or whole ones of a trajectories file.
 
     count: processes of the run, which share the memory for samples.
@@ -131,7 +128,7 @@ def open_samples(config: Config, part: int, count: int) -> Samples:
     budget = CACHE_BYTES // count
     if is_store(config.data.path):
         store = Store(config.data.path)
-        same_settings(store.inputs, str(store.path), config.data)
+        check_settings(store.inputs, str(store.path), config.data)
         splits = {name: store.split(name) for name in SPLITS}
         widths = len(store.inputs["features"]), len(store.inputs["node_attributes"])
         table = store.snapshots
@@ -139,16 +136,16 @@ def open_samples(config: Config, part: int, count: int) -> Samples:
         sizes = None
         if exchange := config.partition.halo == "exchange" and store.parts > 1:
             largest = store.parts_table.groupby("snapshot")[["nodes", "edges"]].max().to_numpy().tolist()
-            sizes = [kept_bytes(nodes, edges) for nodes, edges in largest]
-        return Samples(lambda number: store.read(number, part, exchange), splits, widths, budget, frames, sizes)
+            sizes = [cached_bytes(nodes, edges) for nodes, edges in largest]
+        return Dataset(lambda number: store.read(number, part, exchange), splits, widths, budget, frames, sizes)
     d = config.data
     file = Trajectories(d.path)
     features = tuple(d.features) if d.features is not None else (*file[0].attributes, "speed")
-    spec = spec_of(d, features)
+    spec = sample_spec(d, features)
     if spec.periodic:
         for k in range(len(file)):
             file.sides(k, spec.radius)
-    listed = list(snapshots(file, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed))
+    listed = list(select_snapshots(file, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed))
     splits = {name: [i for i, s in enumerate(listed) if s.split == name] for name in SPLITS}
     widths, frames = (len(features), len(d.node_attributes)), [(s.trajectory, s.frame) for s in listed]
-    return Samples(lambda number: sample(file, listed[number], spec), splits, widths, budget, frames)
+    return Dataset(lambda number: read_sample(file, listed[number], spec), splits, widths, budget, frames)

@@ -42,7 +42,7 @@ TABLE = (
 )
 
 
-def check(graph: DGLGraph, where: str, *, target: bool = False) -> None:
+def validate(graph: DGLGraph, where: str, *, target: bool = False) -> None:
     """Raise Failure, naming ``where`` and the field, if a field is missing, has the wrong shape, or is not finite."""
     for field in TABLE:
         data, rows = (graph.ndata, graph.num_nodes()) if field.on == "node" else (graph.edata, graph.num_edges())

@@ -36,7 +36,7 @@ from ..errors import Failure
 from ..utils.disk import check_room
 from ..utils.resources import served_bytes
 from . import dgl_compat
-from .store import Part, Store, serve_from
+from .store import Part, Store, set_source
 
 SHARED = Path("/dev/shm")
 TRY_S = 3.0  # from one of DGL's attempts to connect to the next
@@ -186,7 +186,7 @@ def _config(store: Store, machine: int, here: Address) -> dict[str, Any]:
     return config
 
 
-class FromServer:
+class ServerSource:
     """Parts of the store's only graph: this machine's from shared memory, without a copy; another's pulled from its server."""
 
     def __init__(self, graph: DistGraph, machine: int, places: list[Address], timeout_s: float) -> None:
@@ -295,7 +295,7 @@ def connect(path: Path, rank: int, ip_config: Path, group: int, timeout_s: float
             ) from error
         atexit.unregister(dist_context.exit_client)  # a barrier of all trainers
         graph = DistGraph(here.name)
-    serve_from(store.path, FromServer(graph, machine, listed, timeout_s))
+    set_source(store.path, ServerSource(graph, machine, listed, timeout_s))
 
 
 def enter(

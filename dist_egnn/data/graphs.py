@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import Failure
 
-PIECE = 1 << 20  # edges whose ends are gathered at once
+CHUNK_EDGES = 1 << 20  # edges whose ends are gathered at once
 
 
 def radius_edges(x: np.ndarray, radius: float, side: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -83,26 +83,26 @@ def squared_lengths(x: np.ndarray, src: np.ndarray, dst: np.ndarray, side: np.nd
     return (r**2).sum(1)
 
 
-def edges(
+def sample_edges(
     x: np.ndarray, radius: float, edge_drop: float = 0.0, side: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """The edges of a sample: ``radius_edges`` less the longest."""
     return drop_longest(x, *radius_edges(x, radius, side), edge_drop, side)
 
 
-def empty(src: Tensor, dst: Tensor, nodes: int) -> DGLGraph:
+def empty_graph(src: Tensor, dst: Tensor, nodes: int) -> DGLGraph:
     """A DGLGraph of edges src→dst without fields; int32, which takes half the memory."""
     return dgl.graph((src, dst), num_nodes=nodes, idtype=torch.int32)
 
 
-def build(
+def build_graph(
     src: np.ndarray, dst: np.ndarray, nodes: Mapping[str, np.ndarray | Tensor], side: np.ndarray | None = None
 ) -> DGLGraph:
     """A DGLGraph with the node fields and the edge attributes e = (length, length), the benchmarks' A = 2.
 
     side: (3,) sides of a periodic box: edges then go to nearest images, and have the field shift.
     """
-    graph = empty(torch.from_numpy(src), torch.from_numpy(dst), len(nodes["x"]))
+    graph = empty_graph(torch.from_numpy(src), torch.from_numpy(dst), len(nodes["x"]))
     for name, value in nodes.items():
         graph.ndata[name] = torch.as_tensor(value)
     set_edge_lengths(graph, side)
@@ -114,8 +114,8 @@ def set_edge_lengths(graph: DGLGraph, side: np.ndarray | None = None) -> None:
     src, dst = graph.edges()
     x = graph.ndata["x"]
     found: dict[str, Tensor] = {}
-    for lo in range(0, max(len(src), 1), PIECE):
-        here = slice(lo, lo + PIECE)
+    for lo in range(0, max(len(src), 1), CHUNK_EDGES):
+        here = slice(lo, lo + CHUNK_EDGES)
         for name, value in edge_fields(x[src[here]], x[dst[here]], side).items():
             found.setdefault(name, value.new_empty(len(src), value.shape[1]))[here] = value
     graph.edata.update(found)

@@ -41,13 +41,15 @@ class Halo:
 
     src: Tensor  # (E,) halo node of each cross edge
     dst: Tensor  # (E,) own node
-    wanted: list[Tensor]  # of each rank: which of its rows the halo nodes are, ascending
+    recv_rows: list[Tensor]  # of each rank: which of its rows the halo nodes are, ascending
     nodes: list[int]  # own nodes of each rank
     number: int  # of the snapshot
     where: str  # for errors
     radius: float = float("inf")  # no edge is longer
     side: np.ndarray | None = None  # (3,) of the periodic box
-    given: list[Tensor] = field(default_factory=list)  # of each rank: which own rows it needs, ascending; once linked
+    send_rows: list[Tensor] = field(
+        default_factory=list
+    )  # of each rank: which own rows it needs, ascending; once linked
     edge: Fields = field(default_factory=dict)  # the fields of the cross edges; once linked
 
     def link(self, x: Tensor, comm: Comm) -> None:
@@ -55,9 +57,9 @@ class Halo:
 
         Raises Failure where ranks mean different data.
         """
-        if self.given:
+        if self.send_rows:
             return
-        told = torch.tensor([[self.number, n, len(rows)] for n, rows in zip(self.nodes, self.wanted, strict=True)])
+        told = torch.tensor([[self.number, n, len(rows)] for n, rows in zip(self.nodes, self.recv_rows, strict=True)])
         ones = [1] * comm.size
         heard = comm.exchange(told, ones, ones)().tolist()
         for rank, (number, nodes, _) in enumerate(heard):
@@ -66,16 +68,16 @@ class Halo:
                     f"{self.where}: process {rank} is at snapshot {number} and counts {nodes} nodes here, which has {len(x)}: "
                     "the processes read different stores; give all the same"
                 )
-        take, give = [len(rows) for rows in self.wanted], [count for *_, count in heard]
-        given = comm.exchange(torch.cat(self.wanted), take, give)().split(give)
+        take, give = [len(rows) for rows in self.recv_rows], [count for *_, count in heard]
+        given = comm.exchange(torch.cat(self.recv_rows), take, give)().split(give)
         for rank, rows in enumerate(given):
             if len(rows) and (rows[0] < 0 or rows[-1] >= len(x) or bool((rows.diff() <= 0).any())):
                 raise Failure(
                     f"{self.where}: process {rank} asks for nodes that are none of its {len(x)}; partition again"
                 )
-        self.learn(x, given, comm.exchange(x.index_select(0, torch.cat(given)), give, take)())
+        self.complete(x, given, comm.exchange(x.index_select(0, torch.cat(given)), give, take)())
 
-    def learn(self, x: Tensor, given: Sequence[Tensor], far: Tensor) -> None:
+    def complete(self, x: Tensor, given: Sequence[Tensor], far: Tensor) -> None:
         """Take in what the others told: which rows of x (n, 3) each of them needs, and the positions (m, 3) of the halo nodes.
 
         Raises Failure for an edge that is longer than the radius.
@@ -89,7 +91,7 @@ class Halo:
                 f"{self.radius:g}: its halo nodes are wrong; partition again"
             )
         self.edge = graphs.edge_fields(source, destination, self.side)
-        self.given = list(given)
+        self.send_rows = list(given)
 
 
 class Halos:
@@ -97,7 +99,7 @@ class Halos:
 
     def __init__(self, parts: Sequence[Halo], nodes: Sequence[int]) -> None:
         self.parts, self.first = list(parts), [0, *accumulate(nodes)]
-        counts = torch.tensor([[len(rows) for rows in part.wanted] for part in parts])  # (B, P)
+        counts = torch.tensor([[len(rows) for rows in part.recv_rows] for part in parts])  # (B, P)
         begin = (counts.t().flatten().cumsum(0) - counts.t().flatten()).view(counts.t().shape).t()
         src = []
         for part, count, start in zip(self.parts, counts, begin, strict=True):
@@ -105,12 +107,12 @@ class Halos:
             src.append(part.src + moved.index_select(0, part.src))
         self.src = torch.cat(src)
         self.dst = torch.cat([part.dst + first for part, first in zip(self.parts, self.first, strict=False)])
-        self.take = counts.sum(0).tolist()
+        self.recv_counts = counts.sum(0).tolist()
 
     @property
     def size(self) -> int:
         """m."""
-        return sum(self.take)
+        return sum(self.recv_counts)
 
     def link(self, x: Tensor, comm: Comm) -> None:
         """Link what is not yet linked; x: (n, 3) of the batch."""
@@ -121,39 +123,39 @@ class Halos:
         """A field of the cross edges."""
         return torch.cat([part.edge[name] for part in self.parts])
 
-    def wire(self, place: Tensor, comm: Comm) -> Wire:
+    def exchange(self, place: Tensor, comm: Comm) -> HaloExchange:
         """What a layer's rows travel by. place: (n,) where each own node's row stands."""
         given = [
-            torch.cat([part.given[rank] + first for part, first in zip(self.parts, self.first, strict=False)])
-            for rank in range(len(self.take))
+            torch.cat([part.send_rows[rank] + first for part, first in zip(self.parts, self.first, strict=False)])
+            for rank in range(len(self.recv_counts))
         ]
-        return Wire(comm, [place.index_select(0, rows.to(place.device)) for rows in given], self.take)
+        return HaloExchange(comm, [place.index_select(0, rows.to(place.device)) for rows in given], self.recv_counts)
 
 
 @dataclass
-class Wire:
+class HaloExchange:
     """Rows of own nodes to other ranks and of halo nodes from them, and gradients the other way."""
 
     comm: Comm
-    given: list[Tensor]  # of each rank: rows to send it
-    take: list[int]
+    send_rows: list[Tensor]  # of each rank: rows to send it
+    recv_counts: list[int]
 
     def start(self, fields: Fields) -> Callable[[], Fields]:
         """Start to send the fields (n, …) of own nodes; returns what waits for those of the halo nodes (m, …)."""
-        rows = torch.cat(self.given)
+        rows = torch.cat(self.send_rows)
         packed = torch.cat([t.detach().index_select(0, rows) for t in fields.values()], 1)
-        wait = self.comm.exchange(packed, [len(r) for r in self.given], self.take)
+        wait = self.comm.exchange(packed, [len(r) for r in self.send_rows], self.recv_counts)
         widths = [t.shape[1] for t in fields.values()]
         return lambda: dict(zip(fields, wait().split(widths, 1), strict=True))
 
-    def back(self, grads: Fields) -> Callable[[Fields], None]:
+    def start_backward(self, grads: Fields) -> Callable[[Fields], None]:
         """Start to send the gradients (m, …) of halo nodes; returns what adds those that come to fields (n, …)."""
-        give = [len(r) for r in self.given]
-        wait = self.comm.exchange(torch.cat(list(grads.values()), 1), self.take, give)
+        give = [len(r) for r in self.send_rows]
+        wait = self.comm.exchange(torch.cat(list(grads.values()), 1), self.recv_counts, give)
 
         def add(into: Fields) -> None:
             # rank by rank: within one, no row comes twice, so that every sum has one order
-            for rows, got in zip(self.given, wait().split(give), strict=True):
+            for rows, got in zip(self.send_rows, wait().split(give), strict=True):
                 for name, part in zip(grads, got.split([t.shape[1] for t in grads.values()], 1), strict=True):
                     into[name].index_add_(0, rows, part)
 
@@ -166,16 +168,16 @@ class Wire:
 
 class _Refresh(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, wire: Wire, names: tuple[str, ...], *values: Tensor) -> tuple[Tensor, ...]:
-        ctx.wire, ctx.names, ctx.rows = wire, names, len(values[0])
+    def forward(ctx: Any, exchange: HaloExchange, names: tuple[str, ...], *values: Tensor) -> tuple[Tensor, ...]:
+        ctx.exchange, ctx.names, ctx.rows = exchange, names, len(values[0])
         # no views of what came, which autograd would tie together
-        return tuple(t.contiguous() for t in wire.start(dict(zip(names, values, strict=True)))().values())
+        return tuple(t.contiguous() for t in exchange.start(dict(zip(names, values, strict=True)))().values())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         needed = {name: g for name, g, need in zip(ctx.names, grads, ctx.needs_input_grad[2:], strict=True) if need}
-        add = ctx.wire.back(needed)
+        add = ctx.exchange.start_backward(needed)
         into = {name: g.new_zeros(ctx.rows, *g.shape[1:]) for name, g in needed.items()}
         add(into)
         return None, None, *(into.get(name) for name in ctx.names)
@@ -187,7 +189,7 @@ def attach(graph: DGLGraph, halos: Halos) -> DGLGraph:
     return graph
 
 
-def of(graph: DGLGraph) -> Halos | None:
+def get(graph: DGLGraph) -> Halos | None:
     """The halo of a graph; None in bridge mode."""
     return graph.__dict__.get(ATTACHED)
 
@@ -196,7 +198,7 @@ def batch(samples: Sequence[DGLGraph]) -> DGLGraph:
     """dgl.batch of samples, their halos with them."""
     if len(samples) == 1:
         return samples[0]
-    halos = [of(graph) for graph in samples]
+    halos = [get(graph) for graph in samples]
     joined = dgl.batch(list(samples))
     parts = [part for each in halos if each for part in each.parts]
     if not parts:
@@ -204,7 +206,7 @@ def batch(samples: Sequence[DGLGraph]) -> DGLGraph:
     return attach(joined, Halos(parts, [graph.num_nodes() for graph in samples]))
 
 
-def cut(
+def extract_part(
     src: np.ndarray, dst: np.ndarray, part: np.ndarray, rank: int, parts: int, **about: Any
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Halo]:
     """A part of a graph whose edges are src→dst, and its nodes' parts known: part (N,).
@@ -217,11 +219,11 @@ def cut(
     row[order] = np.arange(len(part)) - np.repeat(np.cumsum(counts) - counts, counts)
     mine, same = part[dst] == rank, part[src] == part[dst]
     own, cross = mine & same, mine & ~same
-    made = of_edges(part[src[cross]], row[src[cross]], row[dst[cross]], counts.tolist(), **about)
+    made = from_edges(part[src[cross]], row[src[cross]], row[dst[cross]], counts.tolist(), **about)
     return np.flatnonzero(part == rank), row[src[own]], row[dst[own]], made
 
 
-def of_edges(owner: np.ndarray, row: np.ndarray, dst: np.ndarray, nodes: Sequence[int], **about: Any) -> Halo:
+def from_edges(owner: np.ndarray, row: np.ndarray, dst: np.ndarray, nodes: Sequence[int], **about: Any) -> Halo:
     """The halo of a part, given its cross edges: rank and row there of each source, own node of each destination.
 
     nodes: own nodes of each rank; about: the other fields of Halo.

@@ -1,6 +1,6 @@
 """A store that `distegnn partition` wrote: one partition of one snapshot as a DGLGraph.
 
-A ``Source`` hands out a part of a shard; ``FromDisk`` is one, a DistDGL server another (serving.py). What is cut out of a part
+A ``Source`` hands out a part of a shard; ``DiskSource`` is one, a DistDGL server another (serving.py). What is cut out of a part
 is the same for both, and who asks does not know which it is.
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from ..errors import Failure
 from ..utils import part_weights
 from . import fields, graphs, halo
-from .store_inputs import LATER
+from .store_inputs import DEFAULT_INPUTS
 
 FORMAT, VERSION, GRAPH = "dist_egnn.store", 1, "dist_egnn"
 SIDES = ("side_x", "side_y", "side_z")  # columns of snapshots.csv in a store with periodic boxes
@@ -47,7 +47,7 @@ class Source(Protocol):
     def part(self, shard: str, part: int) -> Part: ...
 
 
-class FromDisk:
+class DiskSource:
     """Parts by DGL's own loader, each file's hash checked before it is first read; the last few stay in memory."""
 
     def __init__(self, folder: Path, hashes: dict[str, str], keep: int = 2) -> None:
@@ -55,7 +55,7 @@ class FromDisk:
         self._kept: OrderedDict[tuple[str, int], Part] = OrderedDict()
         self._checked: set[str] = set()
 
-    def check(self, name: str) -> None:
+    def verify(self, name: str) -> None:
         """Raise Failure unless the file is the one that the manifest names."""
         if name in self._checked:
             return
@@ -70,7 +70,7 @@ class FromDisk:
     def config(self, shard: str, part: int) -> Path:
         """DGL's partition config of a shard, after a check of it and of the part's files."""
         for name in (f"{GRAPH}.json", *(f"part{part}/{kind}.dgl" for kind in ("graph", "node_feat", "edge_feat"))):
-            self.check(f"{shard}/{name}")
+            self.verify(f"{shard}/{name}")
         return self.folder / shard / f"{GRAPH}.json"
 
     def part(self, shard: str, part: int) -> Part:
@@ -90,7 +90,7 @@ class FromDisk:
 _served: dict[Path, Source] = {}
 
 
-def serve_from(path: Path, source: Source) -> None:
+def set_source(path: Path, source: Source) -> None:
     """Have every Store of this path take its parts from ``source``, in this process."""
     _served[path.resolve()] = source
 
@@ -112,11 +112,11 @@ class Store:
             self.manifest: dict[str, Any] = yaml.safe_load(manifest.read_text())
             found = self.manifest["format"], self.manifest["version"]
             if found == (FORMAT, VERSION):
-                self.inputs: dict[str, Any] = LATER | self.manifest["inputs"]
+                self.inputs: dict[str, Any] = DEFAULT_INPUTS | self.manifest["inputs"]
                 self.machines: int = self.inputs["parts"]
                 self.trainers: int = self.inputs["trainers"]
                 self.parts = self.machines * self.trainers  # one process each; rank r is on machine r // trainers
-                self.disk = FromDisk(self.path, dict(self.manifest["files"]))
+                self.disk = DiskSource(self.path, dict(self.manifest["files"]))
         except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
             raise Failure(f"{manifest}: damaged ({type(error).__name__}); partition again") from error
         if found != (FORMAT, VERSION):
@@ -125,7 +125,7 @@ class Store:
             )
         self.source: Source = source or _served.get(self.path.resolve(), self.disk)
         for name in ("snapshots.csv", "parts.csv"):
-            self.disk.check(name)
+            self.disk.verify(name)
         self.snapshots = pd.read_csv(self.path / "snapshots.csv", float_precision="round_trip")
         self.parts_table = pd.read_csv(self.path / "parts.csv")
 
@@ -171,7 +171,7 @@ class Store:
         lo, hi, elo, ehi = self.ranges[snapshot, part].tolist()
         src, dst = held.src[elo:ehi], held.dst[elo:ehi] - lo
         own = (src >= lo) & (src < hi)
-        graph = graphs.empty(src[own] - lo, dst[own], hi - lo)
+        graph = graphs.empty_graph(src[own] - lo, dst[own], hi - lo)
         for name in ("x", "v", "f", "a", "y", "gid"):
             if name not in held.nodes:
                 raise Failure(
@@ -194,7 +194,7 @@ class Store:
         lost = (owner < 0) | (ids >= (first + nodes)[owner]) | (owner == part)
         if lost.any():
             raise Failure(f"{where}: its halo node {ids[lost][0]} is no other part's node of it; partition again")
-        made = halo.of_edges(
+        made = halo.from_edges(
             owner,
             ids - first[owner],
             dst.numpy(),
@@ -205,7 +205,7 @@ class Store:
             side=self.sides(snapshot),
         )
         listed = self.parts_table.iloc[snapshot * self.parts + part]
-        found = {"cut_edges": len(made.src), "halo": sum(map(len, made.wanted))}
+        found = {"cut_edges": len(made.src), "halo": sum(map(len, made.recv_rows))}
         for name, count in found.items():
             if count != listed[name]:
                 raise Failure(f"{where}: has {count} {name}, parts.csv says {listed[name]}; partition again")
@@ -223,11 +223,11 @@ class Store:
         if exchange:
             own = [g.ndata["gid"] for g in pieces]
             first = np.cumsum([0, *map(len, own)])
-            for begin, halos in zip(first, map(halo.of, pieces), strict=False):
+            for begin, halos in zip(first, map(halo.get, pieces), strict=False):
                 assert halos is not None
-                far = torch.cat([rows + f for rows, f in zip(halos.parts[0].wanted, first, strict=False)])
+                far = torch.cat([rows + f for rows, f in zip(halos.parts[0].recv_rows, first, strict=False)])
                 src, dst = torch.cat([src, far[halos.src]]), torch.cat([dst, halos.dst + begin])
-        graph = graphs.empty(gid[src], gid[dst], len(gid))
+        graph = graphs.empty_graph(gid[src], gid[dst], len(gid))
         back = gid.argsort()
         for name in ("x", "v", "f", "a", "y", "gid"):
             graph.ndata[name] = joined.ndata[name][back]
@@ -241,7 +241,7 @@ class Store:
         centroid = torch.tensor([row["centroid_x"], row["centroid_y"], row["centroid_z"]], dtype=torch.float64)
         graph.ndata["centroid"] = centroid.expand(n, 3).contiguous()
         graphs.set_edge_lengths(graph, self.sides(row["snapshot"]))
-        fields.check(graph, f"{self.path}: snapshot {row['snapshot']}", target=True)
+        fields.validate(graph, f"{self.path}: snapshot {row['snapshot']}", target=True)
 
     def summary(self) -> dict[str, float]:
         """Means over snapshots: share of edges cut, largest part / mean part (of parts with weights: the fullest / its

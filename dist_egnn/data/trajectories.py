@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from ..errors import Failure
 from ..utils.disk import Sink, check_room
 
 if TYPE_CHECKING:
-    from dgl import DGLGraph
+    pass
 
 FORMAT, VERSION = "dist_egnn.trajectories", 1
 SPLITS = ("train", "valid", "test")
@@ -93,9 +93,9 @@ class Writer:
                 key, data=value, chunks=chunks, shuffle=bool(chunks), compression="gzip" if chunks else None
             )
         if periodic and box is not None:
-            side = sides_of(box)
+            side = box_sides(box)
             for t in range(len(position) - 1):
-                check_step(position[t], position[t + 1], side, f"{self.path}: trajectory {name}, frame {t}")
+                check_displacement(position[t], position[t + 1], side, f"{self.path}: trajectory {name}, frame {t}")
         self.sink.check()
 
     def copy(self, piece: Path) -> None:
@@ -117,7 +117,7 @@ class Writer:
             self.partial.unlink(missing_ok=True)
 
 
-def sides_of(box: np.ndarray) -> np.ndarray:
+def box_sides(box: np.ndarray) -> np.ndarray:
     """The sides (3,) float64 of a box given by its low and high corner (2, 3)."""
     low, high = np.asarray(box, dtype=np.float64)
     return high - low
@@ -137,7 +137,7 @@ def unwrap(position: np.ndarray, side: np.ndarray) -> None:
         frame[:], before = now - turns * side, now
 
 
-def check_step(before: np.ndarray, after: np.ndarray, side: np.ndarray, where: str) -> None:
+def check_displacement(before: np.ndarray, after: np.ndarray, side: np.ndarray, where: str) -> None:
     """Raise Failure if a node of a periodic box moves by more than half a side (3,) between two frames (N, 3): a node that
     left the box came in on the other side, and no difference of positions would be a displacement."""
     far = (np.abs(np.asarray(after, np.float64) - before) > side / 2).any(1)
@@ -267,7 +267,7 @@ class Trajectories(Sequence[Trajectory]):
         if box is None or not self._all[k].periodic:
             found = "has no box" if box is None else "has a box with walls"
             raise Failure(f"{where} {found}, and data.periodic needs a periodic one; set data.periodic=false")
-        side = sides_of(box)
+        side = box_sides(box)
         try:
             graphs.check_side(radius, side)
         except Failure as failure:
@@ -276,97 +276,3 @@ class Trajectories(Sequence[Trajectory]):
 
     def close(self) -> None:
         self.file.close()
-
-
-@dataclass(frozen=True)
-class SampleSpec:
-    """How a frame becomes a sample. Features are node attributes by name, 'speed' for ‖v‖, and 'name/max' for a
-    feature divided by its largest magnitude in the snapshot."""
-
-    radius: float
-    horizon: int
-    features: tuple[str, ...]
-    node_attributes: tuple[str, ...] = ()
-    edge_drop: float = 0.0
-    periodic: bool = False
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """A frame pair of a trajectory: input at ``frame``, target at ``frame + horizon``."""
-
-    split: str
-    trajectory: int
-    frame: int
-
-
-def snapshots(data: Trajectories, horizon: int, count: int, first: int, last: int, seed: int) -> Iterator[Snapshot]:
-    """Up to ``count`` frames of every trajectory among first…last (0: all of them; last = −1: as far as the target
-    exists), drawn without replacement from (seed, trajectory), in order of time."""
-    if horizon < 1:
-        raise Failure(f"data.horizon={horizon}: must be at least 1 frame")
-    for k, trajectory in enumerate(data):
-        end = trajectory.frames - 1 - horizon
-        frames = np.arange(max(first, 0), 1 + (end if last < 0 else min(last, end)))
-        if not len(frames):
-            raise Failure(
-                f"{data.path}: trajectory {k} has {trajectory.frames} frames: none in {first}…{last} has a target "
-                f"{horizon} frames ahead; lower data.horizon or data.first_frame"
-            )
-        if 0 < count < len(frames):
-            frames = np.sort(np.random.default_rng([seed, k]).choice(frames, count, replace=False))
-        for frame in frames:
-            yield Snapshot(trajectory.split, k, int(frame))
-
-
-def columns(names: Sequence[str], v: np.ndarray, attribute: Callable[[str], np.ndarray]) -> np.ndarray:
-    """Features by name, as SampleSpec defines them: (N, len(names)), in the precision of v.
-
-    v: (N, 3); attribute: gives a node attribute (N,) by its name. Raises Failure for an unknown scaling.
-    """
-
-    def column(name: str) -> np.ndarray:
-        base, _, scale = name.partition("/")
-        value = np.linalg.norm(v, axis=1) if base == "speed" else attribute(base)
-        if scale not in ("", "max"):
-            raise Failure(f"feature '{name}': the only scaling is '/max'")
-        return value / max(float(np.abs(value).max()), 1e-30) if scale else value
-
-    return np.stack([column(c) for c in names], 1).astype(v.dtype) if names else np.zeros((len(v), 0), v.dtype)
-
-
-def node_fields(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> dict[str, np.ndarray]:
-    """The node fields x, v, f, a, y (float32) and gid of a snapshot."""
-    k, t = snapshot.trajectory, snapshot.frame
-    fields = {"x": data.position(k, t), "v": data.velocity(k, t), "y": data.position(k, t + spec.horizon)}
-    for field, names in (("f", spec.features), ("a", spec.node_attributes)):
-        fields[field] = columns(names, fields["v"], lambda name: data.attribute(k, name))
-    fields["gid"] = np.arange(len(fields["x"]))
-    for name, value in fields.items():
-        if not np.isfinite(value).all():
-            row = int(np.argwhere(~np.isfinite(value))[0][0])
-            raise Failure(
-                f"{data.path}: trajectory {k}, frame {t}: field '{name}' is NaN or infinite at node {row}; mend the source data"
-            )
-    if spec.periodic:
-        side = data.sides(k, spec.radius)
-        check_step(fields["x"], data.position(k, t + 1), side, f"{data.path}: trajectory {k}, frame {t}")
-    return fields
-
-
-def connect(fields: Mapping[str, np.ndarray], spec: SampleSpec, side: np.ndarray | None = None) -> DGLGraph:
-    """The graph that the spec makes of node fields, with its edge fields.
-
-    side: (3,) sides of the periodic box, where spec.periodic. Raises Failure for one without the other.
-    """
-    from . import graphs
-
-    if spec.periodic != (side is not None):
-        raise Failure("data.periodic=true needs a box" if side is None else "data.periodic=false: leave the box out")
-    return graphs.build(*graphs.edges(fields["x"], spec.radius, spec.edge_drop, side), fields, side)
-
-
-def sample(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> DGLGraph:
-    """The snapshot as a DGLGraph with the fields of fields.py."""
-    side = data.sides(snapshot.trajectory, spec.radius) if spec.periodic else None
-    return connect(node_fields(data, snapshot, spec), spec, side)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..config import Config
-from ..data.trajectories import SampleSpec, Trajectories
+from ..data.samples import SampleSpec
+from ..data.trajectories import Trajectories
 from ..errors import Failure
 from ..utils.part_weights import Weights
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import config as configs
-from ..data.dataset import spec_of
-from ..data.trajectories import columns, connect, sides_of
+from ..data.dataset import sample_spec
+from ..data.samples import build_sample, feature_columns
+from ..data.trajectories import box_sides
 from ..distributed.comm import Alone
 from ..errors import Failure
 from ..train import checkpoint
@@ -49,7 +50,7 @@ class Predictor:
         self.width = 0 if embedding is None else embedding.shape[1]
         self.features = () if embedding is None else data.features
         self.node_attributes = () if embedding is None else tuple(data.node_attributes)
-        self.spec = spec_of(data, ())
+        self.spec = sample_spec(data, ())
         with torch.random.fork_rng(devices=[]):  # the caller's draws are none of our business
             self.model = build_model(self.config, (self.width, len(self.node_attributes)), Alone())
         checkpoint.load_weights(self.model, state, file)
@@ -90,16 +91,16 @@ class Predictor:
         def field(given: ByName | Array, names: Sequence[str], width: int, what: str) -> np.ndarray:
             if not isinstance(given, Mapping):
                 return _numbers(given, what, (n, width))
-            return columns(names, v, lambda name: _named(given, name, what, n))
+            return feature_columns(names, v, lambda name: _named(given, name, what, n))
 
         given = {} if features is None else features
         named: ByName = given if isinstance(given, Mapping) else {}
         f = field(given, self._names(named) if given is named else (), self.width, "features")
         a_given = named if node_attributes is None else node_attributes
         a = field(a_given, self.node_attributes, len(self.node_attributes), "node_attributes")
-        side = None if box is None else sides_of(_numbers(box, "box", (2, 3)))
+        side = None if box is None else box_sides(_numbers(box, "box", (2, 3)))
         with torch.no_grad():
-            predicted, z = self.model(connect({"x": x, "v": v, "f": f, "a": a}, self.spec, side))
+            predicted, z = self.model(build_sample({"x": x, "v": v, "f": f, "a": a}, self.spec, side))
         if isinstance(positions, Tensor):
             return predicted.to(positions.device), z[0].to(positions.device)
         return predicted.cpu().numpy(), z[0].cpu().numpy()

@@ -21,10 +21,11 @@ from scipy.optimize import linear_sum_assignment
 from .. import config as configs
 from ..config import Config
 from ..data import graphs, halo
-from ..data.dataset import spec_of
+from ..data.dataset import sample_spec
 from ..data.halo import Halo
+from ..data.samples import SampleSpec, feature_columns
 from ..data.store import Store
-from ..data.trajectories import SampleSpec, Trajectories, columns
+from ..data.trajectories import Trajectories
 from ..distributed import spawn
 from ..distributed.comm import Comm
 from ..errors import Failure
@@ -55,12 +56,12 @@ class Owners:
         """
         job, comm, spec = self.job, self.comm, self.job.spec
         if comm.size == 1:
-            return np.arange(len(x)), *graphs.edges(x, spec.radius, spec.edge_drop, self.side), None
+            return np.arange(len(x)), *graphs.sample_edges(x, spec.radius, spec.edge_drop, self.side), None
         due, last = step % job.repartition == 0, np.zeros(3)
         exchange = job.config.partition.halo == "exchange"
         part = np.zeros_like(self.part)
         if exchange or (comm.rank == 0 and (due or spec.edge_drop)):
-            src, dst = graphs.edges(x, spec.radius, spec.edge_drop, self.side)
+            src, dst = graphs.sample_edges(x, spec.radius, spec.edge_drop, self.side)
             if due and comm.rank == 0:
                 place = x if self.side is None else graphs.wrap(x, self.side)  # as partition/snapshot.py
                 part = assign.assign(job.method, place, src, dst, comm.size, job.method_seed, job.owned)
@@ -70,7 +71,7 @@ class Owners:
             self.part = comm.sum(torch.from_numpy(part)).numpy()
         if exchange:
             about = {"number": step, "where": f"step {step + 1}", "radius": spec.radius, "side": self.side}
-            return halo.cut(src, dst, self.part, comm.rank, comm.size, **about)
+            return halo.extract_part(src, dst, self.part, comm.rank, comm.size, **about)
         own = np.flatnonzero(self.part == comm.rank)
         src, dst = graphs.radius_edges(x[own], spec.radius, self.side)
         if spec.edge_drop:
@@ -114,7 +115,7 @@ def roll(comm: Comm, job: Job) -> str:
     model.eval()
     x, v = (read(job.trajectory, job.start).astype(scene.dtype) for read in (data.position, data.velocity))
     owners = Owners(comm, job, len(x), scene.side)
-    a = columns(job.spec.node_attributes, v, scene.attributes.__getitem__)
+    a = feature_columns(job.spec.node_attributes, v, scene.attributes.__getitem__)
 
     def true(step: int) -> np.ndarray | None:
         frame = job.start + step * job.spec.horizon
@@ -148,11 +149,11 @@ def _predict(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The whole next frame (N, 3) and the virtual nodes (C, 3), of state (x, v, a) and this process's (nodes, src, dst, halo)."""
     (x, v, a), (own, src, dst, beyond) = state, mine
-    f = columns(spec.features, v, scene.attributes.__getitem__)
+    f = feature_columns(spec.features, v, scene.attributes.__getitem__)
     fields = {name: torch.from_numpy(value[own]) for name, value in (("x", x), ("v", v), ("f", f), ("a", a))}
     fields["total"] = torch.full((len(own),), len(x))
     fields["centroid"] = torch.from_numpy(x.astype(np.float64).mean(0)).expand(len(own), 3).contiguous()
-    graph = graphs.build(src, dst, fields, scene.side)
+    graph = graphs.build_graph(src, dst, fields, scene.side)
     if beyond is not None:
         halo.attach(graph, halo.Halos([beyond], [len(own)]))
     predicted, z = model(graph)
@@ -330,7 +331,7 @@ def prepare(
         config,
         str((run / "best.pt").absolute()),
         str(file.path.absolute()),
-        spec_of(d, features),
+        sample_spec(d, features),
         trajectory,
         start,
         steps,

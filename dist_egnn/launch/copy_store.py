@@ -45,7 +45,7 @@ def dispatch(path: Path, hosts: list[Host]) -> None:
         for machine, host in enumerate(hosts):
             *names, manifest = files_of(store, machine)
             for name in names:
-                store.disk.check(name)
+                store.disk.verify(name)
             for some in (names, [manifest]):
                 _copy(path, host, some)
             tick(host.name)

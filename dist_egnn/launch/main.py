@@ -10,7 +10,7 @@ from typing import Any
 
 from ..commands.runs import print_table, tell_end
 from ..config import Config
-from ..data.store_inputs import LATER, same_settings
+from ..data.store_inputs import DEFAULT_INPUTS, check_settings
 from ..errors import Failure
 from ..utils import signals
 from . import host_checks
@@ -70,7 +70,7 @@ def prepare(links: list[Link], config: Config, resume: bool, port: int, max_rest
                 "apart by their addresses: name each machine once, or other interfaces"
             )
     store = seen[0]["store"]
-    same_settings(LATER | store["inputs"], config.data.path, config.data)
+    check_settings(DEFAULT_INPUTS | store["inputs"], config.data.path, config.data)
     interfaces = [name for name, _ in places]
     return Job(config, addresses, interfaces, store["trainers"], store["sizes"], resume, port, max_restarts)
 

@@ -154,7 +154,7 @@ class Network(nn.Module):
             edge["e"] = edge_field(graph, "e", self.widths["e"])
         if "shift" in graph.edata:
             edge["shift"] = edge_field(graph, "shift", 3)
-        if halos := halo.of(graph):
+        if halos := halo.get(graph):
             edge = {name: torch.cat([value, halos.edge(name)]) for name, value in edge.items()}
         return node, {name: value.to(like) for name, value in edge.items()}
 
@@ -174,9 +174,9 @@ class Network(nn.Module):
     def forward(self, graph: DGLGraph) -> tuple[Tensor, Tensor]:
         engine, cut = self.cut(graph)
         wire = None
-        if halos := halo.of(graph):
+        if halos := halo.get(graph):
             halos.link(graph.ndata["x"], self.comm)
-            wire = halos.wire(cut.inverse, self.comm)
+            wire = halos.exchange(cut.inverse, self.comm)
         elif self.exchange:
             raise Failure(
                 "partition.halo=exchange: the graph has lost its halo; join samples by halo.batch, not dgl.batch"

@@ -121,7 +121,7 @@ class _Incoming:
         # not DGL's compressed columns: the graph would keep them, 8 bytes an edge
         self.src, dst = (t.cpu().numpy() for t in graph.edges(order="eid"))
         self.rows = inverse
-        if (halos := halo.of(graph)) is not None:
+        if (halos := halo.get(graph)) is not None:
             self.src = np.concatenate([self.src, (halos.src + len(inverse)).int().numpy()])
             dst = np.concatenate([dst, halos.dst.int().numpy()])
             self.rows = np.concatenate([inverse, np.arange(len(inverse), len(inverse) + halos.size, dtype=np.int32)])
@@ -236,7 +236,7 @@ class _Call:
     node: Sequence[str]
     edge: Sequence[str]
     shared: Sequence[str]
-    wire: halo.Wire | None
+    wire: halo.HaloExchange | None
     keep: bool  # whether a backward pass may follow; within an autograd function nobody can tell
 
     def unpack(self, tensors: Sequence[Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], Sequence[Any]]:
@@ -483,7 +483,7 @@ class _Tiled(torch.autograd.Function):
         interior, boundary = call.tiles.groups
         _share(boundary, work)
         add_up({k: each.values() for k, each in far_totals.items()})
-        add = call.wire.back(far_totals[0]) if call.wire and far_totals[0] else None
+        add = call.wire.start_backward(far_totals[0]) if call.wire and far_totals[0] else None
         _share(interior, work)
         add_up(totals)
         if add:
@@ -498,7 +498,7 @@ def run(
     node: Fields,
     edge: Fields,
     shared: Fields,
-    wire: halo.Wire | None = None,
+    wire: halo.HaloExchange | None = None,
 ) -> Fields:
     """Run a layer over the tiles.
 

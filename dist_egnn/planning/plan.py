@@ -143,7 +143,7 @@ def _counted(counts: np.ndarray, config: Config) -> np.ndarray:
     """What the ranks' samples together are counted as, in bytes (P,): in halo mode all as the largest part."""
     if config.partition.halo == "exchange":
         counts = np.broadcast_to(counts.max(1, keepdims=True), counts.shape)
-    return (counts * [dataset.kept_bytes(1, 0), dataset.kept_bytes(0, 1)]).sum((0, 2))
+    return (counts * [dataset.cached_bytes(1, 0), dataset.cached_bytes(0, 1)]).sum((0, 2))
 
 
 def _between(trials: list[Trial]) -> float:
@@ -169,7 +169,7 @@ def make(config: Config, say: Say = lambda line: None) -> Plan:
     """
     network.named(config.model.name)
     device = trainer.device_of(config)
-    parts = dataset.parts(config)
+    parts = dataset.part_count(config)
     if config.train.replicas > 1:
         raise Failure(
             f"train.replicas={config.train.replicas}: a plan knows one group of processes; plan with train.replicas=1: so "

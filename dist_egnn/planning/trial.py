@@ -21,13 +21,13 @@ from torch import Tensor
 
 from ..config import Config
 from ..data import halo
-from ..data.dataset import ahead, open_samples
+from ..data.dataset import open_dataset, prefetch
 from ..data.store import Store
 from ..distributed.comm import Alone, Comm, sent_bytes
 from ..train import metrics, trainer
 from ..utils import devices, resources
 
-Told = dict[int, tuple[list[np.ndarray], np.ndarray]]  # snapshot → what a halo learns of the others: see Halo.learn
+Told = dict[int, tuple[list[np.ndarray], np.ndarray]]  # snapshot → what a halo learns of the others: see Halo.complete
 
 PHASES = ("forward", "backward", "gradients")
 # Timed batches at least; passes until so much processor time is spent, as the peak of a graph that runs whole grows over some
@@ -173,9 +173,9 @@ def told(store: Store, snapshots: Iterable[int]) -> list[Told]:
         wanted, x = [], []
         for part in range(store.parts):
             graph = store.read(snapshot, part, True)
-            halos = halo.of(graph)
+            halos = halo.get(graph)
             assert halos is not None
-            wanted.append([rows.numpy() for rows in halos.parts[0].wanted])
+            wanted.append([rows.numpy() for rows in halos.parts[0].recv_rows])
             x.append(graph.ndata["x"].numpy().copy())  # not a view, which would hold the whole part
         for part, own in enumerate(found):
             far = np.concatenate([x[r][rows] for r, rows in enumerate(wanted[part])])
@@ -185,9 +185,9 @@ def told(store: Store, snapshots: Iterable[int]) -> list[Told]:
 
 def _learn(graph: DGLGraph, heard: Told, snapshot: int) -> DGLGraph:
     """The sample, its halo linked, if it has one."""
-    if (halos := halo.of(graph)) and not halos.parts[0].given:
+    if (halos := halo.get(graph)) and not halos.parts[0].send_rows:
         given, far = heard[snapshot]
-        halos.parts[0].learn(graph.ndata["x"], [torch.from_numpy(rows) for rows in given], torch.from_numpy(far))
+        halos.parts[0].complete(graph.ndata["x"], [torch.from_numpy(rows) for rows in given], torch.from_numpy(far))
     return graph
 
 
@@ -200,7 +200,7 @@ def rank(
     torch.set_num_threads(threads)
     group = Lonely(number, size)
     device = trainer.device_of(config, number)
-    samples = open_samples(config, number, size)
+    samples = open_dataset(config, number, size)
     model = trainer.build_model(config, samples.widths, group).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.train.lr)
     prepare = getattr(model, "prepare", lambda graph: graph)
@@ -221,7 +221,7 @@ def rank(
     def one_pass() -> None:
         model.train()
         calls.clear()
-        for graph in ahead(make, batches):
+        for graph in prefetch(make, batches):
             group.at("forward")
             optimizer.zero_grad(set_to_none=True)
             with timed("batch"):
@@ -234,7 +234,7 @@ def rank(
             calls.append(list(group.calls))
         model.eval()
         with torch.no_grad():
-            for graph in ahead(make, batches[:1]):
+            for graph in prefetch(make, batches[:1]):
                 with timed("forward"):
                     model(graph)
 

@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 
 from ..config import Config
-from ..data import dataset, trajectories
+from ..data import dataset, samples
+from ..data.samples import Snapshot
 from ..data.store import Store
-from ..data.store_inputs import same_settings
-from ..data.trajectories import Snapshot, Trajectories
+from ..data.store_inputs import check_settings
+from ..data.trajectories import Trajectories
 from ..errors import Failure
 from ..utils import part_weights
 
@@ -67,7 +68,7 @@ def _of_store(store: Store) -> np.ndarray:
 def stored(config: Config) -> Source:
     """A store that is there."""
     store = Store(config.data.path)
-    same_settings(store.inputs, str(store.path), config.data)
+    check_settings(store.inputs, str(store.path), config.data)
     table = _of_store(store)
     splits = {name: store.split(name) for name in ("train", "valid")}
     counts = {name: _own(table[numbers], config) for name, numbers in splits.items()}
@@ -78,7 +79,7 @@ def _listed(config: Config) -> tuple[Trajectories, list[Snapshot]]:
     """A trajectories file and the snapshots that the config makes of it."""
     d = config.data
     file = Trajectories(d.path)
-    return file, list(trajectories.snapshots(file, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed))
+    return file, list(samples.select_snapshots(file, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed))
 
 
 def _counts(file: Trajectories, listed: list[Snapshot], like: np.ndarray, complete: bool) -> dict[str, np.ndarray]:
@@ -99,7 +100,7 @@ def whole(config: Config) -> Source:
     if not numbers:
         raise Failure(f"{config.data.path}: no snapshot in split 'train'; prepare data with one")
     largest = max(numbers, key=lambda k: file[listed[k].trajectory].nodes)
-    graph = dataset.open_samples(config, 0, 1)[largest]
+    graph = dataset.open_dataset(config, 0, 1)[largest]
     like = np.array([[graph.num_nodes(), graph.num_edges()]], float)
     counts = _counts(file, listed, like, math.isinf(config.data.radius))
     table = np.pad(np.concatenate([*counts.values()]), ((0, 0), (0, 0), (0, 2)))  # nothing is cut

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..data.dataset import Samples
+from ..data.dataset import Dataset
 from ..distributed import comm
 from ..distributed.comm import Comm
 from ..errors import Failure
@@ -40,7 +40,7 @@ def bad_parameter(model: torch.nn.Module) -> str:
     return next((f"parameter {name} is {kind}" for name, kind in found if kind), "")
 
 
-def culprit(model: torch.nn.Module, samples: Samples, numbers: list[int], group: Comm) -> str:
+def culprit(model: torch.nn.Module, samples: Dataset, numbers: list[int], group: Comm) -> str:
     """What is not finite first, in the order in which a step computes; every rank asks and gets the same answer.
 
     numbers: the samples of the step. They are run again one by one, so that the guilty one has a name.

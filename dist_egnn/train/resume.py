@@ -14,7 +14,7 @@ import torch
 
 from .. import config as configs
 from ..config import Config, Train
-from ..data.dataset import Samples
+from ..data.dataset import Dataset
 from ..distributed.comm import Comm
 from ..errors import Failure
 from . import checkpoint, metrics, optim
@@ -63,7 +63,7 @@ def position_of(state: dict[str, Any]) -> Position:
     return Position(**{n: state[n] for n in names if n in state}, sums=defaultdict(float, state.get("sums", {})))
 
 
-def fingerprint(samples: Samples, comm: Comm) -> dict[str, Any]:
+def fingerprint(samples: Dataset, comm: Comm) -> dict[str, Any]:
     """What tells whether two inputs have the same snapshots, however they are cut: their list, and the bits of one.
 
     listed: sha256 of number, trajectory and frame in training and validation; bits: the sum, over all nodes of the first

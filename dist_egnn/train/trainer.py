@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..config import Config, Model, Train
 from ..data import halo
-from ..data.dataset import Samples, ahead, open_samples
+from ..data.dataset import Dataset, open_dataset, prefetch
 from ..distributed.comm import Comm
 from ..errors import Failure
 from ..models import network
@@ -86,14 +86,16 @@ def _own(batches: list[Unit], comm: Comm) -> list[Unit]:
     return batches[comm.world.rank // comm.size :: comm.world.size // comm.size]
 
 
-def _batched(model: torch.nn.Module, samples: Samples, batches: list[list[int]]) -> Generator[DGLGraph, None, None]:
-    """The batches in order, each read and cut into tiles while the one before is in use."""
+def prepared_batches(
+    model: torch.nn.Module, samples: Dataset, batches: list[list[int]]
+) -> Generator[DGLGraph, None, None]:
+    """The batches of samples in order; a thread reads and tiles the next one while the last one is in use."""
 
     def make(numbers: list[int]) -> DGLGraph:
         graph = halo.batch([samples[n] for n in numbers])
         return model.prepare(graph) if isinstance(model, network.Network) else graph
 
-    return ahead(make, batches)
+    return prefetch(make, batches)
 
 
 def _seeded(*seed: int) -> torch.Generator:
@@ -106,7 +108,7 @@ def _seeded(*seed: int) -> torch.Generator:
 
 def evaluate_split(
     model: torch.nn.Module,
-    samples: Samples,
+    samples: Dataset,
     split: str,
     config: Config,
     comm: Comm,
@@ -118,7 +120,7 @@ def evaluate_split(
     batches = _own(_batches(samples.splits[split], config.train.batch_size), comm)
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
-        for graph in _batched(model, samples, batches):
+        for graph in prepared_batches(model, samples, batches):
             predicted, z = model(graph)
             if virtual is not None:
                 virtual.append(z.flatten(0, 1).cpu())
@@ -136,7 +138,7 @@ def train(world: Comm, config: Config, resume: bool = False) -> dict[str, float]
     Parameters, losses and sums live on `train.device`; graphs stay on the CPU (PyPI's DGL knows no other device).
     """
     device, comm = device_of(config, world.rank), world.split(config.train.replicas)
-    samples = open_samples(config, comm.rank, world.size)
+    samples = open_dataset(config, comm.rank, world.size)
     for split in ("train", "valid"):
         if not samples.splits[split]:
             raise Failure(f"{config.data.path}: no snapshot in split '{split}'; prepare data with one")
@@ -162,7 +164,7 @@ def train(world: Comm, config: Config, resume: bool = False) -> dict[str, float]
 
 
 def _epochs(
-    comm: Comm, config: Config, model: Any, optimizer: Any, samples: Samples, position: Position, desk: Desk | None
+    comm: Comm, config: Config, model: Any, optimizer: Any, samples: Dataset, position: Position, desk: Desk | None
 ) -> dict[str, float]:
     """The loop. desk: where rank 0 writes things down."""
     settings, row = config.train, dict[str, float]()
@@ -246,7 +248,7 @@ def _clipped(model: torch.nn.Module, largest: float) -> float:
 
 
 def steps(
-    comm: Comm, config: Config, model: Any, optimizer: torch.optim.Optimizer, samples: Samples, position: Position
+    comm: Comm, config: Config, model: Any, optimizer: torch.optim.Optimizer, samples: Dataset, position: Position
 ) -> Iterator[bool]:
     """The optimiser steps of an epoch from position.step on; yields after each whether any rank was asked to stop.
 
@@ -259,7 +261,7 @@ def steps(
     batches = _batches([samples.splits["train"][i] for i in order], settings.batch_size)
     every = _batches(list(range(len(batches))), settings.accumulate)  # of each step
     mine = [batches[index] for step in every[position.step :] for index in _own(step, comm)]
-    graphs = _batched(model, samples, mine)
+    graphs = prepared_batches(model, samples, mine)
     for step in every[position.step :]:
         model.train()
         started = time.perf_counter()
@@ -299,7 +301,7 @@ def steps(
 def evaluate(world: Comm, config: Config, weights: Path | None, split: str = "test") -> dict[str, float]:
     """Test errors: the static prediction y = x, the linear one x + t v with t fitted on the training split, the model's."""
     device, comm = device_of(config, world.rank), world.split(config.train.replicas)
-    samples = open_samples(config, comm.rank, world.size)
+    samples = open_dataset(config, comm.rank, world.size)
     if not samples.splits[split]:
         raise Failure(f"{config.data.path}: no snapshot in split '{split}'")
     result: dict[str, float] = {}

@@ -173,7 +173,7 @@ class Report:
         path = self.run / checkpoint.BEST
         state = checkpoint.load(path)
         parts = Store(self.config.data.path).parts if dataset.is_store(self.config.data.path) else 1
-        data = dataset.open_samples(self.config, 0, 1)
+        data = dataset.open_dataset(self.config, 0, 1)
         split = next((s for s in ("test", "valid", *SPLITS) if data.splits[s]), "")
         if not split:
             raise Failure(f"{self.config.data.path} has no sample")

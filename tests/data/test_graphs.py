@@ -11,7 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dist_egnn.data.graphs import build, drop_longest, in_edges, morton_order, radius_edges
+from dist_egnn.data.graphs import build_graph, drop_longest, in_edges, morton_order, radius_edges
 from dist_egnn.errors import Failure
 
 Edges = tuple[np.ndarray, np.ndarray]
@@ -137,7 +137,7 @@ def test_drop_longest_refuses_other_shares(p):
 def test_build_sets_fields_and_edge_lengths():
     x = np.array([[0, 0, 0], [3, 4, 0], [0, 0, 2], [0, 0, 2]], np.float32)
     src, dst = np.array([0, 2, 3, 1]), np.array([1, 0, 2, 2])
-    graph = build(src, dst, {"x": x, "gid": np.arange(4)})
+    graph = build_graph(src, dst, {"x": x, "gid": np.arange(4)})
     assert graph.num_nodes() == 4
     torch.testing.assert_close(graph.edata["e"], torch.tensor([5.0, 2.0, 0.0, 29**0.5])[:, None].expand(4, 2))
     assert torch.equal(graph.ndata["x"], torch.from_numpy(x))
@@ -148,7 +148,7 @@ def test_build_sets_fields_and_edge_lengths():
 
 def test_build_keeps_nodes_without_edges():
     none = np.zeros(0, np.int64)
-    graph = build(none, none, {"x": np.zeros((3, 3), np.float32)})
+    graph = build_graph(none, none, {"x": np.zeros((3, 3), np.float32)})
     assert (graph.num_nodes(), graph.num_edges()) == (3, 0)
     assert graph.edata["e"].shape == (0, 2)
 

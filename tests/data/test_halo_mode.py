@@ -116,17 +116,17 @@ def test_without_the_exchange_the_numbers_are_others(make_store: Make, monkeypat
     bridge = together(2, lambda member, copied: step(copied, parts[member.rank], member), model)
     assert max(differences(step(model, whole, comm.Alone()), bridge, rows).values()) > 1e-4
     with monkeypatch.context() as patch:
-        patch.setattr(halo.Wire, "back", lambda self, grads: lambda into: None)
+        patch.setattr(halo.HaloExchange, "start_backward", lambda self, grads: lambda into: None)
         found = apart(store, model, 1)
         assert found["x"] <= TOLERANCE
         assert found["embedding.weight"] > 1e-4
-    start = halo.Wire.start
+    start = halo.HaloExchange.start
 
-    def stale(self: halo.Wire, fields: halo.Fields) -> Callable[[], halo.Fields]:
+    def stale(self: halo.HaloExchange, fields: halo.Fields) -> Callable[[], halo.Fields]:
         wait = start(self, fields)
         return lambda: {name: t if name == "x" else t * 0 for name, t in wait().items()}
 
-    monkeypatch.setattr(halo.Wire, "start", stale)
+    monkeypatch.setattr(halo.HaloExchange, "start", stale)
     assert apart(store, model, 1)["x"] > 1e-4
 
 
@@ -140,7 +140,7 @@ def sample(seed: int, n: int, edges: int) -> DGLGraph:
     src, dst = draw.integers(0, n, (2, edges))
     pairs = np.unique(np.stack([dst, src])[:, src != dst], axis=1)
     nodes = {"x": x, "v": draw.normal(size=(n, 3)), "f": draw.random((n, 3)), "a": draw.random((n, 1)), "y": x + 0.1}
-    graph = graphs.build(pairs[1], pairs[0], {**nodes, "gid": np.arange(n)})
+    graph = graphs.build_graph(pairs[1], pairs[0], {**nodes, "gid": np.arange(n)})
     graph.ndata["total"] = torch.full((n,), n)
     graph.ndata["centroid"] = torch.from_numpy(x.mean(0)).expand(n, 3).contiguous()
     return graph
@@ -150,8 +150,8 @@ def pieces(graph: DGLGraph, part: np.ndarray, parts: int) -> list[DGLGraph]:
     src, dst = (t.long().numpy() for t in graph.edges())
     found = []
     for rank in range(parts):
-        own, near, to, beyond = halo.cut(src, dst, part, rank, parts, number=0, where="test")
-        piece = graphs.build(near, to, {name: t[own] for name, t in graph.ndata.items()})
+        own, near, to, beyond = halo.extract_part(src, dst, part, rank, parts, number=0, where="test")
+        piece = graphs.build_graph(near, to, {name: t[own] for name, t in graph.ndata.items()})
         found.append(halo.attach(piece, halo.Halos([beyond], [len(own)])))
     return found
 
@@ -185,12 +185,14 @@ def test_nodes_and_parts_that_are_cut_off() -> None:
     graph = sample(1, n, 0)
     #       node 0 hears part 1 alone; node 4 nobody; part 2 is an island; part 3 hears part 0, nobody hears it
     pairs = np.array([[1, 0], [2, 0], [3, 0], [0, 1], [2, 3], [5, 6], [6, 5], [0, 7], [4, 7], [0, 8]])
-    whole = graphs.build(pairs[:, 0], pairs[:, 1], {**graph.ndata, "v": torch.from_numpy(draw.normal(size=(n, 3)))})
+    whole = graphs.build_graph(
+        pairs[:, 0], pairs[:, 1], {**graph.ndata, "v": torch.from_numpy(draw.normal(size=(n, 3)))}
+    )
     wanted = [[0, 3, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [2, 0, 0, 0]]
     for rank, piece in enumerate(pieces(whole, part, 4)):
-        halos = halo.of(piece)
+        halos = halo.get(piece)
         assert halos is not None
-        assert halos.take == wanted[rank]
+        assert halos.recv_counts == wanted[rank]
     for name in ("FastEGNN", "SchNet"):
         found = apart_in_pieces(whole, part, 4, model_of(name))
         assert max(found.values()) <= TOLERANCE, (name, found)
@@ -238,18 +240,18 @@ def test_tiles_without_halo_nodes_run_while_rows_travel(make_store: Make) -> Non
             events.append("block")
             return super().mean(*args)
 
-    class Slow(halo.Wire):
+    class Slow(halo.HaloExchange):
         def start(self, fields: halo.Fields) -> Callable[[], halo.Fields]:
             events.append("start")
             rows = {name: torch.zeros(halos.size, t.shape[1]) for name, t in fields.items()}
             return lambda: events.append("wait") or rows  # type: ignore[func-returns-value]
 
-        def back(self, grads: halo.Fields) -> Callable[[halo.Fields], None]:
+        def start_backward(self, grads: halo.Fields) -> Callable[[halo.Fields], None]:
             events.append("start")
             return lambda into: events.append("wait")
 
     graph = Store(make_store(2, "bisection")).read(1, 0, True)
-    halos = halo.of(graph)
+    halos = halo.get(graph)
     assert halos is not None
     cut = tiling.cut(graph, Noted(), 20, width=10**9)
     interior, boundary = (sum(len(tile.blocks) for tile in group) for group in cut.groups)
@@ -258,7 +260,7 @@ def test_tiles_without_halo_nodes_run_while_rows_travel(make_store: Make) -> Non
     layer = EGNNLayer(8, 2, 0)
     node = {name: torch.rand(graph.num_nodes(), w, requires_grad=True) for name, w in (("h", 8), ("x", 3), ("v", 3))}
     edge = {"e": torch.rand(graph.num_edges() + len(halos.src), 2)}
-    out = tiling.run(layer, Noted(), cut, node, edge, {}, Slow(comm.Alone(), [], halos.take))
+    out = tiling.run(layer, Noted(), cut, node, edge, {}, Slow(comm.Alone(), [], halos.recv_counts))
     assert events == ["start", *["block"] * interior, "wait", *["block"] * boundary]
     events.clear()
     (out["h"].sum() + out["x"].sum()).backward()
@@ -303,14 +305,14 @@ def test_a_halo_node_that_is_another_is_refused_by_its_distance(make_store: Make
 
     def one(member: Member, copied: Any) -> None:
         graph = parts[member.rank]
-        halos = halo.of(graph)
+        halos = halo.get(graph)
         assert halos is not None
         if member.rank == 0:
             x = parts[1].ndata["x"]
             far = int((x - graph.ndata["x"].mean(0)).square().sum(1).argmax())
-            rows = halos.parts[0].wanted[1]
+            rows = halos.parts[0].recv_rows[1]
             rows[-1] = far
-            halos.parts[0].wanted[1] = rows.unique()
+            halos.parts[0].recv_rows[1] = rows.unique()
         step(copied, graph, member)
 
     with pytest.raises(Failure, match=r"snapshot 1, part 0: an edge from another part is .* beyond the radius 0.27"):
@@ -324,7 +326,7 @@ def linked(store: Store, change: Callable[[halo.Halo], None]) -> None:
 
     def one(member: Member) -> None:
         graph = parts[member.rank]
-        halos = halo.of(graph)
+        halos = halo.get(graph)
         assert halos is not None
         if member.rank == 1:
             change(halos.parts[0])
@@ -344,10 +346,10 @@ def test_ranks_that_mean_different_data_find_out(make_store: Make) -> None:
         one.nodes[0] += 1
 
     def no_such_node(one: halo.Halo) -> None:
-        one.wanted[0][-1] = 10**6
+        one.recv_rows[0][-1] = 10**6
 
     def twice(one: halo.Halo) -> None:
-        one.wanted[0][1] = one.wanted[0][0]
+        one.recv_rows[0][1] = one.recv_rows[0][0]
 
     for change in (other_snapshot, other_size):
         with pytest.raises(Failure, match=r"snapshot \d, part \d: process \d is at snapshot .* give all the same"):
@@ -398,7 +400,7 @@ def test_ranks_keep_the_same_samples(make_store: Make) -> None:
     settings.partition.halo = "exchange"
     kept = []
     for rank in range(3):
-        read = dataset.open_samples(settings, rank, 3)
+        read = dataset.open_dataset(settings, rank, 3)
         read._budget = budget
         for number in (0, 1, 2, 0, 3, 4, 1):
             read[number]

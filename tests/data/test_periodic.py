@@ -24,9 +24,10 @@ from torch import Tensor
 from dist_egnn import cli, config
 from dist_egnn.data import dataset, fields, graphs
 from dist_egnn.data.graphs import radius_edges
+from dist_egnn.data.samples import SampleSpec, Snapshot, build_sample, read_sample
 from dist_egnn.data.store import Store
-from dist_egnn.data.store_inputs import same_settings
-from dist_egnn.data.trajectories import SampleSpec, Snapshot, Trajectories, Writer, connect, sample, unwrap
+from dist_egnn.data.store_inputs import check_settings
+from dist_egnn.data.trajectories import Trajectories, Writer, unwrap
 from dist_egnn.errors import Failure
 from dist_egnn.evaluate import parallel_check
 from dist_egnn.models import network
@@ -60,7 +61,7 @@ def test_edges_go_to_the_nearest_image(seed, n, share, single):
         src, dst = radius_edges(moved, radius, side)
         for found, wanted in zip((src, dst), brute_force(x, radius, side), strict=True):
             np.testing.assert_array_equal(found, wanted)
-        graph = graphs.build(src, dst, {"x": moved}, side)
+        graph = graphs.build_graph(src, dst, {"x": moved}, side)
         shift, e = graph.edata["shift"].numpy(), graph.edata["e"].numpy()
         turns = shift / side
         np.testing.assert_allclose(turns, np.rint(turns), atol=1e-5 if single else 1e-12)
@@ -97,7 +98,7 @@ def test_the_radius_is_below_half_the_box(radius):
 
 def test_edges_are_dropped_by_their_distance_to_the_image():
     x = np.array([[0.1, 0, 0], [3.9, 0, 0], [0.5, 0, 0]])  # 0.2, 0.4 and, across both, 0.6 apart
-    src, dst = graphs.edges(x, 1.0, 2 / 3, np.full(3, 4.0))
+    src, dst = graphs.sample_edges(x, 1.0, 2 / 3, np.full(3, 4.0))
     assert sorted(zip(src.tolist(), dst.tolist(), strict=True)) == [(0, 1), (1, 0)]
 
 
@@ -134,7 +135,7 @@ def nodes(n: int, seed: int = 0) -> dict[str, np.ndarray]:
 def connected(given: dict[str, np.ndarray], **changed: np.ndarray) -> DGLGraph:
     """Their graph, some fields changed before."""
     given = given | changed
-    return graphs.build(*radius_edges(given["x"], RADIUS, SIDE), given, SIDE)
+    return graphs.build_graph(*radius_edges(given["x"], RADIUS, SIDE), given, SIDE)
 
 
 def step(model: torch.nn.Module, graph: DGLGraph) -> np.ndarray:
@@ -184,7 +185,7 @@ def test_a_periodic_box_is_one_among_its_images(name, options):
     given, model = nodes(25), make(name, layers=2, **options)
     many = {key: np.tile(value, (27, 1)) for key, value in given.items()}
     many["x"] = (given["x"] + (SHIFTS * SIDE)[:, None]).reshape(-1, 3)
-    block = graphs.build(*radius_edges(many["x"], RADIUS), many)
+    block = graphs.build_graph(*radius_edges(many["x"], RADIUS), many)
     middle = 25 * SHIFTS.tolist().index([0, 0, 0])
     assert SIDE.min() > 2 * RADIUS
     assert close(step(model, connected(given)), step(model, block)[middle : middle + 25])
@@ -292,8 +293,8 @@ def test_a_store_gives_back_the_edges_of_samples(boxed, store):
     data, spec = Trajectories(boxed), inputs(boxed).sample
     for number, row in store.snapshots.iterrows():
         np.testing.assert_array_equal(store.sides(number), BOXES[row["trajectory"]])
-        full = sample(data, Snapshot(row["split"], row["trajectory"], row["frame"]), spec)
-        fields.check(full, "sample", target=True)
+        full = read_sample(data, Snapshot(row["split"], row["trajectory"], row["frame"]), spec)
+        fields.validate(full, "sample", target=True)
         rows, parts = edge_rows(full), [store.read(number, p) for p in range(2)]
         part = torch.empty(128, dtype=torch.int64)
         for p, piece in enumerate(parts):
@@ -370,9 +371,9 @@ def test_an_old_store_is_one_without_periodic_boxes(boxed, old):
     assert found.sides(0) is None
     assert "shift" not in found.read(0, 1).edata
     verify(found, lambda *_: None)
-    same_settings(found.inputs, str(found.path), config.Data(**{**SETTINGS, "periodic": False}))
+    check_settings(found.inputs, str(found.path), config.Data(**{**SETTINGS, "periodic": False}))
     with pytest.raises(Failure, match=r"data\.periodic=True in the config, but .* was made with False"):
-        same_settings(found.inputs, str(found.path), config.Data(**SETTINGS))
+        check_settings(found.inputs, str(found.path), config.Data(**SETTINGS))
     assert not store_writer.write(Trajectories(boxed), old, inputs(boxed, periodic=False), lambda *_: None)
     with pytest.raises(Failure, match="exists and is not a store of these settings"):
         store_writer.write(Trajectories(boxed), old, inputs(boxed), lambda *_: None)
@@ -411,15 +412,15 @@ def test_boxes_that_do_not_do(tmp_path, given, changed, says):
     assert not (tmp_path / "store.partial").exists()
     wanted = config.Config(data=config.Data(**{**SETTINGS, "path": str(path), **changed}))
     with pytest.raises(Failure, match=says):
-        dataset.open_samples(wanted, 0, 1)
+        dataset.open_dataset(wanted, 0, 1)
 
 
 def test_a_box_and_a_setting_belong_together():
     given = {key: value.astype(np.float32) for key, value in nodes(10).items()}
     with pytest.raises(Failure, match=r"data\.periodic=true needs a box"):
-        connect(given, SampleSpec(0.3, 1, (), periodic=True))
+        build_sample(given, SampleSpec(0.3, 1, (), periodic=True))
     with pytest.raises(Failure, match=r"data\.periodic=false: leave the box out"):
-        connect(given, SampleSpec(0.3, 1, ()), SIDE)
+        build_sample(given, SampleSpec(0.3, 1, ()), SIDE)
 
 
 def wrapped(k: int) -> np.ndarray:
@@ -449,7 +450,7 @@ def test_a_jump_in_a_file_of_others_is_refused_when_read(tmp_path):
     told = []
     for frame in range(4):
         try:
-            sample(Trajectories(path), Snapshot("train", 0, frame), SampleSpec(0.7, 1, (), periodic=True))
+            read_sample(Trajectories(path), Snapshot("train", 0, frame), SampleSpec(0.7, 1, (), periodic=True))
         except Failure as failure:
             told.append(str(failure))
     assert told

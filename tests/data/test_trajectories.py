@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from dist_egnn.data.graphs import radius_edges
-from dist_egnn.data.trajectories import SampleSpec, Snapshot, Trajectories, Writer, node_fields, sample, snapshots
+from dist_egnn.data.samples import SampleSpec, Snapshot, node_fields, read_sample, select_snapshots
+from dist_egnn.data.trajectories import Trajectories, Writer
 from dist_egnn.errors import Failure
 
 WHAT = {"split": "train", "dt": 0.5, "source": "test"}
@@ -213,7 +214,7 @@ def test_missing_and_misshapen_datasets(copy, dataset, shape, says):
         if shape:
             file["trajectories/000001"][dataset] = np.zeros(shape, np.float32)
     with pytest.raises(Failure, match=says) as caught:
-        sample(Trajectories(copy), Snapshot("train", 1, 0), SPEC)
+        read_sample(Trajectories(copy), Snapshot("train", 1, 0), SPEC)
     assert str(caught.value).startswith(f"{copy}: trajectory")
 
 
@@ -233,7 +234,7 @@ def test_values_that_are_not_finite(copy, dataset, place, field, bad):
     with pytest.raises(
         Failure, match=f"trajectory 1, frame 5: field '{field}' is NaN or infinite at node 17"
     ) as caught:
-        sample(Trajectories(copy), Snapshot("train", 1, 5), SPEC)
+        read_sample(Trajectories(copy), Snapshot("train", 1, 5), SPEC)
     assert str(caught.value).startswith(f"{copy}:")
 
 
@@ -241,7 +242,7 @@ def test_values_that_are_not_finite(copy, dataset, place, field, bad):
 
 
 def test_every_frame_that_has_a_target(small):
-    found = list(snapshots(Trajectories(small), 3, 0, 0, -1, 0))
+    found = list(select_snapshots(Trajectories(small), 3, 0, 0, -1, 0))
     wanted = [(k, t) for k in range(4) for t in range(11)]
     assert [(s.trajectory, s.frame) for s in found] == wanted
     assert [s.split for s in found] == ["train"] * 22 + ["valid"] * 11 + ["test"] * 11
@@ -259,10 +260,10 @@ def test_every_frame_that_has_a_target(small):
 )
 def test_frames_stay_in_range(small, horizon, first, last, allowed):
     data = Trajectories(small)
-    assert {s.frame for s in snapshots(data, horizon, 0, first, last, 0)} == set(allowed)
+    assert {s.frame for s in select_snapshots(data, horizon, 0, first, last, 0)} == set(allowed)
     for count in range(1, len(allowed) + 3):
         for k in range(4):
-            drawn = [s.frame for s in snapshots(data, horizon, count, first, last, 7) if s.trajectory == k]
+            drawn = [s.frame for s in select_snapshots(data, horizon, count, first, last, 7) if s.trajectory == k]
             assert len(drawn) == min(count, len(allowed))
             assert drawn == sorted(set(drawn))
             assert set(drawn) <= set(allowed)
@@ -270,7 +271,7 @@ def test_frames_stay_in_range(small, horizon, first, last, allowed):
 
 def test_frames_depend_on_seed_and_trajectory_alone(small, tmp_path):
     def drawn(data: Trajectories, seed: int) -> list[list[int]]:
-        found = list(snapshots(data, 2, 4, 0, -1, seed))
+        found = list(select_snapshots(data, 2, 4, 0, -1, seed))
         return [[s.frame for s in found if s.trajectory == k] for k in range(len(data))]
 
     data = Trajectories(small)
@@ -284,7 +285,7 @@ def test_frames_depend_on_seed_and_trajectory_alone(small, tmp_path):
 
 @pytest.mark.parametrize(("horizon", "first", "last"), [(14, 0, -1), (3, 11, -1), (3, 6, 5), (3, 0, -2)])
 def test_no_frame_is_left(small, horizon, first, last):
-    draw = snapshots(Trajectories(small), horizon, 0, first, last, 0)
+    draw = select_snapshots(Trajectories(small), horizon, 0, first, last, 0)
     if last == -2:
         assert next(draw).frame == 0  # any negative last means the end
         return
@@ -294,7 +295,7 @@ def test_no_frame_is_left(small, horizon, first, last):
 
 def test_horizon_must_be_positive(small):
     with pytest.raises(Failure, match=r"data\.horizon=0"):
-        next(snapshots(Trajectories(small), 0, 0, 0, -1, 0))
+        next(select_snapshots(Trajectories(small), 0, 0, 0, -1, 0))
 
 
 def test_sample_has_the_fields_of_its_frames(tmp_path):
@@ -304,7 +305,7 @@ def test_sample_has_the_fields_of_its_frames(tmp_path):
     path = write(tmp_path / "t.h5", position, velocity=velocity, attributes={"charge": charge, "mass": mass})
     data = Trajectories(path)
     spec = SampleSpec(0.4, 5, ("speed", "charge/max", "charge", "speed/max"), ("mass", "charge"), 0.25)
-    graph = sample(data, Snapshot("train", 0, 2), spec)
+    graph = read_sample(data, Snapshot("train", 0, 2), spec)
     speed = np.linalg.norm(velocity[2], axis=1)
     wanted = {
         "x": position[2],
@@ -326,7 +327,7 @@ def test_sample_has_the_fields_of_its_frames(tmp_path):
 
 def test_features_are_optional_and_a_zero_scale_is_harmless(tmp_path):
     path = write(tmp_path / "t.h5", walk(), attributes={"charge": np.zeros(5)})
-    graph = sample(Trajectories(path), Snapshot("train", 0, 0), SampleSpec(1.0, 1, ()))
+    graph = read_sample(Trajectories(path), Snapshot("train", 0, 0), SampleSpec(1.0, 1, ()))
     assert graph.ndata["f"].shape == graph.ndata["a"].shape == (5, 0)
     fields = node_fields(Trajectories(path), Snapshot("train", 0, 0), SampleSpec(1.0, 1, ("charge/max",)))
     np.testing.assert_array_equal(fields["f"], np.zeros((5, 1)))
@@ -343,4 +344,4 @@ def test_features_are_optional_and_a_zero_scale_is_harmless(tmp_path):
 )
 def test_unknown_features(small, features, attributes, says):
     with pytest.raises(Failure, match=says):
-        sample(Trajectories(small), Snapshot("train", 0, 0), SampleSpec(0.3, 1, features, attributes))
+        read_sample(Trajectories(small), Snapshot("train", 0, 0), SampleSpec(0.3, 1, features, attributes))

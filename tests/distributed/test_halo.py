@@ -77,10 +77,10 @@ def test_a_run_in_halo_mode_is_the_run_of_one_process(
 def _dies(group: comm.Comm, path: str, how: int) -> None:
     """Refreshes of a halo, until rank 1 is gone or does not answer."""
     graph = Store(path).read(0, group.rank, True)
-    halos = halo.of(graph)
+    halos = halo.get(graph)
     assert halos is not None
     halos.link(graph.ndata["x"], group)
-    wire = halos.wire(torch.arange(graph.num_nodes()), group)
+    wire = halos.exchange(torch.arange(graph.num_nodes()), group)
     h = torch.rand(graph.num_nodes(), 64)
     for k in range(10**6):
         if group.rank == 1 and k == 50:

@@ -54,7 +54,7 @@ def _optimise(world: comm.Comm, settings: list[config.Config]) -> list[Result]:
 
 def _one(world: comm.Comm, settings: config.Config) -> Result:
     group = world.split(settings.train.replicas)
-    read = dataset.open_samples(settings, group.rank, world.size)
+    read = dataset.open_dataset(settings, group.rank, world.size)
     if world.size == 1 and dataset.is_store(settings.data.path):
         store = Store(settings.data.path)
         read._read = lambda n: store.whole(n, settings.partition.halo == "exchange")

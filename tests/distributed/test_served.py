@@ -72,7 +72,7 @@ def trainer(path: str, rank: str, ip_config: str, group: str, port: str, run: st
         print("entered", flush=True)
         time.sleep(LIMIT_S)
     store = Store(path)
-    assert type(store.source) is graph_server.FromServer
+    assert type(store.source) is graph_server.ServerSource
     for machine in range(store.machines):
         assert same(store.source.part("shard-00000", machine), store.disk.part("shard-00000", machine)), machine
     assert listens_on("self") == {LOOPBACK}  # of rank 0 also torch's store, of all gloo's and DGL's
@@ -259,9 +259,9 @@ def test_trainers_without_a_server(make_store: Callable[..., Path], tmp_path: Pa
     served = Served(make_store(2, shard_nodes=0), tmp_path)
     with pytest.raises(Failure, match=f"{served.places[0]}: no server of yours shares a graph on this machine"):
         graph_server.connect(served.path, 0, served.ip_config, 0, 4)
-    code = "import sys; from pathlib import Path; from dist_egnn import serving; from dist_egnn.errors import Failure\n"
-    code += f"try: serving.connect(Path({str(served.path)!r}), 0, Path({str(served.ip_config)!r}), 0, 4)\n"
-    code += "except Failure as failure: print(failure, flush=True); serving.leave(3)"
+    code = "import sys; from pathlib import Path; from dist_egnn.data import graph_server; from dist_egnn.errors import Failure\n"
+    code += f"try: graph_server.connect(Path({str(served.path)!r}), 0, Path({str(served.ip_config)!r}), 0, 4)\n"
+    code += "except Failure as failure: print(failure, flush=True); graph_server.leave(3)"
     try:
         server = served.server(0)
         found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S)

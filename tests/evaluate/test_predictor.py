@@ -12,8 +12,9 @@ import torch
 
 import dist_egnn
 from dist_egnn import config
-from dist_egnn.data.dataset import open_samples
-from dist_egnn.data.trajectories import Trajectories, Writer, snapshots
+from dist_egnn.data.dataset import open_dataset
+from dist_egnn.data.samples import select_snapshots
+from dist_egnn.data.trajectories import Trajectories, Writer
 from dist_egnn.distributed.comm import Alone
 from dist_egnn.errors import Failure
 from dist_egnn.models import network
@@ -41,7 +42,7 @@ def settings(small: Path, folder: Path, *overrides: str) -> Any:
 
 def write(wanted: Any, seed: int = 0) -> Path:
     """A run's folder with a checkpoint whose weights are all drawn at full size. Returns the checkpoint."""
-    model = trainer.build_model(wanted, open_samples(wanted, 0, 1).widths, Alone())
+    model = trainer.build_model(wanted, open_dataset(wanted, 0, 1).widths, Alone())
     torch.manual_seed(seed)
     for value in model.parameters():
         value.data = torch.randn_like(value) / max(value.shape or (1,)) ** 0.5
@@ -73,7 +74,7 @@ def inputs(
             {name: data.attribute(s.trajectory, name) for name in data[s.trajectory].attributes},
             data.position(s.trajectory, s.frame + d.horizon),
         )
-        for s in snapshots(data, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed)
+        for s in select_snapshots(data, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed)
         if s.split == split
     ]
 
@@ -83,7 +84,7 @@ def test_predicts_what_evaluation_predicts(name, small, tmp_path):
     wanted = settings(small, tmp_path / "run", *RUNS[name])
     path = write(wanted)
     # the model as `distegnn evaluate` makes it
-    samples = open_samples(wanted, 0, 1)
+    samples = open_dataset(wanted, 0, 1)
     model = trainer.build_model(wanted, samples.widths, Alone())
     checkpoint.load_weights(model, checkpoint.load(path), path)
     model.eval()
@@ -113,7 +114,7 @@ def test_periodic_box(tmp_path):
             out.add(position, split=split, dt=1.0, source="test", attributes=given, box=box, periodic=True)
     wanted = settings(tmp_path / "a.h5", tmp_path / "run", *FEATURES, "data.periodic=true")
     predict = dist_egnn.load(write(wanted))
-    samples = open_samples(wanted, 0, 1)
+    samples = open_dataset(wanted, 0, 1)
     graph = samples[samples.splits["test"][0]]
     assert bool(graph.edata["shift"].any())
     with torch.no_grad():

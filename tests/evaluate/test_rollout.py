@@ -22,7 +22,8 @@ import torch
 
 from dist_egnn import cli, config
 from dist_egnn.data import graphs
-from dist_egnn.data.trajectories import Trajectories, Writer, columns
+from dist_egnn.data.samples import feature_columns
+from dist_egnn.data.trajectories import Trajectories, Writer
 from dist_egnn.distributed import comm, spawn
 from dist_egnn.errors import Failure
 from dist_egnn.evaluate import metrics, rollout, sinkhorn
@@ -140,14 +141,14 @@ def plain_loop(run: Path, data: Path, parts: int, repartition: int, method: str)
 
     for step in range(STEPS):
         side = file.sides(0, settings.data.radius) if settings.data.periodic else None
-        kept = graphs.edges(x, settings.data.radius, settings.data.edge_drop, side)
+        kept = graphs.sample_edges(x, settings.data.radius, settings.data.edge_drop, side)
         if step % repartition == 0:
             part = assign.assign(method, x if side is None else graphs.wrap(x, side), *kept, parts)
         src, dst = (end[part[kept[0]] == part[kept[1]]] for end in kept)
         speed = np.linalg.norm(v, axis=1)
         fields = {"x": x, "v": v, "f": np.stack([mass / mass.max(), speed / speed.max()], 1), "a": mass[:, None]}
         with torch.no_grad():
-            y = model(graphs.build(src, dst, fields, side))[0].numpy()
+            y = model(graphs.build_graph(src, dst, fields, side))[0].numpy()
         v = (y - x) / (HORIZON * 0.5)
         x = y
         found.append(x)
@@ -255,7 +256,7 @@ def test_parts_keep_their_names() -> None:
 def test_features_follow_the_velocity() -> None:
     v = np.array([[3.0, 4, 0], [0, 0, 1]])
     mass = np.array([1.0, 2])
-    found = columns(["speed", "speed/max", "mass/max", "mass"], v, {"mass": mass}.__getitem__)
+    found = feature_columns(["speed", "speed/max", "mass/max", "mass"], v, {"mass": mass}.__getitem__)
     np.testing.assert_array_equal(found, [[5, 1, 0.5, 1], [1, 0.2, 1, 2]])
 
 

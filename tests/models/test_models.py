@@ -25,7 +25,7 @@ def make_graph(n: int, seed: int, dtype: torch.dtype = torch.float64, radius: fl
     x = rng.random((n, 3))
     fields = {"x": x, "v": rng.normal(0, 0.3, (n, 3)), "f": rng.random((n, 3)), "a": rng.random((n, 2)), "y": x}
     nodes = {name: torch.from_numpy(value).to(dtype) for name, value in fields.items()}
-    return graphs.build(*graphs.radius_edges(x, radius), nodes)
+    return graphs.build_graph(*graphs.radius_edges(x, radius), nodes)
 
 
 def moved(graph: DGLGraph, rotation: Tensor, shift: Tensor) -> DGLGraph:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import dist_egnn
 from dist_egnn import cli, config
 from dist_egnn.commands import runs
-from dist_egnn.data.graphs import build, radius_edges
+from dist_egnn.data.graphs import build_graph, radius_edges
 from dist_egnn.distributed.comm import Alone
 from dist_egnn.errors import Failure
 from dist_egnn.models import published_weights
@@ -121,7 +121,7 @@ def a_graph(edge: int = A, node: int = K, seed: int = 1) -> Any:
     draw = np.random.default_rng(seed)
     x = draw.normal(size=(20, 3))
     nodes = {"x": x, "v": draw.normal(size=(20, 3)), "f": draw.normal(size=(20, F)), "a": draw.normal(size=(20, node))}
-    graph = build(*radius_edges(x, 1.2), nodes)
+    graph = build_graph(*radius_edges(x, 1.2), nodes)
     graph.edata["e"] = torch.from_numpy(draw.normal(size=(graph.num_edges(), edge)))
     return graph
 
@@ -327,7 +327,7 @@ def test_a_run_of_theirs_predicts_as_theirs(tmp_path, small, capsys):
     assert re.search(rf"^  hidden +{H}$", capsys.readouterr().out, re.M)
     state = theirs(node=1).float().double()
     made = config.load(tmp_path / "run" / "config.yaml")
-    samples = trainer.open_samples(made, 0, 1)
+    samples = trainer.open_dataset(made, 0, 1)
     squares = []
     for number in samples.splits["test"]:
         graph = samples[number]

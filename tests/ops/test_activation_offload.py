@@ -19,7 +19,7 @@ from dist_egnn.ops import activation_offload
 @pytest.fixture(scope="module")
 def graph():
     x = bench_data.block(3000)
-    return graphs.build(*graphs.radius_edges(x, 0.0763), bench_data.node_fields(x))
+    return graphs.build_graph(*graphs.radius_edges(x, 0.0763), bench_data.node_fields(x))
 
 
 @pytest.mark.parametrize("name", ["FastEGNN", "SchNet"])

@@ -78,7 +78,7 @@ def test_threads_share_the_tiles(threads: int) -> None:
 def test_without_gradients_no_means_are_kept(monkeypatch):
     """Arrays of N rows that layers make: each layer's outputs, and its means only where a backward pass may follow."""
     x = bench_data.block(1000)
-    graph = graphs.build(*graphs.radius_edges(x, 0.0763), bench_data.node_fields(x))
+    graph = graphs.build_graph(*graphs.radius_edges(x, 0.0763), bench_data.node_fields(x))
     model = network.EGNN(features=3, node_attributes=2, edge_attributes=2, hidden=8, layers=2, tile=256)
     made = []
     plain = Tensor.new_empty

@@ -21,9 +21,10 @@ from dist_egnn.partition.verify import verify
 from torch import Tensor
 
 from dist_egnn.config import Data
+from dist_egnn.data.samples import read_sample
 from dist_egnn.data.store import Store
-from dist_egnn.data.store_inputs import same_settings
-from dist_egnn.data.trajectories import Trajectories, Writer, sample
+from dist_egnn.data.store_inputs import check_settings
+from dist_egnn.data.trajectories import Trajectories, Writer
 from dist_egnn.errors import Failure
 
 FIELDS = ("x", "v", "f", "a", "y", "gid")
@@ -78,7 +79,7 @@ def test_round_trip(make_store, make_inputs, small, parts, method, shard_nodes, 
     parts = store.parts
     assert len(store.snapshots) == len(listed) == 4 * len({s.frame for s in listed if s.trajectory == 0})
     for k, snapshot in enumerate(listed):
-        full = sample(data, snapshot, inputs.sample)
+        full = read_sample(data, snapshot, inputs.sample)
         n, (src, dst) = full.num_nodes(), full.edges()
         pieces = [store.read(k, p) for p in range(parts)]
         gid = torch.cat([g.ndata["gid"] for g in pieces])
@@ -190,7 +191,7 @@ def test_dgl_loads_it(make_store, make_inputs, small, monkeypatch, parts, shard_
             edges += zip(ids[src].tolist(), ids[dst].tolist(), strict=True)
         assert sorted(node) == list(range(len(node)))
         for k in sorted({snapshot for snapshot, _ in node.values()}):
-            full = sample(data, listed[k], inputs.sample)
+            full = read_sample(data, listed[k], inputs.sample)
             assert sorted(gid for snapshot, gid in node.values() if snapshot == k) == list(range(full.num_nodes()))
             found = [(node[i][1], node[j]) for i, j in edges if node[i][0] == k]
             assert {to[0] for _, to in found} == {k}
@@ -524,10 +525,10 @@ def test_a_store_of_other_settings_is_left_alone(small, make_inputs, copy, other
 def test_config_that_disagrees(make_store, make_inputs, name, value):
     store, inputs = Store(make_store(2)), make_inputs(2).plain()
     agreeing = {key: inputs[key] for key in Data.__dataclass_fields__ if key != "path"}
-    same_settings(store.inputs, str(store.path), Data(**agreeing))
-    same_settings(store.inputs, str(store.path), Data(**{**agreeing, "features": None}))
+    check_settings(store.inputs, str(store.path), Data(**agreeing))
+    check_settings(store.inputs, str(store.path), Data(**{**agreeing, "features": None}))
     with pytest.raises(Failure, match=rf"data\.{name}=") as caught:
-        same_settings(store.inputs, str(store.path), Data(**{**agreeing, name: value}))
+        check_settings(store.inputs, str(store.path), Data(**{**agreeing, name: value}))
     assert str(store.path) in str(caught.value)
     assert str(inputs[name]) in str(caught.value)
 

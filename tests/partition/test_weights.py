@@ -78,7 +78,7 @@ def test_config_and_store(make_store):
     weighted, equal = make_store(2, "morton", weights=[2, 1]), make_store(2, "morton")
 
     def parts(path: Path, *more: str) -> int:
-        return dataset.parts(load(None, [f"data.path={path}", *more]))
+        return dataset.part_count(load(None, [f"data.path={path}", *more]))
 
     assert parts(weighted) == parts(weighted, "partition.weights=[4,2]") == 2
     assert parts(equal, "partition.weights=[7,7]") == 2
@@ -92,7 +92,7 @@ def test_config_and_store(make_store):
 
 def test_more_weights_than_processes(small):
     with pytest.raises(Failure, match="2 of them for 1 processes"):
-        dataset.parts(load(None, [f"data.path={small}", "partition.weights=[2,1]"]))
+        dataset.part_count(load(None, [f"data.path={small}", "partition.weights=[2,1]"]))
     with pytest.raises(Failure, match="2 of them for 3 processes"):
         load(None, ["partition.parts=3", "partition.weights=[2,1]"])
     with pytest.raises(Failure, match="must be positive numbers"):
@@ -126,7 +126,7 @@ def test_a_run_from_a_file_partitions_by_its_weights(small, tmp_path, capsys):
     config.partition.method, config.partition.weights = "bisection", [3.0, 1.0]
     runs.run_partition(config, tmp_path / "store")
     assert owned(Store(tmp_path / "store"))[0].tolist() == [150, 50]
-    assert dataset.parts(config) == 2
+    assert dataset.part_count(config) == 2
 
 
 def test_a_resume_on_other_parts_leaves_the_weights(tmp_path, monkeypatch):

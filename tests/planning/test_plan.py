@@ -49,7 +49,7 @@ def test_counts_are_the_stores(make_store: Any, small: Path, tmp_path: Path) -> 
     for name, counts in cut.counts.items():
         assert np.array_equal(counts[:, :, 0].sum(1).round(), stored.counts[name][:, :, 0].sum(1))
     # what the model of a rank really sees
-    graph = dataset.open_samples(config_of(make_store(3)), 1, 3)[stored.numbers[2]]
+    graph = dataset.open_dataset(config_of(make_store(3)), 1, 3)[stored.numbers[2]]
     assert [graph.num_nodes(), graph.num_edges()] == stored.tried[2, 1].tolist()
 
 
@@ -135,7 +135,7 @@ def test_work_between_calls_by_hand() -> None:
 def test_samples_that_are_kept_count(monkeypatch: pytest.MonkeyPatch) -> None:
     source, times = source_of(4), Times(1.0, 1.0, 0.0, 0.0, 0.0)
     trials = [Trial(times, times, 1.0, 5e8, ratio, [], 1.0) for ratio in (1.0, 1.5)]
-    one = [dataset.kept_bytes(100, 1000), dataset.kept_bytes(100, 1400)]
+    one = [dataset.cached_bytes(100, 1000), dataset.cached_bytes(100, 1400)]
     found = plan._held(source, [0, 2, 3], trials, 1e7)
     assert found == pytest.approx([5e8 + 1e7 + 1.0 * (26 - 3) * one[0], 5e8 + 1e7 + 1.5 * (26 - 3) * one[1]])
     monkeypatch.setattr(dataset, "CACHE_BYTES", 2 * 10 * one[0])
@@ -143,7 +143,7 @@ def test_samples_that_are_kept_count(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_held_bytes_by_hand(make_store: Any) -> None:
-    graph = dataset.open_samples(config_of(make_store(2)), 0, 2)[0]
+    graph = dataset.open_dataset(config_of(make_store(2)), 0, 2)[0]
     n, e = graph.num_nodes(), graph.num_edges()
     width = 3 + 3 + 3 + 1 + 3  # x, v, f, a, y in float32; gid, total and the centroid's three in 64 bits; e twice
     assert graph.formats()["created"] == ["coo"]
@@ -210,7 +210,7 @@ def test_plan_in_halo_mode(
     assert max(sent) == found["wire_bytes"] > min(sent)
     assert found["calls"] == 2 * 2 * 2 + 1
     counts = np.array([[[100, 1000], [300, 900]], [[200, 500], [100, 600]]])  # (S, P, 2)
-    held = dataset.kept_bytes(300, 1000) + dataset.kept_bytes(200, 600)
+    held = dataset.cached_bytes(300, 1000) + dataset.cached_bytes(200, 600)
     assert plan._counted(counts, config).tolist() == [held, held]
 
 

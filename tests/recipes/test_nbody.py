@@ -18,7 +18,8 @@ from scipy.integrate import solve_ivp
 
 from dist_egnn import config
 from dist_egnn.commands import recipe
-from dist_egnn.data.trajectories import Trajectories, snapshots
+from dist_egnn.data.samples import select_snapshots
+from dist_egnn.data.trajectories import Trajectories
 from dist_egnn.errors import Failure
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "nbody"
@@ -164,7 +165,7 @@ def test_file_and_config_select_frame_30_to_40(nbody, data):
     assert [t.split for t in file] == ["train"] * 30 + ["valid"] * 10 + ["test"] * 10
     assert {(t.frames, t.nodes, t.velocity, t.attributes) for t in file} == {(50, 10, True, ("charge",))}
     assert file[0].dt == pytest.approx(0.1)
-    chosen = snapshots(file, settings.horizon, settings.frames, settings.first_frame, settings.last_frame, 0)
+    chosen = select_snapshots(file, settings.horizon, settings.frames, settings.first_frame, settings.last_frame, 0)
     assert [(s.trajectory, s.frame) for s in chosen] == [(k, 30) for k in range(50)]
     assert (settings.horizon, settings.radius) == (10, np.inf)
     position, velocity, charge = nbody.draw(0, 3, 10, 1)

@@ -22,7 +22,8 @@ import pytest
 
 from dist_egnn.data import prepare as preparation
 from dist_egnn.data.graphs import radius_edges
-from dist_egnn.data.trajectories import SampleSpec, Snapshot, Trajectories, Writer, sample, snapshots
+from dist_egnn.data.samples import SampleSpec, Snapshot, read_sample, select_snapshots
+from dist_egnn.data.trajectories import Trajectories, Writer
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "protein"
 for package in ("MDAnalysis", "MDAnalysisData", "MDAnalysisTests"):
@@ -103,7 +104,7 @@ def boxes(frames: int, *box: float) -> np.ndarray:
 
 
 def samples(path: Path, horizon: int = 15) -> Counter:
-    return Counter(s.split for s in snapshots(Trajectories(path), horizon, 0, 0, -1, 0))
+    return Counter(s.split for s in select_snapshots(Trajectories(path), horizon, 0, 0, -1, 0))
 
 
 def test_the_file_holds_what_mdanalysis_reads(tiny):
@@ -253,7 +254,7 @@ def test_a_periodic_box_is_kept_and_its_boundary_told_of(tmp_path, call):
     assert 0 < plain < image
     assert f"{image - plain:,} of {image:,} pairs within 9.8 Å in frame 0 are neighbours across it" in ran.out
     spec = SampleSpec(9.8, 3, (), periodic=True)
-    assert sample(data, Snapshot("train", 0, 0), spec).num_edges() == image
+    assert read_sample(data, Snapshot("train", 0, 0), spec).num_edges() == image
     assert call("--out", tmp_path / "open.h5", *options, "--horizon", 3, "--no-box").code == 0
     left = Trajectories(tmp_path / "open.h5")
     assert (left[0].periodic, left.box(0)) == (False, None)

@@ -16,7 +16,8 @@ import pytest
 from gns_files import METADATA, RECIPE, command, framed, needs_records, record, run, trajectories
 
 from dist_egnn import config
-from dist_egnn.data.trajectories import SampleSpec, Snapshot, Trajectories, node_fields
+from dist_egnn.data.samples import SampleSpec, Snapshot, node_fields
+from dist_egnn.data.trajectories import Trajectories
 from dist_egnn.errors import Failure
 
 

@@ -54,7 +54,7 @@ def here(*arguments: object) -> dict[str, Any]:
 
 def block(nodes: int, degree: float, dtype: torch.dtype = torch.float64) -> dgl.DGLGraph:
     x = bench_data.block(nodes)
-    graph = graphs.build(*graphs.radius_edges(x, bench_data.radius_for(x, degree)), bench_data.node_fields(x))
+    graph = graphs.build_graph(*graphs.radius_edges(x, bench_data.radius_for(x, degree)), bench_data.node_fields(x))
     for data in (graph.ndata, graph.edata):
         data.update({name: value.to(dtype) for name, value in data.items() if value.is_floating_point()})
     return graph

@@ -49,13 +49,13 @@ def among(group: comm.Comm, config: Any) -> list[dict[str, Any]]:
     found = []
     for mode in scaling.MODES:
         graph = Store(config.data.path).read(0, group.rank, mode == "exchange")
-        if halos := halo.of(graph):
+        if halos := halo.get(graph):
             halos.link(graph.ndata["x"], group)
         real = after(config, graph, listener := Listener(comm.dist))
         alone = after(config, graph, stand_in := scaling.StandIn(group.rank, group.size, iter(listener.heard)))
         lonely = after(config, graph, scaling.StandIn(group.rank, group.size))
         differ = [[not torch.equal(a, b) for a, b in zip(real, others, strict=True)] for others in (alone, lonely)]
-        link = [t.numpy() for part in (halos.parts if halos else ()) for t in (*part.given, *part.edge.values())]
+        link = [t.numpy() for part in (halos.parts if halos else ()) for t in (*part.send_rows, *part.edge.values())]
         about = scaling.about(scaling.learner(config)[0], graph)
         found.append({"differ": list(map(sum, differ)), "sent": stand_in.sent, "link": link, "about": about})
     return found
@@ -72,8 +72,8 @@ def test_a_rank_alone_is_the_rank_among_others(tmp_path: Path) -> None:
             assert lonely > 0, "no difference could be seen"
             told = [size for _, size in Model().trips(PARTS, one["about"]["halo"])]
             assert sorted(one["sent"]) == sorted(told)
-        made = halo.of(parts[rank]).parts[0]  # type: ignore[union-attr]
-        for mine, theirs in zip([*made.given, *made.edge.values()], exchange["link"], strict=True):
+        made = halo.get(parts[rank]).parts[0]  # type: ignore[union-attr]
+        for mine, theirs in zip([*made.send_rows, *made.edge.values()], exchange["link"], strict=True):
             assert np.array_equal(mine.numpy(), theirs)
 
 

@@ -126,7 +126,7 @@ def test_a_loss_makes_no_tensor_on_a_default_device(part: bool) -> None:
 
 def test_an_epoch_makes_no_tensor_on_a_default_device(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = settings(small, "train.clip=1", "train.accumulate=2", "train.lr=0")
-    read, model = dataset.open_samples(chosen, 0, 1), Shift()
+    read, model = dataset.open_dataset(chosen, 0, 1), Shift()
     optimizer = torch.optim.Adam(model.parameters())  # makes its state in the first epoch
 
     def epoch() -> dict[str, float]:

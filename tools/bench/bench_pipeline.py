@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from dist_egnn.config import Config, Data
 from dist_egnn.config import load as load_config
 from dist_egnn.data import graphs, halo
-from dist_egnn.data.dataset import Samples, open_samples
+from dist_egnn.data.dataset import open_dataset
 from dist_egnn.data.store import Store
 from dist_egnn.data.trajectories import Trajectories
 from dist_egnn.distributed import comm, spawn
@@ -118,10 +118,10 @@ def _count(group: comm.Comm, config: Config, number: int | None = None) -> dict[
 
         return call
 
-    samples = open_samples(config, group.rank, group.size)
+    samples = open_dataset(config, group.rank, group.size)
     model = trainer.build_model(config, samples.widths, group)
     graph = samples[samples.splits["train"][0] if number is None else number]
-    if halos := halo.of(graph):
+    if halos := halo.get(graph):
         halos.link(graph.ndata["x"], group)  # once a snapshot, so of no step
     before = {name: getattr(comm.dist, name) for name in COLLECTIVES}
     try:
@@ -169,15 +169,9 @@ def communication(nodes: int, degree: float, parts: int, model: dict[str, Any], 
 # pipeline
 
 
-def _ahead(samples: Samples, numbers: list[int]) -> Iterator[DGLGraph]:
-    """The samples in order, the next one made ready meanwhile where Samples can do that."""
-    ahead: Callable[[list[int]], Iterable[DGLGraph]] | None = getattr(samples, "ahead", None)
-    yield from ahead(numbers) if ahead is not None else (samples[n] for n in numbers)
-
-
 def _road(group: comm.Comm, config: Config, repeats: int) -> dict[str, float]:
     """Mean seconds of a step on a fixed graph, of one with a new snapshot each time, and of what leads to a step."""
-    samples = open_samples(config, group.rank, group.size)
+    samples = open_dataset(config, group.rank, group.size)
     numbers = samples.splits["train"]
     model = trainer.build_model(config, samples.widths, group)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
@@ -198,7 +192,8 @@ def _road(group: comm.Comm, config: Config, repeats: int) -> dict[str, float]:
     fixed = [read] * (repeats + 1)
     steps(fixed[:2])
     before = steps(fixed)
-    fresh = steps(_ahead(open_samples(config, group.rank, group.size), numbers[: repeats + 1]))
+    samples = open_dataset(config, group.rank, group.size)  # an empty cache
+    fresh = steps(trainer.prepared_batches(model, samples, [[n] for n in numbers[: repeats + 1]]))
     # on both sides of the fresh ones, so that a machine that slows down does not look like a slow road
     found = {"fixed_s": (before + steps(fixed)) / 2, "fresh_s": fresh}
     chosen = message_passing.choose(config.model.engine)
@@ -208,7 +203,7 @@ def _road(group: comm.Comm, config: Config, repeats: int) -> dict[str, float]:
         times = [time.perf_counter()]
         store.source.part(store.snapshots.loc[number]["shard"], group.rank)
         times.append(time.perf_counter())
-        graph = store.read(number, group.rank, exchange=halo.of(read) is not None)
+        graph = store.read(number, group.rank, exchange=halo.get(read) is not None)
         times.append(time.perf_counter())
         tiling.of(graph, chosen, config.model.tile)
         times.append(time.perf_counter())

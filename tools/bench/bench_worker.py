@@ -42,7 +42,7 @@ def _graph(folder: Path) -> DGLGraph:
         fields = {name: file[name] for name in file.files}
     nodes, edges = (torch.from_numpy(fields.pop(name)) for name in ("graph_nodes", "graph_edges"))
     degree = fields.pop("degree")
-    graph = graphs.build(fields.pop("src"), np.repeat(np.arange(len(degree), dtype=np.int32), degree), fields)
+    graph = graphs.build_graph(fields.pop("src"), np.repeat(np.arange(len(degree), dtype=np.int32), degree), fields)
     graph.set_batch_num_nodes(nodes)
     graph.set_batch_num_edges(edges)
     return graph

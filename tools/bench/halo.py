@@ -18,7 +18,7 @@ import bench_pipeline
 import torch
 
 from dist_egnn import config as configs
-from dist_egnn.data.dataset import open_samples
+from dist_egnn.data.dataset import open_dataset
 from dist_egnn.data.store import Store
 from dist_egnn.distributed import comm, spawn
 from dist_egnn.train import trainer
@@ -32,7 +32,7 @@ def steps(group: comm.Comm, path: str, store: str) -> dict[str, list[float]]:
     works, found = {}, {}
     for mode in MODES:
         config = configs.load(path, [f"data.path={store}", f"partition.halo={mode}"])
-        samples = open_samples(config, group.rank, group.size)
+        samples = open_dataset(config, group.rank, group.size)
         model = trainer.build_model(config, samples.widths, group)
         works[mode] = config, model, samples[samples.splits["train"][0]]
     taken: dict[str, list[list[float]]] = {mode: [] for mode in MODES}

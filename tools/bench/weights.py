@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dist_egnn.commands import runs
 from dist_egnn.config import Config
-from dist_egnn.data.dataset import open_samples
+from dist_egnn.data.dataset import open_dataset
 from dist_egnn.distributed import comm, spawn
 from dist_egnn.planning import plan, trial
 from dist_egnn.train import trainer
@@ -96,7 +96,7 @@ def _slow(group: Any) -> Slowed:
 def steps(group: comm.Comm, config: Config, slow: bool) -> list[float]:
     """Least seconds of a step: wall, processor."""
     own: Any = _slow(group) if slow and group.rank == SLOW else group
-    samples = open_samples(config, group.rank, group.size)
+    samples = open_dataset(config, group.rank, group.size)
     model = trainer.build_model(config, samples.widths, own)
     graph = samples[samples.splits["train"][0]]
     taken = []

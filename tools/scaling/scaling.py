@@ -98,10 +98,10 @@ def standing_in(other: Any) -> Iterator[comm.Comm]:
 
 def linked(parts: list[DGLGraph]) -> list[DGLGraph]:
     """All parts of a snapshot, their halos linked as the ranks would link them together."""
-    halos, x = [halo.of(graph).parts[0] for graph in parts], [graph.ndata["x"] for graph in parts]  # type: ignore[union-attr]
+    halos, x = [halo.get(graph).parts[0] for graph in parts], [graph.ndata["x"] for graph in parts]  # type: ignore[union-attr]
     for rank, own in enumerate(halos):
-        far = torch.cat([there[rows] for there, rows in zip(x, own.wanted, strict=True)])
-        own.learn(x[rank], [other.wanted[rank] for other in halos], far)
+        far = torch.cat([there[rows] for there, rows in zip(x, own.recv_rows, strict=True)])
+        own.complete(x[rank], [other.recv_rows[rank] for other in halos], far)
     return parts
 
 
@@ -146,8 +146,8 @@ def step(config: configs.Config, learner: Any, graph: DGLGraph, group: comm.Comm
 def about(model: network.Network, graph: DGLGraph) -> dict[str, Any]:
     """What a part's work and traffic follow from; interior: the share of the work in tiles without halo nodes."""
     found = {"own": graph.num_nodes(), "edges": graph.num_edges(), "cross": 0, "halo": 0}
-    if halos := halo.of(graph):
-        found |= {"cross": len(halos.src), "halo": max(halos.size, sum(map(len, halos.parts[0].given)))}
+    if halos := halo.get(graph):
+        found |= {"cross": len(halos.src), "halo": max(halos.size, sum(map(len, halos.parts[0].send_rows)))}
     cut = model.cut(graph)[1]
     work = [sum(t.blocks[-1].ehi - t.blocks[0].elo + NODE * (t.hi - t.lo) for t in tiles) for tiles in cut.groups]
     return {**found, "interior": 0.0 if cut.whole else work[0] / sum(work)}
@@ -199,7 +199,7 @@ def among(group: comm.Comm, config: configs.Config, repeats: int) -> list[dict[s
     held = {mode: Store(config.data.path).read(0, group.rank, mode == "exchange") for mode in MODES}
     for turn in range(repeats + 1):
         for mode, graph in held.items():
-            if halos := halo.of(graph):
+            if halos := halo.get(graph):
                 halos.link(graph.ndata["x"], group)  # once a snapshot, so of no step
             group.max(0.0)  # all begin together
             took = {name: group.max(value) for name, value in step(config, ours, graph, group).items()}

@@ -1,0 +1,107 @@
+"""From the frames of a trajectories file to samples: which frames, which features, and the graph of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from dgl import DGLGraph
+
+from ..errors import Failure
+from . import graphs
+from .trajectories import Trajectories, check_displacement
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """How a frame becomes a sample. Features are node attributes by name, 'speed' for ‖v‖, and 'name/max' for a
+    feature divided by its largest magnitude in the snapshot."""
+
+    radius: float
+    horizon: int
+    features: tuple[str, ...]
+    node_attributes: tuple[str, ...] = ()
+    edge_drop: float = 0.0
+    periodic: bool = False
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A frame pair of a trajectory: input at ``frame``, target at ``frame + horizon``."""
+
+    split: str
+    trajectory: int
+    frame: int
+
+
+def select_snapshots(
+    data: Trajectories, horizon: int, count: int, first: int, last: int, seed: int
+) -> Iterator[Snapshot]:
+    """Up to ``count`` frames of every trajectory among first…last (0: all of them; last = −1: as far as the target
+    exists), drawn without replacement from (seed, trajectory), in order of time."""
+    if horizon < 1:
+        raise Failure(f"data.horizon={horizon}: must be at least 1 frame")
+    for k, trajectory in enumerate(data):
+        end = trajectory.frames - 1 - horizon
+        frames = np.arange(max(first, 0), 1 + (end if last < 0 else min(last, end)))
+        if not len(frames):
+            raise Failure(
+                f"{data.path}: trajectory {k} has {trajectory.frames} frames: none in {first}…{last} has a target "
+                f"{horizon} frames ahead; lower data.horizon or data.first_frame"
+            )
+        if 0 < count < len(frames):
+            frames = np.sort(np.random.default_rng([seed, k]).choice(frames, count, replace=False))
+        for frame in frames:
+            yield Snapshot(trajectory.split, k, int(frame))
+
+
+def feature_columns(names: Sequence[str], v: np.ndarray, attribute: Callable[[str], np.ndarray]) -> np.ndarray:
+    """Features by name, as SampleSpec defines them: (N, len(names)), in the precision of v.
+
+    v: (N, 3); attribute: gives a node attribute (N,) by its name. Raises Failure for an unknown scaling.
+    """
+
+    def column(name: str) -> np.ndarray:
+        base, _, scale = name.partition("/")
+        value = np.linalg.norm(v, axis=1) if base == "speed" else attribute(base)
+        if scale not in ("", "max"):
+            raise Failure(f"feature '{name}': the only scaling is '/max'")
+        return value / max(float(np.abs(value).max()), 1e-30) if scale else value
+
+    return np.stack([column(c) for c in names], 1).astype(v.dtype) if names else np.zeros((len(v), 0), v.dtype)
+
+
+def node_fields(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> dict[str, np.ndarray]:
+    """The node fields x, v, f, a, y (float32) and gid of a snapshot."""
+    k, t = snapshot.trajectory, snapshot.frame
+    fields = {"x": data.position(k, t), "v": data.velocity(k, t), "y": data.position(k, t + spec.horizon)}
+    for field, names in (("f", spec.features), ("a", spec.node_attributes)):
+        fields[field] = feature_columns(names, fields["v"], lambda name: data.attribute(k, name))
+    fields["gid"] = np.arange(len(fields["x"]))
+    for name, value in fields.items():
+        if not np.isfinite(value).all():
+            row = int(np.argwhere(~np.isfinite(value))[0][0])
+            raise Failure(
+                f"{data.path}: trajectory {k}, frame {t}: field '{name}' is NaN or infinite at node {row}; mend the source data"
+            )
+    if spec.periodic:
+        side = data.sides(k, spec.radius)
+        check_displacement(fields["x"], data.position(k, t + 1), side, f"{data.path}: trajectory {k}, frame {t}")
+    return fields
+
+
+def build_sample(fields: Mapping[str, np.ndarray], spec: SampleSpec, side: np.ndarray | None = None) -> DGLGraph:
+    """The graph that the spec makes of node fields, with its edge fields.
+
+    side: (3,) sides of the periodic box, where spec.periodic. Raises Failure for one without the other.
+    """
+    if spec.periodic != (side is not None):
+        raise Failure("data.periodic=true needs a box" if side is None else "data.periodic=false: leave the box out")
+    return graphs.build_graph(*graphs.sample_edges(fields["x"], spec.radius, spec.edge_drop, side), fields, side)
+
+
+def read_sample(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> DGLGraph:
+    """The snapshot as a DGLGraph with the fields of fields.py."""
+    side = data.sides(snapshot.trajectory, spec.radius) if spec.periodic else None
+    return build_sample(node_fields(data, snapshot, spec), spec, side)
