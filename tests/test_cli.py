@@ -124,7 +124,7 @@ def test_compare_shows_every_method(tmp_path, small):
 
 
 def test_partition_then_verify(tmp_path, small):
-    arguments = ("--parts", 2, "--radius", RADIUS, "--horizon", HORIZON, "--frames", 2, "--out", "store")
+    arguments = ("--parts", 2, "--radius", RADIUS, f"data.horizon={HORIZON}", "data.frames=2", "--out", "store")
     code, out, _ = distegnn("partition", small, *arguments, cwd=tmp_path)
     assert code == 0
     assert "store: 8 snapshots in 2 parts" in out

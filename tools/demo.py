@@ -19,7 +19,11 @@ import pandas as pd
 import torch
 from dist_egnn.partition import store_writer
 
-from dist_egnn import cli, config
+from dist_egnn import config
+from dist_egnn.commands.evaluate import run_evaluation
+from dist_egnn.commands.partition import write_store
+from dist_egnn.commands.train import run_training
+from dist_egnn.commands.verify import run_verification
 from dist_egnn.data.store import Store
 from dist_egnn.data.trajectories import Trajectories
 from dist_egnn.distributed.comm import Alone
@@ -110,17 +114,17 @@ def main() -> None:
     inputs = store_writer.inputs_of(
         file, parts=2, method="metis", method_seed=0, settings=data, shard_nodes=store_writer.SHARD_NODES
     )
-    cli.make_store(file, out / "store", inputs)
+    write_store(file, out / "store", inputs)
     store = Store(out / "store")
 
     print("\n2. Check the store, and that two processes compute what one does")
-    cli.run_verification(out / "store", settings(out, "DistEGNN", 1))
+    run_verification(out / "store", settings(out, "DistEGNN", 1))
 
     print(f"\n3. Train on two processes, {options.epochs} epochs each")
     found, numbers = {}, {}
     for name in MODELS:
-        numbers[name] = cli.run_training(settings(out, name, options.epochs))
-        found[name] = cli.run_evaluation(out / name)
+        numbers[name] = run_training(settings(out, name, options.epochs))
+        found[name] = run_evaluation(out / name)
 
     rows = [[name, f"{found['EGNN'][name]:.3e}", "", ""] for name in ("static", "linear")]
     for name, model in MODELS.items():

@@ -14,7 +14,9 @@ from ..config import Config
 from ..data import prepare
 from ..errors import Failure
 from ..train import resume
-from . import runs
+from .evaluate import run_evaluation
+from .partition import run_partition
+from .train import run_training
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as cli.py does
 
@@ -99,7 +101,7 @@ def run(recipe: Path, scales: Mapping[str, Sequence[str]], arguments: Sequence[s
         data_of(recipe, options.scale, data)
     base.data.path = str(Path(base.data.path).absolute())
     if options.parts > 1 and not dataset.is_store(base.data.path):
-        runs.run_partition(base, options.out / f"store-{options.parts}")
+        run_partition(base, options.out / f"store-{options.parts}")
     errors: dict[str, float] = {}
     for name in options.models:
         config = configs.load(
@@ -110,8 +112,8 @@ def run(recipe: Path, scales: Mapping[str, Sequence[str]], arguments: Sequence[s
         if finished(config):
             print(f"{config.run.dir}: trained already")
         else:
-            runs.run_training(config, resume=resume.begun(options.out / name))
-        errors |= runs.run_evaluation(options.out / name)
+            run_training(config, resume=resume.begun(options.out / name))
+        errors |= run_evaluation(options.out / name)
     table = pd.DataFrame({"prediction": errors.keys(), "test MSE": errors.values()})
     for reference in ("linear", "static"):
         table[f"of {reference}"] = table["test MSE"] / errors[reference]

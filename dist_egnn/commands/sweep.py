@@ -28,8 +28,11 @@ from ..utils.console import print_table
 from ..utils.filesystem import write_whole
 from ..utils.progress import bar
 from ..viz import plots
-from . import runs
+from . import sweep_config
+from .evaluate import run_evaluation
+from .partition import run_partition
 from .sweep_config import Run, Sweep, short
+from .train import run_training
 
 NUMBERS = ("valid_mse", "epochs", "epoch_s", "seconds", "parameters", "processes", "peak_gb")
 BUSY = "another sweep is at work there; wait for it or choose another out"
@@ -52,9 +55,9 @@ def _work(run: Run) -> None:
         os.dup2(log.fileno(), 2)
     torch.set_num_threads(1)
     if run.store:
-        runs.run_partition(run.config, run.store)
-    runs.run_training(run.config, resume.begun(folder))
-    test = runs.run_evaluation(folder)[run.config.model.name]
+        run_partition(run.config, run.store)
+    run_training(run.config, resume.begun(folder))
+    test = run_evaluation(folder)[run.config.model.name]
     epochs = pd.read_csv(folder / "metrics.csv")
     found = {
         "test_mse": test,
@@ -167,3 +170,14 @@ def show(sweep: Sweep, found: pd.DataFrame, failed: dict[str, str]) -> None:
         print(f"{sweep.out}: {missing} of {len(sweep.runs)} runs are missing; the same command goes on with them")
     for name, line in failed.items():
         print(f"failed: {sweep.out / name}: {line}", file=sys.stderr)
+
+
+def run_sweep(file: Path, jobs: int, minutes: float, table_only: bool) -> bool:
+    """Do the runs of a sweep file that are missing, then write and print its results. Returns whether no run failed."""
+    sweep = sweep_config.load(file)
+    failed: dict[str, str] = {}
+    if not table_only:
+        sweep_config.check(sweep)
+        failed = execute(sweep, jobs, minutes)
+    show(sweep, table(sweep), failed)
+    return not failed

@@ -22,7 +22,9 @@ from ..data.store_inputs import check_settings
 from ..data.trajectories import Trajectories
 from ..errors import Failure
 from ..models import network
+from ..partition import assign
 from ..train.trainer import device_of
+from ..utils import part_weights
 
 KEYS = configs.keys()
 KINDS: dict[type, str] = {dict: "a mapping", list: "a list that is not empty", str: "text"}
@@ -198,6 +200,8 @@ def _same(run: Run) -> None:
 def check(sweep: Sweep) -> None:
     """Raise Failure for data or a device that is not there, and for a store made with other settings: before anything runs."""
     for config in {run.setting: run.config for run in sweep.runs}.values():
+        cut = config.partition
+        assign.check(cut.method, 1, cut.weights and part_weights.of(cut.weights, len(cut.weights)))
         device_of(config)
         dataset.part_count(config)
         if dataset.is_store(config.data.path):

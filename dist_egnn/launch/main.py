@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..commands.runs import print_table, tell_end
+from ..commands.train import report_result
 from ..config import Config
 from ..data.store_inputs import DEFAULT_INPUTS, check_settings
 from ..errors import Failure
 from ..utils import signals
+from ..utils.console import print_table
 from . import host_checks
 from .agent_client import PING_EVERY_S, Link
 from .copy_store import dispatch as copy_store
@@ -144,5 +145,5 @@ def run(
             finally:
                 crew.stop(servers=False)
                 crew.stop(servers=True, within=5)
-    tell_end(Path(config.run.dir), last or {"stopped": 1.0}, len(job.ranks()), "launch")
+    report_result(Path(config.run.dir), last or {"stopped": 1.0}, len(job.ranks()), "launch")
     return last

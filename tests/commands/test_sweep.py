@@ -16,7 +16,9 @@ import pytest
 import yaml
 
 from dist_egnn import config
-from dist_egnn.commands import runs, sweep, sweep_config
+from dist_egnn.commands import sweep, sweep_config
+from dist_egnn.commands.evaluate import run_evaluation
+from dist_egnn.commands.train import run_training
 from dist_egnn.distributed.comm import Alone
 from dist_egnn.errors import Failure
 from dist_egnn.train import trainer
@@ -245,11 +247,11 @@ def test_a_killed_sweep_goes_on(write):
     assert metrics["epoch"].tolist() == list(range(30))
 
     run.config.run.dir = "whole"
-    runs.run_training(run.config)
+    run_training(run.config)
     numbers = ["train_loss", "valid_mse"]
     pd.testing.assert_frame_equal(metrics[numbers], pd.read_csv("whole/metrics.csv")[numbers], rtol=0)
     found = json.loads(Path("out/name=EGNN,seed=0/result.json").read_text())
-    assert found["test_mse"] == runs.run_evaluation(Path("whole"))["EGNN"]
+    assert found["test_mse"] == run_evaluation(Path("whole"))["EGNN"]
     assert found["epochs"] == 30
 
 

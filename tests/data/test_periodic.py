@@ -339,7 +339,7 @@ def test_from_a_file_to_a_trained_model(boxed, tmp_path, monkeypatch, capfd):
         cli.app([*words], standalone_mode=False)
         return capfd.readouterr().out
 
-    options = ["--radius", "0.7", "--horizon", "2", "--features", "speed", "--periodic"]
+    options = ["--radius", "0.7", "data.horizon=2", "data.features=[speed]", "data.periodic=true"]
     assert "9 snapshots in 2 parts" in distegnn("partition", str(boxed), *options, "--out", "store")
     assert "snapshots.csv" in {f.name for f in (tmp_path / "store").iterdir()}
     told = distegnn("verify", "store", "--model", "my.yaml")

@@ -14,7 +14,9 @@ from small import DATA
 from test_exact import _each
 
 from dist_egnn import config
-from dist_egnn.commands import runs
+from dist_egnn.commands.evaluate import run_evaluation
+from dist_egnn.commands.train import run_training
+from dist_egnn.commands.verify import run_verification
 from dist_egnn.data import halo
 from dist_egnn.data.store import Store
 from dist_egnn.distributed import comm, spawn
@@ -65,12 +67,12 @@ def test_a_run_in_halo_mode_is_the_run_of_one_process(
         settings = config.load(None, [*keys, *more, f"run.dir={tmp_path / name}"])
         for key, value in DATA.items():
             setattr(settings.data, key, value)
-        runs.run_training(settings)
-        found[name] = runs.run_evaluation(tmp_path / name)["FastEGNN"]
+        run_training(settings)
+        found[name] = run_evaluation(tmp_path / name)["FastEGNN"]
     assert found["many"] == pytest.approx(found["one"], rel=1e-5)  # in bridge mode, METIS is off by 1e-4
     assert "halo: exchange" in (tmp_path / "many" / "config.yaml").read_text()
     capsys.readouterr()
-    runs.run_verification(tmp_path / "many" / "store", config.load(tmp_path / "many" / "config.yaml"))
+    run_verification(tmp_path / "many" / "store", config.load(tmp_path / "many" / "config.yaml"))
     assert "2 processes against one on the full graph" in capsys.readouterr().out
 
 

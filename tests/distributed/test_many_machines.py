@@ -23,7 +23,7 @@ import pytest
 from small import DATA
 
 from dist_egnn import config as configs
-from dist_egnn.commands import runs
+from dist_egnn.commands.train import run_training
 from dist_egnn.train import checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -174,7 +174,7 @@ def alone(make_store: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
         if (store, epochs) not in done:
             folder = tmp_path_factory.mktemp("alone") / "run"
             given = [f"data.path={store}", f"run.dir={folder}", *SETTINGS, f"train.epochs={epochs}"]
-            runs.run_training(configs.load(ROOT / "recipes/fluid113k/config.yaml", given))
+            run_training(configs.load(ROOT / "recipes/fluid113k/config.yaml", given))
             done[store, epochs] = pd.read_csv(folder / "metrics.csv")
         return done[store, epochs]
 

@@ -15,7 +15,8 @@ import torch
 from tiny_runs import PLAIN_TRAIN, At, assert_same, outcome, settings
 
 from dist_egnn import config
-from dist_egnn.commands import runs
+from dist_egnn.commands.evaluate import run_evaluation
+from dist_egnn.commands.train import resume_training, run_training
 from dist_egnn.data import dataset, graph_server
 from dist_egnn.data.store import Store
 from dist_egnn.distributed import comm, spawn
@@ -133,15 +134,15 @@ def test_a_run_that_ends_early_goes_on_with_another_number_of_groups(
     """Rank 1 is killed, or asked to stop, in the second epoch; one process goes on and ends where one process ends."""
     more = ["train.epochs=3", "train.lr=1e-3"]
     monkeypatch.setattr(trainer, "train", _double)
-    runs.run_training(settings(small, tmp_path / "one", *more))
+    run_training(settings(small, tmp_path / "one", *more))
     ended = (
         pytest.raises(Failure, match="process 1 of 2 died") if how == signal.SIGKILL else pytest.raises(signals.Stopped)
     )
     monkeypatch.setattr(trainer, "train", DoubleAt(4, 1, _signal, how))
     with ended:
-        runs.run_training(settings(small, tmp_path / "two", *more, "train.replicas=2"))
+        run_training(settings(small, tmp_path / "two", *more, "train.replicas=2"))
     monkeypatch.setattr(trainer, "train", _double)
-    runs.resume_training(tmp_path / "two", ["train.replicas=1"])
+    resume_training(tmp_path / "two", ["train.replicas=1"])
     one, two = outcome(tmp_path / "one"), outcome(tmp_path / "two")
     for name, value in one.items():
         if isinstance(value, torch.Tensor):
@@ -174,8 +175,8 @@ def test_a_group_gives_up_a_rank_that_hangs() -> None:
 def test_evaluation_is_shared(small: Path, tmp_path: Path) -> None:
     """Plain data parallelism by the command's own functions: three groups, three test samples, no store."""
     more = ["train.epochs=1", "train.accumulate=3", "train.warmup=0"]
-    runs.run_training(settings(small, tmp_path, *more, "train.replicas=3"))
-    many = runs.run_evaluation(tmp_path)
+    run_training(settings(small, tmp_path, *more, "train.replicas=3"))
+    many = run_evaluation(tmp_path)
     one = trainer.evaluate(comm.Alone(), settings(small, tmp_path, *more), tmp_path / "best.pt")
     assert many == pytest.approx(one, rel=1e-6)
 
@@ -185,7 +186,7 @@ def test_what_is_not_finite_ends_all_groups_with_one_line(small: Path, tmp_path:
     for replicas in (1, 2):
         run = tmp_path / f"{replicas}"
         with pytest.raises(Failure, match="the last good checkpoint is kept") as caught:
-            runs.run_training(settings(small, run, "train.lr=1e30", "train.clip=0", f"train.replicas={replicas}"))
+            run_training(settings(small, run, "train.lr=1e30", "train.clip=0", f"train.replicas={replicas}"))
         said.append(str(caught.value).replace(str(run), "RUN"))
     assert said[0] == said[1]
 
@@ -193,7 +194,7 @@ def test_what_is_not_finite_ends_all_groups_with_one_line(small: Path, tmp_path:
 def test_groups_that_would_never_work_are_refused(small: Path, tmp_path: Path) -> None:
     wanted = settings(small, tmp_path / "run", "train.accumulate=9", "train.replicas=3", "train.batch_size=4")
     with pytest.raises(Failure, match=r"train\.replicas=3: .* only 2 batches of train\.batch_size=4"):
-        runs.run_training(wanted)
+        run_training(wanted)
     assert not (tmp_path / "run" / "config.yaml").exists()
     with pytest.raises(Failure, match=r"train\.replicas=3: .*train\.replicas=1"):
         plan.make(wanted)

@@ -497,7 +497,7 @@ def test_from_the_command_line(tmp_path: Path, distegnn: Callable[..., Ran]) -> 
     """With relative paths; on a run that was trained on a store; the table."""
     data = write(tmp_path / "a.h5")
     arguments = ["--trajectory", 2, "--steps", 4, "--bounds", "reflect", "--fixed", "kind=2", "--out", "new/out.vtkhdf"]
-    ran = distegnn("partition", "a.h5", "--radius", 0.35, "--horizon", HORIZON, "--out", "store")
+    ran = distegnn("partition", "a.h5", f"data.horizon={HORIZON}", "--radius", 0.35, "--out", "store")
     assert ran.code == 0, ran.err
     run = make_run(tmp_path / "run", tmp_path / "store")
     ran = distegnn("rollout", "run", *arguments)

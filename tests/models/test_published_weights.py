@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import dist_egnn
 from dist_egnn import cli, config
-from dist_egnn.commands import runs
+from dist_egnn.commands.evaluate import run_evaluation
+from dist_egnn.commands.import_weights import run_import
 from dist_egnn.data.graphs import build_graph, radius_edges
 from dist_egnn.distributed.comm import Alone
 from dist_egnn.errors import Failure
@@ -323,7 +324,7 @@ def wanted(folder: Path, *overrides: str) -> Any:
 def test_a_run_of_theirs_predicts_as_theirs(tmp_path, small, capsys):
     torch.save({"model": theirs(node=1).float().state_dict()}, tmp_path / "a.pth")
     data = [f"data.path={small}", "data.features=[speed,viscosity/max]", "data.node_attributes=[mass]", "data.frames=2"]
-    runs.run_import(tmp_path / "a.pth", wanted(tmp_path / "run", *data))
+    run_import(tmp_path / "a.pth", wanted(tmp_path / "run", *data))
     assert re.search(rf"^  hidden +{H}$", capsys.readouterr().out, re.M)
     state = theirs(node=1).float().double()
     made = config.load(tmp_path / "run" / "config.yaml")
@@ -337,25 +338,25 @@ def test_a_run_of_theirs_predicts_as_theirs(tmp_path, small, capsys):
         with torch.no_grad():
             squares.append((state(graph)[0] - graph.ndata["y"]) ** 2)
     error = float(torch.cat(squares).mean())
-    found = runs.run_evaluation(tmp_path / "run")
+    found = run_evaluation(tmp_path / "run")
     assert found["FastEGNN"] == pytest.approx(error, rel=1e-4)
     assert dist_egnn.load(tmp_path / "run").features == ["speed", "viscosity/max"]
 
 
 def test_the_run_it_makes_is_not_written_over(tmp_path):
     torch.save(theirs(node=0).state_dict(), tmp_path / "a.pth")
-    runs.run_import(tmp_path / "a.pth", wanted(tmp_path / "run"))
+    run_import(tmp_path / "a.pth", wanted(tmp_path / "run"))
     with pytest.raises(Failure, match="holds a run already"):
-        runs.run_import(tmp_path / "a.pth", wanted(tmp_path / "run"))
+        run_import(tmp_path / "a.pth", wanted(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
     ("options", "overrides", "says"),
     [
-        ({"edge": 3}, [], "3 edge attributes; samples here carry 2"),
+        ({"edge": 3}, [], "3 edge attributes, samples have 2"),
         ({"node": 0}, ["data.features=[mass]"], r"data\.features=\[mass\]: 1, but the weights of .*a\.pth take 2"),
         ({"node": 2}, [], r"data\.node_attributes=\[\]: 0, but .* take 2"),
-        ({"node": 0}, ["model.tanh=true"], r"model\.tanh=true: not with published weights"),
+        ({"node": 0}, ["model.tanh=true"], r"model\.tanh=true"),
         ({"node": 0, "gravity": True}, [], r"a\.pth: published weights: there is a gravity_mlp"),
         ({"node": 0, "attention": True}, ["model.precision=bf16-messages"], r"model\.attention"),
     ],
@@ -363,7 +364,7 @@ def test_the_run_it_makes_is_not_written_over(tmp_path):
 def test_what_a_run_cannot_be_made_of(tmp_path, options, overrides, says):
     torch.save(theirs(**options).state_dict(), tmp_path / "a.pth")
     with pytest.raises(Failure, match=says):
-        runs.run_import(tmp_path / "a.pth", wanted(tmp_path / "run", *overrides))
+        run_import(tmp_path / "a.pth", wanted(tmp_path / "run", *overrides))
     assert not (tmp_path / "run").exists()
 
 
@@ -386,8 +387,9 @@ def test_command(tmp_path, monkeypatch, capsys):
     )
     assert command(file, "--out", out)[0] == 2
     assert "need the vector" in command(file, "--out", out, "--radius", 1)[1]
-    options = ("--normalize", "--gravity", "-1,-9.81,0.5", "--features", "charge/max,speed", "--horizon", 7)
-    assert command(file, "--out", out, "--radius", 2, *options, "data.edge_drop=0.5") == (0, "")
+    model = ("model.normalize=true", "model.gravity=[-1,-9.81,0.5]")
+    data = ("data.features=[charge/max, speed]", "data.horizon=7", "data.edge_drop=0.5")
+    assert command(file, "--out", out, "--radius", 2, *model, *data) == (0, "")
     made = config.load(out / "config.yaml")
     assert (made.data.radius, made.data.horizon, made.data.edge_drop) == (2, 7, 0.5)
     assert made.data.features == ["charge/max", "speed"]

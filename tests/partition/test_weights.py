@@ -13,7 +13,8 @@ from dist_egnn.partition import assign, store_writer
 from typer.testing import CliRunner
 
 from dist_egnn import cli
-from dist_egnn.commands import runs
+from dist_egnn.commands.partition import run_partition
+from dist_egnn.commands.train import resumed_config
 from dist_egnn.config import Config, load, to_yaml
 from dist_egnn.data import dataset
 from dist_egnn.data.store import Store
@@ -124,7 +125,7 @@ def test_a_run_from_a_file_partitions_by_its_weights(small, tmp_path, capsys):
         setattr(config.data, name, value)
     config.data.path, config.partition.parts = str(small), 2
     config.partition.method, config.partition.weights = "bisection", [3.0, 1.0]
-    runs.run_partition(config, tmp_path / "store")
+    run_partition(config, tmp_path / "store")
     assert owned(Store(tmp_path / "store"))[0].tolist() == [150, 50]
     assert dataset.part_count(config) == 2
 
@@ -135,7 +136,7 @@ def test_a_resume_on_other_parts_leaves_the_weights(tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text(to_yaml(load(None, ["partition.parts=2", "partition.weights=[2,1]"])))
 
     def weights(*words: str) -> list[float] | None:
-        return runs.resumed_config(tmp_path, words).partition.weights
+        return resumed_config(tmp_path, words).partition.weights
 
     assert weights() == weights("train.epochs=3") == [2, 1]
     assert weights("partition.parts=3") is weights("data.path=store") is None
@@ -148,14 +149,14 @@ def test_command_line(small, tmp_path):
         return found.exit_code, found.output, found.exception
 
     out = str(tmp_path / "store")
-    code, text, _ = ran("--parts", "3", "--method", "morton", "--weights", "2,1,1", "--horizon", "3", "--out", out)
+    code, text, _ = ran("--parts", "3", "--method", "morton", "--weights", "2,1,1", "data.horizon=3", "--out", out)
     assert code == 0, text
     assert owned(Store(out))[0].tolist() == [100, 50, 50]
-    code, text, _ = ran("--parts", "3", "--weights", "2,1,1", "--horizon", "3", "--method", "morton", "--compare")
+    code, text, _ = ran("--parts", "3", "--weights", "2,1,1", "data.horizon=3", "--method", "morton", "--compare")
     assert code == 0, text
     assert "bisection" in text
     assert "kmeans" not in text
-    for wrong, says in (("2,one", "--weights 2,one: write one number a process"), ("2,1", "2 of them for 3 processes")):
+    for wrong, says in (("2,one", "--weights 2,one"), ("2,1", "2 of them for 3 processes")):
         *_, error = ran("--parts", "3", "--method", "morton", "--weights", wrong, "--out", str(tmp_path / "other"))
         assert isinstance(error, Failure)
         assert says in str(error)

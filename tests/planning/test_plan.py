@@ -14,7 +14,9 @@ import torch
 from typer.testing import CliRunner
 
 from dist_egnn import cli
-from dist_egnn.commands import runs
+from dist_egnn.commands.partition import run_partition
+from dist_egnn.commands.plan import run_plan
+from dist_egnn.commands.train import run_training
 from dist_egnn.config import Config, load
 from dist_egnn.data import dataset
 from dist_egnn.data.store import Store
@@ -199,7 +201,7 @@ def test_plan_in_halo_mode(
     """Ranks differ in what they send; they compute on edges between parts; samples count as their largest part."""
     monkeypatch.setattr(trial_module, "SECONDS", 0.0)
     config = config_of(make_store(3, "bisection"), "partition.halo=exchange", "train.epochs=1")
-    runs.run_plan(config, as_json=True)
+    run_plan(config, as_json=True)
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     table = Store(config.data.path).parts_table
     train_ones = table[table["snapshot"].isin(Store(config.data.path).split("train"))]
@@ -235,7 +237,7 @@ def test_weights_of_one_process(small: Path) -> None:
     with pytest.raises(
         Failure, match=r"--measure: weights are for several processes; name them, .* partition\.parts=2"
     ):
-        runs.run_plan(config_of(small), measure=True)
+        run_plan(config_of(small), measure=True)
 
 
 def test_too_large_is_one_failure_before_the_trial(make_store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +265,7 @@ def test_training_is_refused_before_there_is_a_folder(
     given = [f"run.dir={tmp_path / 'run'}", *parts]
     monkeypatch.setattr(resources, "memory_free", lambda: 0.3e9)
     with pytest.raises(Failure, match=r"a step of one of 2 processes takes about 0\.4 GB, 0\.3 GB are free"):
-        runs.run_training(config_of(path, *given))
+        run_training(config_of(path, *given))
     monkeypatch.undo()
     for more, said in (
         (["train.kept=/nowhere"], "train.kept=/nowhere: no such folder"),
@@ -274,7 +276,7 @@ def test_training_is_refused_before_there_is_a_folder(
         ),
     ):
         with pytest.raises(Failure, match=said):
-            runs.run_training(config_of(path, *given, *more))
+            run_training(config_of(path, *given, *more))
     assert not list(tmp_path.iterdir())
 
 
@@ -293,6 +295,6 @@ def test_planned_memory_is_that_of_the_run(tmp_path: Path, nodes: int, parts: in
     planned = plan.make(config)
     config.run.dir = str(tmp_path / "run")
     if parts > 1:
-        runs.run_partition(config, tmp_path / "store")
+        run_partition(config, tmp_path / "store")
     real = spawn.run(peak_gb, parts, config, apart="spawn" if parts == 1 else "")
     assert max(rank.peak_gb for rank in planned.ranks) == pytest.approx(max(real), rel=0.15)

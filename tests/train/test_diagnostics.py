@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_runs import PLAIN_TRAIN, At, settings
 
 from dist_egnn import config
-from dist_egnn.commands import runs
+from dist_egnn.commands.train import resume_training, run_training
 from dist_egnn.errors import Failure
 from dist_egnn.train import checkpoint, optim, trainer
 
@@ -29,8 +29,8 @@ def events(run: Path) -> EventAccumulator:
 @pytest.mark.parametrize("parts", [1, 2])
 def test_what_is_recorded(small: Path, make_store: Callable[..., Path], tmp_path: Path, parts: int) -> None:
     path, run = small if parts == 1 else make_store(2), tmp_path / "run"
-    runs.run_training(settings(path, run, "train.epochs=2"))
-    runs.resume_training(run, ["train.epochs=12"])
+    run_training(settings(path, run, "train.epochs=2"))
+    resume_training(run, ["train.epochs=12"])
     rows = pd.read_csv(run / "metrics.csv")
     page = (ROOT / "docs" / "formats.md").read_text()
     (table,) = re.findall(r"^`metrics\.csv`:\n\n(.*?)\n\n", page, re.M | re.S)
@@ -61,7 +61,7 @@ def test_grad_norm_is_that_before_clipping(small, tmp_path):
     found = []
     for clip in (0, 1e-3):
         run = tmp_path / str(clip)
-        runs.run_training(settings(small, run, "train.epochs=1", "train.lr=0", f"train.clip={clip}"))
+        run_training(settings(small, run, "train.epochs=1", "train.lr=0", f"train.clip={clip}"))
         found.append(pd.read_csv(run / "metrics.csv")["grad_norm"][0])
     assert found[0] == found[1] > 1e-3
 
@@ -122,7 +122,7 @@ def test_plateau_is_torchs(patience):
 def test_a_run_uses_its_schedule(small, tmp_path):
     """A rate of nothing never gets better, so it falls after every epoch but the first."""
     plateau = ("train.schedule=plateau", "train.plateau_epochs=1", "train.weight_decay=0", "train.warmup=0")
-    runs.run_training(settings(small, tmp_path / "run", "train.epochs=4", "train.lr=1e-30", *plateau))
+    run_training(settings(small, tmp_path / "run", "train.epochs=4", "train.lr=1e-30", *plateau))
     rows = pd.read_csv(tmp_path / "run" / "metrics.csv")
     assert rows["lr"].tolist() == pytest.approx([1e-30, 1e-30, 5e-31, 2.5e-31], rel=1e-12, abs=0)
 
@@ -150,12 +150,12 @@ def test_a_parameter_that_is_not_finite(small, make_store, tmp_path, monkeypatch
     monkeypatch.setattr(trainer, "train", At(4, None, _spoil, float("nan"), NAME))
     says = rf"epoch 1, step 1: parameter {NAME.replace('.', '[.]')} is NaN; the last good checkpoint is kept, lower train\.lr"
     with pytest.raises(Failure, match=says):
-        runs.run_training(settings(path, tmp_path / "run", "train.epochs=4"))
+        run_training(settings(path, tmp_path / "run", "train.epochs=4"))
     state = checkpoint.load(tmp_path / "run" / "last.pt")
     assert (state["epoch"], state["step"]) == (1, 0)
     assert all(value.isfinite().all() for value in state["model"].values())
     monkeypatch.setattr(trainer, "train", PLAIN_TRAIN)
-    runs.resume_training(tmp_path / "run", ["train.lr=1e-3", "train.clip=0.1"])  # what the line proposes
+    resume_training(tmp_path / "run", ["train.lr=1e-3", "train.clip=0.1"])  # what the line proposes
     assert pd.read_csv(tmp_path / "run" / "metrics.csv")["epoch"].tolist() == [0, 1, 2, 3]
 
 
@@ -164,7 +164,7 @@ def test_the_sample_is_named(small, make_store, tmp_path, parts):
     """Much too large a step in the first epoch: the next forward pass fails, of a sample with a name."""
     path = small if parts == 1 else make_store(2)
     with pytest.raises(Failure) as caught:
-        runs.run_training(settings(path, tmp_path / "run", "train.lr=1e25", "train.warmup=0"))
+        run_training(settings(path, tmp_path / "run", "train.lr=1e25", "train.warmup=0"))
     found = re.search(
         r"/run: epoch 0, step 1: the (.+) of sample (\d+) \(trajectory (\d+), frame (\d+)\) (is|are) (NaN|infinite); ",
         str(caught.value),
@@ -182,5 +182,5 @@ def test_a_validation_that_is_not_finite(small, tmp_path, monkeypatch):
     with pytest.raises(
         Failure, match=r"epoch 0, validation: the loss is not finite \(samples 6, 7, 8\); the last good"
     ):
-        runs.run_training(settings(small, tmp_path / "run"))
+        run_training(settings(small, tmp_path / "run"))
     assert not (tmp_path / "run" / "best.pt").exists()

@@ -20,7 +20,8 @@ from small import falling_swirl
 from tiny_runs import PLAIN_TRAIN, At, assert_same, settings
 
 from dist_egnn import config
-from dist_egnn.commands import runs
+from dist_egnn.commands.evaluate import run_evaluation
+from dist_egnn.commands.train import resume_training, run_training
 from dist_egnn.data.trajectories import Writer
 from dist_egnn.distributed import spawn
 from dist_egnn.errors import Failure
@@ -45,7 +46,7 @@ def whole(inputs: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) -> 
         key = (parts, *more)
         if key not in made:
             folder = tmp_path_factory.mktemp("whole") / "run"
-            runs.run_training(settings(inputs[parts], folder, *more))
+            run_training(settings(inputs[parts], folder, *more))
             made[key] = folder
         return made[key]
 
@@ -54,9 +55,9 @@ def whole(inputs: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_two_runs_with_one_seed_are_equal(inputs, whole, tmp_path, parts):
-    runs.run_training(settings(inputs[parts], tmp_path / "again", SHORT))
+    run_training(settings(inputs[parts], tmp_path / "again", SHORT))
     assert_same(tmp_path / "again", whole(parts, SHORT))
-    runs.run_training(settings(inputs[parts], tmp_path / "other", SHORT, "train.seed=1"))
+    run_training(settings(inputs[parts], tmp_path / "other", SHORT, "train.seed=1"))
     with pytest.raises(AssertionError):
         assert_same(tmp_path / "other", whole(parts, SHORT))
 
@@ -72,7 +73,7 @@ def _killed(settings_: config.Config, again: bool, writes: int, then_s: float) -
     """Train in a process and kill -9 it some time after it wrote so many checkpoints; whether it was not done before."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dist_egnn.train.trainer"])
-    process = context.Process(target=runs.run_training, args=(settings_, again))
+    process = context.Process(target=run_training, args=(settings_, again))
     last = Path(settings_.run.dir) / "last.pt"
     seen = _inode(last)
     process.start()
@@ -95,7 +96,7 @@ def test_killed_ten_times_at_random(inputs, whole, tmp_path):
         )
     state = checkpoint.load_last(tmp_path / "run")[0]
     assert (state["epoch"], state["step"]) > (2, 0)
-    runs.resume_training(tmp_path / "run", [])
+    resume_training(tmp_path / "run", [])
     assert_same(tmp_path / "run", whole(1, LONG))
     starts = yaml.safe_load((tmp_path / "run" / "about.yaml").read_text())
     stands = [(s["epoch"], s["step"]) for s in starts]
@@ -123,11 +124,11 @@ def test_killed_before_any_rename(inputs, whole, tmp_path, monkeypatch, nth):
     chosen = settings(inputs[1], tmp_path / "run", SHORT, "train.checkpoint_minutes=10")
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(Died):
-        runs.run_training(chosen)
+        run_training(chosen)
     monkeypatch.setattr(os, "replace", plain)
     begun = (tmp_path / "run" / "config.yaml").exists()
     assert begun == (nth > 2)
-    runs.run_training(chosen, resume=begun)
+    run_training(chosen, resume=begun)
     assert_same(tmp_path / "run", whole(1, SHORT))
 
 
@@ -140,9 +141,9 @@ def test_ranks_killed(inputs, whole, tmp_path, monkeypatch):
     for k, (step, rank) in enumerate([(2, 0), (4, 1), (1, 0)]):
         monkeypatch.setattr(trainer, "train", At(step, rank, _kill))
         with pytest.raises(Failure, match=f"process {rank} of 2 died"):
-            runs.run_training(chosen, resume=k > 0)
+            run_training(chosen, resume=k > 0)
     monkeypatch.setattr(trainer, "train", PLAIN_TRAIN)
-    runs.resume_training(tmp_path / "run", [])
+    resume_training(tmp_path / "run", [])
     assert_same(tmp_path / "run", whole(2, SHORT))
 
 
@@ -167,7 +168,7 @@ def _stop(inputs, whole, tmp_path, monkeypatch, capsys, act: At, parts: int, ste
     before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
     monkeypatch.setattr(trainer, "train", act)
     with pytest.raises(SystemExit) as caught:
-        runs.run_training(settings(inputs[parts], tmp_path / "run", SHORT, "train.checkpoint_minutes=10"))
+        run_training(settings(inputs[parts], tmp_path / "run", SHORT, "train.checkpoint_minutes=10"))
     assert caught.value.code == signals.STOPPED == 75
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
     state = checkpoint.load(tmp_path / "run" / "last.pt")
@@ -178,7 +179,7 @@ def _stop(inputs, whole, tmp_path, monkeypatch, capsys, act: At, parts: int, ste
     )
     assert capsys.readouterr().err.endswith(line)
     monkeypatch.setattr(trainer, "train", PLAIN_TRAIN)
-    runs.resume_training(tmp_path / "run", [])
+    resume_training(tmp_path / "run", [])
     assert_same(tmp_path / "run", whole(parts, SHORT))
 
 
@@ -241,14 +242,14 @@ def _in_process(*words: object) -> None:
 def test_on_another_number_of_parts(small, make_store, tmp_path, monkeypatch):
     """Without edges nothing is cut: from one process to two and back, the numbers are those of one, up to rounding."""
     free, run = ("data.edge_drop=1", "train.epochs=6"), tmp_path / "run"
-    runs.run_training(settings(small, tmp_path / "whole", *free))
+    run_training(settings(small, tmp_path / "whole", *free))
     monkeypatch.setattr(trainer, "train", At(4, 0, _send, 0, "SIGTERM"))
     with pytest.raises(SystemExit):
-        runs.run_training(settings(small, run, *free))
+        run_training(settings(small, run, *free))
     with pytest.raises(SystemExit):
-        runs.resume_training(run, [f"data.path={make_store(2, 'random', edge_drop=1.0)}"])
+        resume_training(run, [f"data.path={make_store(2, 'random', edge_drop=1.0)}"])
     monkeypatch.setattr(trainer, "train", PLAIN_TRAIN)
-    runs.resume_training(run, [f"data.path={small}"])
+    resume_training(run, [f"data.path={small}"])
     rows, expected = (pd.read_csv(f / "metrics.csv") for f in (run, tmp_path / "whole"))
     assert rows["epoch"].tolist() == list(range(6))
     for column in ("train_loss", "valid_mse", "lr", "grad_norm"):
@@ -258,21 +259,21 @@ def test_on_another_number_of_parts(small, make_store, tmp_path, monkeypatch):
 
 
 def test_parts_made_at_a_resume(small, tmp_path):
-    runs.run_training(settings(small, tmp_path / "run", "train.epochs=1"))
+    run_training(settings(small, tmp_path / "run", "train.epochs=1"))
     before = (tmp_path / "run" / "metrics.csv").read_bytes()
-    runs.resume_training(tmp_path / "run", ["partition.parts=2", "partition.method=random", "train.epochs=2"])
+    resume_training(tmp_path / "run", ["partition.parts=2", "partition.method=random", "train.epochs=2"])
     assert (tmp_path / "run" / "metrics.csv").read_bytes().startswith(before)
     resumed = config.load(tmp_path / "run" / "config.yaml")
     assert resumed.data.path == str(tmp_path / "run" / "store-2")
-    assert runs.run_evaluation(tmp_path / "run")["FastEGNN"] > 0
+    assert run_evaluation(tmp_path / "run")["FastEGNN"] > 0
     with pytest.raises(Failure, match=r"partition\.parts=3, but .* was made for 2"):
-        runs.resume_training(tmp_path / "run", ["partition.parts=3", "train.epochs=3"])
+        resume_training(tmp_path / "run", ["partition.parts=3", "train.epochs=3"])
 
 
 @pytest.mark.parametrize(("seeds", "frames", "what"), [(1, 14, "positions"), (0, 16, "frames")])
 def test_other_data_are_refused(small, tmp_path, seeds, frames, what):
     """With as many trajectories, nodes and frames; and with other frames."""
-    runs.run_training(settings(small, tmp_path / "run", "train.epochs=1"))
+    run_training(settings(small, tmp_path / "run", "train.epochs=1"))
     kept = {f: f.read_bytes() for f in (tmp_path / "run").iterdir() if f.is_file()}
     with Writer(tmp_path / "other.h5", {}) as out:
         for k, (nodes, split) in enumerate(zip((200, 250, 220, 210), ("train", "train", "valid", "test"), strict=True)):
@@ -280,7 +281,7 @@ def test_other_data_are_refused(small, tmp_path, seeds, frames, what):
             x, v = (torch.cat([torch.from_numpy(a), torch.from_numpy(a[:2])])[:frames].numpy() for a in (x, v))
             out.add(x, split=split, dt=1.0, source="test", velocity=v, attributes=attributes)
     with pytest.raises(Failure, match=f"other.h5: its {what} are not those that .*/run was trained on"):
-        runs.resume_training(tmp_path / "run", [f"data.path={tmp_path / 'other.h5'}", "train.epochs=2"])
+        resume_training(tmp_path / "run", [f"data.path={tmp_path / 'other.h5'}", "train.epochs=2"])
     assert {f: f.read_bytes() for f in (tmp_path / "run").iterdir() if f.is_file()} == kept
 
 
@@ -292,13 +293,13 @@ def test_what_decides_the_numbers_is_kept(whole, given):
     with pytest.raises(
         Failure, match=rf"begun with {key}=.*, not {value}.*; a resume keeps it\. It may change: train\.epochs, "
     ):
-        runs.resume_training(whole(1, SHORT), [given])
+        resume_training(whole(1, SHORT), [given])
 
 
 def test_a_run_at_its_end_stays_as_it_is(whole, capsys):
     kept = outcome_bytes(whole(1, SHORT))
-    runs.resume_training(whole(1, SHORT), [])
-    assert "done before, train.epochs=N adds to it" in capsys.readouterr().out
+    resume_training(whole(1, SHORT), [])
+    assert "train.epochs=N" in capsys.readouterr().out
     assert outcome_bytes(whole(1, SHORT)) == kept
 
 
@@ -316,8 +317,8 @@ def _elsewhere(comm, chosen: config.Config) -> None:
 def test_only_rank_0_needs_the_folder(inputs, whole, tmp_path):
     with pytest.raises(Failure, match=f"{tmp_path}/run/last.pt: no such checkpoint"):  # and not that of rank 1
         spawn.run(_elsewhere, 2, settings(inputs[2], tmp_path / "run", SHORT))
-    runs.run_training(settings(inputs[2], tmp_path / "run", "train.epochs=2", "train.schedule=constant"))
-    runs.run_training(settings(inputs[2], tmp_path / "other", SHORT, "train.schedule=constant"))
+    run_training(settings(inputs[2], tmp_path / "run", "train.epochs=2", "train.schedule=constant"))
+    run_training(settings(inputs[2], tmp_path / "other", SHORT, "train.schedule=constant"))
     spawn.run(_elsewhere, 2, settings(inputs[2], tmp_path / "run", SHORT, "train.schedule=constant"))
     assert_same(tmp_path / "run", tmp_path / "other")
 

@@ -16,7 +16,8 @@ import yaml
 from small import DATA
 from tiny_runs import PLAIN_STEPS, assert_same, settings
 
-from dist_egnn.commands import runs
+from dist_egnn.commands.evaluate import run_evaluation
+from dist_egnn.commands.train import resume_training, run_training
 from dist_egnn.errors import Failure
 from dist_egnn.train import checkpoint, metrics, provenance, trainer
 from dist_egnn.utils import filesystem
@@ -28,7 +29,7 @@ EPOCHS = "train.epochs=4"
 def whole(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of four epochs."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    runs.run_training(settings(small, folder, EPOCHS))
+    run_training(settings(small, folder, EPOCHS))
     return folder
 
 
@@ -46,7 +47,7 @@ def two(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trainer, "steps", steps)
         with pytest.raises(KeyboardInterrupt):
-            runs.run_training(given)
+            run_training(given)
     return folder
 
 
@@ -88,13 +89,13 @@ def test_the_checkpoint_before_is_taken(run, whole, capsys, says):
     SPOILED[says](run / "last.pt")
     before = (run / "previous.pt").read_bytes()
     assert checkpoint.load(run / "previous.pt")["step"] == 3  # checkpoint_minutes=0: after the last step of epoch 1
-    runs.resume_training(run, ["train.epochs=1"])  # over: it only mends
+    resume_training(run, ["train.epochs=1"])  # over: it only mends
     assert (run / "previous.pt").read_bytes() == before
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: {run}/last.pt: ")
     assert line.endswith(f"; going on from {run}/previous.pt (epoch 1, step 3)")
     assert says.split()[0] in line
-    runs.resume_training(run, [EPOCHS])
+    resume_training(run, [EPOCHS])
     assert_same(run, whole)
 
 
@@ -117,7 +118,7 @@ def test_a_run_that_is_half_there_is_refused(run, says):
     HALF[says](run)
     kept = {f.name: f.read_bytes() for f in run.iterdir() if f.is_file()}
     with pytest.raises(Failure, match=says):
-        runs.resume_training(run, [])
+        resume_training(run, [])
     assert {f.name: f.read_bytes() for f in run.iterdir() if f.is_file()} == kept
 
 
@@ -126,9 +127,9 @@ def test_a_new_run_overwrites_nothing(run, small):
         (run / gone).unlink(missing_ok=True)
         says = "holds a run already" if gone == "nothing" else "has metrics.csv, but no config.yaml and checkpoint"
         with pytest.raises(Failure, match=says):
-            runs.run_training(settings(small, run))
+            run_training(settings(small, run))
     (run / "metrics.csv").unlink()
-    runs.run_training(settings(small, run, "train.epochs=1"))  # nothing was left to lose
+    run_training(settings(small, run, "train.epochs=1"))  # nothing was left to lose
 
 
 def test_a_newer_version_is_not_damage(run, monkeypatch):
@@ -137,10 +138,10 @@ def test_a_newer_version_is_not_damage(run, monkeypatch):
     checkpoint.save(run / "last.pt", {k: v for k, v in state.items() if k != "version"})
     monkeypatch.undo()
     with pytest.raises(Failure, match=r"last\.pt: checkpoint version 3, this program reads 2"):
-        runs.resume_training(run, [])
+        resume_training(run, [])
     (run / "config.yaml").write_text((run / "config.yaml").read_text() + "future: {key: 1}\n")
     with pytest.raises(Failure, match=r"config\.yaml: unknown key 'future'"):
-        runs.resume_training(run, [])
+        resume_training(run, [])
 
 
 def test_a_checkpoint_of_version_1_goes_on(run, whole):
@@ -148,14 +149,14 @@ def test_a_checkpoint_of_version_1_goes_on(run, whole):
     state = checkpoint.load(run / "last.pt")
     old = {k: state[k] for k in ("format", "model", "optimizer", "rng", "best", "waited", "config")}
     torch.save({**old, "version": 1, "epoch": 1, "scheduler": {"last_epoch": 2}}, run / "last.pt")
-    runs.resume_training(run, [])
+    resume_training(run, [])
     assert_same(run, whole)
 
 
 def test_two_runs_in_one_folder(run, small, tmp_path):
     with filesystem.hold(run, "busy"):
         with pytest.raises(Failure, match="run: another run is at work there"):
-            runs.resume_training(run, [])
+            resume_training(run, [])
         with (
             filesystem.hold(run, "busy", first=False),
             pytest.raises(Failure, match="run: busy"),
@@ -163,7 +164,7 @@ def test_two_runs_in_one_folder(run, small, tmp_path):
         ):
             pass  # those of one run hold it together
     with filesystem.hold(tmp_path / "new", "busy"), pytest.raises(Failure, match="new: another run is at work there"):
-        runs.run_training(settings(small, tmp_path / "new"))
+        run_training(settings(small, tmp_path / "new"))
 
 
 @pytest.fixture
@@ -187,16 +188,16 @@ def disk(tmp_path: Path):
 def test_a_folder_that_may_only_be_read(run, small, disk, capsys):
     folder, mount = disk
     shutil.copytree(run, folder / "run")
-    runs.resume_training(folder / "run", [])
+    resume_training(folder / "run", [])
     assert mount("remount", "ro")
     with pytest.raises(Failure, match=r"run: cannot be written to \(Read-only file system\)"):
-        runs.resume_training(folder / "run", ["train.epochs=5"])
-    found = runs.run_evaluation(folder / "run")
+        resume_training(folder / "run", ["train.epochs=5"])
+    found = run_evaluation(folder / "run")
     assert found["FastEGNN"] > 0
     says = f"warning: {folder}/run/evaluate.csv: not written (Read-only file system)\n"
     assert capsys.readouterr().err.endswith(says)
     with pytest.raises(Failure, match=r"new: cannot be written to \(Read-only file system\)"):
-        runs.run_training(settings(small, folder / "new"))
+        run_training(settings(small, folder / "new"))
 
 
 @pytest.mark.parametrize("at", [0, 1, 2])
@@ -214,11 +215,11 @@ def test_a_disk_that_is_full(small, disk, whole, monkeypatch, at):
 
     monkeypatch.setattr(trainer, "steps", steps)
     with pytest.raises(Failure, match=r"cannot be written \(No space left on device\); make room"):
-        runs.run_training(settings(small, folder / "run", EPOCHS, "train.checkpoint_minutes=10"))
+        run_training(settings(small, folder / "run", EPOCHS, "train.checkpoint_minutes=10"))
     monkeypatch.undo()
     assert not list((folder / "run").glob("*.partial"))
     (folder / "filler").unlink()
-    runs.resume_training(folder / "run", [])
+    resume_training(folder / "run", [])
     assert_same(folder / "run", whole)
     assert len(metrics.rows_before(folder / "run" / "metrics.csv", 9)) == 4
 
@@ -233,7 +234,7 @@ def test_about(two, run):
     assert start["seeds"] == {"train": 0, "frames": 0, "partition": 0}
     assert DATA["frames"] == 3
     before = (run / "about.yaml").read_text()
-    runs.resume_training(run, ["train.epochs=3"])
+    resume_training(run, ["train.epochs=3"])
     after = (run / "about.yaml").read_text()
     assert after.startswith(before)
     assert [(s["epoch"], s["step"]) for s in yaml.safe_load(after)] == [(0, 0), (2, 0)]

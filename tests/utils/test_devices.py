@@ -12,7 +12,9 @@ import torch
 from small import DATA
 from test_models import make_graph
 
-from dist_egnn import cli, config
+from dist_egnn import config
+from dist_egnn.commands.evaluate import run_evaluation
+from dist_egnn.commands.train import run_training
 from dist_egnn.data import dataset
 from dist_egnn.distributed.comm import Alone
 from dist_egnn.errors import Failure
@@ -64,12 +66,12 @@ def test_a_device_that_is_not_there_is_refused_before_any_work(tmp_path, monkeyp
     run = tmp_path / "run"
     chosen = settings(small, f"train.device={name}", "partition.parts=2", f"run.dir={run}")
     with pytest.raises(Failure, match=f"^{says}$"):
-        cli.run_training(chosen)
+        run_training(chosen)
     assert list(tmp_path.iterdir()) == []
     run.mkdir()
     (run / "config.yaml").write_text(config.to_yaml(chosen))
     with pytest.raises(Failure, match=rf"config\.yaml: {says}$"):
-        cli.run_evaluation(run)
+        run_evaluation(run)
     assert [f.name for f in run.iterdir()] == ["config.yaml"]
 
 
@@ -80,7 +82,7 @@ def test_dgl_without_a_build_is_refused_before_any_work(tmp_path, monkeypatch, s
     with pytest.raises(
         Failure, match=r"^model\.engine=dgl: this DGL has no build for cuda:0; use model\.engine=torch$"
     ):
-        cli.run_training(chosen)
+        run_training(chosen)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -175,10 +177,10 @@ def test_training_on_cuda(small: Path, make_store: Callable[..., Path], tmp_path
     for device in ("cpu", "cuda"):
         run = tmp_path / device
         shown = [f"train.device={device}", f"run.dir={run}", "model.hidden=16", "model.layers=2"]
-        cli.run_training(settings(path, *shown, "train.epochs=1"))
-        cli.run_training(settings(path, *shown, "train.epochs=2"), resume=True)
+        run_training(settings(path, *shown, "train.epochs=1"))
+        run_training(settings(path, *shown, "train.epochs=2"), resume=True)
         table = pd.read_csv(run / "metrics.csv")
-        found[device] = [*table["train_loss"], *table["valid_mse"], *cli.run_evaluation(run).values()]
+        found[device] = [*table["train_loss"], *table["valid_mse"], *run_evaluation(run).values()]
         saved = torch.load(run / "last.pt", weights_only=True)
         tensors = [*saved["model"].values(), *(t for s in saved["optimizer"]["state"].values() for t in s.values())]
         assert {t.device.type for t in tensors} == {"cpu"}

@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 from tiny_runs import settings
 
-from dist_egnn.commands import runs
+from dist_egnn.commands.evaluate import run_evaluation
+from dist_egnn.commands.train import run_training
 from dist_egnn.errors import Failure
 from dist_egnn.evaluate import rollout
 from dist_egnn.viz import html_report
@@ -29,9 +30,9 @@ TITLES += ["Settings"]
 def run(small, make_store, tmp_path_factory) -> Path:
     """A run of two epochs with all that a page can show; its config then names a store of 2 parts, of the same samples."""
     folder = tmp_path_factory.mktemp("reported") / "run"
-    runs.run_training(settings(small, folder, "train.epochs=2"))
+    run_training(settings(small, folder, "train.epochs=2"))
     for split in ("test", "valid"):
-        runs.run_evaluation(folder, split)
+        run_evaluation(folder, split)
     # one step beyond the data's end
     rollout.run_rollout(folder, trajectory=3, steps=5, out=folder / "rolled.vtkhdf")
     config = folder / "config.yaml"

@@ -21,7 +21,7 @@ import bench_data
 import torch
 from torch import Tensor
 
-from dist_egnn.commands import runs
+from dist_egnn.commands.partition import run_partition
 from dist_egnn.config import Config
 from dist_egnn.data.dataset import open_dataset
 from dist_egnn.distributed import comm, spawn
@@ -120,11 +120,11 @@ def main(nodes: int) -> None:
         radius = bench_data.write_data(folder / "block.h5", nodes, 3, 14.6)
         equal = bench_data.config_of(folder / "block.h5", radius, PARTS, MODEL)
         weighted = deepcopy(equal)
-        runs.run_partition(equal, folder / "equal")
+        run_partition(equal, folder / "equal")
         planned = plan.make(equal)
         print(f"speeds {[round(rank.speed) for rank in planned.ranks]}, weights {part_weights.text(planned.weights)}")
         weighted.partition.weights = planned.weights
-        runs.run_partition(weighted, folder / "weighted")
+        run_partition(weighted, folder / "weighted")
         cases = {"equal, none slow": (equal, False), "equal": (equal, True), "proposed": (weighted, True)}
         found: dict[str, list[list[float]]] = {case: [] for case in cases}
         for _ in range(3):

@@ -30,7 +30,7 @@ from model import NODE
 from torch import Tensor
 
 from dist_egnn import config as configs
-from dist_egnn.commands import runs
+from dist_egnn.commands.partition import run_partition
 from dist_egnn.data import halo
 from dist_egnn.data.store import Store
 from dist_egnn.distributed import comm, spawn
@@ -112,7 +112,7 @@ def store(folder: Path, nodes: int, method: str, parts: int) -> configs.Config:
     radius = float((folder / "radius").read_text())
     config = bench_data.config_of(file, radius, parts, [f"partition.method={method}"])
     with contextlib.redirect_stdout(sys.stderr):
-        runs.run_partition(config, folder / f"{method}-{parts}")
+        run_partition(config, folder / f"{method}-{parts}")
     return config
 
 

@@ -1,0 +1,48 @@
+"""`distegnn evaluate`: errors of a run's best checkpoint on one split."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pandas as pd
+
+from .. import config as configs
+from ..data import dataset
+from ..data.trajectories import SPLITS
+from ..distributed import spawn
+from ..errors import Failure
+from ..train import resume, trainer
+from ..utils.console import print_table
+
+
+def run_evaluation(run: Path, split: str = "test") -> dict[str, float]:
+    """Mean squared error of each prediction, on as many processes as in training; also written to evaluate.csv."""
+    if split not in SPLITS:
+        raise Failure(f"--split {split}: use one of {', '.join(SPLITS)}")
+    resume.check_run(run)
+    config = configs.load(run / "config.yaml")
+    config.run.dir = str(run)
+    try:
+        trainer.device_of(config)
+    except Failure as failure:  # no option sets the device: name the file that does
+        raise Failure(f"{run / 'config.yaml'}: {failure}") from failure
+    processes, timeout_s = dataset.process_count(config), config.train.timeout_s
+    errors = spawn.run(trainer.evaluate, processes, config, run / "best.pt", split, timeout_s=timeout_s)[0]
+    table = pd.DataFrame([{"split": split, "prediction": k, "mse": v} for k, v in errors.items()])
+    path = run / "evaluate.csv"
+    if path.is_file():
+        old = pd.read_csv(path)
+        table = pd.concat([old[old["split"] != split], table])
+    try:
+        table.to_csv(path, index=False)
+    except OSError as error:  # a read-only run can be evaluated all the same
+        print(f"warning: {path}: not written ({error.strerror})", file=sys.stderr)
+    return errors
+
+
+def print_evaluation(run: Path, split: str) -> None:
+    """Evaluate a run and print the errors as a table."""
+    errors = run_evaluation(run, split)
+    rows = [[name, f"{error:.4e}", f"{error / errors['linear']:.3f}"] for name, error in errors.items()]
+    print_table(f"{run}: mean squared error, split {split}", ["prediction", "MSE", "of linear"], rows)

@@ -1,0 +1,84 @@
+"""`distegnn train`: train a model, or resume a run. Imports torch in the functions only: the launcher does without."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from .. import config as configs
+from ..config import Config
+from ..errors import Failure
+from ..utils import filesystem, signals
+
+
+def run_training(config: Config, resume: bool = False) -> dict[str, float]:
+    """Partition the data if needed, train on `dataset.process_count(config)` processes, and print where the results are.
+
+    resume: continue the run in run.dir. Raises Stopped, after a checkpoint, if a signal asks this process to stop.
+    """
+    from ..data import dataset
+    from ..distributed import spawn
+    from ..models import network
+    from ..ops import activation_offload
+    from ..planning import plan
+    from ..train import resume as resuming
+    from ..train import trainer
+    from .partition import run_partition, store_inputs
+
+    network.named(config.model.name)
+    trainer.device_of(config)
+    folder = Path(config.run.dir)
+    if config.data.path:
+        config.data.path = str(Path(config.data.path).absolute())  # the run is evaluated from anywhere
+    check = resuming.check_resumed if resume else resuming.check_fresh
+    check(config)  # before the folder is made
+    parts, processes = dataset.part_count(config), dataset.process_count(config)
+    activation_offload.check(config.train.kept, "train.kept=")
+    plan.check_memory(config, parts)
+    checked = store_inputs(config) if parts > 1 and not dataset.is_store(config.data.path) else None
+    with filesystem.hold(folder, "another run is at work there; wait for it, or choose another run.dir"):
+        if not resume:
+            check(config)  # again, now that no other process can start a run there
+        if checked is not None:
+            run_partition(config, folder / (f"store-{parts}" if resume else "store"), checked)
+        with signals.listening():
+            result = spawn.run(trainer.train, processes, config, resume, timeout_s=config.train.timeout_s)[0]
+    report_result(folder, result, processes, "train")
+    return result
+
+
+def report_result(folder: Path, result: Mapping[str, float], processes: int, command: str) -> None:
+    """Print the last line of a training. Raises Stopped, after printing how to resume, if the training was stopped."""
+    if "stopped" in result:
+        where = f" in epoch {result['epoch']:g} after step {result['step']:g}" if "epoch" in result else ""
+        print(f"{folder}: stopped{where}; go on: distegnn {command} --resume {folder}", file=sys.stderr)
+        raise signals.Stopped
+    best = f"{folder}: best validation MSE {result['best_valid_mse']:.4e}"
+    if "step_s" in result:
+        on = "1 process" if processes == 1 else f"{processes} processes"
+        print(f"{best}, {result['step_s']:.3f} s a step on {on}")
+    else:
+        print(f"{best}; all epochs were done before, train.epochs=N adds more")
+
+
+def resumed_config(run: Path, overrides: Sequence[str]) -> Config:
+    """The config to resume a run with: its own, changed by the overrides."""
+    from ..train import resume as resuming
+
+    resuming.check_run(run)
+    given = {override.partition("=")[0] for override in overrides}
+    if "data.path" in given and "partition.parts" not in given:  # the number of parts follows from the store
+        overrides = ["partition.parts=0", *overrides]
+    if given & {"data.path", "partition.parts"} and "partition.weights" not in given:  # they belong to the old parts
+        overrides = ["partition.weights=null", *overrides]
+    config = configs.load(run / "config.yaml", overrides)
+    if "run.dir" in given:
+        raise Failure(f"override 'run.dir': --resume continues in {run}; copy that folder to continue elsewhere")
+    config.run.dir = str(run)
+    return config
+
+
+def resume_training(run: Path, overrides: Sequence[str]) -> dict[str, float]:
+    """Continue a run with its own config, changed by the overrides."""
+    return run_training(resumed_config(run, overrides), resume=True)

@@ -1,0 +1,49 @@
+"""`distegnn verify`: check the files of a store and, with a config, that P processes compute what one computes."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from ..config import Config
+from ..data.store import Store
+from ..errors import Failure
+from ..evaluate import parallel_check
+from ..partition.verify import verify
+from ..utils.console import print_table
+from ..utils.progress import bar
+
+
+def run_verification(path: Path, config: Config | None, snapshot: int | None = None) -> None:
+    """Check a store and print what it holds. With a config, also compare its model on P processes with one process.
+
+    snapshot: its number; None: the middle one, since the first may be more symmetric than most.
+    """
+    store = Store(path)
+    if snapshot is None:
+        snapshot = len(store.snapshots) // 2
+    if not 0 <= snapshot < len(store.snapshots):
+        raise Failure(f"--snapshot {snapshot}: {path} has snapshots 0 to {len(store.snapshots) - 1}")
+    with bar("verifying", len(store.snapshots)) as tick:
+        counts = verify(store, lambda done, _all: tick(to=done))
+    print(f"{path}: whole: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
+    if config is None:
+        return
+    with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
+        errors = parallel_check.compare(config, store, snapshot, Path(folder))
+    graph = "full graph" if config.partition.halo == "exchange" else "same cut graph"
+    gradients = {k: v for k, v in errors.items() if k.startswith("gradient")}
+    worst = max(gradients, key=lambda k: gradients[k])
+    rows = [[k, f"{v:.1e}"] for k, v in errors.items() if k not in gradients]
+    print_table(
+        f"{store.parts} processes against one on the {graph}, float64, snapshot {snapshot}",
+        ["compared", "largest relative error"],
+        [*rows, [f"{len(gradients)} gradients, worst {worst.removeprefix('gradient ')}", f"{gradients[worst]:.1e}"]],
+    )
+    # not `v > TOLERANCE`: NaN is an error too
+    wrong = [k for k, v in errors.items() if not v <= parallel_check.TOLERANCE]
+    if wrong:
+        raise Failure(
+            f"{path}: {wrong[0]} differs by {errors[wrong[0]]:.1e}, more than {parallel_check.TOLERANCE:.0e}: "
+            "P processes do not compute what one computes; please report this"
+        )
