@@ -1,5 +1,7 @@
 """Package metadata; `make setup` installs it (torch first and alone, see Makefile)."""
 
+from pathlib import Path
+
 from setuptools import setup
 
 VIZ = ["matplotlib>=3.8,<4"]
@@ -18,6 +20,10 @@ setup(
     name="dist_egnn",
     version="0.1.0",
     description="Equivariant graph networks on geometric graphs too large for one device",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
     python_requires=">=3.11,<3.12",  # hashlib.file_digest came with 3.11; DGL 1.1.3 has no wheel for 3.12
     packages=["dist_egnn", *(f"dist_egnn.{name}" for name in PACKAGES)],
     package_dir={"dist_egnn.partition": "partition"},
