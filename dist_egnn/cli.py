@@ -112,7 +112,7 @@ def partition(
     from .partition import store_writer
 
     file = Trajectories(data)
-    inputs = store_writer.inputs_of(
+    inputs = store_writer.build_inputs(
         file,
         parts=parts,
         trainers=trainers,

@@ -1,7 +1,7 @@
-"""In-edges of some nodes of a snapshot, from positions, without the edges of the others: box by box.
+"""In-edges of selected nodes of a snapshot, computed from positions box by box.
 
-Nodes are cut into boxes of a few ten thousand; a box and all that lies within the radius of it make a small radius graph, of
-which the in-edges of its own nodes are kept. Memory is that of one box, and 8 bytes for an edge of the answer.
+The selected nodes are split into boxes. A box and all nodes within the radius of it form a small radius graph, which gives
+the in-edges of the box's own nodes. Memory: the graph of one box, and 4 or 8 bytes for each edge of the result.
 """
 
 from __future__ import annotations
@@ -9,79 +9,82 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from dist_egnn.partition.assign import halves
+from dist_egnn.partition.assign import split_longest_axis
 from scipy.spatial import KDTree
 
 from dist_egnn.data import graphs
 
-BOX = 65_536  # nodes of a box at most: its tree and its pairs take some 50 MB at 15 edges a node
+BOX = 65_536  # nodes of a box at most: its tree and its pairs take about 50 MB at 15 edges a node
 
 
-def number(count: int) -> type[np.signedinteger]:
-    """The narrower integer that can count so far."""
+def index_dtype(count: int) -> type[np.signedinteger]:
+    """The smaller of int32 and int64 that can index ``count`` items."""
     return np.int32 if count < 2**31 else np.int64
 
 
-def sources(
+def in_neighbors(
     x: np.ndarray, radius: float, nodes: np.ndarray, side: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The in-edges of ``nodes`` (n,) in the radius graph of x (N, 3): where each node's begin and end, (n + 1,), and their
-    sources (E,), sorted for each node. They are those of ``graphs.radius_edges``, in its order.
+    """The in-edges of ``nodes`` (n,) in the radius graph of x (N, 3), as ``graphs.radius_edges`` gives and orders them.
 
-    side: (3,) sides of a periodic box, in which x must lie. Raises Failure where radius_edges does.
+    side: (3,) sides of a periodic box, in which x must lie.
+    Returns indptr (n + 1,) and the sources (E,): those of nodes[i] are sources[indptr[i] : indptr[i + 1]], in order.
+    Raises Failure where radius_edges does.
     """
     degree = np.empty(len(nodes), np.int64)
-    found = []
+    boxes = []
     for rows in _boxes(x[nodes]):
-        near = within(x, x[nodes[rows]], radius, side)
-        src, dst = graphs.radius_edges(x[near], radius, side)
-        indptr = np.concatenate([[0], np.cumsum(np.bincount(dst, minlength=len(near)))])
-        ends, pick = graphs.in_edges(indptr, np.searchsorted(near, nodes[rows]))
+        local = candidates(x, x[nodes[rows]], radius, side)
+        src, dst = graphs.radius_edges(x[local], radius, side)
+        local_indptr = np.concatenate([[0], np.cumsum(np.bincount(dst, minlength=len(local)))])
+        ends, edges = graphs.in_edges(local_indptr, np.searchsorted(local, nodes[rows]))
         degree[rows] = np.diff(ends)
-        found.append((rows, near[src[pick]].astype(number(len(x)))))
-    ends = np.concatenate([[0], np.cumsum(degree)])
-    into = np.empty(ends[-1], number(len(x)))
-    while found:
-        rows, src = found.pop()
+        boxes.append((rows, local[src[edges]].astype(index_dtype(len(x)))))
+    indptr = np.concatenate([[0], np.cumsum(degree)])
+    sources = np.empty(indptr[-1], index_dtype(len(x)))
+    while boxes:  # each box's memory is released as its edges are copied
+        rows, src = boxes.pop()
         count = degree[rows]
-        into[np.repeat(ends[rows] - (np.cumsum(count) - count), count) + np.arange(len(src))] = src
-    return ends, into
+        sources[np.repeat(indptr[rows] - (np.cumsum(count) - count), count) + np.arange(len(src))] = src
+    return indptr, sources
 
 
 def _boxes(x: np.ndarray) -> Iterator[np.ndarray]:
-    """The rows of x (n, 3), cut in halves across the longest axis until none has more than BOX."""
+    """The rows of x (n, 3), halved across the longest axis until no box has more than BOX."""
     pending = [np.arange(len(x))]
     while pending:
         rows = pending.pop()
         if len(rows) <= BOX:
             yield rows
         else:
-            pending += halves(x, rows, len(rows) // 2)
+            pending += split_longest_axis(x, rows, len(rows) // 2)
 
 
-def within(x: np.ndarray, box: np.ndarray, radius: float, side: np.ndarray | None = None) -> np.ndarray:
-    """The nodes (m,) of x (N, 3) that lie in the bounding box of the points ``box`` (n, 3) or within the radius of it, and
-    perhaps a few more; in order."""
+def candidates(x: np.ndarray, box: np.ndarray, radius: float, side: np.ndarray | None = None) -> np.ndarray:
+    """The nodes (m,) of x (N, 3), in order, within the radius of the bounding box of the points ``box`` (n, 3).
+
+    May include a few nodes slightly further away.
+    """
     low, high = box.min(0).astype(np.float64), box.max(0).astype(np.float64)
-    # bounds are compared in the precision of x, and a small number of nodes too many does no harm
+    # bounds are compared in the precision of x; a few additional nodes do no harm
     reach = radius + 1e-6 * (radius + np.abs([low, high]).max())
-    found: np.ndarray | slice = slice(None)
+    nodes: np.ndarray | slice = slice(None)
     for axis, (a, b) in enumerate(zip((low - reach).tolist(), (high + reach).tolist(), strict=True)):
-        along = x[found, axis]
+        along = x[nodes, axis]
         inside = (along >= a) & (along <= b)
         if side is not None:
             inside |= (along >= a + side[axis]) | (along <= b - side[axis])
-        kept = np.flatnonzero(inside)
-        found = kept if isinstance(found, slice) else found[kept]
-    assert not isinstance(found, slice)
-    return found
+        selected = np.flatnonzero(inside)
+        nodes = selected if isinstance(nodes, slice) else nodes[selected]
+    assert not isinstance(nodes, slice)
+    return nodes
 
 
-def degree(x: np.ndarray, radius: float, side: np.ndarray | None = None) -> float:
-    """In-edges of a node, about: the mean of a thousand nodes of x (N, 3)."""
+def mean_degree(x: np.ndarray, radius: float, side: np.ndarray | None = None) -> float:
+    """An estimate of the in-edges of a node: the mean over a thousand nodes of x (N, 3)."""
     if np.isinf(radius):
         return len(x) - 1
     x = x if side is None else graphs.wrap(x, side)
-    few = x[np.random.default_rng(0).integers(len(x), size=1000)]
+    sample = x[np.random.default_rng(0).integers(len(x), size=1000)]
     tree = KDTree(x, boxsize=side, balanced_tree=False, compact_nodes=False)
-    return float(tree.query_ball_point(few, radius, return_length=True).mean()) - 1
+    return float(tree.query_ball_point(sample, radius, return_length=True).mean()) - 1

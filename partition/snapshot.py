@@ -1,7 +1,7 @@
-"""One snapshot → its parts → a file for each: nodes in order, in-edges, halo.
+"""Partition one snapshot and write one file for each part: its nodes in order, its in-edges and its halo nodes.
 
-Memory: the snapshot's node fields, and one part's edges at a time. METIS cuts the edges themselves, edge dropping ranks them and
-a complete graph has too many for boxes: these hold all edges of the snapshot (``in_memory``).
+Memory: the node fields of the snapshot and the edges of one part at a time. METIS, edge dropping and complete graphs
+(`needs_all_edges`) hold all edges of the snapshot.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from dist_egnn.data.trajectories import Trajectories
 from dist_egnn.errors import Failure
 from dist_egnn.utils import part_weights, resources
 
-NONE = np.zeros(0, np.int64)
-METIS_EDGE, HELD_EDGE = 90, 75  # bytes of an edge at the peak
+NO_EDGES = np.zeros(0, np.int64)
+METIS_EDGE_BYTES, EDGE_BYTES = 90, 75  # memory of an edge at the peak, for METIS and for other methods
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """All that decides what a store holds; two runs with equal inputs write equal stores."""
+    """Everything that determines the content of a store: equal inputs give equal stores."""
 
     source: str
     source_sha256: str
     parts: int
-    trainers: int
-    weights: part_weights.Weights | None  # one a process; None: all equal
+    trainers: int  # processes of a part
+    weights: part_weights.Weights | None  # one for each process; None: all equal
     method: str
     method_seed: int
     radius: float
@@ -58,135 +58,132 @@ class Inputs:
         return SampleSpec(self.radius, self.horizon, self.features, self.node_attributes, self.edge_drop, self.periodic)
 
     def plain(self) -> dict[str, Any]:
-        """As YAML and JSON give it back."""
+        """The inputs as YAML and JSON read them back."""
         return json.loads(json.dumps(asdict(self)))
 
 
-def nodes_of(
+def node_arrays(
     data: Trajectories, snapshot: Snapshot, inputs: Inputs
 ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray | None]:
-    """Node fields of a snapshot, the places (N, 3) by which it is partitioned, and the sides of its periodic box.
+    """Node fields of a snapshot, the positions (N, 3) to partition by, and the sides (3,) of its periodic box or None.
 
-    In a periodic box places are positions wrapped into it: far-travelled neighbours then share a part, as they share an edge.
+    In a periodic box these positions are wrapped into it, so that neighbours across the boundary can share a part.
     """
     fields = node_fields(data, snapshot, inputs.sample)
     side = data.sides(snapshot.trajectory, inputs.radius) if inputs.periodic else None
     return fields, fields["x"] if side is None else graphs.wrap(fields["x"], side), side
 
 
-def in_memory(inputs: Inputs) -> bool:
-    """Whether all edges of a snapshot must be held at once."""
-    return assign.METHODS[inputs.method].edges or inputs.edge_drop > 0 or np.isinf(inputs.radius)
+def needs_all_edges(inputs: Inputs) -> bool:
+    """Whether all edges of a snapshot must be in memory at once."""
+    return assign.METHODS[inputs.method].needs_edges or inputs.edge_drop > 0 or np.isinf(inputs.radius)
 
 
-def bytes_in_memory(method: str, nodes: float, edges: float) -> float:
-    """About how many bytes a snapshot takes whose edges are all held, from what a million nodes took (docs/scaling.md)."""
-    return 0.4e9 + 200 * nodes + (METIS_EDGE if assign.METHODS[method].edges else HELD_EDGE) * edges
+def memory_needed(method: str, nodes: float, edges: float) -> float:
+    """Estimated bytes to partition a snapshot with all its edges in memory, measured at 10⁶ nodes (docs/scaling.md)."""
+    return 0.4e9 + 200 * nodes + (METIS_EDGE_BYTES if assign.METHODS[method].needs_edges else EDGE_BYTES) * edges
 
 
 def check_memory(x: np.ndarray, inputs: Inputs, side: np.ndarray | None, where: str) -> None:
-    """Raise Failure, naming ``where``, if memory would not do for all edges of a snapshot at x (N, 3)."""
-    edges = len(x) * neighbors.degree(x, inputs.radius, side)
-    what = (
-        f"{where}: method {inputs.method} with edge_drop={inputs.edge_drop:g} on {len(x):,} nodes, {edges:,.0f} edges,"
-    )
+    """Raise Failure, prefixed with ``where``, if all edges of a snapshot at x (N, 3) do not fit into memory."""
+    edges = len(x) * neighbors.mean_degree(x, inputs.radius, side)
+    settings = f"method {inputs.method} with edge_drop={inputs.edge_drop:g}"
     resources.enough_memory(
-        bytes_in_memory(inputs.method, len(x), edges),
+        memory_needed(inputs.method, len(x), edges),
         "cpu",
-        what,
+        f"{where}: {settings} on {len(x):,} nodes, {edges:,.0f} edges,",
         "use bisection or morton without edge_drop, or a smaller radius",
     )
 
 
-def edges_of(x: np.ndarray, inputs: Inputs, side: np.ndarray | None, where: str) -> tuple[np.ndarray, np.ndarray]:
-    """All edges of a snapshot at x (N, 3). Raises Failure, naming ``where``, before any work for which memory would not do."""
+def all_edges(x: np.ndarray, inputs: Inputs, side: np.ndarray | None, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Source and destination (E,) of all edges of a snapshot at x (N, 3); checks memory first (`check_memory`)."""
     check_memory(x, inputs, side, where)
     return graphs.sample_edges(x, inputs.radius, inputs.edge_drop, side)
 
 
-def owners(method: str, place: np.ndarray, src: np.ndarray, dst: np.ndarray, inputs: Inputs) -> np.ndarray:
-    """The rank (N,) that owns each node: first the parts, then each part's own graph among its trainers.
+def assign_ranks(method: str, x: np.ndarray, src: np.ndarray, dst: np.ndarray, inputs: Inputs) -> np.ndarray:
+    """The rank (N,) that owns each node: nodes are assigned to parts, then each part's subgraph to its trainers.
 
-    A part's weight is the sum of its trainers'. Raises Failure where a part has fewer nodes than trainers.
+    The weight of a part is the sum of its trainers'. Raises Failure where a part has fewer nodes than trainers.
     """
-    own_weights = None if inputs.weights is None else np.reshape(inputs.weights, (inputs.parts, inputs.trainers))
-    weights = None if own_weights is None else own_weights.sum(1).tolist()
-    part = assign.assign(method, place, src, dst, inputs.parts, inputs.method_seed, weights)
-    if inputs.trainers == 1:
+    parts, trainers, seed = inputs.parts, inputs.trainers, inputs.method_seed
+    table = None if inputs.weights is None else np.reshape(inputs.weights, (parts, trainers))
+    part = assign.assign(method, x, src, dst, parts, seed, None if table is None else table.sum(1).tolist())
+    if trainers == 1:
         return part
     rank, local = np.empty_like(part), np.empty_like(part)
-    for p in range(inputs.parts):
+    for p in range(parts):
         nodes = np.flatnonzero(part == p)
-        if len(nodes) < inputs.trainers:
-            raise Failure(
-                f"part {p} of {inputs.parts} has {len(nodes)} nodes, fewer than its trainers; lower --trainers"
-            )
+        if len(nodes) < trainers:
+            raise Failure(f"part {p} of {parts} has {len(nodes)} nodes, fewer than its trainers; lower --trainers")
         local[nodes] = np.arange(len(nodes))
-        own = (part[src] == p) & (part[dst] == p)
-        weights = None if own_weights is None else own_weights[p].tolist()
-        cut = assign.assign(
-            method, place[nodes], local[src[own]], local[dst[own]], inputs.trainers, inputs.method_seed, weights
-        )
-        rank[nodes] = p * inputs.trainers + cut
+        inner = (part[src] == p) & (part[dst] == p)
+        weights = None if table is None else table[p].tolist()
+        trainer = assign.assign(method, x[nodes], local[src[inner]], local[dst[inner]], trainers, seed, weights)
+        rank[nodes] = p * trainers + trainer
     return rank
 
 
-Sources = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # as near.sources, of some nodes
+InNeighbors = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # nodes (n,) → indptr (n + 1,), sources (E,)
 
 
-def _cut(
-    x: np.ndarray, place: np.ndarray, inputs: Inputs, side: np.ndarray | None, where: str
-) -> tuple[np.ndarray, Sources]:
-    """The rank (N,) of each node, and what gives the in-edges of nodes."""
-    if not in_memory(inputs):
-        owner = owners(inputs.method, place, NONE, NONE, inputs)
-        return owner, lambda nodes: neighbors.sources(place, inputs.radius, nodes, side)
-    src, dst = edges_of(x, inputs, side, where)
-    owner = owners(inputs.method, place, src, dst, inputs)
-    indptr = np.concatenate([[0], np.cumsum(np.bincount(dst, minlength=len(place)))])
+def _ranks_and_edges(
+    x: np.ndarray, wrapped: np.ndarray, inputs: Inputs, side: np.ndarray | None, where: str
+) -> tuple[np.ndarray, InNeighbors]:
+    """The rank (N,) of each node, and a function that gives the in-edges of nodes."""
+    if not needs_all_edges(inputs):
+        rank = assign_ranks(inputs.method, wrapped, NO_EDGES, NO_EDGES, inputs)
+        return rank, lambda nodes: neighbors.in_neighbors(wrapped, inputs.radius, nodes, side)
+    src, dst = all_edges(x, inputs, side, where)
+    rank = assign_ranks(inputs.method, wrapped, src, dst, inputs)
+    indptr = np.concatenate([[0], np.cumsum(np.bincount(dst, minlength=len(x)))])
 
-    def sources(nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        ends, pick = graphs.in_edges(indptr, nodes)
-        return ends, src[pick]
+    def in_neighbors(nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        ends, edges = graphs.in_edges(indptr, nodes)
+        return ends, src[edges]
 
-    return owner, sources
+    return rank, in_neighbors
 
 
-def write(data: Trajectories, snapshot: Snapshot, index: int, inputs: Inputs, folder: Path) -> dict[str, Any]:
-    """Partition one snapshot and write its pieces to folder/INDEX-PART.npz. Returns its row and its ranks' rows.
+def write_parts(data: Trajectories, snapshot: Snapshot, index: int, inputs: Inputs, folder: Path) -> dict[str, Any]:
+    """Partition one snapshot and write each part to folder/INDEX-PART.npz.
 
-    A piece holds the node fields of its inner nodes, its edges in local numbers (inner nodes first, then halo nodes) and
-    the halo nodes' places in the snapshot, where nodes are ordered by rank, then along a Z-order curve.
+    Nodes of the snapshot are renumbered by rank, then along a Z-order curve. A part's file holds the fields of its inner
+    nodes; src and dst (E,) in local numbers, inner nodes first, then halo nodes; and the numbers (m,) of its halo nodes.
+    Returns "row", the snapshot's row of snapshots.csv, and "parts": nodes, edges, cut edges and halo nodes of each rank.
     """
-    fields, place, side = nodes_of(data, snapshot, inputs)
-    n, trainers = len(place), inputs.trainers
-    owner, sources = _cut(fields["x"], place, inputs, side, f"{data.path}: trajectory {snapshot.trajectory}")
-    order = graphs.morton_order(place, owner).astype(neighbors.number(n))
-    at = np.empty_like(order)
-    at[order] = np.arange(n)
-    start = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=inputs.processes))])
+    fields, wrapped, side = node_arrays(data, snapshot, inputs)
+    n, trainers = len(wrapped), inputs.trainers
+    where = f"{data.path}: trajectory {snapshot.trajectory}"
+    owner, in_neighbors = _ranks_and_edges(fields["x"], wrapped, inputs, side, where)
+    order = graphs.morton_order(wrapped, owner).astype(neighbors.index_dtype(n))
+    number = np.empty_like(order)
+    number[order] = np.arange(n)
+    start = np.concatenate([[0], np.cumsum(np.bincount(owner, minlength=inputs.processes))]).tolist()
     ranks: list[list[int]] = []
     for p in range(inputs.parts):
-        lo, hi = int(start[p * trainers]), int(start[(p + 1) * trainers])
+        lo, hi = start[p * trainers], start[(p + 1) * trainers]
         nodes = order[lo:hi]
-        ends, from_ = sources(nodes)
-        from_ = at[from_]
+        indptr, src = in_neighbors(nodes)
+        src = number[src]
         for r in range(p * trainers, (p + 1) * trainers):
-            first, after = int(start[r]), int(start[r + 1])
-            seen = from_[ends[first - lo] : ends[after - lo]]
-            remote = seen[(seen < first) | (seen >= after)]
-            ranks.append([after - first, len(seen), len(remote), len(np.unique(remote))])
-        away = (from_ < lo) | (from_ >= hi)
-        halo, which = np.unique(from_[away], return_inverse=True)
-        from_ -= lo
-        from_[away] = hi - lo + which
+            first, end = start[r], start[r + 1]
+            own = src[indptr[first - lo] : indptr[end - lo]]
+            remote = own[(own < first) | (own >= end)]
+            ranks.append([end - first, len(own), len(remote), len(np.unique(remote))])
+        outside = (src < lo) | (src >= hi)
+        halo, halo_index = np.unique(src[outside], return_inverse=True)
+        src -= lo
+        src[outside] = hi - lo + halo_index
         rows = {name: value[nodes] for name, value in fields.items()}
         rows["snapshot"] = np.full(hi - lo, index)
         if trainers > 1:
             rows["trainer_id"] = owner[nodes]
-        to = np.repeat(np.arange(hi - lo, dtype=from_.dtype), np.diff(ends))
-        _save(folder / f"{index:06d}-{p}.npz", src=from_, dst=to, halo=halo, **rows)
-        del from_, to, away, which, rows  # before the next part takes as much
+        dst = np.repeat(np.arange(hi - lo, dtype=src.dtype), np.diff(indptr))
+        with open(folder / f"{index:06d}-{p}.npz", "wb") as file:
+            np.savez(file, src=src, dst=dst, halo=halo, **rows)
+        del src, dst, outside, halo_index, rows  # before the next part takes as much
     centroid = fields["x"].astype(np.float64).mean(0)
     row = {
         "snapshot": index,
@@ -200,8 +197,3 @@ def write(data: Trajectories, snapshot: Snapshot, index: int, inputs: Inputs, fo
         **({} if side is None else dict(zip(SIDES, side.tolist(), strict=True))),
     }
     return {"row": row, "parts": ranks}
-
-
-def _save(path: Path, **arrays: np.ndarray) -> None:
-    with open(path, "wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]

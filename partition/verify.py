@@ -1,4 +1,4 @@
-"""Check a store against itself and against its own positions."""
+"""Check a store against its manifest, its tables and the edges of its own positions."""
 
 from __future__ import annotations
 
@@ -13,76 +13,83 @@ from dist_egnn.data import graphs
 from dist_egnn.data.store import GRAPH, Store
 from dist_egnn.errors import Failure
 
+LoadedPart = tuple[dgl.DGLGraph, dict[str, Tensor]]  # a part's graph and node fields, as DGL's loader gives them
 
-def verify(store: Store, progress: Callable[[int, int], None]) -> dict[str, int]:
-    """Re-check every file and every snapshot; returns what was counted. Raises Failure at the first thing that is wrong.
 
-    Hashes; the same snapshots in every part; every node in exactly one part; every edge that the positions and the radius
-    ask for in exactly one part, and no other; no value that is not finite; DGL's own loader with its own checks on.
+def verify_store(store: Store, progress: Callable[[int, int], None]) -> dict[str, int]:
+    """Check every file and every snapshot; returns how many files, snapshots, nodes and edges were checked.
+
+    Checks hashes; that all parts hold the same snapshots; that every node, and every edge that follows from the positions and
+    the radius, is in exactly one part; that all values are finite; and loads each part with DGL's own checks enabled.
+    progress(done, total) is called after each snapshot. Raises Failure at the first error.
     """
-    listed = {str(f.relative_to(store.path)) for f in store.path.rglob("*") if f.is_file()} - {"manifest.yaml"}
-    if extra := sorted(listed - set(store.manifest["files"])):
+    files = {str(f.relative_to(store.path)) for f in store.path.rglob("*") if f.is_file()} - {"manifest.yaml"}
+    if extra := sorted(files - set(store.manifest["files"])):
         raise Failure(f"{store.path / extra[0]}: not in the manifest; remove it or partition again")
     for name in store.manifest["files"]:
         store.disk.verify(name)
     nodes = edges = 0
     for shard, rows in store.snapshots.groupby("shard", sort=False).indices.items():
         config = str(store.path / shard / f"{GRAPH}.json")
-        held = [_load(config, p, store.trainers) for p in range(store.machines)]
-        # global id → (node of the snapshot), for the sources that live elsewhere
-        gid_of = np.concatenate([feats["_N/gid"].numpy() for _, feats in held])
-        snapshot_of = np.concatenate([feats["_N/snapshot"].numpy() for _, feats in held])
+        parts = [_load_part(config, p, store.trainers) for p in range(store.machines)]
+        snapshot_of = np.concatenate([feats["_N/snapshot"].numpy() for _, feats in parts])
         if extra := sorted(set(snapshot_of.tolist()) - set(rows.tolist())):
             raise Failure(f"{config}: holds snapshot {extra[0]}, snapshots.csv does not list it there; partition again")
-        for snapshot in rows:
-            row = store.snapshots.loc[snapshot]
-            where = f"{store.path}: snapshot {snapshot}"
-            for r in range(store.parts):
-                _check_owned(store, int(snapshot), r, held[r // store.trainers][1])
-            own = snapshot_of == snapshot
-            gid = gid_of[own]
-            n = int(row["nodes"])
-            if len(gid) != n or len(np.unique(gid)) != n or gid.min() != 0 or gid.max() != n - 1:
-                raise Failure(f"{where}: its {n} nodes are not each in exactly one part; partition again")
-            found = []
-            for graph, feats in held:
-                src, dst = (t.numpy() for t in graph.edges(order="eid"))
-                inner = feats["_N/snapshot"].numpy()[dst] == snapshot
-                ids = graph.ndata[dgl.NID].numpy()
-                if (snapshot_of[ids[src[inner]]] != snapshot).any():
-                    raise Failure(f"{where}: an edge joins two snapshots; partition again")
-                found.append(gid_of[ids[src[inner]]] * n + gid_of[ids[dst[inner]]])
-            x = store.whole(int(snapshot)).ndata["x"].numpy()  # also checks fields, shapes and NaN
-            side = store.sides(int(snapshot))
-            src, dst = graphs.sample_edges(x, store.inputs["radius"], store.inputs["edge_drop"], side)
-            if not np.array_equal(np.sort(np.concatenate(found)), np.sort(src * n + dst)):
-                raise Failure(f"{where}: its edges are not those of its positions, each once; partition again")
-            nodes, edges = nodes + n, edges + len(src)
-            progress(int(snapshot) + 1, len(store.snapshots))
+        for snapshot in map(int, rows):
+            n, e = _check_snapshot(store, snapshot, parts, snapshot_of)
+            nodes, edges = nodes + n, edges + e
+            progress(snapshot + 1, len(store.snapshots))
     return {"files": len(store.manifest["files"]), "snapshots": len(store.snapshots), "nodes": nodes, "edges": edges}
 
 
-def _check_owned(store: Store, snapshot: int, rank: int, feats: dict[str, Tensor]) -> None:
-    """Raise Failure unless the rank's nodes of a snapshot are as many as parts.csv says, and where it says."""
+def _check_snapshot(store: Store, snapshot: int, parts: list[LoadedPart], snapshot_of: np.ndarray) -> tuple[int, int]:
+    """Check one snapshot of a shard; returns its numbers of nodes and edges. snapshot_of: (N,) of all nodes of the shard."""
+    where = f"{store.path}: snapshot {snapshot}"
+    gid_of = np.concatenate([feats["_N/gid"].numpy() for _, feats in parts])  # by DGL's global id, for remote sources
+    for rank in range(store.parts):
+        _check_rank(store, snapshot, rank, parts[rank // store.trainers][1])
+    n = int(store.snapshots.loc[snapshot, "nodes"])
+    if not np.array_equal(np.sort(gid_of[snapshot_of == snapshot]), np.arange(n)):
+        raise Failure(f"{where}: its {n} nodes are not each in exactly one part; partition again")
+    stored = []
+    for graph, feats in parts:
+        src, dst = (t.numpy() for t in graph.edges(order="eid"))
+        selected = feats["_N/snapshot"].numpy()[dst] == snapshot
+        ids = graph.ndata[dgl.NID].numpy()
+        src, dst = ids[src[selected]], ids[dst[selected]]
+        if (snapshot_of[src] != snapshot).any():
+            raise Failure(f"{where}: an edge joins two snapshots; partition again")
+        stored.append(gid_of[src] * n + gid_of[dst])
+    x = store.whole(snapshot).ndata["x"].numpy()  # also checks fields, shapes and NaN
+    src, dst = graphs.sample_edges(x, store.inputs["radius"], store.inputs["edge_drop"], store.sides(snapshot))
+    if not np.array_equal(np.sort(np.concatenate(stored)), np.sort(src * n + dst)):
+        raise Failure(f"{where}: its edges are not those of its positions, each once; partition again")
+    return n, len(src)
+
+
+def _check_rank(store: Store, snapshot: int, rank: int, feats: dict[str, Tensor]) -> None:
+    """Raise Failure unless a rank's nodes of a snapshot have the number and the rows that parts.csv gives."""
     lo, hi = store.ranges[snapshot, rank, :2].tolist()
     own = feats["_N/snapshot"] == snapshot
     if store.trainers > 1:
         own &= feats["_N/trainer_id"] == rank
-    if int(own.sum()) != hi - lo or not own[lo:hi].all():
+    count = int(own.sum())
+    if count != hi - lo or not own[lo:hi].all():
+        others = ", others" if count == hi - lo else ""
         raise Failure(
-            f"{store.path}: snapshot {snapshot}: part {rank} holds {int(own.sum())} nodes of it, parts.csv says {hi - lo}"
-            f"{', others' * (int(own.sum()) == hi - lo)}; partition again"
+            f"{store.path}: snapshot {snapshot}: part {rank} holds {count} of its nodes, parts.csv lists {hi - lo}{others}; "
+            "partition again"
         )
 
 
-def _load(config: str, part: int, trainers: int):
-    """A part by DGL's loader, its own assertions switched on."""
+def _load_part(config: str, part: int, trainers: int) -> LoadedPart:
+    """Load a part with DGL's loader and its debug assertions."""
     before = os.environ.get("DGL_DIST_DEBUG")
     os.environ["DGL_DIST_DEBUG"] = "1"
     try:
         graph, feats, *_ = dgl.distributed.load_partition(config, part)
     except AssertionError as error:
-        raise Failure(f"{config}: part {part} does not pass DGL's own checks ({error}); partition again") from error
+        raise Failure(f"{config}: part {part} fails DGL's own checks ({error}); partition again") from error
     finally:
         if before is None:
             del os.environ["DGL_DIST_DEBUG"]

@@ -54,7 +54,7 @@ def _inputs(
     from dist_egnn.config import Data
     from dist_egnn.data.trajectories import Trajectories
 
-    return store_writer.inputs_of(
+    return store_writer.build_inputs(
         Trajectories(path),
         parts=parts,
         trainers=trainers,
@@ -86,7 +86,7 @@ def make_store(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
         if key not in made:
             out = tmp_path_factory.mktemp("store") / "store"
             inputs = _inputs(small, parts, method, shard_nodes, trainers, **data)
-            store_writer.write(Trajectories(small), out, inputs, lambda *_: None)
+            store_writer.write_store(Trajectories(small), out, inputs, lambda *_: None)
             made[key] = out
         return made[key]
 

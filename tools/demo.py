@@ -111,7 +111,7 @@ def main() -> None:
     print("1. Partition the fluid into 2 parts with METIS")
     file = Trajectories(RECIPE / "sample.h5")
     data = settings(out, "EGNN", 1).data
-    inputs = store_writer.inputs_of(
+    inputs = store_writer.build_inputs(
         file, parts=2, method="metis", method_seed=0, settings=data, shard_nodes=store_writer.SHARD_NODES
     )
     write_store(file, out / "store", inputs)

@@ -24,7 +24,7 @@ def run_comparison(path: Path, file: Trajectories, inputs: Inputs) -> None:
         ["method", "edges cut", "largest/mean", "halo/nodes", "seconds"],
         [
             [name, f"{quality.edge_cut:.1%}", f"{quality.balance:.3f}", f"{quality.halo_share:.1%}", f"{seconds:.2f}"]
-            for name, quality, seconds in store_writer.compare(file, inputs)
+            for name, quality, seconds in store_writer.compare_methods(file, inputs)
         ],
     )
 
@@ -32,8 +32,8 @@ def run_comparison(path: Path, file: Trajectories, inputs: Inputs) -> None:
 def write_store(file: Trajectories, out: Path, inputs: Inputs) -> None:
     """Write a store with a progress display and print what it holds. A complete store is left as it is."""
     started = time.perf_counter()
-    with bar("partitioning", len(store_writer.listing(file, inputs))) as tick:
-        fresh = store_writer.write(file, out, inputs, lambda done, _all: tick(to=done))
+    with bar("partitioning", len(store_writer.list_snapshots(file, inputs))) as tick:
+        fresh = store_writer.write_store(file, out, inputs, lambda done, _all: tick(to=done))
     store = Store(out)
     if not fresh:
         print(f"{out}: complete already, nothing to do")
@@ -48,16 +48,15 @@ def write_store(file: Trajectories, out: Path, inputs: Inputs) -> None:
 def store_inputs(config: Config) -> tuple[Trajectories, Inputs]:
     """The trajectories file of a config, and the inputs of its store. Raises Failure if it cannot be partitioned."""
     file = Trajectories(config.data.path)
-    inputs = store_writer.inputs_of(
+    inputs = store_writer.build_inputs(
         file,
         parts=config.partition.parts,
         weights=config.partition.weights,
         method=config.partition.method,
         method_seed=config.partition.seed,
         settings=config.data,
-        shard_nodes=store_writer.SHARD_NODES,
     )
-    store_writer.check(file, inputs)
+    store_writer.check_inputs(file, inputs)
     return file, inputs
 
 

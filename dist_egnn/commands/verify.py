@@ -9,7 +9,7 @@ from ..config import Config
 from ..data.store import Store
 from ..errors import Failure
 from ..evaluate import parallel_check
-from ..partition.verify import verify
+from ..partition.verify import verify_store
 from ..utils.console import print_table
 from ..utils.progress import bar
 
@@ -25,7 +25,7 @@ def run_verification(path: Path, config: Config | None, snapshot: int | None = N
     if not 0 <= snapshot < len(store.snapshots):
         raise Failure(f"--snapshot {snapshot}: {path} has snapshots 0 to {len(store.snapshots) - 1}")
     with bar("verifying", len(store.snapshots)) as tick:
-        counts = verify(store, lambda done, _all: tick(to=done))
+        counts = verify_store(store, lambda done, _all: tick(to=done))
     print(f"{path}: whole: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
     if config is None:
         return

@@ -30,7 +30,7 @@ from ..distributed import spawn
 from ..distributed.comm import Comm
 from ..errors import Failure
 from ..partition import assign, neighbors
-from ..partition.snapshot import bytes_in_memory
+from ..partition.snapshot import memory_needed
 from ..train import checkpoint, trainer
 from ..utils import part_weights, resources
 from ..utils.console import print_table
@@ -256,12 +256,12 @@ def _enough_memory(config: Config, file: Trajectories, trajectory: int, start: i
     d, m = config.data, config.model
     side = file.sides(trajectory, d.radius) if d.periodic else None
     x = file.position(trajectory, start)
-    edges = len(x) * neighbors.degree(x, d.radius, side) * (1 - d.edge_drop)
+    edges = len(x) * neighbors.mean_degree(x, d.radius, side) * (1 - d.edge_drop)
     needed = resources.step_bytes(
         len(x) / size, edges / size, m.hidden, 0, m.tile
     )  # 0: nothing is kept for a backward pass
-    if size > 1 and (assign.METHODS[method].edges or d.edge_drop or config.partition.halo == "exchange"):
-        needed = max(needed, bytes_in_memory(method, len(x), edges))
+    if size > 1 and (assign.METHODS[method].needs_edges or d.edge_drop or config.partition.halo == "exchange"):
+        needed = max(needed, memory_needed(method, len(x), edges))
     what = f"{file.path}: a step of trajectory {trajectory} on one of {size} processes"
     resources.enough_memory(
         needed, str(trainer.device_of(config)), what, "name more processes with --parts, or another machine"
@@ -324,8 +324,8 @@ def prepare(
     method = store.inputs["method"] if store else config.partition.method
     owned = store.inputs["weights"] if store else part_weights.of(config.partition.weights, trained)
     owned = owned if size == trained else None
-    assign.check(method, size, owned)
-    assign.fits(file[trajectory].nodes, size, owned)
+    assign.check_method(method, size, owned)
+    assign.check_size(file[trajectory].nodes, size, owned)
     _enough_memory(config, file, trajectory, start, size, method)
     job = Job(
         config,

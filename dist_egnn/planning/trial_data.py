@@ -118,7 +118,7 @@ def guessed(config: Config, parts: int) -> np.ndarray:
     largest = max(ones, key=lambda s: file[s.trajectory].nodes)
     side = file.sides(largest.trajectory, config.data.radius) if config.data.periodic else None
     x = file.position(largest.trajectory, largest.frame)
-    degree = neighbors.degree(x, config.data.radius, side) * (1 - config.data.edge_drop)
+    degree = neighbors.mean_degree(x, config.data.radius, side) * (1 - config.data.edge_drop)
     share = part_weights.fractions(config.partition.weights, parts).max()
     return share * len(x) * np.array([[[1.0, degree]]])
 
@@ -148,18 +148,17 @@ def cut(config: Config, parts: int, folder: Path, say: Say) -> Source:
     trial = deepcopy(config)
     if frames < max(per.values()):
         trial.data.frames = frames
-    inputs = store_writer.inputs_of(
+    inputs = store_writer.build_inputs(
         few,
         parts=parts,
         weights=config.partition.weights,
         method=config.partition.method,
         method_seed=config.partition.seed,
         settings=trial.data,
-        shard_nodes=store_writer.SHARD_NODES,
     )
-    say(f"partitioning {len(store_writer.listing(few, inputs))} of {len(listed)} snapshots into {parts} parts")
+    say(f"partitioning {len(store_writer.list_snapshots(few, inputs))} of {len(listed)} snapshots into {parts} parts")
     started = time.perf_counter()
-    store_writer.write(few, folder / "store", inputs, lambda done, _all: None)
+    store_writer.write_store(few, folder / "store", inputs, lambda done, _all: None)
     seconds = time.perf_counter() - started
     trial.data.path = str(folder / "store")
     store = Store(trial.data.path)

@@ -16,7 +16,7 @@ import torch
 import yaml
 from dgl import DGLGraph
 from dist_egnn.partition import store_writer
-from dist_egnn.partition.verify import verify
+from dist_egnn.partition.verify import verify_store
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -267,11 +267,11 @@ def boxed(tmp_path_factory) -> Path:
 def inputs(path: Path, method: str = "metis", **changed: Any) -> store_writer.Inputs:
     settings = config.Data(**{**SETTINGS, **changed})
     data = Trajectories(path)
-    return store_writer.inputs_of(data, parts=2, method=method, method_seed=0, settings=settings, shard_nodes=500)
+    return store_writer.build_inputs(data, parts=2, method=method, method_seed=0, settings=settings, shard_nodes=500)
 
 
 def stored(path: Path, out: Path, method: str = "metis", **changed: Any) -> Store:
-    store_writer.write(Trajectories(path), out, inputs(path, method, **changed), lambda *_: None)
+    store_writer.write_store(Trajectories(path), out, inputs(path, method, **changed), lambda *_: None)
     return Store(out)
 
 
@@ -289,7 +289,7 @@ def edge_rows(graph: DGLGraph) -> Tensor:
 
 def test_a_store_gives_back_the_edges_of_samples(boxed, store):
     """In each snapshot's own box; a part has those of its nodes."""
-    assert verify(store, lambda *_: None)["snapshots"] == len(store.snapshots) == 9
+    assert verify_store(store, lambda *_: None)["snapshots"] == len(store.snapshots) == 9
     data, spec = Trajectories(boxed), inputs(boxed).sample
     for number, row in store.snapshots.iterrows():
         np.testing.assert_array_equal(store.sides(number), BOXES[row["trajectory"]])
@@ -370,13 +370,13 @@ def test_an_old_store_is_one_without_periodic_boxes(boxed, old):
     assert list(pd.read_csv(old / "snapshots.csv").columns)[-1] == "shard"
     assert found.sides(0) is None
     assert "shift" not in found.read(0, 1).edata
-    verify(found, lambda *_: None)
+    verify_store(found, lambda *_: None)
     check_settings(found.inputs, str(found.path), config.Data(**{**SETTINGS, "periodic": False}))
     with pytest.raises(Failure, match=r"data\.periodic=True in the config, but .* was made with False"):
         check_settings(found.inputs, str(found.path), config.Data(**SETTINGS))
-    assert not store_writer.write(Trajectories(boxed), old, inputs(boxed, periodic=False), lambda *_: None)
+    assert not store_writer.write_store(Trajectories(boxed), old, inputs(boxed, periodic=False), lambda *_: None)
     with pytest.raises(Failure, match="exists and is not a store of these settings"):
-        store_writer.write(Trajectories(boxed), old, inputs(boxed), lambda *_: None)
+        store_writer.write_store(Trajectories(boxed), old, inputs(boxed), lambda *_: None)
 
 
 def test_verify_finds_a_box_that_is_not_the_edges(store, tmp_path):
@@ -388,7 +388,7 @@ def test_verify_finds_a_box_that_is_not_the_edges(store, tmp_path):
     manifest["files"]["snapshots.csv"] = store_writer.sha256(copy / "snapshots.csv")
     (copy / "manifest.yaml").write_text(yaml.safe_dump(manifest))
     with pytest.raises(Failure, match="snapshot 4: its edges are not those of its positions"):
-        verify(Store(copy), lambda *_: None)
+        verify_store(Store(copy), lambda *_: None)
 
 
 # what is refused

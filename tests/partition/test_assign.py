@@ -7,7 +7,7 @@ import os
 
 import numpy as np
 import pytest
-from dist_egnn.partition.assign import METHODS, assign, check, fill_empty, level, quality
+from dist_egnn.partition.assign import METHODS, assign, check_method, fill_empty_parts, quality, rebalance
 
 from dist_egnn.data.graphs import radius_edges
 from dist_egnn.errors import Failure
@@ -147,10 +147,10 @@ def test_metis_without_edges_is_bisection_and_silent(capfd):
 def test_fill_empty_and_level_mend_the_worst():
     x = np.random.default_rng(0).normal(size=(103, 3))
     part = np.full(103, 4)
-    fill_empty(x, part, 7)
+    fill_empty_parts(x, part, 7)
     assert np.bincount(part, minlength=7).min() >= 1
     part = np.r_[np.full(97, 2), 0, 1, 3, 4, 5, 6]
-    level(x, part, np.full(7, 15))  # 7 · 15 = 105 places for 103 nodes
+    rebalance(x, part, np.full(7, 15))  # 7 · 15 = 105 places for 103 nodes
     counts = np.bincount(part, minlength=7)
     assert counts.max() <= 15
     assert counts.sum() == 103
@@ -159,7 +159,7 @@ def test_fill_empty_and_level_mend_the_worst():
 def test_level_moves_the_nodes_nearest_to_the_receiver():
     x = np.arange(10.0)[:, None] * [1.0, 0.0, 0.0]
     part = np.array([0] * 7 + [1] * 3)
-    level(x, part, np.full(2, 5))
+    rebalance(x, part, np.full(2, 5))
     np.testing.assert_array_equal(part, [0] * 5 + [1] * 5)
 
 
@@ -267,7 +267,7 @@ def test_weighted_parts_lie_together(method):
 def test_level_meets_sizes_exactly():
     x = np.random.default_rng(0).normal(size=(100, 3))
     part, sizes = np.repeat([0, 1, 2], [60, 5, 35]), np.array([20, 50, 30])
-    level(x, part, sizes)
+    rebalance(x, part, sizes)
     np.testing.assert_array_equal(np.bincount(part), sizes)
 
 
@@ -290,6 +290,6 @@ def test_weights_that_cannot_be_met(method, weights, says):
 
 def test_metis_without_pymetis_is_one_line(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(Failure, match="weights need pymetis, which is missing; pip install pymetis, or use bisection"):
-        check("metis", 2, [2, 1])
-    check("metis", 2, None)
+    with pytest.raises(Failure, match=r"method=metis: .*pip install pymetis"):
+        check_method("metis", 2, [2, 1])
+    check_method("metis", 2, None)

@@ -49,7 +49,7 @@ def test_sources_are_those_of_the_radius_graph(kind, n, radius, side, box, seed)
     nodes = draw.permutation(n)[: draw.integers(1, n + 1)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(neighbors, "BOX", box)
-        ends, found = neighbors.sources(place, radius, nodes, sides)
+        ends, found = neighbors.in_neighbors(place, radius, nodes, sides)
     wanted = [src[dst == node] for node in nodes]
     assert np.diff(ends).tolist() == [len(each) for each in wanted]
     assert found.tolist() == [node for each in wanted for node in each.tolist()]
@@ -59,8 +59,8 @@ def test_degree():
     x = points("even", 400, np.random.default_rng(0))
     for radius, side in ((0.9, None), (1.3, np.array([4.0, 4.0, 4.0]))):
         mean = len(graphs.radius_edges(x, radius, side)[0]) / len(x)
-        assert neighbors.degree(x, radius, side) == pytest.approx(mean, rel=0.15)
-    assert neighbors.degree(x, float("inf")) == 399
+        assert neighbors.mean_degree(x, radius, side) == pytest.approx(mean, rel=0.15)
+    assert neighbors.mean_degree(x, float("inf")) == 399
 
 
 @pytest.fixture(scope="module")
@@ -107,14 +107,14 @@ def test_stores_are_equal(boxed, tmp_path, monkeypatch, case):
     data, made = Trajectories(boxed), []
     monkeypatch.setattr(neighbors, "BOX", 50)
     asked = []
-    whole = neighbors.sources
-    monkeypatch.setattr(neighbors, "sources", lambda *given: (asked.append(1), whole(*given))[1])
+    whole = neighbors.in_neighbors
+    monkeypatch.setattr(neighbors, "in_neighbors", lambda *given: (asked.append(1), whole(*given))[1])
     for held in (False, True):
         if held:
-            monkeypatch.setattr(snapshot, "in_memory", lambda inputs: True)
+            monkeypatch.setattr(snapshot, "needs_all_edges", lambda inputs: True)
         out = tmp_path / str(held)
-        store_writer.write(
-            data, out, store_writer.inputs_of(data, method_seed=0, settings=settings, **options), lambda *_: None
+        store_writer.write_store(
+            data, out, store_writer.build_inputs(data, method_seed=0, settings=settings, **options), lambda *_: None
         )
         made.append(files(out))
     assert len(asked) == 4 * options["parts"]  # snapshots × parts, and none of them the second time
@@ -137,18 +137,18 @@ def test_too_little_memory_is_said_before_any_edge_is_made(make_inputs, small, t
     monkeypatch.setattr(resources, "memory_free", lambda: 0.3e9)
     inputs = make_inputs(2, settings.pop("method", "bisection"), **settings)
     if not held:
-        assert store_writer.write(Trajectories(small), tmp_path / "store", inputs, lambda *_: None)
+        assert store_writer.write_store(Trajectories(small), tmp_path / "store", inputs, lambda *_: None)
         return
-    monkeypatch.setattr(graphs, "edges", lambda *_: pytest.fail("edges were made"))
+    monkeypatch.setattr(graphs, "sample_edges", lambda *_: pytest.fail("edges were made"))
     with pytest.raises(
         Failure, match=r"250 nodes, .* edges, takes about .* GB, 0\.3 GB are free; use bisection"
     ) as caught:
-        store_writer.write(Trajectories(small), tmp_path / "store", inputs, lambda *_: None)
+        store_writer.write_store(Trajectories(small), tmp_path / "store", inputs, lambda *_: None)
     assert str(small) in str(caught.value)
     assert not list(tmp_path.iterdir())  # nor anything that would stand in the way of another method
 
 
 def test_bytes_grow_with_edges_and_metis_takes_more():
     for method, edges in itertools.product(("metis", "morton"), (0, 10**6)):
-        assert snapshot.bytes_in_memory(method, 1000, edges) <= snapshot.bytes_in_memory("metis", 1000, edges)
-        assert snapshot.bytes_in_memory(method, 1000, edges + 1) > snapshot.bytes_in_memory(method, 1000, edges)
+        assert snapshot.memory_needed(method, 1000, edges) <= snapshot.memory_needed("metis", 1000, edges)
+        assert snapshot.memory_needed(method, 1000, edges + 1) > snapshot.memory_needed(method, 1000, edges)

@@ -17,7 +17,7 @@ import yaml
 from dgl import DGLGraph
 from dgl.data.utils import load_tensors, save_tensors
 from dist_egnn.partition import store_writer
-from dist_egnn.partition.verify import verify
+from dist_egnn.partition.verify import verify_store
 from torch import Tensor
 
 from dist_egnn.config import Data
@@ -74,7 +74,7 @@ def test_round_trip(make_store, make_inputs, small, parts, method, shard_nodes, 
     store = Store(make_store(parts, method, shard_nodes, **settings))
     inputs = make_inputs(parts, method, shard_nodes, **settings)
     data = Trajectories(small)
-    listed = store_writer.listing(data, inputs)
+    listed = store_writer.list_snapshots(data, inputs)
     assert (store.machines, store.trainers) == (parts, settings.get("trainers", 1))
     parts = store.parts
     assert len(store.snapshots) == len(listed) == 4 * len({s.frame for s in listed if s.trajectory == 0})
@@ -117,7 +117,7 @@ def test_round_trip(make_store, make_inputs, small, parts, method, shard_nodes, 
 def test_verify_passes(make_store, parts, method, shard_nodes, settings):
     store = Store(make_store(parts, method, shard_nodes, **settings))
     told: list[tuple[int, int]] = []
-    counted = verify(store, lambda *step: told.append(step))
+    counted = verify_store(store, lambda *step: told.append(step))
     assert counted["snapshots"] == len(store.snapshots)
     assert (counted["nodes"], counted["edges"]) == tuple(store.snapshots[["nodes", "edges"]].sum())
     assert told == [(k + 1, len(store.snapshots)) for k in range(len(store.snapshots))]
@@ -169,7 +169,7 @@ def test_dgl_loads_it(make_store, make_inputs, small, monkeypatch, parts, shard_
     monkeypatch.setenv("DGL_DIST_DEBUG", "1")
     path, data = make_store(parts, "metis", shard_nodes), Trajectories(small)
     inputs = make_inputs(parts, "metis", shard_nodes)
-    listed, seen = store_writer.listing(data, inputs), []
+    listed, seen = store_writer.list_snapshots(data, inputs), []
     shards = sorted(path.glob("shard-*"))
     assert len(shards) == {0: 1, 300: 12, 1500: 2}[shard_nodes]
     for shard in shards:
@@ -219,7 +219,11 @@ FILES = [*(f"{SHARD}/part1/{name}" for name in FILES), f"{SHARD}/dist_egnn.json"
 def test_damaged_file_is_named(copy, name, damage):
     damage(copy / name)
     wanted = "missing from the store" if damage is Path.unlink else "sha256 is not the manifest's"
-    for look in (lambda: Store(copy).read(0, 1), lambda: Store(copy).whole(0), lambda: verify(Store(copy), silent)):
+    for look in (
+        lambda: Store(copy).read(0, 1),
+        lambda: Store(copy).whole(0),
+        lambda: verify_store(Store(copy), silent),
+    ):
         with pytest.raises(Failure, match=wanted) as caught:
             look()
         assert str(caught.value).startswith(f"{copy / name}: ")
@@ -230,7 +234,7 @@ def test_damaged_file_is_named(copy, name, damage):
 def test_verify_names_an_extra_file(copy):
     (copy / SHARD / "notes.txt").write_text("mine")
     with pytest.raises(Failure, match=r"notes\.txt: not in the manifest"):
-        verify(Store(copy), silent)
+        verify_store(Store(copy), silent)
 
 
 def test_truncated_manifest(copy):
@@ -352,13 +356,13 @@ def trainers_exchanged(fields, rows):
         (moved, "snapshot 2: its edges are not those of its positions"),
         (twice, "snapshot 2: its 200 nodes are not each in exactly one part"),
         (far, "snapshot 2: its 200 nodes are not each in exactly one part"),
-        (elsewhere, "snapshot 2: part 1 holds .* nodes of it, parts.csv says"),
+        (elsewhere, "snapshot 2: part 1 holds .*, parts.csv lists"),
     ],
 )
 def test_verify_finds_wrong_fields(copy, change, says):
     change_fields(copy, change)
     with pytest.raises(Failure, match=says) as caught:
-        verify(Store(copy), silent)
+        verify_store(Store(copy), silent)
     assert str(caught.value).startswith(f"{copy}: ")
 
 
@@ -366,7 +370,7 @@ def test_verify_finds_wrong_fields(copy, change, says):
 def test_missing_field_is_named(copy, field):
     change_fields(copy, lambda fields, rows: fields.pop(f"_N/{field}"))
     with pytest.raises(Failure, match=f"'{field}'"):
-        verify(Store(copy), silent)
+        verify_store(Store(copy), silent)
     if field != "snapshot":  # which `verify` alone needs
         with pytest.raises(Failure, match=f"node field '{field}' is missing"):
             Store(copy).read(2, 1)
@@ -402,7 +406,7 @@ def across(src, dst, own):
 def test_verify_finds_wrong_edges(copy, change, says):
     change_edges(copy, change)
     with pytest.raises(Failure, match=says) as caught:
-        verify(Store(copy), silent)
+        verify_store(Store(copy), silent)
     assert str(caught.value).startswith(f"{copy}: ")
 
 
@@ -413,8 +417,8 @@ def test_verify_finds_what_dgl_refuses(copy):
     graph.ndata[dgl.NID][0] = 0
     dgl.save_graphs(str(copy / name), [graph], formats=["coo"])
     rehash(copy, name)
-    with pytest.raises(Failure, match="part 1 does not pass DGL's own checks"):
-        verify(Store(copy), silent)
+    with pytest.raises(Failure, match="part 1 fails DGL"):
+        verify_store(Store(copy), silent)
 
 
 def test_verify_finds_a_row_that_is_gone(copy):
@@ -423,21 +427,21 @@ def test_verify_finds_a_row_that_is_gone(copy):
         pd.read_csv(copy / name).head(rows).to_csv(copy / name, index=False)
         rehash(copy, name)
     with pytest.raises(Failure, match="holds snapshot 11"):
-        verify(Store(copy), silent)
+        verify_store(Store(copy), silent)
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (another_trainer, "snapshot 2: part 2 holds .* nodes of it, parts.csv says [0-9]+; partition again"),
-        (trainers_exchanged, "snapshot 2: part 2 holds .* nodes of it, parts.csv says [0-9]+, others; partition again"),
+        (another_trainer, "snapshot 2: part 2 holds .*, parts.csv lists [0-9]+; partition again"),
+        (trainers_exchanged, "snapshot 2: part 2 holds .*, parts.csv lists [0-9]+, others; partition again"),
     ],
 )
 def test_verify_finds_wrong_trainers(make_store, tmp_path, change, says):
     path = Path(shutil.copytree(make_store(2, trainers=2), tmp_path / "store"))
     change_fields(path, change)
     with pytest.raises(Failure, match=says):
-        verify(Store(path), silent)
+        verify_store(Store(path), silent)
 
 
 # what is refused before anything is written
@@ -449,16 +453,16 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_fewer_nodes_than_parts(small, make_inputs, tmp_path):
     with pytest.raises(Failure, match="trajectory 0 has 200 nodes, fewer than 201 parts") as caught:
-        store_writer.write(Trajectories(small), tmp_path / "store", make_inputs(201), silent)
+        store_writer.write_store(Trajectories(small), tmp_path / "store", make_inputs(201), silent)
     assert str(small) in str(caught.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_fewer_nodes_than_trainers(small, make_inputs, tmp_path):
-    with pytest.raises(Failure, match="trajectory 0 has 200 nodes, fewer than 41 parts of 5 trainers; take fewer"):
-        store_writer.write(Trajectories(small), tmp_path / "store", make_inputs(41, trainers=5), silent)
+    with pytest.raises(Failure, match="trajectory 0 has 200 nodes, fewer than 41 parts of 5 trainers"):
+        store_writer.write_store(Trajectories(small), tmp_path / "store", make_inputs(41, trainers=5), silent)
     with pytest.raises(Failure, match=r"part [0-9]+ of 40 has [1-4] nodes, fewer than its trainers; lower --trainers"):
-        store_writer.write(Trajectories(small), tmp_path / "store", make_inputs(40, "kmeans", trainers=5), silent)
+        store_writer.write_store(Trajectories(small), tmp_path / "store", make_inputs(40, "kmeans", trainers=5), silent)
     with pytest.raises(Failure, match=r"trainers=0: must be at least 1"):
         make_inputs(2, trainers=0)
 
@@ -470,10 +474,12 @@ def test_as_many_parts_as_nodes(tmp_path, parts):
             out.add(np.random.default_rng(n).normal(size=(5, n, 3)), split="train", dt=1, source="test")
     data = Trajectories(tmp_path / "few.h5")
     settings = Data(horizon=1, features=["speed"])
-    inputs = store_writer.inputs_of(data, parts=parts, method="metis", method_seed=0, settings=settings, shard_nodes=0)
-    store_writer.write(data, tmp_path / "store", inputs, silent)
+    inputs = store_writer.build_inputs(
+        data, parts=parts, method="metis", method_seed=0, settings=settings, shard_nodes=0
+    )
+    store_writer.write_store(data, tmp_path / "store", inputs, silent)
     store = Store(tmp_path / "store")
-    verify(store, silent)
+    verify_store(store, silent)
     assert store.whole(0).num_nodes() == parts
     assert store.whole(0).num_edges() == 0
     assert store.whole(7).num_edges() == (30 if parts == 1 else 0)
@@ -488,14 +494,14 @@ def test_a_folder_of_another_kind_is_left_alone(small, make_inputs, tmp_path, ma
         (out / "manifest.yaml").write_text(manifest)
     before = files(tmp_path)
     with pytest.raises(Failure, match="exists and is not a store of these settings"):
-        store_writer.write(Trajectories(small), out, make_inputs(2), silent)
+        store_writer.write_store(Trajectories(small), out, make_inputs(2), silent)
     assert files(tmp_path) == before
 
 
 def test_a_file_in_the_way_is_left_alone(small, make_inputs, tmp_path):
     (tmp_path / "store").write_text("mine")
     with pytest.raises(Failure, match="exists and is not a store"):
-        store_writer.write(Trajectories(small), tmp_path / "store", make_inputs(2), silent)
+        store_writer.write_store(Trajectories(small), tmp_path / "store", make_inputs(2), silent)
     assert files(tmp_path) == {"store": b"mine"}
 
 
@@ -503,7 +509,7 @@ def test_a_file_in_the_way_is_left_alone(small, make_inputs, tmp_path):
 def test_a_store_of_other_settings_is_left_alone(small, make_inputs, copy, other):
     before = files(copy)
     with pytest.raises(Failure, match="exists and is not a store of these settings"):
-        store_writer.write(Trajectories(small), copy, make_inputs(**{"parts": 2, **other}), silent)
+        store_writer.write_store(Trajectories(small), copy, make_inputs(**{"parts": 2, **other}), silent)
     assert files(copy) == before
 
 
@@ -566,7 +572,7 @@ def content(store: Path) -> dict[str, object]:
 def test_resumed_equals_uninterrupted(make_store, make_inputs, small, tmp_path, calls):
     out, data, inputs = tmp_path / "store", Trajectories(small), make_inputs(2)
     with pytest.raises(Killed):
-        store_writer.write(data, out, inputs, killed_after(calls))
+        store_writer.write_store(data, out, inputs, killed_after(calls))
     assert not out.exists()
     with pytest.raises(Failure, match=r"store\.partial: a partition that was not finished"):
         Store(out)
@@ -580,23 +586,23 @@ def test_resumed_equals_uninterrupted(make_store, make_inputs, small, tmp_path, 
         (partial / "shard-00001" / "part0" / "graph.dgl").write_bytes(b"half")
         (partial / "shard-00001" / "stray").write_bytes(b"half")
     told: list[int] = []
-    assert store_writer.write(data, out, inputs, lambda done, total: told.append(done)) is True
+    assert store_writer.write_store(data, out, inputs, lambda done, total: told.append(done)) is True
     assert told == sorted(told)
     assert told[-1] == 12
     assert list(tmp_path.iterdir()) == [out]
     assert content(out) == content(make_store(2))
-    verify(Store(out), silent)
+    verify_store(Store(out), silent)
 
 
 def test_a_resumed_run_repeats_no_snapshot(make_inputs, small, tmp_path):
     """Snapshot 3's mark is older than the second run, and 4's is not."""
     out, data, inputs = tmp_path / "store", Trajectories(small), make_inputs(2, shard_nodes=0)
     with pytest.raises(Killed):
-        store_writer.write(data, out, inputs, killed_after(3))
+        store_writer.write_store(data, out, inputs, killed_after(3))
     spool = tmp_path / "store.partial" / "spool"
     before = {f.name: f.stat().st_mtime_ns for f in spool.glob("*.npz")}
     with pytest.raises(Killed):
-        store_writer.write(data, out, inputs, killed_after(8))
+        store_writer.write_store(data, out, inputs, killed_after(8))
     after = {f.name: f.stat().st_mtime_ns for f in spool.glob("*.npz")}
     assert (len(before), len(after)) == (8, 18)
     assert before == {name: after[name] for name in before}
@@ -604,7 +610,7 @@ def test_a_resumed_run_repeats_no_snapshot(make_inputs, small, tmp_path):
 
 def test_complete_store_is_not_written_again(make_inputs, small, copy):
     before = {f: f.stat().st_mtime_ns for f in copy.rglob("*")}
-    assert store_writer.write(Trajectories(small), copy, make_inputs(2), silent) is False
+    assert store_writer.write_store(Trajectories(small), copy, make_inputs(2), silent) is False
     assert {f: f.stat().st_mtime_ns for f in copy.rglob("*")} == before
     assert not copy.with_name("store.partial").exists()
 
@@ -613,10 +619,10 @@ def test_complete_store_is_not_written_again(make_inputs, small, copy):
 def test_partial_of_other_settings_is_left_alone(make_inputs, small, tmp_path, other):
     out, data = tmp_path / "store", Trajectories(small)
     with pytest.raises(Killed):
-        store_writer.write(data, out, make_inputs(2), killed_after(3))
+        store_writer.write_store(data, out, make_inputs(2), killed_after(3))
     before = files(tmp_path)
     with pytest.raises(Failure, match=r"store\.partial: left by an unfinished run with other settings"):
-        store_writer.write(data, out, make_inputs(**{"parts": 2, **other}), silent)
+        store_writer.write_store(data, out, make_inputs(**{"parts": 2, **other}), silent)
     assert files(tmp_path) == before
 
 
@@ -629,7 +635,7 @@ def test_foreign_partial_folder_is_left_alone(make_inputs, small, tmp_path, stam
         (partial / "inputs.json").write_text(stamp)
     before = files(tmp_path)
     with pytest.raises(Failure, match=r"store\.partial: left by an unfinished run"):
-        store_writer.write(Trajectories(small), tmp_path / "store", make_inputs(2), silent)
+        store_writer.write_store(Trajectories(small), tmp_path / "store", make_inputs(2), silent)
     assert files(tmp_path) == before
 
 
@@ -642,9 +648,9 @@ def test_killed_before_the_last_rename(make_store, make_inputs, small, tmp_path)
         (out / "thesis.tex").write_text("years of work")
 
     with pytest.raises(Failure, match="store: Directory not empty"):
-        store_writer.write(data, out, inputs, intrude)
+        store_writer.write_store(data, out, inputs, intrude)
     assert files(out) == {"thesis.tex": b"years of work"}
     shutil.rmtree(out)
-    store_writer.write(data, out, inputs, silent)
+    store_writer.write_store(data, out, inputs, silent)
     assert content(out) == content(make_store(2))
     assert list(tmp_path.iterdir()) == [out]

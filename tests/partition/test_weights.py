@@ -56,7 +56,7 @@ def test_every_snapshot_follows(make_store, method, parts, trainers, weights):
 @pytest.mark.parametrize("method", assign.METHODS)
 def test_equal_weights_write_the_same_store(small, make_store, make_inputs, tmp_path, method):
     plain = make_store(2, method, trainers=2)
-    store_writer.write(
+    store_writer.write_store(
         Trajectories(small), tmp_path / "store", make_inputs(2, method, trainers=2, weights=[5] * 4), lambda *_: None
     )
     assert content(tmp_path / "store") == content(plain)
@@ -69,9 +69,9 @@ def test_a_store_from_before_there_were_weights(make_store, make_inputs, small, 
     del manifest["inputs"]["weights"]
     (path / "manifest.yaml").write_text(yaml.safe_dump(manifest))
     assert Store(path).inputs["weights"] is None
-    assert store_writer.write(Trajectories(small), path, make_inputs(2), lambda *_: None) is False
+    assert store_writer.write_store(Trajectories(small), path, make_inputs(2), lambda *_: None) is False
     with pytest.raises(Failure, match="exists and is not a store of these settings"):
-        store_writer.write(Trajectories(small), path, make_inputs(2, "morton", weights=[2, 1]), lambda *_: None)
+        store_writer.write_store(Trajectories(small), path, make_inputs(2, "morton", weights=[2, 1]), lambda *_: None)
 
 
 def test_config_and_store(make_store):
@@ -111,7 +111,7 @@ def test_the_config_of_a_run_with_weights_loads_again(tmp_path):
 def test_weights_that_cannot_be_met_write_nothing(small, make_inputs, tmp_path):
     inputs = make_inputs(2, "morton", weights=[1000, 1])
     with pytest.raises(Failure, match=r"weights=\[1000,1\]: process 1 would get 0\.2 of 200 nodes; raise its weight"):
-        store_writer.write(Trajectories(small), tmp_path / "store", inputs, lambda *_: None)
+        store_writer.write_store(Trajectories(small), tmp_path / "store", inputs, lambda *_: None)
     with pytest.raises(Failure, match="method=kmeans: does not follow weights"):
         make_inputs(2, "kmeans", weights=[2, 1])
     assert list(tmp_path.iterdir()) == []

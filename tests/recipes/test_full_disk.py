@@ -120,14 +120,14 @@ def test_prepare_on_a_full_disk_goes_on_once_there_is_room(small_disk, tmp_path)
 def test_partition_on_a_full_disk(small_disk, small, make_inputs):
     """Wherever it gets full: one line, no store; with room the same call ends with a whole one."""
     from dist_egnn.partition import store_writer
-    from dist_egnn.partition.verify import verify
+    from dist_egnn.partition.verify import verify_store
 
     out, filler, inputs = small_disk / "store", small_disk / "filler", make_inputs(2)
     lines = set()
     for free in (0, 20_000, 300_000, 350_000, 400_000, 450_000, 500_000, 550_000, 650_000, 850_000):
         filler.write_bytes(bytes(4_194_304 - free))
         try:
-            store_writer.write(Trajectories(small), out, inputs, lambda *_: None)
+            store_writer.write_store(Trajectories(small), out, inputs, lambda *_: None)
         except Failure as failure:
             lines.add(str(failure))
             assert not out.exists()
@@ -146,8 +146,8 @@ def test_partition_on_a_full_disk(small_disk, small, make_inputs):
             "is the disk full?",
         )  # the last: DGL's own last bytes
         assert any(text in line for text in said), line
-    store_writer.write(Trajectories(small), out, inputs, lambda *_: None)
-    verify(Store(out), lambda *_: None)
+    store_writer.write_store(Trajectories(small), out, inputs, lambda *_: None)
+    verify_store(Store(out), lambda *_: None)
 
 
 def test_the_end_of_a_file_is_not_lost(small_disk):

@@ -44,10 +44,10 @@ def _write_store(file: Trajectories, out: Path, radius: float, parts: int) -> Da
         features=list(bench_data.FEATURES),
         node_attributes=list(bench_data.ATTRIBUTES),
     )
-    inputs = store_writer.inputs_of(
+    inputs = store_writer.build_inputs(
         file, parts=parts, method="metis", method_seed=0, settings=settings, shard_nodes=store_writer.SHARD_NODES
     )
-    store_writer.write(file, out, inputs, lambda done, _all: None)
+    store_writer.write_store(file, out, inputs, lambda done, _all: None)
     return settings
 
 

@@ -209,7 +209,7 @@ def write_graphs(made: Iterable[tuple[np.ndarray, float]], folder: Path) -> int:
     parts: list[dict[str, Any]] = []
     first = 0
     for seed, (x, radius) in enumerate(made):
-        ends, src = neighbors.sources(x, radius, np.arange(len(x)))
+        ends, src = neighbors.in_neighbors(x, radius, np.arange(len(x)))
         src += first
         counts = {"graph_nodes": [len(x)], "graph_edges": [len(src)], "degree": np.diff(ends).astype(np.int32)}
         parts.append({"src": src, **counts, **bench_data.node_fields(x, seed)})
