@@ -62,6 +62,7 @@ setup(
             "pytest>=8,<10",
             "pytest-xdist>=3.7,<4",  # --no-loadscope-reorder
             "hypothesis>=6.100,<7",
+            "playwright>=1.50,<2",
             "ruff==0.17.5",
             "mypy==2.4.1",
         ],

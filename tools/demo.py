@@ -10,7 +10,9 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a process; before torch is imported
 
@@ -31,7 +33,9 @@ from dist_egnn.errors import Failure
 from dist_egnn.train import checkpoint, trainer
 from dist_egnn.train.metrics import fitted_time, mean_squared_error
 from dist_egnn.utils.console import print_table
-from dist_egnn.viz import plots
+from dist_egnn.utils.filesystem import write_whole
+from dist_egnn.viz import figures
+from dist_egnn.viz.html_report import node_parts
 
 HERE = Path(__file__).resolve().parent.parent
 RECIPE = HERE / "recipes" / "fluid113k"
@@ -55,15 +59,11 @@ def settings(out: Path, name: str, epochs: int) -> config.Config:
     )
 
 
-def picture(out: Path, store: Store, found: dict[str, dict[str, float]], epochs: int) -> None:
-    """runs/demo/report.png from the best checkpoints and one test snapshot."""
+def picture(out: Path, store: Store, epochs: int) -> None:
+    """Write report.png: the best checkpoints on one test snapshot, and their validation errors."""
     number = store.split("test")[len(store.split("test")) // 2]
-    row = store.snapshots.loc[number]
-    pieces = [store.read(number, p).ndata["gid"] for p in range(store.parts)]
-    part = torch.zeros(int(row["nodes"]), dtype=torch.int64)
-    for p, gid in enumerate(pieces):
-        part[gid] = p
     graph = store.whole(number)
+    x, y = graph.ndata["x"].numpy(), graph.ndata["y"].numpy()
     predicted, virtual = {}, np.zeros((0, 3))
     widths = len(store.inputs["features"]), len(store.inputs["node_attributes"])
     for name in MODELS:
@@ -71,26 +71,26 @@ def picture(out: Path, store: Store, found: dict[str, dict[str, float]], epochs:
         path = out / name / "best.pt"
         checkpoint.load_weights(model, checkpoint.load(path), path)
         with torch.no_grad():
-            x, z = model(graph)
-        predicted[name], virtual = x.numpy(), z[0].numpy()
+            positions, z = model(graph)
+        predicted[name], virtual = positions.numpy(), z[0].numpy()
     t = fitted_time((store.whole(n) for n in store.split("train")), Alone())
     valid = [store.whole(n) for n in store.split("valid")]
     baselines = {
         name: mean_squared_error(((g.ndata["x"] + s * g.ndata["v"], g.ndata["y"]) for g in valid), Alone())
         for name, s in (("static", 0.0), ("linear", t))
     }
-    plots.report(
-        out / "report.png",
-        x=graph.ndata["x"].numpy(),
-        y=graph.ndata["y"].numpy(),
-        part=part.numpy(),
-        box=Trajectories(RECIPE / "sample.h5").box(int(row["trajectory"])),
-        predicted=predicted,
-        virtual=virtual,
-        curves={name: pd.read_csv(out / name / "metrics.csv")["valid_mse"].tolist() for name in MODELS},
-        baselines=baselines,
-        title=f"Fluid, {int(row['nodes']):,} particles, {store.inputs['horizon']} frames ahead: two processes, METIS",
-    )
+    lines = {name: pd.read_csv(out / name / "metrics.csv")["valid_mse"].tolist() for name in MODELS}
+    axis = range(1, epochs + 1), lines, baselines, "epoch", "validation MSE [m²]"
+    panels: dict[str, Callable[[Any], None]] = {
+        f"Input, coloured by partition ({store.parts} parts)": lambda f: figures.parts(f, x, node_parts(store, number)),
+        f"Target, {name}, and virtual nodes after the last layer": lambda f: figures.positions(
+            f, y, predicted[name], virtual
+        ),
+        "Displacement of each particle of one test snapshot [m]": lambda f: figures.displacement(f, x, y, predicted),
+        "Validation error": lambda f: figures.curves(f, *axis),
+    }
+    title = f"Fluid, {len(x):,} particles, {store.inputs['horizon']} frames ahead: two processes, METIS"
+    write_whole(out / "report.png", figures.png_of_panels(title, panels))
 
 
 def main() -> None:
@@ -136,7 +136,7 @@ def main() -> None:
         ["prediction", "test MSE [m²]", "s/step", "GB/process"],
         rows,
     )
-    picture(out, store, found, options.epochs)
+    picture(out, store, options.epochs)
     shown = out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out
     print(f"\nPicture: {shown / 'report.png'}   everything else: {shown}   {time.perf_counter() - started:.0f} s")
     worse = [name for name, model in MODELS.items() if not found[name][model] < found[name]["linear"]]

@@ -1,4 +1,4 @@
-"""A run on one page of HTML that needs nothing else: no script, no network, its pictures inside."""
+"""`distegnn report`: a run on one self-contained HTML page, without scripts or external resources."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ pre { font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; backgrou
 @media print { .pictures { grid-template-columns: 1fr 1fr; } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } h2 { break-after: avoid; } pre { background: none; } }
 """
-# what a browser may do with the page: show what is in it, and nothing else
+# the browser may show what is in the page, and load nothing
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
@@ -52,8 +52,9 @@ def _text(value: object) -> str:
     return html.escape(str(value))
 
 
-def _figure(png: bytes, alt: str, caption: str) -> str:
-    data = base64.b64encode(png).decode()
+def _figure(alt: str, caption: str, panel: Callable[..., None], *arguments: object) -> str:
+    """A panel of figures.py with its caption; arguments: the panel's."""
+    data = base64.b64encode(figures.png(panel, *arguments)).decode()
     width, height = (round(side * figures.DPI) for side in figures.SIZE)
     return (
         f'<figure><img src="data:image/png;base64,{data}" width="{width}" height="{height}" alt="{_text(alt)}">'
@@ -71,37 +72,45 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
+def node_parts(store: Store, snapshot: int) -> np.ndarray:
+    """The part of each node of a snapshot (N,)."""
+    part = np.zeros(int(store.snapshots.loc[snapshot, "nodes"]), np.int64)
+    for p in range(store.parts):
+        part[store.read(snapshot, p).ndata["gid"].numpy()] = p
+    return part
+
+
 @dataclass
 class Report:
-    """What a page is made of; each method gives a section, or raises Failure with what would make it."""
+    """The sections of a page. Each method returns the HTML of one, or raises Failure with the command that provides its data."""
 
     run: Path
     config: Config
-    rolled: Path | None
+    rollout_file: Path | None
 
     def metrics(self) -> pd.DataFrame:
-        """metrics.csv, with a row or more."""
+        """metrics.csv, which has at least one row."""
         path = self.run / "metrics.csv"
         if not path.is_file():
             raise Failure("no metrics.csv in the run; `distegnn train` writes it (imported weights have none)")
         try:
             table = pd.read_csv(path)
             if not len(table) or not {"epoch", "train_mse", "valid_mse"} <= set(table):
-                raise Failure("metrics.csv has no epoch yet; go on with `distegnn train --resume`")
+                raise Failure("metrics.csv has no epoch yet; continue with `distegnn train --resume`")
         except ValueError as error:  # what pandas raises for text that is no table
             raise Failure(f"metrics.csv is damaged ({str(error).splitlines()[0]}); copy it again") from error
         return table
 
-    def scores(self) -> dict[str, pd.DataFrame]:
-        """evaluate.csv by split."""
+    def scores(self) -> dict[str, dict[str, float]]:
+        """evaluate.csv: split → prediction → MSE."""
         path = self.run / "evaluate.csv"
         if not path.is_file():
-            raise Failure(f"made by: distegnn evaluate {self.run}")
+            raise Failure(f"created by: distegnn evaluate {self.run}")
         try:
-            table = pd.read_csv(path)
-            return {str(name): rows for name, rows in table.groupby("split", sort=False)}
+            groups = pd.read_csv(path).groupby("split", sort=False)
+            return {str(split): dict(zip(rows["prediction"], rows["mse"], strict=True)) for split, rows in groups}
         except (ValueError, KeyError) as error:
-            raise Failure(f"evaluate.csv is damaged; make it again: distegnn evaluate {self.run}") from error
+            raise Failure(f"evaluate.csv is damaged; create it again: distegnn evaluate {self.run}") from error
 
     def numbers(self) -> str:
         table = self.metrics()
@@ -114,65 +123,58 @@ class Report:
             ["last validation MSE", f"{last['valid_mse']:.4e}"],
             ["last training MSE", f"{last['train_mse']:.4e}"],
         ]
-        for name, what, form in (
-            ("step_s", "seconds a step, last epoch", "{:.3f}"),
-            ("epoch_s", "seconds of training", "{:,.0f}"),
-            ("peak_gb", "memory of the largest process [GB]", "{:.2f}"),
-        ):
-            if name in table:
-                value = table[name].sum() if name == "epoch_s" else last[name]
-                rows.append([what, form.format(value)])
+        if "step_s" in table:
+            rows.append(["seconds per step, last epoch", f"{last['step_s']:.3f}"])
+        if "epoch_s" in table:
+            rows.append(["seconds of training", f"{table['epoch_s'].sum():,.0f}"])
+        if "peak_gb" in table:
+            rows.append(["memory of the largest process [GB]", f"{last['peak_gb']:.2f}"])
         return _table(["", ""], rows)
 
     def errors(self) -> str:
-        shown = []
-        for split, rows in self.scores().items():
-            linear = dict(zip(rows["prediction"], rows["mse"], strict=True)).get("linear", np.nan)
-            cells = [
-                [name, f"{mse:.4e}", "" if np.isnan(linear) else f"{mse / linear:.3f}"]
-                for name, mse in zip(rows["prediction"], rows["mse"], strict=True)
-            ]
-            shown.append(_table([f"split {split}", "MSE", "of linear"], cells))
-        return "".join(shown)
+        tables = []
+        for split, scores in self.scores().items():
+            linear = scores.get("linear", np.nan)
+            ratios = {name: "" if np.isnan(linear) else f"{mse / linear:.3f}" for name, mse in scores.items()}
+            rows = [[name, f"{mse:.4e}", ratios[name]] for name, mse in scores.items()]
+            tables.append(_table([f"split {split}", "MSE", "relative to linear"], rows))
+        return "".join(tables)
 
     def curves(self) -> str:
         table = self.metrics()
-        lines = {"training": table["train_mse"], "validation": table["valid_mse"]}
         try:
-            found = self.scores()["valid"].set_index("prediction")["mse"].to_dict()
-        except (Failure, KeyError):
-            found = {}
-        levels = {f"{name}, validation": found[name] for name in ("static", "linear") if name in found}
-        errors = figures.curves(table["epoch"].tolist(), lines, levels, "epoch", "mean squared error")
+            scores = self.scores().get("valid", {})
+        except Failure:
+            scores = {}
+        levels = {f"{name}, validation": scores[name] for name in ("static", "linear") if name in scores}
         hint = "" if levels else f" Static and linear for comparison: distegnn evaluate {self.run} --split valid"
-        shown = [
-            _figure(
-                errors,
-                "Curves of training and validation error over the epochs",
-                f"Training error is the mean over an epoch while weights change, validation error that after it.{hint}",
-            )
-        ]
+        epochs, alt = table["epoch"].tolist(), "Curves of training and validation error over the epochs"
+        caption = "Training error: mean over an epoch, while weights change. Validation error: after the epoch." + hint
+        lines = {"training": table["train_mse"], "validation": table["valid_mse"]}
+        shown = [_figure(alt, caption, figures.curves, epochs, lines, levels, "epoch", "mean squared error")]
         if "lr" in table and "grad_norm" in table:
             lines = {"gradient norm before clipping": table["grad_norm"], "learning rate": table["lr"]}
-            more = figures.curves(table["epoch"].tolist(), lines, {}, "epoch", "norm, rate")
-            shown.append(_figure(more, "Curves of gradient norm and learning rate", "Gradient norm and learning rate."))
+            alt, caption = "Curves of gradient norm and learning rate", "Gradient norm and learning rate."
+            shown.append(_figure(alt, caption, figures.curves, epochs, lines, {}, "epoch", "norm, rate"))
         return _pictures(*shown)
 
     def timing(self) -> str:
+        columns = [*PHASES, "step_s"]
         table = self.metrics()
-        table = table.dropna(subset=[name for name in (*PHASES, "step_s") if name in table])  # of older epochs
-        if not {*PHASES, "step_s"} <= set(table) or not len(table):
+        table = table.dropna(subset=[name for name in columns if name in table])  # epochs of an older version
+        if not set(columns) <= set(table) or not len(table):
             raise Failure("recorded by an older version, without seconds by phase; train again to have them")
         seconds = {name: table[name].tolist() for name in PHASES}
-        png = figures.timing(table["epoch"].tolist(), seconds, table["step_s"].tolist())
+        alt = "Bars of the seconds of a step by phase, for each epoch"
         caption = "Mean seconds of an optimiser step on rank 0. Communication includes waiting for other processes."
-        return _pictures(_figure(png, "Bars of the seconds of a step by phase, for each epoch", caption))
+        return _pictures(
+            _figure(alt, caption, figures.timing, table["epoch"].tolist(), seconds, table["step_s"].tolist())
+        )
 
     def sample(self) -> str:
-        """A test sample: partition, predicted against true."""
+        """A test sample: its partition, and the prediction of the best checkpoint."""
         path = self.run / checkpoint.BEST
         state = checkpoint.load(path)
-        parts = Store(self.config.data.path).parts if dataset.is_store(self.config.data.path) else 1
         data = dataset.open_dataset(self.config, 0, 1)
         split = next((s for s in ("test", "valid", *SPLITS) if data.splits[s]), "")
         if not split:
@@ -182,78 +184,71 @@ class Report:
         model = trainer.build_model(self.config, data.widths, Alone())
         checkpoint.load_weights(model, state, path)
         model.eval()
-        part = None
-        if parts > 1:
-            store = Store(self.config.data.path)
-            graph = store.whole(number)
-            part = np.zeros(graph.num_nodes(), np.int64)
-            for p in range(parts):
-                part[store.read(number, p).ndata["gid"].numpy()] = p
-        else:
-            graph = data[number]
+        store = Store(self.config.data.path) if dataset.is_store(self.config.data.path) else None
+        graph = store.whole(number) if store and store.parts > 1 else data[number]
         with torch.no_grad():
             predicted, z = model(graph)
         x, y, guess = graph.ndata["x"].numpy(), graph.ndata["y"].numpy(), predicted.numpy()
         mse = float(np.square(guess.astype(np.float64) - y).mean())
         what = f"{split} sample: trajectory {trajectory}, frame {frame}, {len(x):,} nodes"
-        shown = []
-        if part is not None:
-            shares = ", ".join(f"{n:,}" for n in np.bincount(part, minlength=parts))
-            caption = f"Input of a {what}, coloured by part; nodes in the {parts} parts: {shares}."
-            shown.append(_figure(figures.parts(x, part), f"Nodes in space, coloured by {parts} parts", caption))
-        caption = f"Predicted against true displacement, each node of a {what}; MSE {mse:.3e}."
-        shown.append(_figure(figures.displacement(x, y, guess), "Predicted over true displacement", caption))
-        stars = " Stars: virtual nodes where the last layer left them." if z.shape[1] else ""
-        cloud = figures.cloud(y, guess, z[0].numpy())
-        shown.append(_figure(cloud, "True and predicted positions in space", f"The same sample in space.{stars}"))
-        if part is None:
-            note = "No partition to show: this run's graphs are whole (partition.parts=P, or a store, cuts them)."
-            return _pictures(*shown) + f'<p class="left-out">{note}</p>'
-        return _pictures(*shown)
+        shown, note = [], ""
+        if store and store.parts > 1:
+            part = node_parts(store, number)
+            sizes = ", ".join(f"{n:,}" for n in np.bincount(part, minlength=store.parts))
+            alt = f"Nodes in space, coloured by {store.parts} parts"
+            caption = f"Input of a {what}, coloured by part; nodes in the {store.parts} parts: {sizes}."
+            shown.append(_figure(alt, caption, figures.parts, x, part))
+        else:
+            note = "No partition to show: the run trains on whole graphs (partition.parts=P, or a store, divides them)."
+            note = f'<p class="left-out">{note}</p>'
+        caption = f"Predicted over true displacement, each node of a {what}; MSE {mse:.3e}."
+        predictions = {self.config.model.name: guess}
+        shown.append(_figure("Predicted over true displacement", caption, figures.displacement, x, y, predictions))
+        caption = "The same sample in space." + " Stars: virtual nodes after the last layer." * bool(z.shape[1])
+        alt = "True and predicted positions in space"
+        shown.append(_figure(alt, caption, figures.positions, y, guess, z[0].numpy()))
+        return _pictures(*shown) + note
 
     def rollout(self) -> str:
         """Errors by step, energies, paths of virtual nodes."""
-        if self.rolled is None:
-            raise Failure(
-                f"made by: distegnn rollout {self.run} --trajectory K --steps S --out {self.run / 'rollout.vtkhdf'}"
-            )
-        table = rollout.errors(self.rolled)
-        with Rollout(self.rolled) as file:
-            first, count = file[0], len(file)
-            ways = [frame.virtual for frame in file if frame.virtual is not None and len(frame.virtual)]
-            meta = file.meta
-        steps = table["step"].tolist()
-        shown, notes = [], []
-        known = table["mse"].notna() & (table["step"] > 0)
-        if known.any():
-            names = {"rollout": "mse", "static": "static_mse", "linear": "linear_mse"}
-            lines = {label: table.loc[known, name] for label, name in names.items()}
-            png = figures.curves(table.loc[known, "step"].tolist(), lines, {}, "step", "mean squared error")
-            caption = (
-                "Error of the rollout by step, beside that of the first frame as it is (static) and moved on by its "
-                "own velocity (linear)."
-            )
-            shown.append(_figure(png, "Curves of the rollout's error over the steps", caption))
-            if int(known.sum()) < count - 1:
-                notes.append(f"The data end after step {int(table.loc[known, 'step'].max())} of {count - 1}.")
+        path = self.rollout_file
+        if path is None:
+            out = self.run / "rollout.vtkhdf"
+            raise Failure(f"created by: distegnn rollout {self.run} --trajectory K --steps S --out {out}")
+        table = rollout.errors(path)
+        with Rollout(path) as file:
+            start, steps, meta = file[0].position, len(file) - 1, file.meta
+            virtual = [frame.virtual for frame in file if frame.virtual is not None and len(frame.virtual)]
+        shown, notes = (
+            [],
+            [
+                f"{path.name}: trajectory {meta['trajectory']} from frame {meta['start']} on, {steps} steps of "
+                f"{meta['horizon']} frames. To render a video: distegnn render {path}."
+            ],
+        )
+        known = table[table["mse"].notna() & (table["step"] > 0)]
+        if len(known):
+            lines = {"rollout": known["mse"], "static": known["static_mse"], "linear": known["linear_mse"]}
+            alt = "Curves of the rollout's error over the steps"
+            caption = "Error by step. Static: the first frame; linear: the first frame moved on by its own velocity."
+            x = known["step"].tolist()
+            shown.append(_figure(alt, caption, figures.curves, x, lines, {}, "step", "mean squared error"))
+            if len(known) < steps:
+                notes.append(f"The data end after step {int(known['step'].max())} of {steps}.")
         else:
-            notes.append(
-                "The data have no frame to compare with: start the rollout earlier (--start) for errors by step."
+            notes.append("The data have no frame to compare with: errors by step need an earlier start (--start).")
+        lines = {"rollout": table["kinetic_energy"], "truth": table["true_kinetic_energy"]}
+        alt, caption = "Curves of kinetic energy over the steps", "Kinetic energy, mean over each step."
+        shown.append(_figure(alt, caption, figures.curves, table["step"].tolist(), lines, {}, "step", "kinetic energy"))
+        if virtual:
+            alt, caption = (
+                "Paths of the virtual nodes in space",
+                "The virtual nodes after the last layer, step by step.",
             )
-        energy = {"rollout": table["kinetic_energy"], "truth": table["true_kinetic_energy"]}
-        png = figures.curves(steps, energy, {}, "step", "kinetic energy")
-        shown.append(_figure(png, "Curves of kinetic energy over the steps", "Kinetic energy, mean over each step."))
-        if ways:
-            png = figures.paths(first.position, np.stack(ways))
-            caption = "Where the last layer left each virtual node, step by step."
-            shown.append(_figure(png, "Paths of the virtual nodes in space", caption))
+            shown.append(_figure(alt, caption, figures.virtual_node_paths, start, np.stack(virtual)))
         else:
             notes.append("No paths of virtual nodes: the model has none.")
-        what = (
-            f"{self.rolled.name}: trajectory {meta['trajectory']} from frame {meta['start']} on, {count - 1} steps of "
-            f"{meta['horizon']} frames. A film of it: distegnn render {self.rolled}."
-        )
-        return f"<p>{_text(' '.join([what, *notes]))}</p>" + _pictures(*shown)
+        return f"<p>{_text(' '.join(notes))}</p>" + _pictures(*shown)
 
     def about(self) -> str:
         path = self.run / "about.yaml"
@@ -266,12 +261,12 @@ class Report:
 
 
 def newest_rollout(run: Path) -> Path | None:
-    found = [path for pattern in ("*.vtkhdf", "*.hdf") for path in run.glob(pattern)]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+    files = [*run.glob("*.vtkhdf"), *run.glob("*.hdf")]
+    return max(files, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def page(report: Report) -> tuple[str, int, list[str]]:
-    """The page, how many pictures it has, and what is left out, a line each."""
+def page(report: Report) -> tuple[str, list[str]]:
+    """The page, and one line for each section that is left out."""
     sections: dict[str, Callable[[], str]] = {
         "The run in numbers": report.numbers,
         "Errors": report.errors,
@@ -283,9 +278,9 @@ def page(report: Report) -> tuple[str, int, list[str]]:
         "Settings": report.settings,
     }
     body, missing = [], []
-    for title, make in sections.items():
+    for title, section in sections.items():
         try:
-            content = make()
+            content = section()
         except Failure as failure:
             content = f'<p class="left-out">Left out: {_text(failure)}</p>'
             missing.append(f"{title}: {failure}")
@@ -297,22 +292,21 @@ def page(report: Report) -> tuple[str, int, list[str]]:
         '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">\n'
         f"<style>{STYLE}</style></head>\n<body><h1>{name}</h1>\n"
     )
-    text = head + "\n".join(body) + "\n</body></html>\n"
-    return text, text.count("<img "), missing
+    return head + "\n".join(body) + "\n</body></html>\n", missing
 
 
-def run_report(run: Path, rolled: Path | None, out: Path | None) -> None:
-    """Write the page of a run. Raises Failure where there is no run, or a rollout that was named cannot be read."""
+def run_report(run: Path, rollout_file: Path | None, out: Path | None) -> None:
+    """Write the page of a run. Raises Failure if ``run`` is not a run or ``rollout_file`` cannot be read."""
     resume.check_run(run)
     out = run / "report.html" if out is None else out
     if out.suffix != ".html":
         raise Failure(f"--out {out}: must end in .html")
-    if rolled is not None:
-        Rollout(rolled).close()
+    if rollout_file is not None:
+        Rollout(rollout_file).close()
     config = configs.load(run / "config.yaml")
-    plots.pyplot()  # says what is missing before any work
-    text, count, missing = page(Report(run, config, rolled or newest_rollout(run)))
+    plots.pyplot()  # fails now rather than in every section
+    text, missing = page(Report(run, config, rollout_file or newest_rollout(run)))
     write_whole(out, text.encode())
-    print(f"{out}: {count} pictures, {len(text) / 1e6:.1f} MB")
+    print(f"{out}: {text.count('<img ')} pictures, {len(text) / 1e6:.1f} MB")
     for line in missing:
         print(f"  left out: {line}")

@@ -1,4 +1,4 @@
-"""The report of a run: what is on the page, what is left out and why, and the page as a browser shows it."""
+"""The report of a run: its sections, what is left out and why, and the page in a browser."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import re
 import shutil
 from pathlib import Path
 
-import browser
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 from tiny_runs import settings
 
+from dist_egnn import config
 from dist_egnn.commands.evaluate import run_evaluation
 from dist_egnn.commands.train import run_training
+from dist_egnn.data.store import Store
 from dist_egnn.errors import Failure
 from dist_egnn.evaluate import rollout
 from dist_egnn.viz import html_report
@@ -24,19 +25,20 @@ from dist_egnn.viz.html_report import run_report
 
 TITLES = ["The run in numbers", "Errors", "Training", "A sample", "Rollout", "Time of a step by phase", "Made with"]
 TITLES += ["Settings"]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture(scope="module")
 def run(small, make_store, tmp_path_factory) -> Path:
-    """A run of two epochs with all that a page can show; its config then names a store of 2 parts, of the same samples."""
+    """A run of two epochs that has every section; its config then names a store of 2 parts of the same samples."""
     folder = tmp_path_factory.mktemp("reported") / "run"
     run_training(settings(small, folder, "train.epochs=2"))
     for split in ("test", "valid"):
         run_evaluation(folder, split)
-    # one step beyond the data's end
+    # one step beyond the end of the data
     rollout.run_rollout(folder, trajectory=3, steps=5, out=folder / "rolled.vtkhdf")
-    config = folder / "config.yaml"
-    config.write_text(config.read_text().replace(str(small), str(make_store(2))))
+    file = folder / "config.yaml"
+    file.write_text(file.read_text().replace(str(small), str(make_store(2))))
     return folder
 
 
@@ -45,13 +47,11 @@ def copy(run, tmp_path) -> Path:
     return shutil.copytree(run, tmp_path / "copy")
 
 
-def sections(page: str) -> dict[str, str]:
+def sections(folder: Path) -> dict[str, str]:
+    """Write the report; its sections by title."""
+    run_report(folder, None, None)
+    page = (folder / "report.html").read_text()
     return dict(re.findall(r"<section><h2>(.*?)</h2>\n(.*?)\n</section>", page, re.S))
-
-
-def made(folder: Path, *arguments: Path | None) -> dict[str, str]:
-    run_report(folder, *(arguments or (None, None)))  # type: ignore[arg-type]
-    return sections((folder / "report.html").read_text())
 
 
 def pictures(text: str) -> list[Image.Image]:
@@ -59,103 +59,103 @@ def pictures(text: str) -> list[Image.Image]:
 
 
 def test_page_has_every_section(run, capsys):
-    found = made(run)
-    assert list(found) == TITLES
-    assert "left-out" not in "".join(found.values())
-    assert [len(pictures(found[title])) for title in TITLES] == [0, 0, 2, 3, 3, 1, 0, 0]
-    assert capsys.readouterr().out.splitlines()[0].startswith(f"{run / 'report.html'}: 9 pictures")
-    text = "".join(found.values())
-    assert all(len(alt) > 10 for alt in re.findall(r'<img [^>]*alt="([^"]*)"', text))
-    assert len(re.findall("<img ", text)) == len(re.findall(r'<img [^>]*alt="', text)) == 9
+    content = sections(run)
+    assert list(content) == TITLES
+    assert [len(pictures(content[title])) for title in TITLES] == [0, 0, 2, 3, 3, 1, 0, 0]
+    assert f"{run / 'report.html'}: 9 pictures" in capsys.readouterr().out
+    text = "".join(content.values())
+    assert "left-out" not in text
+    assert len(re.findall(r'<img [^>]*alt="[^"]{11,}"', text)) == 9
     # numbers are the run's own
     table = pd.read_csv(run / "metrics.csv")
-    assert f"{table['valid_mse'].min():.4e} (epoch {table['valid_mse'].idxmin()})" in found["The run in numbers"]
+    assert f"{table['valid_mse'].min():.4e} (epoch {table['valid_mse'].idxmin()})" in content["The run in numbers"]
     for row in pd.read_csv(run / "evaluate.csv").itertuples():
-        assert f"<td>{row.prediction}</td><td>{row.mse:.4e}</td>" in found["Errors"]
-    assert "The data end after step 4 of 5." in found["Rollout"]
-    assert (run / "about.yaml").read_text().split("commit: ")[1].split()[0] in found["Made with"]
-    assert "hidden: 4  # " in found["Settings"]
+        assert f"<td>{row.prediction}</td><td>{row.mse:.4e}</td>" in content["Errors"]
+    assert "The data end after step 4 of 5." in content["Rollout"]
+    assert (run / "about.yaml").read_text().split("commit: ")[1].split()[0] in content["Made with"]
+    assert "hidden: 4  # " in content["Settings"]
 
 
-def test_sample_is_the_models_own_prediction(run, small, monkeypatch):
-    """Whole file or cut store, the pictures get the sample's positions, and the parts that the store has."""
-    seen = {}
-    for name in ("parts", "displacement"):
-        monkeypatch.setattr(html_report.figures, name, lambda *given, name=name: seen.__setitem__(name, given) or b"")
-    found = made(run)["A sample"]
-    x, y, predicted = seen["displacement"]
-    _, part = seen["parts"]
-    stored = html_report.Store(html_report.configs.load(run / "config.yaml").data.path)
-    number = stored.split("test")[len(stored.split("test")) // 2]
-    whole = stored.whole(number)
+def test_sample_is_the_models_own_prediction(run, monkeypatch):
+    """Panels get the sample's positions in the order of the whole graph, and the parts of the store."""
+    drawn = {}
+    monkeypatch.setattr(
+        html_report.figures, "png", lambda panel, *arguments: drawn.update({panel.__name__: arguments}) or b""
+    )
+    content = sections(run)["A sample"]
+    x, y, predictions = drawn["displacement"]
+    _, part = drawn["parts"]
+    (predicted,) = predictions.values()
+    store = Store(config.load(run / "config.yaml").data.path)
+    number = store.split("test")[len(store.split("test")) // 2]
+    whole = store.whole(number)
     np.testing.assert_array_equal(x, whole.ndata["x"].numpy())
     np.testing.assert_array_equal(y, whole.ndata["y"].numpy())
-    assert f"MSE {np.square(predicted - y).mean():.3e}" in found
+    assert f"MSE {np.square(predicted - y).mean():.3e}" in content
     for p in (0, 1):
-        np.testing.assert_array_equal(np.flatnonzero(part == p), np.sort(stored.read(number, p).ndata["gid"].numpy()))
+        np.testing.assert_array_equal(np.flatnonzero(part == p), np.sort(store.read(number, p).ndata["gid"].numpy()))
 
 
-LOST = {
+MISSING = {
     "metrics.csv": {
         "The run in numbers": "distegnn train",
         "Training": "no metrics.csv",
         "Time of a step by phase": "",
     },
-    "evaluate.csv": {"Errors": "made by: distegnn evaluate"},
-    "rolled.vtkhdf": {"Rollout": "made by: distegnn rollout"},
+    "evaluate.csv": {"Errors": "distegnn evaluate"},
+    "rolled.vtkhdf": {"Rollout": "distegnn rollout"},
     "about.yaml": {"Made with": "older version"},
     "best.pt": {"A sample": "best.pt"},
 }
 
 
-@pytest.mark.parametrize("name", LOST)
-def test_what_is_missing_is_one_line(copy, name, capsys):
+@pytest.mark.parametrize("name", MISSING)
+def test_a_missing_file_is_one_line(copy, name, capsys):
     (copy / name).unlink()
-    found = made(copy)
-    said = capsys.readouterr().out
-    assert list(found) == TITLES
-    for title in TITLES:
-        assert ("Left out: " in found[title]) == (title in LOST[name]), title
-    for title, hint in LOST[name].items():
-        assert hint in found[title]
-        assert len(found[title].splitlines()) == 1
-        assert f"  left out: {title}: " in said
+    content = sections(copy)
+    printed = capsys.readouterr().out
+    assert list(content) == TITLES
+    assert [title for title in TITLES if "Left out: " in content[title]] == list(MISSING[name])
+    for title, hint in MISSING[name].items():
+        assert hint in content[title]
+        assert len(content[title].splitlines()) == 1
+        assert f"  left out: {title}: " in printed
 
 
 def test_older_and_damaged_files(copy):
-    shown = html_report.Report(copy, html_report.configs.load(copy / "config.yaml"), None)
+    report = html_report.Report(copy, config.load(copy / "config.yaml"), None)
     table = pd.read_csv(copy / "metrics.csv")
     old = ["epoch", "train_loss", "train_mse", "lr", "step_s", "grad_norm", "valid_mse", "peak_gb"]
     table[old].to_csv(copy / "metrics.csv", index=False)
-    assert len(pictures(shown.curves())) == 2
+    assert len(pictures(report.curves())) == 2
     with pytest.raises(Failure, match="older version"):
-        shown.timing()
+        report.timing()
     table.loc[0, ["data_s", "forward_s", "communication_s", "backward_s"]] = np.nan  # resumed by this version
     table.to_csv(copy / "metrics.csv", index=False)
-    assert len(pictures(shown.timing())) == 1
+    assert len(pictures(report.timing())) == 1
     (copy / "metrics.csv").write_text("")
     (copy / "evaluate.csv").write_bytes(b"\x00" * 20)
-    for section, says in ((shown.curves, r"metrics\.csv is damaged"), (shown.errors, r"evaluate\.csv is damaged")):
-        with pytest.raises(Failure, match=says):
+    for section, match in ((report.curves, r"metrics\.csv is damaged"), (report.errors, r"evaluate\.csv is damaged")):
+        with pytest.raises(Failure, match=match):
             section()
 
 
 def test_a_run_of_one_process_has_no_partition(copy, small):
-    config = copy / "config.yaml"
-    config.write_text(re.sub(r"path: \S+", f"path: {small}", config.read_text()))
-    found = made(copy)["A sample"]
-    assert len(pictures(found)) == 2
-    assert "No partition to show" in found
+    file = copy / "config.yaml"
+    file.write_text(re.sub(r"path: \S+", f"path: {small}", file.read_text()))
+    content = sections(copy)["A sample"]
+    assert len(pictures(content)) == 2
+    assert "No partition" in content
 
 
-def test_mistakes(run, tmp_path):
-    for arguments, says in (
+def test_bad_arguments(run, tmp_path):
+    for arguments, match in (
         ((tmp_path, None, None), "not a run"),
         ((run, tmp_path / "none.vtkhdf", None), "no such file"),
         ((run, run / "metrics.csv", None), "not a readable HDF5 file"),
         ((run, None, tmp_path / "page.txt"), "must end in .html"),
     ):
-        with pytest.raises(Failure, match=says):
+        with pytest.raises(Failure, match=match):
             run_report(*arguments)
     assert list(tmp_path.iterdir()) == []
 
@@ -168,35 +168,40 @@ def test_names_are_escaped(copy, tmp_path):
     assert "&lt;b&gt;&amp;" in text
 
 
-@pytest.mark.skipif(browser.PROGRAM is None, reason="no Chromium here: apt-get install chromium")
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 def test_in_a_browser(run, tmp_path):
+    """The page requests nothing, logs nothing and fits a telephone; the same checks fail on a bad page."""
+    sync_api = pytest.importorskip("playwright.sync_api", reason="pip install -e '.[dev]'")
     run_report(run, None, tmp_path / "page.html")
-    bad = tmp_path / "bad.html"
-    bad.write_text(
+    (tmp_path / "bad.html").write_text(
         '<p style="width:900px">wide</p><img src="http://127.0.0.1:9/a.png"><script>console.error(1)</script>'
     )
-    widest = "document.documentElement.scrollWidth"
-    with browser.page(tmp_path / "profile") as shown:
+    with sync_api.sync_playwright() as playwright, playwright.chromium.launch(executable_path=CHROMIUM) as browser:
+        page = browser.new_page()
+        requests, messages = [], []
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("console", lambda message: messages.append(message.text))
+        page.on("pageerror", lambda error: messages.append(str(error)))
+
+        def open_page(name: str, width: int) -> int:
+            """Leaves in ``requests`` what the page loads from elsewhere; returns the width of its content."""
+            requests.clear()
+            page.set_viewport_size({"width": width, "height": 800})
+            page.goto((tmp_path / name).as_uri())
+            requests[:] = [url for url in requests if url != page.url and not url.startswith("data:")]
+            return page.evaluate("document.documentElement.scrollWidth")
+
         for width in (1200, 390):
-            shown.open(tmp_path / "page.html", width)
-            sizes = shown.run(
-                "Promise.all([...document.images].map(i => i.decode().then(() => [i.naturalWidth, i.naturalHeight])))"
-            )
-            assert sizes == [[896, 640]] * 9
-            assert (shown.requests, shown.said) == ([], [])
-            assert shown.run(widest) <= width
-            assert shown.run("[...document.querySelectorAll('h2')].map(h => h.textContent)") == TITLES
-        places = shown.run(
-            "[...document.images].map(i => { const r = i.getBoundingClientRect(); "
-            "return [r.x, r.y + window.scrollY, r.width, r.height]; })"
-        )
-        for place in places:
-            pixels = shown.picture(*place).reshape(-1, 3)
-            assert 330 < place[2] <= 390
-            assert len(np.unique(pixels, axis=0)) > 30, place
-            assert 0.01 < (pixels < 200).any(1).mean() < 0.9, place
-        # the check sees what is wrong
-        shown.open(bad, 390)
-        assert shown.requests == ["http://127.0.0.1:9/a.png"]
-        assert len(shown.said) >= 1
-        assert shown.run(widest) > 390
+            assert open_page("page.html", width) <= width
+            assert (requests, messages) == ([], [])
+            sizes = page.evaluate("[...document.images].map(i => [i.complete, i.naturalWidth, i.naturalHeight])")
+            assert sizes == [[True, 896, 640]] * 9
+            assert page.locator("h2").all_inner_texts() == TITLES
+        for image in page.locator("img").all():
+            pixels = np.asarray(Image.open(io.BytesIO(image.screenshot())).convert("RGB")).reshape(-1, 3)
+            assert 330 < image.bounding_box()["width"] <= 390
+            assert len(np.unique(pixels, axis=0)) > 30
+            assert 0.01 < (pixels < 200).any(1).mean() < 0.9
+        assert open_page("bad.html", 390) > 390
+        assert requests == ["http://127.0.0.1:9/a.png"]
+        assert messages
