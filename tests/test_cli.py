@@ -184,7 +184,7 @@ def test_a_second_run_leaves_the_first_alone(run):
     before = files(folder)
     code, out, err = distegnn(*arguments, cwd=folder)
     assert (code, out) == (2, "")
-    assert err.startswith("error: runs/one: holds a run already; choose another run.dir, or go on: ")
+    assert err.startswith("error: runs/one: holds a run already; choose another run.dir, or resume it: ")
     assert err.endswith("distegnn train --resume runs/one\n")
     assert files(folder) == before
 

@@ -126,12 +126,12 @@ def step(model: torch.nn.Module, graph: DGLGraph, group: comm.Comm) -> Found:
 def differences(one: Found, many: Sequence[Found], rows: Sequence[Tensor]) -> dict[str, float]:
     """Relative differences of the ranks from one process; rows: which node of the whole each of a rank's nodes is."""
     found = {
-        "x": parallel_check._apart(
+        "x": parallel_check.relative_difference(
             torch.cat([m.predicted for m in many])[torch.cat(list(rows)).argsort()], one.predicted
         )
     }
-    found["z"] = max(parallel_check._apart(m.z, one.z) for m in many)
+    found["z"] = max(parallel_check.relative_difference(m.z, one.z) for m in many)
     least = 1e-3 * max((float(g.abs().max()) for g in one.gradients.values()), default=0.0)
     for name, gradient in one.gradients.items():
-        found[name] = max(parallel_check._apart(m.gradients[name], gradient, least) for m in many)
+        found[name] = max(parallel_check.relative_difference(m.gradients[name], gradient, least) for m in many)
     return found

@@ -12,7 +12,7 @@ from ..data import dataset
 from ..data.trajectories import SPLITS
 from ..distributed import spawn
 from ..errors import Failure
-from ..train import resume, trainer
+from ..train import run_dir, trainer
 from ..utils.console import print_table
 
 
@@ -20,11 +20,11 @@ def run_evaluation(run: Path, split: str = "test") -> dict[str, float]:
     """Mean squared error of each prediction, on as many processes as in training; also written to evaluate.csv."""
     if split not in SPLITS:
         raise Failure(f"--split {split}: use one of {', '.join(SPLITS)}")
-    resume.check_run(run)
+    run_dir.check_is_run(run)
     config = configs.load(run / "config.yaml")
     config.run.dir = str(run)
     try:
-        trainer.device_of(config)
+        trainer.resolve_device(config)
     except Failure as failure:  # no option sets the device: name the file that does
         raise Failure(f"{run / 'config.yaml'}: {failure}") from failure
     processes, timeout_s = dataset.process_count(config), config.train.timeout_s

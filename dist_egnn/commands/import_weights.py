@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .. import config as configs
 from ..config import Config
 from ..distributed.comm import Alone
 from ..errors import Failure
@@ -50,7 +49,7 @@ def run_import(file: Path, config: Config) -> None:
     config.model = replace(config.model, name="FastEGNN", attention=attention, **sizes)
     if data.path:
         data.path = str(Path(data.path).absolute())  # the run is evaluated from anywhere
-    content: dict[str, Any] = {"model": model.state_dict(), "config": configs.to_yaml(config)}
+    content = checkpoint.weights_only(model, config)
     # the model that the config describes must accept the weights
     checkpoint.load_weights(trainer.build_model(config, (widths["f"], widths["a"]), Alone()), content, file)
     folder.mkdir(parents=True, exist_ok=True)

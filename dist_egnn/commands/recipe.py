@@ -13,7 +13,7 @@ from .. import config as configs
 from ..config import Config
 from ..data import prepare
 from ..errors import Failure
-from ..train import resume
+from ..train import resume, run_dir
 from .evaluate import run_evaluation
 from .partition import run_partition
 from .train import run_training
@@ -71,7 +71,7 @@ def data_of(recipe: Path, scale: str, path: Path) -> None:
 def finished(config: Config) -> bool:
     """Whether the run of a config is over. Failure where its folder holds a run of another config."""
     folder = Path(config.run.dir)
-    if not resume.begun(folder):
+    if not run_dir.can_resume(folder):
         return False
     for key, was, now in configs.differences(configs.load(folder / "config.yaml"), config):
         raise Failure(
@@ -112,7 +112,7 @@ def run(recipe: Path, scales: Mapping[str, Sequence[str]], arguments: Sequence[s
         if finished(config):
             print(f"{config.run.dir}: trained already")
         else:
-            run_training(config, resume=resume.begun(options.out / name))
+            run_training(config, resume=run_dir.can_resume(options.out / name))
         errors |= run_evaluation(options.out / name)
     table = pd.DataFrame({"prediction": errors.keys(), "test MSE": errors.values()})
     for reference in ("linear", "static"):

@@ -22,7 +22,7 @@ import torch
 
 from .. import config as configs
 from ..data import dataset
-from ..train import checkpoint, resume
+from ..train import checkpoint, run_dir
 from ..utils import filesystem
 from ..utils.console import print_table
 from ..utils.filesystem import write_whole
@@ -56,7 +56,7 @@ def _work(run: Run) -> None:
     torch.set_num_threads(1)
     if run.store:
         run_partition(run.config, run.store)
-    run_training(run.config, resume.begun(folder))
+    run_training(run.config, run_dir.can_resume(folder))
     test = run_evaluation(folder)[run.config.model.name]
     epochs = pd.read_csv(folder / "metrics.csv")
     found = {

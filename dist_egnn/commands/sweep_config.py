@@ -23,7 +23,7 @@ from ..data.trajectories import Trajectories
 from ..errors import Failure
 from ..models import network
 from ..partition import assign
-from ..train.trainer import device_of
+from ..train.trainer import resolve_device
 from ..utils import part_weights
 
 KEYS = configs.keys()
@@ -202,7 +202,7 @@ def check(sweep: Sweep) -> None:
     for config in {run.setting: run.config for run in sweep.runs}.values():
         cut = config.partition
         assign.check_method(cut.method, 1, cut.weights and part_weights.of(cut.weights, len(cut.weights)))
-        device_of(config)
+        resolve_device(config)
         dataset.part_count(config)
         if dataset.is_store(config.data.path):
             check_settings(Store(config.data.path).inputs, config.data.path, config.data)

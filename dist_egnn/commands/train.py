@@ -21,21 +21,20 @@ def run_training(config: Config, resume: bool = False) -> dict[str, float]:
     from ..distributed import spawn
     from ..models import network
     from ..ops import activation_offload
-    from ..planning import plan
+    from ..train import preflight, run_dir, trainer
     from ..train import resume as resuming
-    from ..train import trainer
     from .partition import run_partition, store_inputs
 
     network.named(config.model.name)
-    trainer.device_of(config)
+    trainer.resolve_device(config)
     folder = Path(config.run.dir)
     if config.data.path:
         config.data.path = str(Path(config.data.path).absolute())  # the run is evaluated from anywhere
-    check = resuming.check_resumed if resume else resuming.check_fresh
+    check = resuming.check_resume if resume else run_dir.check_new_run
     check(config)  # before the folder is made
     parts, processes = dataset.part_count(config), dataset.process_count(config)
     activation_offload.check(config.train.kept, "train.kept=")
-    plan.check_memory(config, parts)
+    preflight.check_training(config, parts)
     checked = store_inputs(config) if parts > 1 and not dataset.is_store(config.data.path) else None
     with filesystem.hold(folder, "another run is at work there; wait for it, or choose another run.dir"):
         if not resume:
@@ -64,9 +63,9 @@ def report_result(folder: Path, result: Mapping[str, float], processes: int, com
 
 def resumed_config(run: Path, overrides: Sequence[str]) -> Config:
     """The config to resume a run with: its own, changed by the overrides."""
-    from ..train import resume as resuming
+    from ..train import run_dir
 
-    resuming.check_run(run)
+    run_dir.check_is_run(run)
     given = {override.partition("=")[0] for override in overrides}
     if "data.path" in given and "partition.parts" not in given:  # the number of parts follows from the store
         overrides = ["partition.parts=0", *overrides]

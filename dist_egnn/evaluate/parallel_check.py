@@ -29,7 +29,7 @@ class Step:
     gradients: dict[str, Tensor]
 
 
-def full_size(model: torch.nn.Module) -> None:
+def randomize_output_weights(model: torch.nn.Module) -> None:
     """Draw the last weights of φ_x and its kind anew, at full size: they start near zero, where an error in what they carry
     would hide."""
     generator = torch.Generator().manual_seed(1)
@@ -42,16 +42,16 @@ def full_size(model: torch.nn.Module) -> None:
 def _step(comm: Comm, config: Config, store: Store, graph: DGLGraph) -> Step:
     widths = len(store.inputs["features"]), len(store.inputs["node_attributes"])
     model = trainer.build_model(config, widths, comm).double()
-    full_size(model)
+    randomize_output_weights(model)
     predicted, z = model(graph)
-    loss, _ = trainer.loss_of(config, model, graph, comm, torch.Generator().manual_seed(2))
+    loss, _ = trainer.compute_loss(config, model, graph, comm, torch.Generator().manual_seed(2))
     loss.backward()
     comm.sum_gradients(model.parameters())
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return Step(predicted.detach(), z.detach(), comm.sum(loss.detach()), gradients)
 
 
-def _partitioned(comm: Comm, config: Config, path: str, snapshot: int, folder: str) -> None:
+def save_rank_results(comm: Comm, config: Config, path: str, snapshot: int, folder: str) -> None:
     store = Store(path)
     graph = store.read(snapshot, comm.rank, config.partition.halo == "exchange")
     step = _step(comm, config, store, graph)
@@ -65,7 +65,7 @@ def _partitioned(comm: Comm, config: Config, path: str, snapshot: int, folder: s
     torch.save(result, Path(folder) / f"{comm.rank}.pt")
 
 
-def _apart(a: Tensor, b: Tensor, least: float = 0.0) -> float:
+def relative_difference(a: Tensor, b: Tensor, least: float = 0.0) -> float:
     """The largest difference relative to the largest value of b, or to ``least`` if that is larger; two zeros agree."""
     difference = float((a - b).abs().max()) if a.numel() else 0.0
     return difference / max(float(b.abs().max()), least) if difference else 0.0
@@ -79,22 +79,22 @@ def compare(config: Config, store: Store, snapshot: int, folder: Path) -> dict[s
     """
     config = copy.deepcopy(config)
     spawn.run(
-        _partitioned, store.parts, config, str(store.path), snapshot, str(folder), timeout_s=config.train.timeout_s
+        save_rank_results, store.parts, config, str(store.path), snapshot, str(folder), timeout_s=config.train.timeout_s
     )
-    return _against_one(config, store, snapshot, folder)
+    return compare_with_one_process(config, store, snapshot, folder)
 
 
-def _against_one(config: Config, store: Store, snapshot: int, folder: Path) -> dict[str, float]:
+def compare_with_one_process(config: Config, store: Store, snapshot: int, folder: Path) -> dict[str, float]:
     """What compare returns, given what each process left in the folder."""
     one = _step(Alone(), config, store, store.whole(snapshot, config.partition.halo == "exchange"))
     ranks = [torch.load(folder / f"{p}.pt", weights_only=True) for p in range(store.parts)]
     predicted = torch.cat([r["predicted"] for r in ranks])[torch.cat([r["gid"] for r in ranks]).argsort()]
     found = {
-        "prediction x": _apart(predicted, one.predicted),
-        "virtual nodes z": _apart(ranks[0]["virtual"], one.virtual),
-        "loss": _apart(ranks[0]["loss"], one.loss),
+        "prediction x": relative_difference(predicted, one.predicted),
+        "virtual nodes z": relative_difference(ranks[0]["virtual"], one.virtual),
+        "loss": relative_difference(ranks[0]["loss"], one.loss),
     }
     least = 1e-3 * max((float(g.abs().max()) for g in one.gradients.values()), default=0.0)
     for name, gradient in one.gradients.items():
-        found[f"gradient {name}"] = _apart(ranks[0][f"gradient {name}"], gradient, least)
+        found[f"gradient {name}"] = relative_difference(ranks[0][f"gradient {name}"], gradient, least)
     return found

@@ -19,7 +19,6 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from .. import config as configs
-from ..config import Config
 from ..data import graphs, halo
 from ..data.dataset import sample_spec
 from ..data.halo import Halo
@@ -29,10 +28,9 @@ from ..data.trajectories import Trajectories
 from ..distributed import spawn
 from ..distributed.comm import Comm
 from ..errors import Failure
-from ..partition import assign, neighbors
-from ..partition.snapshot import memory_needed
-from ..train import checkpoint, trainer
-from ..utils import part_weights, resources
+from ..partition import assign
+from ..train import checkpoint, preflight, run_dir, trainer
+from ..utils import part_weights
 from ..utils.console import print_table
 from ..utils.filesystem import claim, write_whole
 from ..utils.progress import bar
@@ -111,7 +109,7 @@ def roll(comm: Comm, job: Job) -> str:
     scene = Scene(data, job)
     model = trainer.build_model(job.config, (len(job.spec.features), len(job.spec.node_attributes)), comm)
     checkpoint.load_weights(model, checkpoint.load(Path(job.weights)), Path(job.weights))
-    model = model.double() if job.double else model.to(trainer.device_of(job.config, comm.rank))
+    model = model.double() if job.double else model.to(trainer.resolve_device(job.config, comm.rank))
     model.eval()
     x, v = (read(job.trajectory, job.start).astype(scene.dtype) for read in (data.position, data.velocity))
     owners = Owners(comm, job, len(x), scene.side)
@@ -196,7 +194,7 @@ class _Output:
         self.file.close()
 
 
-def errors(path: Path) -> pd.DataFrame:
+def error_table(path: Path) -> pd.DataFrame:
     """A row a step of a rollout's file: errors against the true frame, beside the static and the linear prediction's.
 
     Static: the first frame; linear: the first frame and its velocity, unfitted. Energies and radii take the attribute `mass`, or
@@ -250,24 +248,6 @@ def _show(path: Path, table: pd.DataFrame, rows: int = 10) -> None:
     print_table(f"{path}: {len(table)} frames; the whole table is {path.with_suffix('.csv')}", header, shown)
 
 
-def _enough_memory(config: Config, file: Trajectories, trajectory: int, start: int, size: int, method: str) -> None:
-    """Raise Failure where a step alone takes more memory than there is, by a first guess: of a process's share, and of all edges
-    where rank 0 must hold them to partition."""
-    d, m = config.data, config.model
-    side = file.sides(trajectory, d.radius) if d.periodic else None
-    x = file.position(trajectory, start)
-    edges = len(x) * neighbors.mean_degree(x, d.radius, side) * (1 - d.edge_drop)
-    needed = resources.step_bytes(
-        len(x) / size, edges / size, m.hidden, 0, m.tile
-    )  # 0: nothing is kept for a backward pass
-    if size > 1 and (assign.METHODS[method].needs_edges or d.edge_drop or config.partition.halo == "exchange"):
-        needed = max(needed, memory_needed(method, len(x), edges))
-    what = f"{file.path}: a step of trajectory {trajectory} on one of {size} processes"
-    resources.enough_memory(
-        needed, str(trainer.device_of(config)), what, "name more processes with --parts, or another machine"
-    )
-
-
 def prepare(
     run: Path,
     *,
@@ -285,13 +265,12 @@ def prepare(
 
     Raises Failure for what cannot be.
     """
-    if not (run / "config.yaml").is_file():
-        raise Failure(f"{run}: not a run (no config.yaml); `distegnn train` makes one")
-    config = configs.load(run / "config.yaml")
+    run_dir.check_is_run(run)
+    config = configs.load(run / run_dir.CONFIG)
     try:
-        trainer.device_of(config)
+        trainer.resolve_device(config)
     except Failure as failure:  # nothing on this command line sets it: the run's file does
-        raise Failure(f"{run / 'config.yaml'}: {failure}") from failure
+        raise Failure(f"{run / run_dir.CONFIG}: {failure}") from failure
     store = Store(config.data.path) if Path(config.data.path, "manifest.yaml").is_file() else None
     if data is None and not Path(config.data.path).is_file():
         name = f", which was made from a file {store.inputs['source']}" if store else ""
@@ -326,10 +305,10 @@ def prepare(
     owned = owned if size == trained else None
     assign.check_method(method, size, owned)
     assign.check_size(file[trajectory].nodes, size, owned)
-    _enough_memory(config, file, trajectory, start, size, method)
+    preflight.check_rollout(config, file, trajectory, start, size, method)
     job = Job(
         config,
-        str((run / "best.pt").absolute()),
+        str((run / run_dir.BEST).absolute()),
         str(file.path.absolute()),
         sample_spec(d, features),
         trajectory,
@@ -364,7 +343,7 @@ def run_rollout(run: Path, **options: Any) -> pd.DataFrame:
             done = finish(out) if partial_of(out).is_file() else 0
             if 0 < done < job.steps + 1:
                 print(f"{shown}: {done} of {job.steps + 1} frames")
-    table = errors(out)
+    table = error_table(out)
     write_whole(out.with_suffix(".csv"), table.to_csv(index=False).encode())
     _show(shown, table)
     if stopped:

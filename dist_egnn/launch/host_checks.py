@@ -6,6 +6,7 @@ from typing import Any
 
 from ..config import Config
 from ..errors import Failure
+from ..train import preflight
 from ..utils import resources
 from . import host_info
 from .hostfile import Host
@@ -80,13 +81,10 @@ def _room(here: dict[str, Any], store: dict[str, Any], number: int, config: Conf
             f"its server takes about {shared / 1e9:.2f} GB of /dev/shm, {here['shared'] / 1e9:.2f} GB are free there; make it "
             "larger (mount -o remount,size=…, docker --shm-size), or partition for more machines"
         )
-    model = config.model
     ranks = range(number * store["trainers"], (number + 1) * store["trainers"])
     needed = SERVER_BYTES + store["sizes"][number] + shared
     for rank in ranks:
-        nodes, edges = store["largest"][rank]
-        step = resources.step_bytes(nodes, edges, model.hidden, model.layers, model.tile)
-        needed += config.train.replicas * step
+        needed += config.train.replicas * preflight.training_bytes(config, *store["largest"][rank])
     if needed > here["memory"]:
         found.append(
             f"server and trainers take about {needed / 1e9:.1f} GB, {here['memory'] / 1e9:.1f} GB are free; partition for more "

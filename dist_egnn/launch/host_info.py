@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from .. import __version__
+from ..train import run_dir
 from ..utils import resources
 
 PACKAGES = ("torch", "dgl", "numpy", "pandas", "omegaconf", "h5py")
@@ -34,7 +35,7 @@ def around(store: str, run: str) -> dict[str, Any]:
         "memory": resources.memory_free(),
         "shared": shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
         "store": stored(Path(store)),
-        "begun": begun(Path(run)),
+        "begun": run_dir.can_resume(Path(run)),
     }
 
 
@@ -106,11 +107,6 @@ def stored(path: Path) -> dict[str, Any] | None:
         "sums": sums,
         "floats": 9 + len(inputs["features"]) + len(inputs["node_attributes"]),
     }
-
-
-def begun(run: Path) -> bool:
-    """Whether a run can be gone on with there: as resume.begun, without torch."""
-    return (run / "config.yaml").is_file() and any((run / name).is_file() for name in ("last.pt", "previous.pt"))
 
 
 def holder_of(port: int) -> str:

@@ -13,7 +13,7 @@ from .. import config as configs
 from ..config import Config
 from ..data import graph_server
 from ..errors import Failure
-from ..train import resume, trainer
+from ..train import resume, run_dir, trainer
 from ..utils import filesystem, progress, signals
 
 
@@ -24,7 +24,7 @@ class Unmet(Exception):
 def work(job: dict[str, Any], config: Config) -> dict[str, float]:
     """Meet the others and train. Rank 0 holds the run's folder, and refuses one that it must not write to."""
     folder = Path(config.run.dir)
-    check = resume.check_resumed if job["resume"] else resume.check_fresh
+    check = resume.check_resume if job["resume"] else run_dir.check_new_run
     with ExitStack() as stack:
         if job["rank"] == 0:
             check(config)

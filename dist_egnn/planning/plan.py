@@ -21,7 +21,7 @@ from ..distributed import spawn
 from ..errors import Failure
 from ..models import network
 from ..ops import tiling
-from ..train import trainer
+from ..train import preflight, trainer
 from ..utils import resources
 from . import trial, trial_data
 from .trial import PHASES, Call, Times, Trial
@@ -113,32 +113,6 @@ def _picked(source: Source, size: int) -> list[list[int]]:
     return [places[k : k + size] for k in range(0, len(places) - size + 1, size)][:tried]
 
 
-def check_memory(config: Config, parts: int) -> None:
-    """Raise Failure where the first guess of a step's memory is more than there is, before anything is tried or written."""
-    device = str(trainer.device_of(config))
-    if dataset.is_store(config.data.path):
-        source = trial_data.stored(config)
-        _enough(config, parts, source.counts["train"], source.table[..., 3].max(initial=0), device)
-    else:
-        _enough(config, parts, trial_data.guessed(config, parts), 0, device)
-
-
-def _enough(config: Config, parts: int, counts: np.ndarray, halo: float, device: str) -> None:
-    """Raise Failure where the first guess of a rank's memory is more than there is: then even the trial is too much.
-
-    counts (S, P, 2): nodes and edges; halo: nodes whose rows a rank keeps besides in halo mode."""
-    m, layers = config.model, 0 if config.train.kept else config.model.layers
-    if not len(counts):
-        return
-    block = m.tile * (1 if device == "cpu" else tiling.FAR)
-    most = counts.max(0) * config.train.batch_size  # (P, 2)
-    guess = max(resources.step_bytes(n, e, m.hidden, layers, block) for n, e in most.tolist())
-    if config.partition.halo == "exchange":
-        guess += 4 * layers * (m.hidden + 3) * halo * config.train.batch_size
-    remedy = "raise partition.parts, or lower model.hidden, model.layers or train.batch_size, or set train.kept"
-    resources.enough_memory(guess, device, f"{config.data.path}: a step of one of {parts} processes", remedy)
-
-
 def _counted(counts: np.ndarray, config: Config) -> np.ndarray:
     """What the ranks' samples together are counted as, in bytes (P,): in halo mode all as the largest part."""
     if config.partition.halo == "exchange":
@@ -168,7 +142,7 @@ def make(config: Config, say: Say = lambda line: None) -> Plan:
     Raises Failure for data or a model that `train` would refuse, and where a rank's step alone exceeds the memory there is.
     """
     network.named(config.model.name)
-    device = trainer.device_of(config)
+    device = trainer.resolve_device(config)
     parts = dataset.part_count(config)
     if config.train.replicas > 1:
         raise Failure(
@@ -176,9 +150,9 @@ def make(config: Config, say: Say = lambda line: None) -> Plan:
             "many groups take so many times its memory and cores, and share the batches of a step"
         )
     exchange = config.partition.halo == "exchange" and parts > 1
+    preflight.check_training(config, parts)
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
         source = trial_data.of(config, parts, Path(folder), say)
-        _enough(config, parts, source.counts["train"], source.table[..., 3].max(), str(device))
         batches = _picked(source, config.train.batch_size)
         numbers = [[source.numbers[k] for k in batch] for batch in batches]
         # alone, a run stays in the command's own process, with the threads that this one has

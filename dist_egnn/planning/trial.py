@@ -199,7 +199,7 @@ def rank(
 
     torch.set_num_threads(threads)
     group = Lonely(number, size)
-    device = trainer.device_of(config, number)
+    device = trainer.resolve_device(config, number)
     samples = open_dataset(config, number, size)
     model = trainer.build_model(config, samples.widths, group).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.train.lr)
@@ -225,7 +225,7 @@ def rank(
             group.at("forward")
             optimizer.zero_grad(set_to_none=True)
             with timed("batch"):
-                loss, _ = trainer.loss_of(config, model, graph, group, torch.Generator().manual_seed(0))
+                loss, _ = trainer.compute_loss(config, model, graph, group, torch.Generator().manual_seed(0))
                 group.at("backward")
                 loss.backward()
             with timed("finish"):

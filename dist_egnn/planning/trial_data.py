@@ -21,7 +21,6 @@ from ..data.store import Store
 from ..data.store_inputs import check_settings
 from ..data.trajectories import Trajectories
 from ..errors import Failure
-from ..utils import part_weights
 
 Say = Callable[[str], None]
 TRIED = 3  # batches of snapshots that a rank is tried on at least
@@ -105,22 +104,6 @@ def whole(config: Config) -> Source:
     counts = _counts(file, listed, like, math.isinf(config.data.radius))
     table = np.pad(np.concatenate([*counts.values()]), ((0, 0), (0, 0), (0, 2)))  # nothing is cut
     return Source(config, numbers, counts["train"], counts, table)
-
-
-def guessed(config: Config, parts: int) -> np.ndarray:
-    """Nodes and edges (1, 1, 2) of the largest part of the largest training snapshot of a trajectories file, without its edges."""
-    from ..partition import neighbors
-
-    file, listed = _listed(config)
-    ones = [s for s in listed if s.split == "train"]
-    if not ones:
-        return np.zeros((0, 1, 2))
-    largest = max(ones, key=lambda s: file[s.trajectory].nodes)
-    side = file.sides(largest.trajectory, config.data.radius) if config.data.periodic else None
-    x = file.position(largest.trajectory, largest.frame)
-    degree = neighbors.mean_degree(x, config.data.radius, side) * (1 - config.data.edge_drop)
-    share = part_weights.fractions(config.partition.weights, parts).max()
-    return share * len(x) * np.array([[[1.0, degree]]])
 
 
 def cut(config: Config, parts: int, folder: Path, say: Say) -> Source:

@@ -1,43 +1,99 @@
-"""Checkpoints: written completely or not at all, read without running code from them."""
+"""Checkpoints: what they contain, and files that are written completely or not at all and read without running code.
+
+Keys: `model` and `config` (YAML) in all; in those of a training also `optimizer`, `rng`, `samples` (the fingerprint of
+the data, see resume.py) and the fields of `TrainingState`. docs/formats.md describes the format.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import os
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .. import config as configs
+from ..config import Config
 from ..errors import Failure
 from ..utils import filesystem
+from .run_dir import LAST, PREVIOUS
+from .state import TrainingState
 
 FORMAT, VERSION = "dist_egnn.checkpoint", 2
-LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
+Checkpoint = dict[str, Any]
 
 
 class Damaged(Failure):
-    """A checkpoint that is not as it was written."""
+    """A checkpoint whose content is not what was written."""
 
 
-def _on_cpu(state: Any) -> Any:
-    """The same state, its tensors on the CPU: a checkpoint does not depend on the device that made it."""
-    if isinstance(state, torch.Tensor):
-        return state.cpu()
-    if isinstance(state, dict):
-        return {key: _on_cpu(value) for key, value in state.items()}
-    return [_on_cpu(value) for value in state] if isinstance(state, list) else state
+def weights_only(model: torch.nn.Module, config: Config) -> Checkpoint:
+    """A checkpoint for prediction and evaluation, which no training resumes from."""
+    return {"model": model.state_dict(), "config": configs.to_yaml(config)}
 
 
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint: tensors, numbers and text only (``torch.load(weights_only=True)`` reads it).
+def of_training(
+    model: torch.nn.Module,
+    config: Config,
+    optimizer: torch.optim.Optimizer,
+    state: TrainingState,
+    samples: dict[str, Any],
+) -> Checkpoint:
+    """A checkpoint to resume from. samples: `resume.fingerprint` of the data."""
+    return {
+        **weights_only(model, config),
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),  # one for all ranks: every rank makes the same draws
+        **vars(state) | {"sums": dict(state.sums)},
+        "samples": samples,
+    }
 
-    The file ends with the sha256 of all before, as the comment that a zip archive may have.
+
+def training_state(checkpoint: Checkpoint) -> TrainingState:
+    """The training state in a checkpoint; fields that an older version did not write have their default."""
+    values = {name: checkpoint[name] for name in vars(TrainingState()) if name in checkpoint}
+    return TrainingState(**values | {"sums": defaultdict(float, values.get("sums", {}))})
+
+
+def load_weights(model: torch.nn.Module, checkpoint: Checkpoint, path: Path) -> None:
+    """Load a checkpoint's weights into a model. Raises Failure naming the first parameter that does not fit."""
+    try:
+        model.load_state_dict(checkpoint["model"])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        raise Failure(f"{path}: its weights do not fit this model: {reason}") from error
+
+
+def restore(
+    checkpoint: Checkpoint, model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path
+) -> TrainingState:
+    """Load model, optimizer and random state from a checkpoint of a training; returns the training state."""
+    load_weights(model, checkpoint, path)
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    torch.set_rng_state(checkpoint["rng"])
+    return training_state(checkpoint)
+
+
+def _on_cpu(value: Any) -> Any:
+    """Move all tensors of a nested structure to the CPU, so that a checkpoint does not depend on the device."""
+    if isinstance(value, torch.Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: _on_cpu(item) for key, item in value.items()}
+    return [_on_cpu(item) for item in value] if isinstance(value, list) else value
+
+
+def save(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint of tensors, numbers and text only, which ``torch.load(weights_only=True)`` reads.
+
+    The file ends with the sha256 of everything before it, in the comment field of the zip archive.
     """
     buffer = io.BytesIO()
-    torch.save({"format": FORMAT, "version": VERSION, **_on_cpu(state)}, buffer)
-    content = buffer.getvalue()[:-2] + len(_comment(b"")).to_bytes(2, "little")  # the archive's last field: its length
+    torch.save({"format": FORMAT, "version": VERSION, **_on_cpu(checkpoint)}, buffer)
+    content = buffer.getvalue()[:-2] + len(_comment(b"")).to_bytes(2, "little")  # the last field: the comment's length
     filesystem.write_whole(path, content + _comment(content))
 
 
@@ -45,80 +101,71 @@ def _comment(content: bytes) -> bytes:
     return b"sha256 " + hashlib.sha256(content).hexdigest().encode()
 
 
-def save_last(folder: Path, state: dict[str, Any], keep: bool = True) -> None:
-    """Write last.pt; the one before becomes previous.pt, unless it is not worth keeping."""
+def save_last(folder: Path, checkpoint: Checkpoint, keep_previous: bool = True) -> None:
+    """Write last.pt. keep_previous: the present last.pt becomes previous.pt."""
     last = folder / LAST
-    if keep and last.exists():  # between the two renames there is no last.pt; then `load_last` takes previous.pt
+    if keep_previous and last.exists():  # between the two renames there is no last.pt: `load_last` reads previous.pt
         os.replace(last, folder / PREVIOUS)
-    save(last, state)
+    save(last, checkpoint)
 
 
-def load(path: Path) -> dict[str, Any]:
-    """Read a checkpoint. Raises Failure for a file that is missing or not ours, Damaged for one that is not whole."""
-    return parsed(_content(path), path)
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint. Raises Failure if it is missing or of another program, Damaged if its content is."""
+    return parse(_read(path), path)
 
 
-def _content(path: Path) -> bytes:
+def _read(path: Path) -> bytes:
     if not path.is_file():
         raise Failure(f"{path}: no such checkpoint; is its folder a run of `distegnn train`?")
     return path.read_bytes()
 
 
-def parsed(content: bytes, path: Path) -> dict[str, Any]:
-    """The checkpoint that a file held. Raises Failure as ``load`` does."""
+def parse(content: bytes, path: Path) -> Checkpoint:
+    """The checkpoint in the content of a file. Raises Failure as ``load`` does."""
     end = len(content) - len(_comment(b""))
-    marked = end > 0 and content[end:].startswith(b"sha256 ")
-    if marked and content[end:] != _comment(content[:end]):
-        raise Damaged(f"{path}: damaged: its content is not what was written (sha256); use another one of the run")
+    has_checksum = end > 0 and content[end:].startswith(b"sha256 ")
+    if has_checksum and content[end:] != _comment(content[:end]):
+        raise Damaged(f"{path}: damaged: its sha256 does not match; use another checkpoint of the run")
     try:
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise Damaged(
-            f"{path}: damaged or not a checkpoint ({type(error).__name__}); use another one of the run"
-        ) from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise Failure(f"{path}: not a checkpoint of this program")
-    if state["version"] == 1:  # had no checksum, and stood at the end of an epoch always
-        return {**state, "epoch": state["epoch"] + 1, "scale": 1.0}
-    if state["version"] != VERSION:
-        raise Failure(f"{path}: checkpoint version {state['version']}, this program reads {VERSION}: use a newer one")
-    if not marked:
-        raise Damaged(f"{path}: damaged: its end is missing; use another one of the run")
-    return state
+        checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds of errors for a damaged file
+        kind = type(error).__name__
+        raise Damaged(f"{path}: damaged or not a checkpoint ({kind}); use another checkpoint of the run") from error
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
+        raise Failure(f"{path}: not a checkpoint of dist_egnn")
+    if checkpoint["version"] == 1:  # has no checksum, and was always written at the end of an epoch
+        return {**checkpoint, "epoch": checkpoint["epoch"] + 1, "scale": 1.0}
+    if checkpoint["version"] != VERSION:
+        raise Failure(
+            f"{path}: checkpoint version {checkpoint['version']}, this program reads {VERSION}; use a newer dist_egnn"
+        )
+    if not has_checksum:
+        raise Damaged(f"{path}: damaged: its end is missing; use another checkpoint of the run")
+    return checkpoint
 
 
-def load_last(folder: Path) -> tuple[dict[str, Any], str]:
-    """The newest whole checkpoint of a run, and what is wrong with last.pt if it is not that one ("": nothing)."""
-    content, wrong = newest(folder)
-    return parsed(content, folder / LAST), wrong
+def load_last(folder: Path) -> tuple[Checkpoint, str]:
+    """The newest intact checkpoint of a run, and why it is not last.pt (empty if it is)."""
+    content, warning = read_last(folder)
+    return parse(content, folder / LAST), warning
 
 
-def newest(folder: Path) -> tuple[bytes, str]:
-    """What ``load_last`` reads, as the file holds it."""
+def read_last(folder: Path) -> tuple[bytes, str]:
+    """The content of the file that ``load_last`` reads, and the same warning."""
     try:
-        return _whole(folder / LAST), ""
-    except Damaged as error:
-        wrong = str(error).split(";")[0]
+        return _read_intact(folder / LAST), ""
     except Failure as failure:
-        if (folder / LAST).exists() or not (folder / PREVIOUS).exists():
+        missing = not (folder / LAST).exists() and (folder / PREVIOUS).exists()
+        if not (missing or isinstance(failure, Damaged)):
             raise
-        wrong = str(failure).split(";")[0]
+        warning = str(failure).split(";")[0]
     try:
-        return _whole(folder / PREVIOUS), wrong
+        return _read_intact(folder / PREVIOUS), warning
     except Failure as failure:
-        raise Failure(f"{wrong}; and {failure}") from failure
+        raise Failure(f"{warning}; and {failure}") from failure
 
 
-def _whole(path: Path) -> bytes:
-    content = _content(path)
-    parsed(content, path)
+def _read_intact(path: Path) -> bytes:
+    content = _read(path)
+    parse(content, path)
     return content
-
-
-def load_weights(model: torch.nn.Module, state: dict[str, Any], path: Path) -> None:
-    """Put a checkpoint's weights into a model; Failure names the first parameter that does not fit."""
-    try:
-        model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise Failure(f"{path}: its weights are not this model's: {reason}") from error

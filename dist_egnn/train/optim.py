@@ -1,4 +1,4 @@
-"""The learning rate of a step, from where the run stands alone: nothing to lose at a resume."""
+"""The learning rate of a step, computed from the state of the run alone, so that a resume needs no scheduler."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import math
 from ..config import Train
 
 
-def rate(settings: Train, epoch: int, done: float, scale: float) -> float:
-    """The rate of a step that ends when the share ``done`` of an epoch is done. scale: how far plateaus have lowered it.
+def learning_rate(settings: Train, epoch: int, fraction: float, scale: float) -> float:
+    """The rate of a step that ends at this fraction of the epoch. scale: the factor that plateaus have led to.
 
-    It rises linearly over the first `train.warmup` epochs, step by step. Cosine then falls to zero at `train.epochs`, epoch
-    by epoch; plateau lowers it as `lowered` says; constant stays.
+    It rises linearly over the first `train.warmup` epochs, step by step. Then "cosine" falls to zero at `train.epochs`,
+    epoch by epoch; "plateau" falls as `plateau_scale` defines; "constant" stays.
     """
-    found = settings.lr * scale
-    if epoch + done < settings.warmup:
-        return found * (epoch + done) / settings.warmup
+    rate = settings.lr * scale
+    if epoch + fraction < settings.warmup:
+        return rate * (epoch + fraction) / settings.warmup
     if settings.schedule == "cosine":
-        passed = max(epoch - settings.warmup, 0.0) / (settings.epochs - settings.warmup)
-        found *= 0.5 * (1 + math.cos(math.pi * passed))
-    return found
+        elapsed = max(epoch - settings.warmup, 0.0) / (settings.epochs - settings.warmup)
+        rate *= 0.5 * (1 + math.cos(math.pi * elapsed))
+    return rate
 
 
-def lowered(settings: Train, waited: int, scale: float) -> float:
-    """The scale after an epoch: multiplied by `train.plateau_factor` each time `train.plateau_epochs` epochs brought no
+def plateau_scale(settings: Train, waited: int, scale: float) -> float:
+    """The scale after an epoch: multiplied by `train.plateau_factor` after every `train.plateau_epochs` epochs without a
     better validation MSE. waited: epochs since the best one."""
-    stuck = settings.schedule == "plateau" and waited and waited % settings.plateau_epochs == 0
-    return scale * settings.plateau_factor if stuck else scale
+    reduce = settings.schedule == "plateau" and waited and waited % settings.plateau_epochs == 0
+    return scale * settings.plateau_factor if reduce else scale

@@ -1,4 +1,4 @@
-"""What a run was made with: versions, git state, host, seeds. One entry in RUN/about.yaml for its start and each resume."""
+"""Provenance of a run: versions, git state, host, seeds. about.yaml has an entry for the start and for each resume."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from ..utils import filesystem
 
 
 def git_state(folder: Path) -> dict[str, Any]:
-    """Commit of the checkout that a folder is tracked in, and whether tracked files were changed; {} without git."""
+    """Commit of the checkout that tracks a folder, and whether tracked files were changed; {} without git."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(folder), *arguments]
-        environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # look only
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, env=environment)
-        return done.stdout.strip()
+        environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # read only
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, env=environment)
+        return result.stdout.strip()
 
     try:
-        if not git("ls-files", "."):  # an installed copy below somebody else's checkout
+        if not git("ls-files", "."):  # not tracked: an installed copy inside another checkout
             return {}
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.SubprocessError):
         return {}
 
 
-def describe(parts: int, device: str, seeds: dict[str, int]) -> dict[str, Any]:
-    """An entry: when, by which command, with what, where, on how many processes, with which seeds."""
+def describe(processes: int, device: str, seeds: dict[str, int]) -> dict[str, Any]:
+    """An entry of about.yaml."""
     entry = {
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
@@ -47,22 +47,18 @@ def describe(parts: int, device: str, seeds: dict[str, int]) -> dict[str, Any]:
             **{name: importlib.metadata.version(name) for name in ("torch", "dgl", "numpy")},
         },
         "git": git_state(Path(__file__).parent),
-        "host": {
-            "name": platform.node(),
-            "system": platform.platform(),
-            "cores": len(os.sched_getaffinity(0)),
-        },
-        "processes": parts,
+        "host": {"name": platform.node(), "system": platform.platform(), "cores": len(os.sched_getaffinity(0))},
+        "processes": processes,
         "device": device,
         "seeds": seeds,
     }
     return {key: value for key, value in entry.items() if value != {}}
 
 
-def add(path: Path, entry: dict[str, Any]) -> None:
-    """Append an entry to about.yaml, a list; what stands there stays, byte for byte."""
+def append(path: Path, entry: dict[str, Any]) -> None:
+    """Append an entry to about.yaml, a YAML list, and keep the existing bytes."""
     try:
-        before = path.read_bytes() if path.exists() else b""
+        existing = path.read_bytes() if path.exists() else b""
     except OSError as error:
         raise Failure(f"{path}: cannot be read ({error.strerror})") from error
-    filesystem.write_whole(path, before + yaml.safe_dump([entry], sort_keys=False, width=1000).encode())
+    filesystem.write_whole(path, existing + yaml.safe_dump([entry], sort_keys=False, width=1000).encode())

@@ -21,7 +21,7 @@ from ..distributed.comm import Alone
 from ..errors import Failure
 from ..evaluate import rollout
 from ..evaluate.vtkhdf import Rollout
-from ..train import checkpoint, resume, trainer
+from ..train import checkpoint, run_dir, trainer
 from ..train.diagnostics import PHASES
 from ..utils.filesystem import write_whole
 from . import figures, plots
@@ -173,7 +173,7 @@ class Report:
 
     def sample(self) -> str:
         """A test sample: its partition, and the prediction of the best checkpoint."""
-        path = self.run / checkpoint.BEST
+        path = self.run / run_dir.BEST
         state = checkpoint.load(path)
         data = dataset.open_dataset(self.config, 0, 1)
         split = next((s for s in ("test", "valid", *SPLITS) if data.splits[s]), "")
@@ -215,7 +215,7 @@ class Report:
         if path is None:
             out = self.run / "rollout.vtkhdf"
             raise Failure(f"created by: distegnn rollout {self.run} --trajectory K --steps S --out {out}")
-        table = rollout.errors(path)
+        table = rollout.error_table(path)
         with Rollout(path) as file:
             start, steps, meta = file[0].position, len(file) - 1, file.meta
             virtual = [frame.virtual for frame in file if frame.virtual is not None and len(frame.virtual)]
@@ -297,7 +297,7 @@ def page(report: Report) -> tuple[str, list[str]]:
 
 def run_report(run: Path, rollout_file: Path | None, out: Path | None) -> None:
     """Write the page of a run. Raises Failure if ``run`` is not a run or ``rollout_file`` cannot be read."""
-    resume.check_run(run)
+    run_dir.check_is_run(run)
     out = run / "report.html" if out is None else out
     if out.suffix != ".html":
         raise Failure(f"--out {out}: must end in .html")

@@ -38,7 +38,7 @@ def model_of(name: str, *keys: str, widths: tuple[int, int] = (3, 1), double: bo
     settings = config.load(None, [f"model.name={name}", "model.hidden=8", "model.layers=3", "data.radius=0.27", *keys])
     model = trainer.build_model(settings, widths, comm.Alone())
     model = model.double() if double else model
-    parallel_check.full_size(model)
+    parallel_check.randomize_output_weights(model)
     return model
 
 

@@ -51,7 +51,7 @@ def test_trainers_of_several_machines_equal_one(make_store: Callable[..., Path],
 def _each(group: comm.Comm, settings: dict[str, config.Config], path: str, folder: str) -> None:
     """Every model in one group of processes, which take longer to start than to compute."""
     for name, one in settings.items():
-        parallel_check._partitioned(group, one, path, 1, f"{folder}/{name}")
+        parallel_check.save_rank_results(group, one, path, 1, f"{folder}/{name}")
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -63,7 +63,7 @@ def test_many_processes_equal_one_for_every_model(make_store: Callable[..., Path
         (tmp_path / name).mkdir()
     spawn.run(_each, parts, settings, str(store.path), str(tmp_path))
     for name, one in settings.items():
-        found = parallel_check._against_one(one, store, 1, tmp_path / name)
+        found = parallel_check.compare_with_one_process(one, store, 1, tmp_path / name)
         assert max(found.values()) <= parallel_check.TOLERANCE, (name, found)
         weights = len(list(trainer.build_model(one, (3, 1), comm.Alone()).parameters()))
         assert sum(key.startswith("gradient") for key in found) > weights / 2  # all but some of the last layer's
@@ -90,7 +90,7 @@ def _lamed(group: comm.Comm, lame: str, *args: object) -> None:
         comm._Sum.backward = staticmethod(lambda ctx, grad: (grad, None))  # type: ignore[method-assign]
     elif lame == "gradients":
         comm.Group.sum_gradients = lambda self, parameters: comm.Alone().sum_gradients(parameters)  # type: ignore[method-assign]
-    parallel_check._partitioned(group, *args)  # type: ignore[arg-type]
+    parallel_check.save_rank_results(group, *args)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("lame", ["forward", "backward", "gradients"])
@@ -116,7 +116,7 @@ def _calls(group: comm.Comm, settings: config.Config, path: str) -> tuple[list[i
     store = Store(path)
     graph = dgl.batch([store.read(n, group.rank) for n in (0, 1)])
     model = trainer.build_model(settings, (3, 2), group)
-    loss, _ = trainer.loss_of(settings, model, graph, group, torch.Generator().manual_seed(0))
+    loss, _ = trainer.compute_loss(settings, model, graph, group, torch.Generator().manual_seed(0))
     forward = list(sent)
     loss.backward()
     return forward, sent[len(forward) :]
@@ -141,7 +141,7 @@ def _losses(group: comm.Comm, settings: config.Config, path: str) -> list[float]
         read = (lambda n: store.read(n, group.rank)) if group.size > 1 else store.whole
         graph = dgl.batch([read(n) for n in (step, step + 1)])
         optimizer.zero_grad()
-        loss, _ = trainer.loss_of(settings, model, graph, group, torch.Generator().manual_seed(step))
+        loss, _ = trainer.compute_loss(settings, model, graph, group, torch.Generator().manual_seed(step))
         loss.backward()
         group.sum_gradients(model.parameters())
         optimizer.step()

@@ -43,7 +43,7 @@ def test_many_processes_equal_one_on_the_full_graph(
         (tmp_path / name).mkdir()
     spawn.run(_many, parts, settings, str(store.path), str(tmp_path))
     for name, one in settings.items():
-        found = parallel_check._against_one(one, store, 1, tmp_path / name)
+        found = parallel_check.compare_with_one_process(one, store, 1, tmp_path / name)
         assert max(found.values()) <= parallel_check.TOLERANCE, (name, found)
         weights = len(list(trainer.build_model(one, (3, 1), comm.Alone()).parameters()))
         assert sum(key.startswith("gradient") for key in found) > weights / 2  # all but some of the last layer's

@@ -24,7 +24,8 @@ from dist_egnn.errors import Failure
 from dist_egnn.evaluate import parallel_check
 from dist_egnn.launch import hostfile, main, supervisor
 from dist_egnn.planning import plan
-from dist_egnn.train import resume, trainer
+from dist_egnn.train import trainer
+from dist_egnn.train.state import TrainingState
 from dist_egnn.utils import signals
 
 
@@ -35,7 +36,7 @@ def doubled() -> Iterator[None]:
 
     def build(*given: Any) -> torch.nn.Module:
         model = plain(*given).double()
-        parallel_check.full_size(model)
+        parallel_check.randomize_output_weights(model)
         return model
 
     trainer.build_model = build
@@ -63,16 +64,16 @@ def _one(world: comm.Comm, settings: config.Config) -> Result:
         model = trainer.build_model(settings, read.widths, group)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     found: Result = {"steps": 0, "calls": []}
-    position = resume.Position()
+    state = TrainingState()
     for epoch in range(2):
-        for _ in trainer.steps(group, settings, model, optimizer, read, position):
+        for _ in trainer.steps(group, settings, model, optimizer, read, state):
             found["steps"] += 1
             for name, p in model.named_parameters():
                 found[f"gradient {found['steps']} {name}"] = p.grad.numpy().copy()
         for name in ("loss", "mse", "batches", "grad_norm"):
-            found[f"{name} {epoch}"] = position.sums[name]
+            found[f"{name} {epoch}"] = state.sums[name]
         found[f"valid {epoch}"] = valid = trainer.evaluate_split(model, read, "valid", settings, group)
-        position.end_epoch(valid, settings.train)
+        state.end_epoch(valid, settings.train)
     for name, p in model.named_parameters():
         found[f"weight {name}"] = p.detach().numpy().copy()
     return found
@@ -185,7 +186,7 @@ def test_what_is_not_finite_ends_all_groups_with_one_line(small: Path, tmp_path:
     said = []
     for replicas in (1, 2):
         run = tmp_path / f"{replicas}"
-        with pytest.raises(Failure, match="the last good checkpoint is kept") as caught:
+        with pytest.raises(Failure, match="the last good checkpoint") as caught:
             run_training(settings(small, run, "train.lr=1e30", "train.clip=0", f"train.replicas={replicas}"))
         said.append(str(caught.value).replace(str(run), "RUN"))
     assert said[0] == said[1]

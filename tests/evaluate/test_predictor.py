@@ -266,8 +266,8 @@ def test_what_cannot_be_loaded(run, tmp_path):
         "": "best.pt: no such checkpoint",
         "key.pt": r"key\.pt: its config: unknown key 'model\.nome'; did you mean model\.name",
         "yaml.pt": r"yaml\.pt: its config: not readable as YAML",
-        "other.pt": r"other\.pt: its weights are not this model's: size mismatch",
-        "bare.pt": "not a checkpoint of this program",
+        "other.pt": r"other\.pt: its weights do not fit this model: size mismatch",
+        "bare.pt": "not a checkpoint of dist_egnn",
     }
     for name, says in wrong.items():
         with pytest.raises(Failure, match=says):

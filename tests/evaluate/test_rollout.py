@@ -320,7 +320,7 @@ def test_errors_by_their_definitions(tmp_path: Path) -> None:
     data = write(tmp_path / "a.h5")
     run = make_run(tmp_path / "run", data)
     frames = roll(run, tmp_path / "out.vtkhdf")
-    table = rollout.errors(tmp_path / "out.vtkhdf").set_index("step")
+    table = rollout.error_table(tmp_path / "out.vtkhdf").set_index("step")
     file, mass = Trajectories(data), Trajectories(data).attribute(0, "mass")
     x0, v0 = file.position(0, 0), file.velocity(0, 0)
     for k in range(4):

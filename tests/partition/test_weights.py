@@ -132,7 +132,7 @@ def test_a_run_from_a_file_partitions_by_its_weights(small, tmp_path, capsys):
 
 def test_a_resume_on_other_parts_leaves_the_weights(tmp_path, monkeypatch):
     """They were those of the old parts."""
-    monkeypatch.setattr("dist_egnn.train.resume.check_run", lambda run: None)
+    monkeypatch.setattr("dist_egnn.train.run_dir.check_is_run", lambda run: None)
     (tmp_path / "config.yaml").write_text(to_yaml(load(None, ["partition.parts=2", "partition.weights=[2,1]"])))
 
     def weights(*words: str) -> list[float] | None:

@@ -26,7 +26,7 @@ from dist_egnn.ops import tiling
 from dist_egnn.planning import plan, trial_data
 from dist_egnn.planning import trial as trial_module
 from dist_egnn.planning.trial import PHASES, Call, Lonely, Times, Trial
-from dist_egnn.train import metrics, trainer
+from dist_egnn.train import metrics, preflight, trainer
 from dist_egnn.utils import part_weights, resources
 
 DATA = ["data.radius=0.27", "data.horizon=3", "data.frames=3", "data.features=[mass,viscosity/max,speed]"]
@@ -251,9 +251,9 @@ def test_too_large_is_one_failure_before_the_trial(make_store: Any, monkeypatch:
     held = config_of(path, "model.layers=100", "model.hidden=4096")
     monkeypatch.setattr(resources, "memory_free", lambda: 1.5e9)
     with pytest.raises(Failure, match=r"or set train\.kept"):
-        plan.check_memory(held, 2)
+        preflight.check_training(held, 2)
     held.train.kept = "/tmp"
-    plan.check_memory(held, 2)
+    preflight.check_training(held, 2)
 
 
 @pytest.mark.parametrize("stored", [True, False])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_models import make_graph
 
-from dist_egnn.config import KERNELS
+from dist_egnn.config import KERNELS, Loss
 from dist_egnn.train import losses
 
 
@@ -18,9 +18,7 @@ def test_mmd_is_the_formula_over_the_drawn_targets(kernel: str) -> None:
     graph = dgl.batch([make_graph(30, 1), make_graph(4, 2)])
     z = torch.randn(2, 3, 3, dtype=torch.float64)
     total = torch.tensor([[30.0], [4.0]])
-    found = losses.mmd(
-        z, graph, total, sigma=1.5, samples=3, kernel_name=kernel, generator=torch.Generator().manual_seed(5)
-    )
+    found = losses.mmd(z, graph, total, Loss(sigma=1.5, samples=3, kernel=kernel), torch.Generator().manual_seed(5))
 
     def k(a: torch.Tensor, b: torch.Tensor) -> float:
         d = math.dist(a.tolist(), b.tolist())
@@ -42,7 +40,7 @@ def test_its_gradient_is_finite_where_points_coincide() -> None:
     z = graph.ndata["y"][:3].clone().unsqueeze(0).requires_grad_()
     for kernel in KERNELS:
         losses.mmd(
-            z, graph, torch.tensor([[6.0]]), sigma=1, samples=2, kernel_name=kernel, generator=torch.Generator()
+            z, graph, torch.tensor([[6.0]]), Loss(sigma=1, samples=2, kernel=kernel), torch.Generator()
         ).backward()
         assert z.grad is not None
         assert z.grad.isfinite().all()

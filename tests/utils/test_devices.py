@@ -20,7 +20,8 @@ from dist_egnn.distributed.comm import Alone
 from dist_egnn.errors import Failure
 from dist_egnn.models import network
 from dist_egnn.ops import message_passing
-from dist_egnn.train import losses, resume, trainer
+from dist_egnn.train import losses, trainer
+from dist_egnn.train.state import TrainingState
 from dist_egnn.utils import devices
 
 NO_CUDA = "no CUDA device: torch sees none"
@@ -110,7 +111,7 @@ def two_graphs(*, part: bool) -> dgl.DGLGraph:
 def mmd(z: torch.Tensor, graph: dgl.DGLGraph) -> torch.Tensor:
     total = graph.batch_num_nodes().unsqueeze(1)
     drawn = torch.Generator(device="cpu").manual_seed(0)
-    return losses.mmd(z, graph, total, sigma=1.5, samples=3, kernel_name="laplacian", generator=drawn)
+    return losses.mmd(z, graph, total, config.Loss(), drawn)
 
 
 @pytest.mark.parametrize("part", [False, True])
@@ -120,7 +121,7 @@ def test_a_loss_makes_no_tensor_on_a_default_device(part: bool) -> None:
     expected = mmd(z, graph)
     with torch.device("meta"):  # where whatever is made without a device ends up, and has no numbers
         assert torch.equal(mmd(z, graph), expected)
-        loss, mse = trainer.loss_of(chosen, model, graph, Alone(), torch.Generator(device="cpu"))
+        loss, mse = trainer.compute_loss(chosen, model, graph, Alone(), torch.Generator(device="cpu"))
         loss.backward()
     assert loss.device == mse.device == model.by.grad.device == torch.device("cpu")
     assert loss.isfinite()
@@ -133,10 +134,10 @@ def test_an_epoch_makes_no_tensor_on_a_default_device(small: Path, monkeypatch: 
 
     def epoch() -> dict[str, float]:
         """The sums of an epoch, but for seconds."""
-        position = resume.Position()
-        for _ in trainer.steps(Alone(), chosen, model, optimizer, read, position):
+        state = TrainingState()
+        for _ in trainer.steps(Alone(), chosen, model, optimizer, read, state):
             pass
-        return {name: value for name, value in position.sums.items() if not name.endswith("_s")}
+        return {name: value for name, value in state.sums.items() if not name.endswith("_s")}
 
     expected = epoch(), trainer.evaluate_split(model, read, "valid", chosen, Alone())
     assert set(expected[0]) == {"loss", "mse", "batches", "grad_norm"}
@@ -160,7 +161,7 @@ def test_a_loss_takes_the_graph_to_the_model(part: bool) -> None:
     assert z.grad.is_meta
     model = Shift(torch.float64).to("meta")
     if part:  # else the nodes would have to be counted, which takes numbers
-        loss, mse = trainer.loss_of(config.load(None, ["loss.mmd=0"]), model, graph, Alone(), torch.Generator())
+        loss, mse = trainer.compute_loss(config.load(None, ["loss.mmd=0"]), model, graph, Alone(), torch.Generator())
         loss.backward()
         assert loss.is_meta
         assert mse.is_meta

@@ -128,7 +128,7 @@ def _count(group: comm.Comm, config: Config, number: int | None = None) -> dict[
         for name, plain in before.items():
             setattr(comm.dist, name, counted(name, plain))
         ends = [0]
-        loss, _ = trainer.loss_of(config, model, graph, group, torch.Generator().manual_seed(0))
+        loss, _ = trainer.compute_loss(config, model, graph, group, torch.Generator().manual_seed(0))
         ends.append(len(calls))
         loss.backward()
         ends.append(len(calls))
@@ -181,7 +181,7 @@ def _road(group: comm.Comm, config: Config, repeats: int) -> dict[str, float]:
         ends = []
         for graph in graphs_:
             optimizer.zero_grad(set_to_none=True)
-            loss, _ = trainer.loss_of(config, model, graph, group, torch.Generator().manual_seed(0))
+            loss, _ = trainer.compute_loss(config, model, graph, group, torch.Generator().manual_seed(0))
             loss.backward()
             group.sum_gradients(model.parameters(), torch.zeros(3))
             optimizer.step()

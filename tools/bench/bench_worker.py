@@ -207,7 +207,7 @@ def _about(one: _Variant, options: Options, exact: bool) -> dict[str, Any]:
         return found
     with torch.no_grad():
         if options.full_size:
-            parallel_check.full_size(one.model)
+            parallel_check.randomize_output_weights(one.model)
         found["equivariance_error"] = _equivariance_error(one.model, one.graph)
         if options.full_size:
             found["equivariance_error_float64"] = _equivariance_error(one.model.double(), one.graph)

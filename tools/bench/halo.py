@@ -41,7 +41,7 @@ def steps(group: comm.Comm, path: str, store: str) -> dict[str, list[float]]:
             config, model, graph = works[mode]
             group.max(0.0)  # all begin together
             clocks = [clock() for clock in (time.perf_counter, time.process_time, comm.seconds)]
-            loss, _ = trainer.loss_of(config, model, graph, group, torch.Generator().manual_seed(0))
+            loss, _ = trainer.compute_loss(config, model, graph, group, torch.Generator().manual_seed(0))
             loss.backward()
             group.sum_gradients(model.parameters())
             ends = (time.perf_counter(), time.process_time(), comm.seconds())

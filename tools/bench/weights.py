@@ -105,7 +105,7 @@ def steps(group: comm.Comm, config: Config, slow: bool) -> list[float]:
         if own is not group:
             own.since = time.thread_time()
         begun = time.perf_counter(), time.thread_time()
-        loss, _ = trainer.loss_of(config, model, graph, own, torch.Generator().manual_seed(0))
+        loss, _ = trainer.compute_loss(config, model, graph, own, torch.Generator().manual_seed(0))
         loss.backward()
         own.sum_gradients(model.parameters())
         taken.append([time.perf_counter() - begun[0], time.thread_time() - begun[1]])

@@ -134,10 +134,10 @@ def step(config: configs.Config, learner: Any, graph: DGLGraph, group: comm.Comm
     clocks = time.process_time, time.perf_counter, comm.seconds
     begun = [clock() for clock in clocks]
     optimizer.zero_grad(set_to_none=True)
-    loss, mse = trainer.loss_of(config, model, graph, group, torch.Generator().manual_seed(0))
+    loss, mse = trainer.compute_loss(config, model, graph, group, torch.Generator().manual_seed(0))
     loss.backward()
     group.sum_gradients(model.parameters(), torch.stack([loss.detach(), mse, torch.zeros(())]))
-    trainer._clipped(model, config.train.clip)
+    trainer.clip_gradients(model, config.train.clip)
     optimizer.step()
     took = [clock() - then for clock, then in zip(clocks, begun, strict=True)]
     return dict(zip(("cpu_s", "wall_s", "comm_s"), took, strict=True))

@@ -1,0 +1,96 @@
+"""Memory checks before a run starts: an estimate of a process's peak against the free memory. Imports no torch at first.
+
+The estimate (`resources.step_bytes`) was fitted to measurements in docs/scaling.md; `distegnn plan` measures instead.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..utils import resources
+
+if TYPE_CHECKING:
+    from ..config import Config
+    from ..data.trajectories import Trajectories
+
+
+def training_bytes(config: Config, nodes: float, edges: float, halo: float = 0.0, device: str = "cpu") -> float:
+    """Peak memory of a training process, in bytes.
+
+    nodes, edges: of its part of the largest snapshot; halo: nodes whose rows it receives in halo mode.
+    """
+    model, batch = config.model, config.train.batch_size
+    layers, block = 0 if config.train.kept else model.layers, float(model.tile)
+    if device != "cpu":
+        from ..ops import tiling
+
+        block *= tiling.FAR
+    received = 4 * layers * (model.hidden + 3) * halo if config.partition.halo == "exchange" else 0.0
+    return resources.step_bytes(batch * nodes, batch * edges, model.hidden, layers, block) + batch * received
+
+
+def check_training(config: Config, parts: int) -> None:
+    """Raise Failure if a training process on one of so many parts needs more memory than is free."""
+    from ..data.dataset import is_store
+    from .trainer import resolve_device
+
+    device = str(resolve_device(config))
+    sizes, halo = _sizes_in_store(config) if is_store(config.data.path) else (_estimated_sizes(config, parts), 0.0)
+    needed = max((training_bytes(config, nodes, edges, halo, device) for nodes, edges in sizes.tolist()), default=0.0)
+    remedy = "raise partition.parts, or lower model.hidden, model.layers or train.batch_size, or set train.kept"
+    resources.enough_memory(needed, device, f"{config.data.path}: a step of one of {parts} processes", remedy)
+
+
+def _sizes_in_store(config: Config) -> tuple[np.ndarray, float]:
+    """Nodes and edges (P, 2) of each part of the largest training snapshot, and the most halo nodes of a part."""
+    from ..data.store import Store
+    from ..data.store_inputs import check_settings
+
+    store = Store(config.data.path)
+    check_settings(store.inputs, str(store.path), config.data)
+    table = store.parts_table
+    if config.partition.halo != "exchange":
+        table = table.assign(edges=table["edges"] - table["cut_edges"])
+    train = table[table["snapshot"].isin(store.split("train"))]
+    return train.groupby("part")[["nodes", "edges"]].max().to_numpy(float), float(table["halo"].max())
+
+
+def _estimated_sizes(config: Config, parts: int) -> np.ndarray:
+    """Nodes and edges (1, 2) of the largest part of the largest training snapshot of a trajectories file."""
+    from ..data.samples import select_snapshots
+    from ..data.trajectories import Trajectories
+    from ..partition import neighbors
+    from ..utils import part_weights
+
+    d = config.data
+    file = Trajectories(d.path)
+    listed = select_snapshots(file, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed)
+    train = [snapshot for snapshot in listed if snapshot.split == "train"]
+    if not train:
+        return np.zeros((0, 2))
+    largest = max(train, key=lambda snapshot: file[snapshot.trajectory].nodes)
+    x = file.position(largest.trajectory, largest.frame)
+    side = file.sides(largest.trajectory, d.radius) if d.periodic else None
+    edges = neighbors.mean_degree(x, d.radius, side) * (1 - d.edge_drop)
+    fraction = part_weights.fractions(config.partition.weights, parts).max()
+    return fraction * len(x) * np.array([[1.0, edges]])
+
+
+def check_rollout(config: Config, file: Trajectories, trajectory: int, start: int, processes: int, method: str) -> None:
+    """Raise Failure if a step of a rollout needs more memory than is free: a process's share without a backward pass, or
+    all edges where rank 0 must have them to partition."""
+    from ..partition import assign, neighbors, snapshot
+    from .trainer import resolve_device
+
+    d, m = config.data, config.model
+    x = file.position(trajectory, start)
+    edges = len(x) * neighbors.mean_degree(x, d.radius, file.sides(trajectory, d.radius) if d.periodic else None)
+    edges *= 1 - d.edge_drop
+    needed = resources.step_bytes(len(x) / processes, edges / processes, m.hidden, 0, m.tile)
+    if processes > 1 and (assign.METHODS[method].needs_edges or d.edge_drop or config.partition.halo == "exchange"):
+        needed = max(needed, snapshot.memory_needed(method, len(x), edges))
+    what = f"{file.path}: a step of trajectory {trajectory} on one of {processes} processes"
+    remedy = "raise --parts, or use a machine with more memory"
+    resources.enough_memory(needed, str(resolve_device(config)), what, remedy)
