@@ -1,4 +1,4 @@
-"""The samples of a run by split, whatever they come from: a trajectories file, or a process's part of a store."""
+"""The samples of a run by split, from a trajectories file or from one process's part of a store."""
 
 from __future__ import annotations
 
@@ -19,33 +19,34 @@ from .store_inputs import check_settings
 from .trajectories import SPLITS, Trajectories
 
 Key = TypeVar("Key")
-Made = TypeVar("Made")
+Item = TypeVar("Item")
 
-CACHE_BYTES = 2 << 30  # graphs kept ready by all processes of a machine together
+CACHE_BYTES = 2 << 30  # of cached samples, for all processes of a machine together
 
 
-def prefetch(make: Callable[[Key], Made], keys: Iterable[Key]) -> Generator[Made, None, None]:
-    """make(key) of each key in order, the next one being made in a thread while the last is in use."""
+def prefetch(make: Callable[[Key], Item], keys: Iterable[Key]) -> Generator[Item, None, None]:
+    """make(key) for each key in order; a thread makes the next item while the caller uses the current one."""
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
-        waiting: Future[Made] | None = None
+        pending: Future[Item] | None = None
         for key in keys:
-            done, waiting = waiting, thread.submit(make, key)
-            if done is not None:
-                yield done.result()
-        if waiting is not None:
-            yield waiting.result()
+            ready, pending = pending, thread.submit(make, key)
+            if ready is not None:
+                yield ready.result()
+        if pending is not None:
+            yield pending.result()
 
 
 def cached_bytes(nodes: int, edges: int) -> int:
-    """What a sample that stays in memory is counted as: fields, structure and tiles, roughly."""
+    """Approximate memory of a cached sample: fields, structure and tiles."""
     return 64 * edges + 256 * nodes
 
 
 class Dataset:
-    """Samples by number; the latest ones stay in memory, ready for use.
+    """Samples by number, read on demand; the most recently used ones stay in memory.
 
-    splits: name → numbers; widths: F and K of the fields f and a; frames: trajectory and frame of each number; sizes: bytes that
-    each is counted as, where all ranks must keep the same ones (they link halos together); else they count their own.
+    splits: name → numbers; widths: F and K of the fields f and a; frames: trajectory and frame of each number; budget: bytes
+    of the cache; sizes: bytes of each sample. Ranks of halo mode need the same sizes, so that they evict the same samples:
+    all must link a halo at the same time. By default a sample's own size counts.
     """
 
     def __init__(
@@ -58,77 +59,74 @@ class Dataset:
         sizes: list[int] | None = None,
     ) -> None:
         self._read, self.splits, self.widths, self.frames, self._sizes = read, splits, widths, frames, sizes
-        self._budget, self._held = budget, 0
-        self._kept: OrderedDict[int, tuple[DGLGraph, int]] = OrderedDict()
+        self._budget, self._used = budget, 0
+        self._cache: OrderedDict[int, tuple[DGLGraph, int]] = OrderedDict()
 
     def __getitem__(self, number: int) -> DGLGraph:
-        if number in self._kept:
-            self._kept.move_to_end(number)
-            return self._kept[number][0]
+        if number in self._cache:
+            self._cache.move_to_end(number)
+            return self._cache[number][0]
         graph = self._read(number)
         size = self.size(number, graph)
-        self._kept[number] = graph, size
-        self._held += size
-        while self._held > self._budget and len(self._kept) > 1:
-            self._held -= self._kept.popitem(last=False)[1][1]
+        self._cache[number] = graph, size
+        self._used += size
+        while self._used > self._budget and len(self._cache) > 1:
+            self._used -= self._cache.popitem(last=False)[1][1]
         return graph
 
     def size(self, number: int, graph: DGLGraph) -> int:
-        """The bytes that a sample is counted as."""
+        """The bytes that a sample counts for in the cache."""
         return self._sizes[number] if self._sizes else cached_bytes(graph.num_nodes(), graph.num_edges())
 
 
 def is_store(path: str) -> bool:
-    """Whether data.path means a store (a folder) rather than a trajectories file."""
+    """Whether data.path names a store (a folder) rather than a trajectories file. Raises Failure if it names neither."""
     if not path:
-        raise Failure(
-            "data.path is not set: name a trajectories.h5 or a store, for example data.path=recipes/fluid113k/sample.h5"
-        )
+        example = "data.path=recipes/fluid113k/sample.h5"
+        raise Failure(f"data.path is not set: name a trajectories.h5 or a store, for example {example}")
     if not Path(path).exists() and not path.endswith((".h5", ".hdf5")):
-        Store(path)  # says what is missing
+        Store(path)  # raises the Failure
     return Path(path).is_dir()
 
 
 def process_count(config: Config) -> int:
-    """How many processes train: ``parts`` of them for each of train.replicas groups."""
+    """The number of training processes: one a part in each of train.replicas groups."""
     return part_count(config) * config.train.replicas
 
 
 def part_count(config: Config) -> int:
-    """How many processes share each graph. Raises Failure where the config and the store disagree."""
-    wanted, weights = config.partition.parts, config.partition.weights
+    """The number of processes that share each graph. Raises Failure if the config disagrees with the store."""
+    requested, weights = config.partition.parts, config.partition.weights
     if not is_store(config.data.path):
-        part_weights.of(weights, wanted or 1)
-        return wanted or 1
+        part_weights.of(weights, requested or 1)
+        return requested or 1
     store = Store(config.data.path)
-    if wanted not in (0, store.parts):
-        raise Failure(
-            f"partition.parts={wanted}, but {config.data.path} was made for {store.parts}; partition again or leave it out"
-        )
-    if weights is not None and not part_weights.same(part_weights.of(weights, store.parts), store.inputs["weights"]):
-        raise Failure(
-            f"{part_weights.KEY}={part_weights.text(weights)}, but {config.data.path} was made with "
-            f"{part_weights.text(store.inputs['weights'])}; partition again or leave it out"
-        )
-    return store.parts
+    stored = store.inputs["weights"]
+    if requested not in (0, store.parts):
+        given, made = f"partition.parts={requested}", f"for {store.parts}"
+    elif weights is not None and not part_weights.same(part_weights.of(weights, store.parts), stored):
+        given, made = f"{part_weights.KEY}={part_weights.text(weights)}", f"with {part_weights.text(stored)}"
+    else:
+        return store.parts
+    raise Failure(f"{given}, but {config.data.path} was made {made}; partition again or leave it out")
 
 
 def sample_spec(data: Data, features: Iterable[str]) -> SampleSpec:
-    """How the data section makes samples; features: its own, or what null stands for."""
+    """The spec of a data section; features: those of the section, or the ones that null stands for."""
     return SampleSpec(
         data.radius, data.horizon, tuple(features), tuple(data.node_attributes), data.edge_drop, data.periodic
     )
 
 
-def open_dataset(config: Config, part: int, count: int) -> Dataset:
-    """The samples of a config: this process's part of each snapshot in a store, or whole ones of a trajectories file.
+def open_dataset(config: Config, part: int, processes: int) -> Dataset:
+    """The dataset of a config: this process's part of each snapshot of a store, or the whole ones of a trajectories file.
 
-    count: processes of the run, which share the memory for samples.
+    processes: those of the run, which share CACHE_BYTES.
     """
-    budget = CACHE_BYTES // count
-    if is_store(config.data.path):
-        store = Store(config.data.path)
-        check_settings(store.inputs, str(store.path), config.data)
+    d, budget = config.data, CACHE_BYTES // processes
+    if is_store(d.path):
+        store = Store(d.path)
+        check_settings(store.inputs, str(store.path), d)
         splits = {name: store.split(name) for name in SPLITS}
         widths = len(store.inputs["features"]), len(store.inputs["node_attributes"])
         table = store.snapshots
@@ -138,14 +136,12 @@ def open_dataset(config: Config, part: int, count: int) -> Dataset:
             largest = store.parts_table.groupby("snapshot")[["nodes", "edges"]].max().to_numpy().tolist()
             sizes = [cached_bytes(nodes, edges) for nodes, edges in largest]
         return Dataset(lambda number: store.read(number, part, exchange), splits, widths, budget, frames, sizes)
-    d = config.data
     file = Trajectories(d.path)
-    features = tuple(d.features) if d.features is not None else (*file[0].attributes, "speed")
-    spec = sample_spec(d, features)
+    spec = sample_spec(d, d.features if d.features is not None else (*file[0].attributes, "speed"))
     if spec.periodic:
         for k in range(len(file)):
             file.sides(k, spec.radius)
-    listed = list(select_snapshots(file, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed))
-    splits = {name: [i for i, s in enumerate(listed) if s.split == name] for name in SPLITS}
-    widths, frames = (len(features), len(d.node_attributes)), [(s.trajectory, s.frame) for s in listed]
-    return Dataset(lambda number: read_sample(file, listed[number], spec), splits, widths, budget, frames)
+    snapshots = list(select_snapshots(file, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed))
+    splits = {name: [i for i, s in enumerate(snapshots) if s.split == name] for name in SPLITS}
+    widths, frames = (len(spec.features), len(spec.node_attributes)), [(s.trajectory, s.frame) for s in snapshots]
+    return Dataset(lambda number: read_sample(file, snapshots[number], spec), splits, widths, budget, frames)

@@ -1,57 +1,71 @@
-"""What DGL 1.1.3's distributed module does otherwise here: functions of its modules, replaced before it connects anything."""
+"""All patches of DGL 1.1.3's distributed module. Call them before DGL connects to anything; remove them with that version."""
 
 from __future__ import annotations
 
+import atexit
 import socket
 from typing import Any
 
 import dgl
-from dgl.distributed import kvstore, rpc, rpc_client
+from dgl.distributed import dist_context, kvstore, rpc, rpc_client
 
 
-def mean_this_machine(machine: int, host: str, prefix: str) -> None:
-    """Have DGL take this process to be of a machine, listen on its address only, and share under names with a prefix of its own."""
-    plain = kvstore.empty_shared_mem
+def set_machine(machine: int, host: str, prefix: str) -> None:
+    """Fix this process's machine number and address, and prefix the names of its shared memory.
 
-    def empty_shared_mem(name: str, *others: Any) -> Any:
-        if 0 in others[1]:  # a store without node attributes, say: what is empty cannot be mapped
-            return dgl.ndarray.empty(others[1], others[2])
-        return plain(prefix + name, *others)
+    DGL 1.1.3 derives the machine number from the interfaces of the host, listens on any of them, and names shared memory after
+    the graph's fields only, so two servers on one host collide. It also cannot map empty arrays (a store without node
+    attributes), and its signal handler hangs.
+    """
+    create_shared_memory = kvstore.empty_shared_mem
 
-    def usable(_: str) -> str:
+    def empty_shared_mem(name: str, is_create: bool, shape: Any, dtype: str) -> Any:
+        if 0 in shape:
+            return dgl.ndarray.empty(shape, dtype)
+        return create_shared_memory(prefix + name, is_create, shape, dtype)
+
+    def free_address(_: str) -> str:
         with socket.socket() as probe:
             probe.bind((host, 0))
             return f"{host}:{probe.getsockname()[1]}"
 
     kvstore.empty_shared_mem = empty_shared_mem
     rpc_client.get_local_machine_id = lambda _: machine
-    rpc_client.get_local_usable_addr = usable
-    rpc.register_sig_handler = lambda: None  # DGL's would hang
+    rpc_client.get_local_usable_addr = free_address
+    rpc.register_sig_handler = lambda: None
 
 
-def tolerate_lost_groups() -> None:
-    """Go on where trainers are gone before they are connected; DGL's server would end with them, and the next group hang."""
+def ignore_lost_trainers() -> None:
+    """Keep a server alive when trainers exit before they are connected.
+
+    DGL 1.1.3's server fails when it cannot connect back to a client, and the next group of trainers hangs.
+    """
     connect_receiver, send_response = rpc.connect_receiver, rpc.send_response
-    lost: set[int] = set()
+    lost_groups: set[int] = set()
 
     def connect(host: str, port: str, client: int, group: int) -> bool:
         if not connect_receiver(host, port, client, group):
-            lost.add(group)
+            lost_groups.add(group)
         return True
 
     def send(client: int, response: Any, group: int) -> None:
-        if group not in lost:
+        if group not in lost_groups:
             send_response(client, response, group)
 
     rpc.connect_receiver, rpc.send_response = connect, send
 
 
-def say_when_listening(line: str) -> None:
-    """Print a line once the server of this process listens."""
-    plain = rpc.wait_for_senders
+def print_when_listening(line: str) -> None:
+    """Print a line once this process's server listens. DGL 1.1.3 has no hook between listening and waiting for clients."""
+    wait_for_senders = rpc.wait_for_senders
 
-    def wait_for_senders(*args: Any, **options: Any) -> None:
-        plain(*args, **options)
+    def wait_and_print(*args: Any, **options: Any) -> None:
+        wait_for_senders(*args, **options)
         print(line, flush=True)
 
-    rpc.wait_for_senders = wait_for_senders
+    rpc.wait_for_senders = wait_and_print
+
+
+def skip_exit_barrier() -> None:
+    """Let a trainer exit alone. DGL 1.1.3 registers a barrier of all trainers at exit, which hangs if one has died."""
+    atexit.unregister(dist_context.exit_client)

@@ -1,4 +1,4 @@
-"""The fields of a sample: one table of names, shapes, units and how each transforms.
+"""The fields of a sample: one table of names, shapes, units and transformations.
 
 A sample is a DGLGraph; edges run j→i from source to destination. Legend: N nodes, E edges, F input features,
 K node attributes, A edge attributes. A *point* moves with rotations and translations, a *vector* with rotations only.
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Field:
-    """One field of a sample: its name in ``ndata`` or ``edata``, its shape after the first axis, and what it means."""
+    """One field of a sample: its name in ``ndata`` or ``edata``, its shape after the first axis, and its meaning."""
 
     name: str
     on: Literal["node", "edge"]
@@ -43,25 +43,19 @@ TABLE = (
 
 
 def validate(graph: DGLGraph, where: str, *, target: bool = False) -> None:
-    """Raise Failure, naming ``where`` and the field, if a field is missing, has the wrong shape, or is not finite."""
+    """Raise Failure, naming ``where`` and the field, if a field is missing, has a wrong shape or a non-finite value."""
     for field in TABLE:
         data, rows = (graph.ndata, graph.num_nodes()) if field.on == "node" else (graph.edata, graph.num_edges())
+        name = f"{where}: {field.on} field '{field.name}'"
         if field.name not in data:
             if field.required or (target and field.name == "y"):
-                raise Failure(
-                    f"{where}: {field.on} field '{field.name}' ({field.meaning}) is missing; add it to the sample"
-                )
+                raise Failure(f"{name} ({field.meaning}) is missing; add it to the sample")
             continue
         value = data[field.name]
-        tail = tuple(value.shape[1:])
-        wanted = () if field.width == 0 else (field.width,)
-        if len(tail) != len(wanted) or (field.width is not None and tail != wanted):
-            shape = ", ".join([str(rows), *("any" if w is None else str(w) for w in wanted)])
-            raise Failure(
-                f"{where}: {field.on} field '{field.name}' has shape {tuple(value.shape)}, expected ({shape})"
-            )
+        expected = () if field.width == 0 else (field.width,)
+        if value.dim() - 1 != len(expected) or (field.width and value.shape[1] != field.width):
+            shape = ", ".join([str(rows), *("any" if width is None else str(width) for width in expected)])
+            raise Failure(f"{name} has shape {tuple(value.shape)}, expected ({shape})")
         if value.is_floating_point() and not bool(value.isfinite().all()):
             row = int((~value.isfinite()).reshape(rows, -1).any(1).nonzero()[0])
-            raise Failure(
-                f"{where}: {field.on} field '{field.name}' is NaN or infinite (first at row {row} of {rows}); mend the source data"
-            )
+            raise Failure(f"{name} is NaN or infinite (first at row {row} of {rows}); correct the source data")

@@ -1,14 +1,12 @@
-"""DGL's graph servers over a store: the server of one machine, and a trainer that reads through it.
+"""DGL's graph servers over a store: the server of one machine, and trainers that read through servers.
 
-A *machine* is a line of DGL's ip_config, ``ADDRESS PORT``: line m is where the server of partition m listens. DGL 1.1.3 names what
-it shares after the fields of the graph alone, asks the operating system which machine it is on, and ends in a barrier. Here
-(seam.py) a machine is its line, what it shares has a name that begins with that line's, and a process ends when it wants to.
+A *machine* is a line ``ADDRESS PORT`` of DGL's ip_config: line m is where the server of partition m listens. Shared memory of a
+server has names that begin with its address; dgl_compat.py patches DGL 1.1.3 to this end.
 """
 
 from __future__ import annotations
 
 import argparse
-import atexit
 import ipaddress
 import json
 import os
@@ -27,7 +25,7 @@ from typing import Any, NoReturn
 
 import dgl
 import torch
-from dgl.distributed import dist_context, rpc
+from dgl.distributed import rpc
 from dgl.distributed.dist_graph import DistGraph, DistGraphServer
 from dgl.distributed.graph_partition_book import get_shared_mem_partition_book
 
@@ -39,23 +37,23 @@ from . import dgl_compat
 from .store import Part, Store, set_source
 
 SHARED = Path("/dev/shm")
-TRY_S = 3.0  # from one of DGL's attempts to connect to the next
+RETRY_S = 3.0  # between two of DGL's attempts to connect
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a machine's server listens, there only."""
+    """Where a machine's server listens."""
 
     host: str
     port: int
 
     @property
     def name(self) -> str:
-        """DGL's name of the graph that is served here; all that this server shares has one that begins like it."""
+        """DGL's name of the served graph, and the prefix of the names of everything the server shares."""
         return f"dist_egnn~{self.host}~{self.port}~"
 
     def files(self) -> list[Path]:
-        """What a server here, alive or dead, has put into /dev/shm."""
+        """The files in /dev/shm of a server at this address, alive or dead."""
         return [file for file in SHARED.iterdir() if file.name.startswith(self.name)]
 
     def __str__(self) -> str:
@@ -63,26 +61,26 @@ class Address:
 
 
 def addresses(ip_config: Path, machines: int) -> list[Address]:
-    """The machines of an ip_config. Raises Failure unless there are as many lines as named, each an IPv4 address and a port."""
-    found = []
+    """The addresses in an ip_config. Raises Failure unless it names this many machines, each by an IPv4 address and a port."""
+    result = []
     try:
         for line in ip_config.read_text().splitlines():
             host, port = line.split()
             if ipaddress.IPv4Address(host).is_unspecified or not 0 < int(port) < 1 << 16:
                 raise ValueError
-            found.append(Address(host, int(port)))
+            result.append(Address(host, int(port)))
     except OSError as error:
         raise Failure(f"{ip_config}: cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise Failure(f"{ip_config}: line {len(found) + 1} is not `ADDRESS PORT` of one interface (IPv4)") from error
-    if len(found) != machines or len(set(found)) != machines:
-        raise Failure(f"{ip_config}: names {len(set(found))} machines, the store is cut for {machines}; name each once")
-    return found
+        raise Failure(f"{ip_config}: line {len(result) + 1} is not `ADDRESS PORT` of one interface (IPv4)") from error
+    if len(result) != machines or len(set(result)) != machines:
+        raise Failure(f"{ip_config}: names {len(set(result))} machines, the store has {machines}; name each once")
+    return result
 
 
 @contextmanager
-def _held(here: Address) -> Iterator[None]:
-    """Be the only server here, or Failure. A socket of Linux's abstract namespace: it ends with its process, however that ends."""
+def _exclusive(here: Address) -> Iterator[None]:
+    """Hold the lock of an address; Failure if another server holds it. The kernel frees this socket when the process ends."""
     with socket.socket(socket.AF_UNIX) as lock:
         try:
             lock.bind(f"\0{here.name}")
@@ -91,7 +89,7 @@ def _held(here: Address) -> Iterator[None]:
                 other.connect(f"\0{here.name}")
                 credentials = other.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
             pid = struct.unpack("3i", credentials)[0]
-            raise Failure(f"{here}: process {pid} serves there already; end it, or name another port") from error
+            raise Failure(f"{here}: process {pid} already serves there; end it, or choose another port") from error
         lock.listen()
         yield
 
@@ -102,30 +100,30 @@ def _unlink(here: Address) -> int:
         for file in files:
             file.unlink(missing_ok=True)
     except PermissionError as error:
-        raise Failure(f"{error.filename}: another user's; name another port than {here.port}") from error
+        raise Failure(f"{error.filename}: belongs to another user; choose another port than {here.port}") from error
     return len(files)
 
 
 def clear(here: Address) -> int:
-    """Remove what a killed server left in /dev/shm, and nothing else; how many files. Failure if a server lives there."""
-    with _held(here):
+    """Remove what a killed server left in /dev/shm; returns the number of files. Raises Failure if a server runs there."""
+    with _exclusive(here):
         return _unlink(here)
 
 
 def shared_bytes(store: Store, machine: int) -> int:
-    """What the server of a machine takes of its /dev/shm."""
+    """The size of what the server of a machine puts into /dev/shm."""
     table = store.parts_table[store.parts_table["part"] // store.trainers == machine]
     nodes, edges, halo = (int(table[name].sum()) for name in ("nodes", "edges", "halo"))
     floats = 9 + len(store.inputs["features"]) + len(store.inputs["node_attributes"])
     return served_bytes(nodes, edges, halo, floats, store.trainers)
 
 
-def _end_on_signals(here: Address) -> None:
-    """End this process in order on SIGTERM or SIGINT. To be called before there are threads, which inherit the mask."""
+def _exit_on_signals(here: Address) -> None:
+    """Clean up and exit on SIGTERM or SIGINT. Call it before any thread starts: threads inherit the signal mask."""
     signals = {signal.SIGTERM, signal.SIGINT}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
 
-    def wait() -> None:  # the main thread waits inside DGL, where Python's handlers would not be heard
+    def wait() -> None:  # the main thread waits inside DGL, where Python's handlers do not run
         signal.sigwait(signals)
         _unlink(here)
         os._exit(0)
@@ -134,43 +132,35 @@ def _end_on_signals(here: Address) -> None:
 
 
 def serve(path: Path, machine: int, ip_config: Path, replicas: int = 1) -> None:
-    """Serve a machine's partition until a signal ends this process; says so on standard output once trainers may connect.
+    """Serve a machine's partition until a signal ends this process; prints a line once trainers may connect.
 
-    replicas: groups of trainers that read the store, a trainer a part in each. Raises Failure for a store that cannot be served
-    from one graph, that is not as its manifest says, or has no room here.
+    replicas: groups of trainers, with one trainer a part each. Raises Failure for a store that has several graphs, is
+    damaged, or does not fit into /dev/shm.
     """
     store = Store(path)
     here = addresses(ip_config, store.machines)[machine]
-    with _held(here):
+    with _exclusive(here):
         _unlink(here)
-        config = _config(store, machine, here)
+        config = _dgl_config(store, machine, here)
         check_room(SHARED / here.name, shared_bytes(store, machine))
-        _end_on_signals(here)
-        dgl_compat.mean_this_machine(machine, here.host, here.name)
-        dgl_compat.tolerate_lost_groups()
-        dgl_compat.say_when_listening(f"distegnn server {machine} ready on {here}")
+        _exit_on_signals(here)
+        dgl_compat.set_machine(machine, here.host, here.name)
+        dgl_compat.ignore_lost_trainers()
+        dgl_compat.print_when_listening(f"distegnn server {machine} ready on {here}")
         try:
             with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
-                named = Path(folder) / "served.json"
-                named.write_text(json.dumps(config))
+                file = Path(folder) / "served.json"
+                file.write_text(json.dumps(config))
                 rpc.reset()
-                server = DistGraphServer(
-                    machine,
-                    str(ip_config),
-                    1,
-                    store.parts * replicas,
-                    str(named),
-                    graph_format=["coo", "csc"],
-                    keep_alive=True,
-                    net_type="tensorpipe",
-                )
+                options: dict[str, Any] = {"graph_format": ["coo", "csc"], "keep_alive": True, "net_type": "tensorpipe"}
+                server = DistGraphServer(machine, str(ip_config), 1, store.parts * replicas, str(file), **options)
             server.start()
         finally:
             _unlink(here)
 
 
-def _config(store: Store, machine: int, here: Address) -> dict[str, Any]:
-    """DGL's partition config of the store's only graph, under this server's name, the partition's files being checked."""
+def _dgl_config(store: Store, machine: int, here: Address) -> dict[str, Any]:
+    """DGL's partition config of the store's only graph, renamed after this server; verifies the partition's files."""
     shards = store.snapshots["shard"].unique()
     if len(shards) > 1:
         raise Failure(
@@ -178,26 +168,25 @@ def _config(store: Store, machine: int, here: Address) -> dict[str, Any]:
         )
     if not store.parts_table["edges"].groupby(store.parts_table["part"] // store.trainers).sum().all():
         raise Failure(f"{store.path}: a part has no edges at all, which DGL cannot share; train without servers")
-    folder = store.path.absolute() / shards[0]
     config = json.loads(store.disk.config(shards[0], machine).read_text())
     config["graph_name"] = here.name
-    for kind, name in config[f"part-{machine}"].items():
-        config[f"part-{machine}"][kind] = str(folder / name)
+    files = config[f"part-{machine}"]
+    config[f"part-{machine}"] = {kind: str(store.path.absolute() / shards[0] / name) for kind, name in files.items()}
     return config
 
 
 class ServerSource:
-    """Parts of the store's only graph: this machine's from shared memory, without a copy; another's pulled from its server."""
+    """Parts of the store's only graph: this machine's from shared memory, without a copy; others pulled from their servers."""
 
-    def __init__(self, graph: DistGraph, machine: int, places: list[Address], timeout_s: float) -> None:
-        self.graph, self.machine, self.places, self.timeout_s = graph, machine, places, timeout_s
-        self._kept: tuple[int, Part] | None = None
+    def __init__(self, graph: DistGraph, machine: int, servers: list[Address], timeout_s: float) -> None:
+        self.graph, self.machine, self.servers, self.timeout_s = graph, machine, servers, timeout_s
+        self._latest: tuple[int, Part] | None = None
 
     def part(self, shard: str, part: int) -> Part:
-        if self._kept is None or self._kept[0] != part:
-            with _bounded(self.timeout_s, f"{self.places[part]}: part {part} did not arrive"):
-                self._kept = part, self._local() if part == self.machine else self._pulled(part)
-        return self._kept[1]
+        if self._latest is None or self._latest[0] != part:
+            with _exit_after(self.timeout_s, f"{self.servers[part]}: part {part} did not arrive"):
+                self._latest = part, self._local() if part == self.machine else self._pull(part)
+        return self._latest[1]
 
     def _local(self) -> Part:
         graph = self.graph.local_partition
@@ -206,7 +195,7 @@ class ServerSource:
         inner = len(nodes["gid"])
         return Part(src, dst, inner, nodes, graph.ndata[dgl.NID][inner:])
 
-    def _pulled(self, part: int) -> Part:
+    def _pull(self, part: int) -> Part:
         book = self.graph.get_partition_book()
         own, edges = book.partid2nids(part), book.partid2eids(part)
         nodes = {
@@ -214,23 +203,23 @@ class ServerSource:
             for name, field in self.graph.ndata.items()
         }
         src, dst = (ends - own[0] for ends in self.graph.find_edges(edges))
-        # halo nodes: snapshot after snapshot, in each by number
-        away = (src < 0) | (src >= len(own))
-        halo, which = src[away].unique(return_inverse=True)
-        snapshot = torch.empty_like(halo).scatter_(0, which, nodes["snapshot"][dst[away]])
+        # halo nodes in the order of the disk's: by snapshot, then by id
+        outside = (src < 0) | (src >= len(own))
+        halo, which = src[outside].unique(return_inverse=True)
+        snapshot = torch.empty_like(halo).scatter_(0, which, nodes["snapshot"][dst[outside]])
         order = snapshot.argsort(stable=True)
-        place = torch.empty_like(halo)
-        place[order] = torch.arange(len(halo))
-        src[away] = len(own) + place[which]
+        position = torch.empty_like(halo)
+        position[order] = torch.arange(len(halo))
+        src[outside] = len(own) + position[which]
         return Part(src, dst, len(own), nodes, halo[order] + own[0])
 
 
 @contextmanager
-def _bounded(timeout_s: float, what: str) -> Iterator[None]:
-    """End the process with one line if the block takes longer: inside DGL's C++ no exception reaches it."""
+def _exit_after(timeout_s: float, what: str) -> Iterator[None]:
+    """Exit with one line if the block takes longer than timeout_s: no exception can interrupt DGL's C++ code."""
 
     def end() -> None:
-        print(f"error: {what} within {timeout_s:g} s; is every host there and reachable?", file=sys.stderr, flush=True)
+        print(f"error: {what} within {timeout_s:g} s; is every host up and reachable?", file=sys.stderr, flush=True)
         os._exit(1)
 
     timer = threading.Timer(timeout_s, end)
@@ -243,36 +232,35 @@ def _bounded(timeout_s: float, what: str) -> Iterator[None]:
 
 
 def _check_shared(here: Address, rank: int, machine: int) -> None:
-    """Raise Failure unless the rank's partition is served on this machine, by this user: DGL unpickles what is shared there."""
+    """Raise Failure unless this user serves the machine's partition here. DGL unpickles what is shared: trust no other user."""
     ours = {file.stat().st_uid for file in here.files()} == {os.getuid()}
     book = get_shared_mem_partition_book(here.name) if ours else None
     if book is None:
         raise Failure(
-            f"{here}: no server of yours shares a graph on this machine; start {machine}'s here, then rank {rank}"
+            f"{here}: no server of this user shares a graph here; start the server of machine {machine} first"
         )
     if book.partid != machine:
         raise Failure(
-            f"{here}: serves partition {book.partid}, rank {rank} needs {machine}; start its server with {machine}"
+            f"{here}: serves partition {book.partid}, rank {rank} needs {machine}; start its server with that"
         )
 
 
 def machine_of(rank: int, parts: int, trainers: int) -> int:
-    """The machine of a rank: of each `train.replicas` group of P ranks, so many trainers are on each machine in turn."""
+    """The machine of a rank: in each group of ``parts`` ranks, the machines have ``trainers`` consecutive ranks each."""
     return rank % parts // trainers
 
 
 def connect(path: Path, rank: int, ip_config: Path, group: int, timeout_s: float, replicas: int = 1) -> None:
-    """Read a store through its servers, which are ready, from now on in this process. All trainers of a group call it, and
-    wait for each other.
+    """Make this process read a store through its running servers. All trainers of a group call it and wait for each other.
 
-    rank: torch's, which alone says what is ours, part rank mod P; DGL's own is ignored. group: a new number whenever trainers
-    start again. Raises Failure where servers cannot be reached, or this machine's serves another partition than the rank's;
-    ends the process after timeout_s.
+    rank: torch's rank, which determines the part (rank mod P); DGL's own rank is not used. group: a new number for each
+    start of the trainers. Raises Failure if a server cannot be reached or serves another partition; ends the process after
+    timeout_s.
     """
     store = Store(path)
     machine = machine_of(rank, store.parts, store.trainers)
-    listed = addresses(ip_config, store.machines)
-    here = listed[machine]
+    servers = addresses(ip_config, store.machines)
+    here = servers[machine]
     _check_shared(here, rank, machine)
     os.environ.update(
         DGL_ROLE="client",
@@ -280,28 +268,26 @@ def connect(path: Path, rank: int, ip_config: Path, group: int, timeout_s: float
         DGL_NUM_SERVER="1",
         DGL_NUM_SAMPLER="0",
         DGL_GROUP_ID=str(group),
-        DGL_DIST_MAX_TRY_TIMES=str(max(1, int(timeout_s / TRY_S))),
+        DGL_DIST_MAX_TRY_TIMES=str(max(1, int(timeout_s / RETRY_S))),
     )
-    dgl_compat.mean_this_machine(machine, here.host, here.name)
-    everybody, clients = ", ".join(map(str, listed)), store.parts * replicas
-    with _bounded(timeout_s + TRY_S, f"{everybody}: these servers and {clients} trainers did not all meet"):
+    dgl_compat.set_machine(machine, here.host, here.name)
+    names, clients = ", ".join(map(str, servers)), store.parts * replicas
+    with _exit_after(timeout_s + RETRY_S, f"{names}: these servers and {clients} trainers did not all meet"):
         try:
             dgl.distributed.initialize(str(ip_config), net_type="tensorpipe")
         except rpc.DistConnectError as error:
             peer = re.search(r"\[(.*?)\]", error.message)
-            where = peer[1] if peer else everybody
-            raise Failure(
-                f"{where}: no graph server within {timeout_s:g} s; does it run, can it be reached?"
-            ) from error
-        atexit.unregister(dist_context.exit_client)  # a barrier of all trainers
+            where = peer[1] if peer else names
+            raise Failure(f"{where}: no graph server within {timeout_s:g} s; is it running and reachable?") from error
+        dgl_compat.skip_exit_barrier()
         graph = DistGraph(here.name)
-    set_source(store.path, ServerSource(graph, machine, listed, timeout_s))
+    set_source(store.path, ServerSource(graph, machine, servers, timeout_s))
 
 
 def enter(
     path: Path,
     rank: int,
-    ip_config: Path | None,
+    ip_config: Path,
     group: int,
     address: str,
     port: int,
@@ -309,17 +295,13 @@ def enter(
     timeout_s: float,
     replicas: int = 1,
 ) -> comm.Comm:
-    """What a trainer on a host begins with: connect to the servers, if there are any, then join the other trainers.
-
-    ip_config: None, and parts are read from this host's disk. The rest as in `connect` and `comm.meet`.
-    """
-    if ip_config is not None:
-        connect(path, rank, ip_config, group, timeout_s, replicas)
+    """Start a trainer on a host: ``connect`` to the servers, then ``comm.meet`` the other trainers."""
+    connect(path, rank, ip_config, group, timeout_s, replicas)
     return comm.meet(rank, Store(path).parts * replicas, address, port, interface, timeout_s)
 
 
 def leave(code: int) -> NoReturn:
-    """End a trainer: what DGL and torch would do at an exit waits for peers that may be gone."""
+    """End a trainer without DGL's and torch's exit handlers, which wait for peers that may be gone."""
     if code == 0:
         comm.leave()
     sys.stdout.flush()
@@ -328,20 +310,20 @@ def leave(code: int) -> NoReturn:
 
 
 def main() -> None:
-    """python -m dist_egnn.data.graph_server STORE MACHINE IP_CONFIG; --clear removes what that server left when it was killed."""
+    """Serve one machine's partition of a store, or with --clear remove what its killed server left in shared memory."""
     parser = argparse.ArgumentParser(prog="python -m dist_egnn.data.graph_server", description=main.__doc__)
     parser.add_argument("store", type=Path)
     parser.add_argument("machine", type=int)
     parser.add_argument("ip_config", type=Path)
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--clear", action="store_true")
-    options = parser.parse_args()
+    args = parser.parse_args()
     try:
-        if options.clear:
-            count = clear(addresses(options.ip_config, Store(options.store).machines)[options.machine])
-            print(f"{count} files removed from {SHARED}")
+        if args.clear:
+            here = addresses(args.ip_config, Store(args.store).machines)[args.machine]
+            print(f"{clear(here)} files removed from {SHARED}")
         else:
-            serve(options.store, options.machine, options.ip_config, options.replicas)
+            serve(args.store, args.machine, args.ip_config, args.replicas)
     except Failure as failure:
         print(f"error: {failure}", file=sys.stderr)
         sys.exit(2)

@@ -1,4 +1,7 @@
-"""Positions → edges: radius graph, complete graph, edge dropping, edge attributes; and what follows from edges."""
+"""Build graphs from positions: radius graph, complete graph, edge dropping, edge fields, orders of nodes and edges.
+
+In every function ``side`` (3,) holds the sides of a periodic box; edges then lead to the nearest image of their source.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +18,22 @@ from torch import Tensor
 
 from ..errors import Failure
 
-CHUNK_EDGES = 1 << 20  # edges whose ends are gathered at once
+CHUNK_EDGES = 1 << 20  # edges whose positions are gathered at once
 
 
 def radius_edges(x: np.ndarray, radius: float, side: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Every ordered pair j→i with ‖x_i − x_j‖ ≤ radius and i ≠ j; an infinite radius gives the complete graph.
 
-    x: (N, 3). Squared distances are compared, in float64. Returns (source, destination), int64 (E,), sorted by
-    destination, then source. Raises Failure for a radius that is not positive or positions that are not finite.
-
-    side: (3,) sides of a periodic box: distances are then to the nearest image, and x may lie anywhere. Raises Failure for a
-    radius of half the shortest side or more, where a second image could be in reach.
+    x: (N, 3), in a periodic box any image of each node. Squared distances are compared in float64. Returns source and
+    destination, int64 (E,), sorted by destination, then source. Raises Failure for a radius that is not positive or, in a
+    periodic box, not below half its shortest side, and for positions that are not finite.
     """
     if not radius > 0:
         raise Failure(f"radius={radius}: must be positive (inf for the complete graph)")
     x = np.asarray(x, dtype=np.float64)
     n = len(x)
     if not np.isfinite(x).all():
-        raise Failure("positions are NaN or infinite: no radius graph can be built; mend the source data")
+        raise Failure("positions are NaN or infinite: no radius graph can be built; correct the source data")
     if side is not None:
         check_side(radius, side)
         x = wrap(x, side)
@@ -46,36 +47,33 @@ def radius_edges(x: np.ndarray, radius: float, side: np.ndarray | None = None) -
 
 
 def check_side(radius: float, side: np.ndarray) -> None:
-    """Raise Failure unless at most one image of a node can lie within the radius, in a periodic box of these sides (3,)."""
+    """Raise Failure if a second image of a node could lie within the radius: from half the shortest side on."""
     if not 0 < 2 * radius < side.min():
-        raise Failure(
-            f"radius={radius:g}: in a periodic box below half its shortest side, {side.min() / 2:g}; lower the radius"
-        )
+        half = f"{side.min() / 2:g}"
+        raise Failure(f"radius={radius:g}: must be below half the shortest side of the periodic box, {half}; lower it")
 
 
 def wrap(x: np.ndarray, side: np.ndarray) -> np.ndarray:
     """The image of each position (N, 3) in [0, side), float64."""
     x = np.mod(np.asarray(x, dtype=np.float64), side)
-    return np.where(x < side, x, 0.0)  # the remainder of −1e−20 is rounded up to the side itself
+    return np.where(x < side, x, 0.0)  # mod(−1e−20, side) rounds up to the side itself
 
 
 def drop_longest(
     x: np.ndarray, src: np.ndarray, dst: np.ndarray, p: float, side: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Keep the shortest (1 − p) share of the edges (FastEGNN's edge dropping); p = 1 keeps none. Order is kept.
-
-    side: (3,) sides of a periodic box: lengths are then to the nearest image.
-    """
+    """Drop the share p of the edges that is longest (FastEGNN's edge dropping); the others keep their order."""
     if not 0 <= p <= 1:
         raise Failure(f"edge_drop={p}: must lie in [0, 1]")
     if p == 0:
         return src, dst
-    kept = np.sort(np.argsort(squared_lengths(x, src, dst, side), kind="stable")[: round((1 - p) * len(src))])
-    return src[kept], dst[kept]
+    shortest = np.argsort(squared_lengths(x, src, dst, side), kind="stable")[: round((1 - p) * len(src))]
+    shortest.sort()
+    return src[shortest], dst[shortest]
 
 
 def squared_lengths(x: np.ndarray, src: np.ndarray, dst: np.ndarray, side: np.ndarray | None = None) -> np.ndarray:
-    """‖x_i − x_j‖² (E,) of edges j→i in float64, to the nearest image in a periodic box of sides (3,)."""
+    """‖x_i − x_j‖² (E,) of edges j→i in float64."""
     x = np.asarray(x, dtype=np.float64)
     r = x[dst] - x[src]
     if side is not None:
@@ -86,22 +84,19 @@ def squared_lengths(x: np.ndarray, src: np.ndarray, dst: np.ndarray, side: np.nd
 def sample_edges(
     x: np.ndarray, radius: float, edge_drop: float = 0.0, side: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The edges of a sample: ``radius_edges`` less the longest."""
+    """The edges of a sample: ``radius_edges``, then ``drop_longest``."""
     return drop_longest(x, *radius_edges(x, radius, side), edge_drop, side)
 
 
 def empty_graph(src: Tensor, dst: Tensor, nodes: int) -> DGLGraph:
-    """A DGLGraph of edges src→dst without fields; int32, which takes half the memory."""
+    """A DGLGraph of edges src→dst without fields, in int32 to halve its memory."""
     return dgl.graph((src, dst), num_nodes=nodes, idtype=torch.int32)
 
 
 def build_graph(
     src: np.ndarray, dst: np.ndarray, nodes: Mapping[str, np.ndarray | Tensor], side: np.ndarray | None = None
 ) -> DGLGraph:
-    """A DGLGraph with the node fields and the edge attributes e = (length, length), the benchmarks' A = 2.
-
-    side: (3,) sides of a periodic box: edges then go to nearest images, and have the field shift.
-    """
+    """A DGLGraph with these node fields and the edge fields of ``edge_fields``."""
     graph = empty_graph(torch.from_numpy(src), torch.from_numpy(dst), len(nodes["x"]))
     for name, value in nodes.items():
         graph.ndata[name] = torch.as_tensor(value)
@@ -113,33 +108,32 @@ def set_edge_lengths(graph: DGLGraph, side: np.ndarray | None = None) -> None:
     """Set the edge fields of ``edge_fields`` from the node field x."""
     src, dst = graph.edges()
     x = graph.ndata["x"]
-    found: dict[str, Tensor] = {}
+    fields: dict[str, Tensor] = {}
     for lo in range(0, max(len(src), 1), CHUNK_EDGES):
-        here = slice(lo, lo + CHUNK_EDGES)
-        for name, value in edge_fields(x[src[here]], x[dst[here]], side).items():
-            found.setdefault(name, value.new_empty(len(src), value.shape[1]))[here] = value
-    graph.edata.update(found)
+        chunk = slice(lo, lo + CHUNK_EDGES)
+        for name, value in edge_fields(x[src[chunk]], x[dst[chunk]], side).items():
+            fields.setdefault(name, value.new_empty(len(src), value.shape[1]))[chunk] = value
+    graph.edata.update(fields)
 
 
 def edge_fields(source: Tensor, destination: Tensor, side: np.ndarray | None = None) -> dict[str, Tensor]:
-    """The fields of edges whose ends lie at these positions (E, 3): e (E, 2), the length of the edge, twice.
+    """The edge fields for these positions (E, 3): e (E, 2) is the length twice, as in the benchmarks (A = 2).
 
-    side: (3,) sides of a periodic box: also shift (E, 3), the lattice vector that takes x_i − x_j to the nearest image.
+    In a periodic box also shift (E, 3), the lattice vector to subtract from x_i − x_j to reach the nearest image.
     """
-    found = {}
+    fields = {}
     r = destination - source
     if side is not None:
         sides = torch.tensor(side, dtype=torch.float64)
-        # in float64 whatever x is, as in radius_edges: the two must mean the same image
-        turns = ((destination.double() - source.double()) / sides).round()
-        found["shift"] = (turns * sides).to(source)
-        r -= found["shift"]
-    found["e"] = torch.linalg.vector_norm(r, dim=1, keepdim=True).expand(-1, 2).contiguous()
-    return found
+        # float64 for any dtype of x, as in radius_edges: both must choose the same image
+        fields["shift"] = (((destination.double() - source.double()) / sides).round() * sides).to(source)
+        r -= fields["shift"]
+    fields["e"] = torch.linalg.vector_norm(r, dim=1, keepdim=True).expand(-1, 2).contiguous()
+    return fields
 
 
 def morton_order(x: np.ndarray, group: np.ndarray | None = None) -> np.ndarray:
-    """The nodes along a Z-order curve (Morton 1966), so that ranges of them are compact in space: (N,) int64.
+    """Node numbers (N,) int64 along a Z-order curve (Morton 1966): consecutive nodes are close in space.
 
     group: (N,) graph of each node; graphs then follow one another, each in its own Z-order.
     """
@@ -149,22 +143,19 @@ def morton_order(x: np.ndarray, group: np.ndarray | None = None) -> np.ndarray:
     low = x.min(0)
     side = float((x.max(0) - low).max())
     cell = ((x - low) * ((2**21 - 1) / side if side > 0 else 0.0)).astype(np.uint64)
-    # spread the 21 bits of each axis three apart
-    for shift, mask in (
-        (32, 0x1F00000000FFFF),
-        (16, 0x1F0000FF0000FF),
-        (8, 0x100F00F00F00F00F),
-        (4, 0x10C30C30C30C30C3),
-        (2, 0x1249249249249249),
-    ):
+    # spread the 21 bits of each axis to every third bit
+    masks = (0x1F00000000FFFF, 0x1F0000FF0000FF, 0x100F00F00F00F00F, 0x10C30C30C30C30C3, 0x1249249249249249)
+    for shift, mask in zip((32, 16, 8, 4, 2), masks, strict=True):
         cell = (cell | (cell << np.uint64(shift))) & np.uint64(mask)
     key = cell[:, 0] | (cell[:, 1] << np.uint64(1)) | (cell[:, 2] << np.uint64(2))
     return np.argsort(key, kind="stable") if group is None else np.lexsort((key, group))
 
 
 def in_edges(indptr: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Reorder destinations: given edges sorted by destination (indptr (N+1,)), the indptr of the nodes taken in ``order``
-    and the edges (E,) in that order."""
+    """Reorder edges that are sorted by destination, with row pointers indptr (N + 1,), to a new order (N,) of the nodes.
+
+    Returns the new row pointers (N + 1,) and the edges (E,) in the new order.
+    """
     start = indptr[order]
     degree = indptr[order + 1] - start
     ends = np.concatenate([[0], np.cumsum(degree)])

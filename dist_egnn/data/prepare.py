@@ -1,14 +1,13 @@
-"""What the prepare.py of every recipe shares: options, workers, safe to kill and resume, a manifest beside the file.
+"""Shared by every recipe's prepare.py: options, parallel and resumable writing, and a manifest beside the file.
 
-A source is cut into *pieces* of one or more trajectories. Each is written, whole or not at all, to OUT.parts/; when all are
-there they are joined into OUT, byte for byte the same however often the work was interrupted and by how many workers it was done.
+A source is divided into numbered *parts* of one or more trajectories. Each is written completely or not at all to OUT.parts/;
+then all are joined into OUT. Its bytes depend neither on interruptions nor on the number of workers.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import importlib.metadata
 import json
 import multiprocessing
@@ -28,7 +27,7 @@ from typing import Any, NoReturn
 from ..distributed.spawn import watch
 from ..errors import Failure
 from ..utils import disk, filesystem, progress
-from .trajectories import Writer, join
+from .trajectories import Writer, join_files
 
 SCALES = ("tiny", "small", "full")
 POLL_S = 0.5
@@ -41,24 +40,24 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser(description: str, scales: Mapping[str, str], example: str) -> Parser:
-    """The options that every source has. scales: what tiny, small and full are, how long they take and how large they get."""
+    """The options that every source has. scales: the content, duration and size of tiny, small and full."""
     lines = "\n".join(f"  {name:6} {text}" for name, text in scales.items())
-    found = Parser(
+    result = Parser(
         description=description,
         epilog=f"scales:\n{lines}\n\nexample:\n  {example}\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    option = found.add_argument
+    option = result.add_argument
     option("--out", type=Path, required=True, help="the trajectories.h5 to write")
-    option("--scale", choices=SCALES, default="small", help="how much of it (default small; full: as published)")
-    option("--seed", type=int, default=0, help="decides every random number (default 0)")
-    option("--workers", type=int, default=len(os.sched_getaffinity(0)), help="pieces at a time (default: the cores)")
-    option("--debug", action="store_true", help="show a traceback when something fails")
-    return found
+    option("--scale", choices=SCALES, default="small", help="amount of data (default small; full: as published)")
+    option("--seed", type=int, default=0, help="seed of all random numbers (default 0)")
+    option("--workers", type=int, default=len(os.sched_getaffinity(0)), help="parts made in parallel (default: cores)")
+    option("--debug", action="store_true", help="print a traceback after an error")
+    return result
 
 
 def parse(from_parser: Parser, arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options; Failure for what cannot be."""
+    """Parse and validate the common options. Raises Failure for invalid values."""
     options = from_parser.parse_args(arguments)
     for name, low in (("seed", 0), ("workers", 1)):
         if getattr(options, name) < low:
@@ -67,7 +66,7 @@ def parse(from_parser: Parser, arguments: Sequence[str] | None = None) -> argpar
 
 
 def main(run: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None = None) -> int:
-    """run(arguments); a failure is one line and exit code 2 (a traceback with --debug), Ctrl-C 130."""
+    """Call run(arguments); returns the exit code: 2 after a failure (one line; a traceback with --debug), 130 after Ctrl-C."""
     try:
         run(arguments)
     except (Failure, OSError) as error:
@@ -76,22 +75,17 @@ def main(run: Callable[[Sequence[str] | None], None], arguments: Sequence[str] |
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; run the same command again to continue", file=sys.stderr)
         return 130
     return 0
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """The versions of Python and of the packages that made the data."""
+    """The versions of Python and of these packages."""
     return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _piece(make: Callable[[int], Iterable[dict[str, Any]]], folder: Path, number: int) -> int:
+def _write_part(make: Callable[[int], Iterable[dict[str, Any]]], folder: Path, number: int) -> int:
     with Writer(folder / f"{number:06d}.h5", {}) as out:
         for trajectory in make(number):
             out.add(**trajectory)
@@ -100,7 +94,7 @@ def _piece(make: Callable[[int], Iterable[dict[str, Any]]], folder: Path, number
 
 @dataclass(frozen=True)
 class Steps:
-    """How to count progress within pieces: each has ``size`` steps; reached(k): how many piece k has made, while in work."""
+    """Progress within parts: each has ``size`` steps, of which reached(k) are done for part k while it is made."""
 
     unit: str
     size: int
@@ -110,94 +104,95 @@ class Steps:
 def write(
     out: Path,
     make: Callable[[int], Iterable[dict[str, Any]]],
-    pieces: int,
+    parts: int,
     *,
     settings: Mapping[str, Any],
     workers: int,
     threads: bool = False,
-    unit: str = "piece",
+    unit: str = "part",
     steps: Steps | None = None,
 ) -> None:
-    """Write OUT and OUT.manifest.json: make(k) yields piece k's trajectories, as arguments of ``Writer.add``.
+    """Write OUT and OUT.manifest.json; make(k) yields the trajectories of part k as arguments of ``Writer.add``.
 
-    settings: all that decides the data (seed, scale, versions, …): stored in OUT, and pieces made with others are not taken.
-    make runs in ``workers`` processes, so it must be picklable and may depend on k alone; or in threads. steps: for pieces
-    that take long. Raises Failure where something cannot be written; complete pieces stay.
+    settings: everything that determines the data (seed, scale, versions, …), stored in OUT; parts made with other settings are
+    refused. workers: processes (make must then be picklable) or threads that call make; the result of make may depend on k only.
+    steps: for parts that take long. Raises Failure if something cannot be written; complete parts remain.
     """
     if out.is_dir():
         raise Failure(f"{out} is a folder; --out must name a file")
     started = time.monotonic()
     try:
-        folder = _begin(out, settings)
-        names = [folder / f"{k:06d}.h5" for k in range(pieces)]
-        _make(out, functools.partial(_piece, make, folder), names, workers, threads, unit, steps)
-        with progress.bar(f"{out.name} (joining)", pieces) as tick:
-            join(names, out, settings, tick)
+        folder = _prepare_folder(out, settings)
+        paths = [folder / f"{k:06d}.h5" for k in range(parts)]
+        _make_missing(out, functools.partial(_write_part, make, folder), paths, workers, threads, unit, steps)
+        with progress.bar(f"{out.name} (joining)", parts) as tick:
+            join_files(paths, out, settings, tick)
         manifest = {
             "command": shlex.join(["python", *sys.argv]),
             "seconds": round(time.monotonic() - started, 1),
             "settings": dict(settings),
-            "sha256": sha256(out),
+            "sha256": filesystem.sha256(out),
             "bytes": out.stat().st_size,
         }
         text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
         filesystem.write_whole(out.with_name(out.name + ".manifest.json"), text.encode())
     except OSError as error:
-        raise Failure(f"{disk.reason(error, out)}; once that is mended the same command goes on") from error
+        raise Failure(f"{disk.reason(error, out)}; correct that, then run the same command again") from error
     shutil.rmtree(folder)
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {time.monotonic() - started:.0f} s")
 
 
-def _begin(out: Path, settings: Mapping[str, Any]) -> Path:
-    """The folder of the pieces, new, or left there by the same settings."""
+def _prepare_folder(out: Path, settings: Mapping[str, Any]) -> Path:
+    """The folder of the parts, new or left by an interrupted run with the same settings."""
     folder = out.with_name(out.name + ".parts")
     folder.mkdir(parents=True, exist_ok=True)
-    marked, wanted = folder / "settings.json", json.dumps(settings, sort_keys=True, indent=1)
-    if not marked.exists():
-        filesystem.write_whole(marked, wanted.encode())
-    elif marked.read_text() != wanted:
+    file, content = folder / "settings.json", json.dumps(settings, sort_keys=True, indent=1)
+    if not file.exists():
+        filesystem.write_whole(file, content.encode())
+    elif file.read_text() != content:
         raise Failure(
-            f"{folder} has pieces made with other settings ({marked}); delete that folder, or choose another --out"
+            f"{folder} has parts made with other settings ({file}); delete that folder, or choose another --out"
         )
     return folder
 
 
-def _make(
+def _make_missing(
     out: Path,
-    piece: Callable[[int], int],
-    names: Sequence[Path],
+    make: Callable[[int], int],
+    paths: Sequence[Path],
     workers: int,
     threads: bool,
     unit: str,
     steps: Steps | None,
 ) -> None:
-    """Make the pieces that are missing, and show how far they are."""
+    """Make the parts that do not exist yet, with a progress bar."""
     pool: Executor
     if threads:
         pool = ThreadPoolExecutor(workers)
     else:
         context = multiprocessing.get_context("forkserver")
         pool = ProcessPoolExecutor(workers, context, initializer=watch, initargs=(os.getpid(),))
-    missing = [k for k, name in enumerate(names) if not name.exists()]
+    missing = [k for k, path in enumerate(paths) if not path.exists()]
     size, title = (steps.size, f"{out.name} ({steps.unit})") if steps else (1, out.name)
-    whole, most, note = len(names) - len(missing), 0, ""
-    with progress.bar(title, len(names) * size, done=whole * size) as tick:
+    complete, shown, note = len(paths) - len(missing), 0, ""
+    with progress.bar(title, len(paths) * size, done=complete * size) as tick:
         try:
-            futures = {pool.submit(piece, k): k for k in missing}
+            futures = {pool.submit(make, k): k for k in missing}
             while futures:
-                ended = wait(futures, POLL_S if steps else None, FIRST_COMPLETED).done
-                for future in ended:
+                for future in wait(futures, POLL_S if steps else None, FIRST_COMPLETED).done:
                     del futures[future]
-                    note, whole = f"{unit} {future.result()}", whole + 1
-                part = sum(steps.reached(k) for future, k in futures.items() if future.running()) if steps else 0
-                most = max(most, whole * size + part)  # a piece's own count ends a little before the piece does
-                tick(note, to=most)
+                    note, complete = f"{unit} {future.result()}", complete + 1
+                reached = sum(steps.reached(k) for future, k in futures.items() if future.running()) if steps else 0
+                shown = max(
+                    shown, complete * size + reached
+                )  # a part's own count disappears before the part is complete
+                tick(note, to=shown)
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def steps_in(path: Path) -> int:
-    """The number that a process keeps in a file of how far it has come; 0 as long as there is none."""
+def read_count(path: Path) -> int:
+    """The progress that a process writes to a file as a number; 0 while there is none."""
     try:
         return int(path.read_text())
     except (FileNotFoundError, ValueError):

@@ -1,4 +1,4 @@
-"""From the frames of a trajectories file to samples: which frames, which features, and the graph of each."""
+"""Turn frames of a trajectories file into samples: choose the frames, compute the features, build the graphs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ from .trajectories import Trajectories, check_displacement
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """How a frame becomes a sample. Features are node attributes by name, 'speed' for ‖v‖, and 'name/max' for a
-    feature divided by its largest magnitude in the snapshot."""
+    """How a frame becomes a sample.
+
+    Features are names of node attributes, 'speed' for ‖v‖, or 'name/max': divided by the largest magnitude in the snapshot.
+    """
 
     radius: float
     horizon: int
@@ -28,7 +30,7 @@ class SampleSpec:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A frame pair of a trajectory: input at ``frame``, target at ``frame + horizon``."""
+    """A pair of frames of a trajectory: input at ``frame``, target at ``frame + horizon``."""
 
     split: str
     trajectory: int
@@ -38,8 +40,11 @@ class Snapshot:
 def select_snapshots(
     data: Trajectories, horizon: int, count: int, first: int, last: int, seed: int
 ) -> Iterator[Snapshot]:
-    """Up to ``count`` frames of every trajectory among first…last (0: all of them; last = −1: as far as the target
-    exists), drawn without replacement from (seed, trajectory), in order of time."""
+    """Up to ``count`` frames of each trajectory in first…last, in order of time; 0 selects all of them.
+
+    last: −1 means the last frame that has a target. Frames are drawn without replacement; the draw depends on the seed and
+    the trajectory's number only. Raises Failure if a trajectory has no such frame.
+    """
     if horizon < 1:
         raise Failure(f"data.horizon={horizon}: must be at least 1 frame")
     for k, trajectory in enumerate(data):
@@ -57,9 +62,9 @@ def select_snapshots(
 
 
 def feature_columns(names: Sequence[str], v: np.ndarray, attribute: Callable[[str], np.ndarray]) -> np.ndarray:
-    """Features by name, as SampleSpec defines them: (N, len(names)), in the precision of v.
+    """The features of these names as defined by SampleSpec: (N, len(names)), in the dtype of v (N, 3).
 
-    v: (N, 3); attribute: gives a node attribute (N,) by its name. Raises Failure for an unknown scaling.
+    attribute: returns a node attribute (N,) by name. Raises Failure for an unknown scaling.
     """
 
     def column(name: str) -> np.ndarray:
@@ -69,12 +74,13 @@ def feature_columns(names: Sequence[str], v: np.ndarray, attribute: Callable[[st
             raise Failure(f"feature '{name}': the only scaling is '/max'")
         return value / max(float(np.abs(value).max()), 1e-30) if scale else value
 
-    return np.stack([column(c) for c in names], 1).astype(v.dtype) if names else np.zeros((len(v), 0), v.dtype)
+    return np.stack([column(name) for name in names], 1).astype(v.dtype) if names else np.zeros((len(v), 0), v.dtype)
 
 
 def node_fields(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> dict[str, np.ndarray]:
-    """The node fields x, v, f, a, y (float32) and gid of a snapshot."""
+    """The node fields x, v, f, a, y (float32) and gid of a snapshot. Raises Failure for non-finite values."""
     k, t = snapshot.trajectory, snapshot.frame
+    where = f"{data.path}: trajectory {k}, frame {t}"
     fields = {"x": data.position(k, t), "v": data.velocity(k, t), "y": data.position(k, t + spec.horizon)}
     for field, names in (("f", spec.features), ("a", spec.node_attributes)):
         fields[field] = feature_columns(names, fields["v"], lambda name: data.attribute(k, name))
@@ -82,19 +88,16 @@ def node_fields(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> dic
     for name, value in fields.items():
         if not np.isfinite(value).all():
             row = int(np.argwhere(~np.isfinite(value))[0][0])
-            raise Failure(
-                f"{data.path}: trajectory {k}, frame {t}: field '{name}' is NaN or infinite at node {row}; mend the source data"
-            )
+            raise Failure(f"{where}: field '{name}' is NaN or infinite at node {row}; correct the source data")
     if spec.periodic:
-        side = data.sides(k, spec.radius)
-        check_displacement(fields["x"], data.position(k, t + 1), side, f"{data.path}: trajectory {k}, frame {t}")
+        check_displacement(fields["x"], data.position(k, t + 1), data.sides(k, spec.radius), where)
     return fields
 
 
 def build_sample(fields: Mapping[str, np.ndarray], spec: SampleSpec, side: np.ndarray | None = None) -> DGLGraph:
-    """The graph that the spec makes of node fields, with its edge fields.
+    """The graph of these node fields, with its edge fields.
 
-    side: (3,) sides of the periodic box, where spec.periodic. Raises Failure for one without the other.
+    side: (3,) sides of the periodic box. Raises Failure unless it is given exactly if spec.periodic.
     """
     if spec.periodic != (side is not None):
         raise Failure("data.periodic=true needs a box" if side is None else "data.periodic=false: leave the box out")
@@ -102,6 +105,6 @@ def build_sample(fields: Mapping[str, np.ndarray], spec: SampleSpec, side: np.nd
 
 
 def read_sample(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> DGLGraph:
-    """The snapshot as a DGLGraph with the fields of fields.py."""
+    """The snapshot as a DGLGraph with the fields of ``fields.TABLE``."""
     side = data.sides(snapshot.trajectory, spec.radius) if spec.periodic else None
     return build_sample(node_fields(data, snapshot, spec), spec, side)

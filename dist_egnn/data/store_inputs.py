@@ -1,13 +1,14 @@
-"""What a store was made with, and whether a config asks for the same. Without torch and DGL: a launcher needs neither."""
+"""The settings a store was made with, and their comparison with a config. Imports neither torch nor DGL."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from ..config import Data
 from ..errors import Failure
 
-# inputs that older stores do not name, and what they were made with
+# inputs that manifests of older stores lack, and the values those stores were made with
 DEFAULT_INPUTS: dict[str, Any] = {"periodic": False, "trainers": 1, "weights": None}
 COMPARED = (
     *("radius", "horizon", "features", "node_attributes", "edge_drop", "periodic"),
@@ -15,15 +16,12 @@ COMPARED = (
 )
 
 
-def check_settings(found: Mapping[str, Any], path: str, data: Any) -> None:
-    """Raise Failure where the config names other data settings than the store at path was made with. found: its inputs.
-
-    data: the config's section of that name.
-    """
+def check_settings(inputs: Mapping[str, Any], path: str, data: Data) -> None:
+    """Raise Failure if the config's data section differs from the inputs of the store at this path."""
     for name in COMPARED:
-        wanted = getattr(data, name)
-        if wanted != found[name] and not (name == "features" and wanted is None):
+        value = getattr(data, name)
+        if value != inputs[name] and not (name == "features" and value is None):
             raise Failure(
-                f"data.{name}={wanted} in the config, but {path} was made with {found[name]}; "
+                f"data.{name}={value} in the config, but {path} was made with {inputs[name]}; "
                 f"set data.{name} to that or partition again"
             )

@@ -162,9 +162,9 @@ def simulated(
     leg = LEG if len(scene.position) >= LARGE else options.frames
     np.savez(directory / "job.npz", **asdict(scene), radius=RADIUS, frames=options.frames, leg=leg)
     while not (directory / "whole").exists():
-        before = preparation.steps_in(directory / "frames")
+        before = preparation.read_count(directory / "frames")
         engines.run(directory, name)
-        if preparation.steps_in(directory / "frames") <= before and not (directory / "whole").exists():
+        if preparation.read_count(directory / "frames") <= before and not (directory / "whole").exists():
             raise Failure(f"{name}: the engine ended without a new frame, after {before} of {options.frames}")
     fields = {key: np.load(directory / f"{key}.npy") for key in ("position", "velocity", "mass", "viscosity")}
     record = records.Record(**fields, box=scene.box, dt=scene.dt)
@@ -248,7 +248,7 @@ def prepare(options: argparse.Namespace) -> None:
             len(options.splits),
             settings=settings,
             steps=preparation.Steps(
-                "frames", options.frames, lambda k: preparation.steps_in(folder_of(options, k) / "frames")
+                "frames", options.frames, lambda k: preparation.read_count(folder_of(options, k) / "frames")
             ),
         )
     finally:

@@ -28,6 +28,7 @@ from dist_egnn.data import graphs
 from dist_egnn.data import prepare as preparation
 from dist_egnn.data.trajectories import SPLITS, unwrap
 from dist_egnn.errors import Failure
+from dist_egnn.utils import filesystem
 from dist_egnn.utils.disk import check_room
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def adk_equilibrium() -> Source:
     folder = Path(get_data_home()) / adk.NAME
     for remote in adk.ARCHIVE.values():  # the library takes whatever stands there, a download cut short too
         file = folder / remote.filename
-        if file.exists() and preparation.sha256(file) != remote.checksum:
+        if file.exists() and filesystem.sha256(file) != remote.checksum:
             print(f"{file}: not whole; fetching it again", file=sys.stderr)
             file.unlink()
     socket.setdefaulttimeout(60)
@@ -286,7 +287,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     check_room(options.out, 2 * 12 * len(atoms) * sum(hi - lo + options.horizon for lo, hi in spans))
     settings = {
         "description": f"{name}: {len(atoms)} atoms ({options.select}), lengths in Å, dt in ps, charge in e",
-        "files": [[path.name, preparation.sha256(path)] for path in (source.topology, *source.trajectory)],
+        "files": [[path.name, filesystem.sha256(path)] for path in (source.topology, *source.trajectory)],
         "select": options.select,
         "splits": dict(zip(SPLITS, spans, strict=True)),
         "horizon": options.horizon,

@@ -79,7 +79,7 @@ class Simulations:
 
     def reached(self, number: int) -> int:
         """How many frames of a trajectory are done."""
-        return preparation.steps_in(self.folder(number) / "frames")
+        return preparation.read_count(self.folder(number) / "frames")
 
     def simulated(self, number: int, job: dict[str, Any], folder: Path) -> dict[str, Any]:
         timing = {"radius": RADIUS, "dt": DT, "steps": 2, "frames": self.frames}

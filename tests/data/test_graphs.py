@@ -1,4 +1,4 @@
-"""Radius graph, complete graph, edge dropping, Z-order: each against the plainest form of its definition."""
+"""Radius graph, complete graph, edge dropping and node orders, each against its definition."""
 
 from __future__ import annotations
 
@@ -14,28 +14,25 @@ from hypothesis import strategies as st
 from dist_egnn.data.graphs import build_graph, drop_longest, in_edges, morton_order, radius_edges
 from dist_egnn.errors import Failure
 
-Edges = tuple[np.ndarray, np.ndarray]
 seeds = st.integers(0, 2**32 - 1)
 
 
-def brute_force(x: np.ndarray, radius: float) -> Edges:
-    """All pairs within the radius, by destination, then source."""
+def brute_force(x: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
+    """All pairs within the radius, sorted by destination, then source."""
     x = x.astype(np.float64)
-    near = np.linalg.norm(x[:, None] - x[None], axis=2) <= radius
-    np.fill_diagonal(near, False)
-    dst, src = np.nonzero(near)
+    within = np.linalg.norm(x[:, None] - x[None], axis=2) <= radius
+    np.fill_diagonal(within, False)
+    dst, src = np.nonzero(within)
     return src, dst
 
 
 def assert_radius_graph(x: np.ndarray, radius: float) -> None:
-    """Also says what equality with brute force implies, so that brute_force is held to it too."""
+    """Equality with brute force, and the properties that it implies, which verify brute_force itself."""
     src, dst = radius_edges(x, radius)
     assert src.dtype == dst.dtype == np.int64
-    for found, wanted in zip((src, dst), brute_force(x, radius), strict=True):
-        np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal([src, dst], brute_force(x, radius))
     assert (src != dst).all()
-    order = dst * max(len(x), 1) + src
-    assert (np.diff(order) > 0).all()  # sorted by (dst, src), and no pair twice
+    assert (np.diff(dst * max(len(x), 1) + src) > 0).all()  # sorted by (dst, src), no pair twice
     assert set(zip(src, dst, strict=True)) == set(zip(dst, src, strict=True))
 
 
@@ -51,7 +48,7 @@ def test_radius_graph_of_coincident_points(seed, n, distinct, radius):
     assert_radius_graph(draw.normal(size=(distinct, 3))[draw.integers(0, distinct, n)], radius)
 
 
-# integer vectors of integer length, so that with a power of two as spacing a neighbour lies at the radius exactly
+# integer vectors of integer length: with a power of two as spacing, a neighbour lies exactly at the radius
 EXACT = {1: (0, 0, 1), 3: (1, 2, 2), 5: (0, 3, 4), 7: (2, 3, 6), 9: (4, 4, 7)}
 
 
@@ -64,9 +61,8 @@ EXACT = {1: (0, 0, 1), 3: (1, 2, 2), 5: (0, 3, 4), 7: (2, 3, 6), 9: (4, 4, 7)}
     n=st.integers(0, 59),
 )
 @example(seed=0, length=3, power=-2, shift=0, n=59)
-def test_radius_graph_counts_the_boundary(seed, length, power, shift, n):
-    draw = np.random.default_rng(seed)
-    cells = draw.integers(0, 8, (n, 3)) + shift
+def test_radius_graph_includes_the_radius_itself(seed, length, power, shift, n):
+    cells = np.random.default_rng(seed).integers(0, 8, (n, 3)) + shift
     x = np.concatenate([cells, [[shift] * 3], [np.add(EXACT[length], shift)]]) * 2.0**power
     radius = length * 2.0**power
     assert np.linalg.norm(x[-1] - x[-2]) == radius
@@ -77,7 +73,7 @@ def test_radius_graph_counts_the_boundary(seed, length, power, shift, n):
         assert ((src == last) & (dst == last - 1)).any() == inside
 
 
-def test_radius_graph_has_no_cap():
+def test_radius_graph_has_no_limit_of_neighbours():
     x = np.random.default_rng(0).uniform(size=(500, 3)) * 0.1
     _, dst = radius_edges(x, 1.0)
     assert (np.bincount(dst) == 499).all()
@@ -104,8 +100,7 @@ def test_complete_graph(n):
     src, dst = radius_edges(x, math.inf)
     assert list(zip(dst.tolist(), src.tolist(), strict=True)) == [(i, j) for i in range(n) for j in range(n) if i != j]
     assert src.dtype == dst.dtype == np.int64
-    for found, wanted in zip((src, dst), radius_edges(x, 1e6), strict=True):
-        np.testing.assert_array_equal(found, wanted)
+    np.testing.assert_array_equal([src, dst], radius_edges(x, 1e6))
 
 
 @given(seed=seeds, n=st.integers(0, 30), p=st.floats(0, 1))
@@ -114,42 +109,36 @@ def test_complete_graph(n):
 def test_drop_longest_keeps_the_shortest(seed, n, p):
     x = np.random.default_rng(seed).normal(size=(n, 3))
     src, dst = radius_edges(x, 2.0)
-    kept = drop_longest(x, src, dst, p)
-    assert len(kept[0]) == len(kept[1]) == round((1 - p) * len(src))
-    if p in (0.0, 1.0):
-        assert len(kept[0]) == (len(src) if p == 0 else 0)
-    # a subsequence of the edges: same order, none made up, none twice
+    short = drop_longest(x, src, dst, p)
+    assert len(short[0]) == len(short[1]) == round((1 - p) * len(src))
+    # a subsequence of the edges: the same order, no new ones, none twice
     number = {edge: k for k, edge in enumerate(zip(src.tolist(), dst.tolist(), strict=True))}
-    places = [number[edge] for edge in zip(kept[0].tolist(), kept[1].tolist(), strict=True)]
-    assert places == sorted(set(places))
+    numbers = [number[edge] for edge in zip(short[0].tolist(), short[1].tolist(), strict=True)]
+    assert numbers == sorted(set(numbers))
     length = np.linalg.norm(x[src] - x[dst], axis=1)
-    dropped = np.setdiff1d(np.arange(len(src)), places)
-    if len(places) and len(dropped):
-        assert length[places].max() <= length[dropped].min()
+    dropped = np.setdiff1d(np.arange(len(src)), numbers)
+    if len(numbers) and len(dropped):
+        assert length[numbers].max() <= length[dropped].min()
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.1, math.nan])
-def test_drop_longest_refuses_other_shares(p):
+def test_edge_drop_must_lie_in_0_to_1(p):
     with pytest.raises(Failure, match=r"edge_drop=.*must lie in"):
         drop_longest(np.zeros((2, 3)), np.array([0]), np.array([1]), p)
 
 
-def test_build_sets_fields_and_edge_lengths():
-    x = np.array([[0, 0, 0], [3, 4, 0], [0, 0, 2], [0, 0, 2]], np.float32)
+def test_build_graph_sets_fields_and_edge_lengths():
+    x = np.array([[0, 0, 0], [3, 4, 0], [0, 0, 2], [0, 0, 2], [9, 9, 9]], np.float32)  # the last one has no edge
     src, dst = np.array([0, 2, 3, 1]), np.array([1, 0, 2, 2])
-    graph = build_graph(src, dst, {"x": x, "gid": np.arange(4)})
-    assert graph.num_nodes() == 4
+    graph = build_graph(src, dst, {"x": x, "gid": np.arange(5)})
+    assert graph.num_nodes() == 5
     torch.testing.assert_close(graph.edata["e"], torch.tensor([5.0, 2.0, 0.0, 29**0.5])[:, None].expand(4, 2))
     assert torch.equal(graph.ndata["x"], torch.from_numpy(x))
-    assert torch.equal(graph.ndata["gid"], torch.arange(4))
-    for found, wanted in zip(graph.edges(), (src, dst), strict=True):
-        np.testing.assert_array_equal(found, wanted)
-
-
-def test_build_keeps_nodes_without_edges():
+    assert torch.equal(graph.ndata["gid"], torch.arange(5))
+    np.testing.assert_array_equal(torch.stack(graph.edges()), [src, dst])
     none = np.zeros(0, np.int64)
-    graph = build_graph(none, none, {"x": np.zeros((3, 3), np.float32)})
-    assert (graph.num_nodes(), graph.num_edges()) == (3, 0)
+    graph = build_graph(none, none, {"x": x})
+    assert (graph.num_nodes(), graph.num_edges()) == (5, 0)
     assert graph.edata["e"].shape == (0, 2)
 
 
@@ -159,10 +148,8 @@ def test_morton_order_is_a_permutation_and_keeps_graphs_together(seed, n, graphs
     x = draw.normal(size=(n, 3))
     x[:, :flat] = 1.0  # a plane, a line, one point
     group = np.sort(draw.integers(0, graphs, n))
-    order = morton_order(x)
-    np.testing.assert_array_equal(np.sort(order), np.arange(n))
-    order = morton_order(x, group)
-    np.testing.assert_array_equal(np.sort(order), np.arange(n))
+    for order in (morton_order(x), morton_order(x, group)):
+        np.testing.assert_array_equal(np.sort(order), np.arange(n))
     np.testing.assert_array_equal(group[order], group)
 
 
@@ -170,18 +157,18 @@ def test_morton_order_is_a_permutation_and_keeps_graphs_together(seed, n, graphs
 def test_morton_order_is_compact(scale):
     x = scale * np.random.default_rng(0).uniform(-1, 1, size=(4000, 3))
 
-    def hop(rows: np.ndarray) -> float:
+    def mean_step(rows: np.ndarray) -> float:
         return float(np.linalg.norm(np.diff(x[rows], axis=0), axis=1).mean())
 
-    assert hop(morton_order(x)) < 0.15 * hop(np.arange(4000))
+    assert mean_step(morton_order(x)) < 0.15 * mean_step(np.arange(4000))
 
 
 def test_morton_order_of_a_lattice():
-    """Bit by bit, x the lowest: the definition."""
+    """The definition: bits of the axes interleaved, x the lowest."""
     cells = np.stack(np.meshgrid(*[np.arange(4)] * 3, indexing="ij"), -1).reshape(-1, 3)
     key = sum(((cells[:, axis] >> bit) & 1) << (3 * bit + axis) for bit in range(2) for axis in range(3))
     shuffled = np.random.default_rng(0).permutation(64)
-    # cell corners of a grid of 4: a little more than its own side keeps them off the edges
+    # two corner points set the grid's extent; an offset keeps the cells away from its lines
     x = np.concatenate([cells[shuffled] + 0.25, [[0.0] * 3], [[4.0] * 3]])
     order = morton_order(x)
     np.testing.assert_array_equal(key[shuffled][order[order < 64]], np.arange(64))
@@ -193,7 +180,6 @@ def test_in_edges_follow_their_destinations(seed, n, e):
     dst = np.sort(draw.integers(0, n, e))
     indptr = np.concatenate([[0], np.cumsum(np.bincount(dst, minlength=n))])
     order = draw.permutation(n)
-    ends, pick = in_edges(indptr, order)
-    assert [pick[a:b].tolist() for a, b in itertools.pairwise(ends)] == [
-        np.flatnonzero(dst == node).tolist() for node in order
-    ]
+    ends, edges = in_edges(indptr, order)
+    expected = [np.flatnonzero(dst == node).tolist() for node in order]
+    assert [edges[a:b].tolist() for a, b in itertools.pairwise(ends)] == expected

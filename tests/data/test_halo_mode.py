@@ -1,4 +1,4 @@
-"""Halo mode on ranks that are threads: P parts are the full graph, whatever the model, partition, engine, graph; bad halos."""
+"""Halo mode on ranks that are threads: P parts equal the full graph for every model, partition, engine; invalid halos."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from dgl import DGLGraph
 from dist_egnn.partition import assign
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import DATA
 from together import Board, Member, differences, step, together
 
 from dist_egnn import cli, config
@@ -30,46 +31,60 @@ from dist_egnn.ops import message_passing, tiling
 from dist_egnn.train import trainer
 
 TOLERANCE = parallel_check.TOLERANCE
-Make = Callable[..., Path]
+MakeStore = Callable[..., Path]
 
 
 @functools.cache
-def model_of(name: str, *keys: str, widths: tuple[int, int] = (3, 1), double: bool = True) -> torch.nn.Module:
+def model_of(name: str, *keys: str, double: bool = True) -> torch.nn.Module:
     settings = config.load(None, [f"model.name={name}", "model.hidden=8", "model.layers=3", "data.radius=0.27", *keys])
-    model = trainer.build_model(settings, widths, comm.Alone())
+    model = trainer.build_model(settings, (3, 1), comm.Alone())
     model = model.double() if double else model
     parallel_check.randomize_output_weights(model)
     return model
 
 
-def apart(store: Store, model: torch.nn.Module, *snapshots: int) -> dict[str, float]:
-    """Differences of the store's parts in halo mode from the full graph, on a batch of snapshots."""
+def halos_of(graph: DGLGraph) -> halo.Halos:
+    halos = halo.get(graph)
+    assert halos is not None
+    return halos
 
-    parts = [
-        halo.batch([store.read(n, p, True) for n in snapshots]) for p in range(store.parts)
-    ]  # no store is for threads
-    whole = dgl.batch([store.whole(n, True) for n in snapshots])
-    first = np.cumsum([0, *(store.whole(n).num_nodes() for n in snapshots)])
-    gid = [torch.cat([g.ndata["gid"] + f for g, f in zip(dgl.unbatch(part), first, strict=False)]) for part in parts]
-    return differences(
-        step(model, whole, comm.Alone()),
-        together(store.parts, lambda member, copied: step(copied, parts[member.rank], member), model),
-        gid,
-    )
+
+def read_parts(store: Store, snapshot: int) -> list[DGLGraph]:
+    """With their halos; read before the threads start, since a Store is not thread-safe."""
+    return [store.read(snapshot, p, True) for p in range(store.parts)]
+
+
+def parallel_differences(
+    model: torch.nn.Module, whole: DGLGraph, parts: list[DGLGraph], rows: list[torch.Tensor] | None = None
+) -> dict[str, float]:
+    """Differences of a step on parts from one on the whole graph. rows: node numbers of each part, by default gid."""
+    many = together(len(parts), lambda member, copied: step(copied, parts[member.rank], member), model)
+    return differences(step(model, whole, comm.Alone()), many, rows or [part.ndata["gid"] for part in parts])
+
+
+def store_differences(store: Store, model: torch.nn.Module, *snapshots: int) -> dict[str, float]:
+    """Differences of the store's parts in halo mode from the full graph, on a batch of snapshots."""
+    parts = [halo.batch([store.read(n, p, True) for n in snapshots]) for p in range(store.parts)]
+    wholes = [store.whole(n, True) for n in snapshots]
+    first = np.cumsum([0, *(whole.num_nodes() for whole in wholes[:-1])])
+    rows = [torch.cat([g.ndata["gid"] + f for g, f in zip(dgl.unbatch(part), first, strict=True)]) for part in parts]
+    return parallel_differences(model, dgl.batch(wholes), parts, rows)
+
+
+def assert_exact(errors: dict[str, float]) -> None:
+    assert max(errors.values()) <= TOLERANCE, errors
 
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
 @pytest.mark.parametrize("name", network.NAMES)
-def test_parts_are_the_full_graph(make_store: Make, name: str, parts: int) -> None:
-    found = apart(Store(make_store(parts, "metis")), model_of(name), 1)
-    assert max(found.values()) <= TOLERANCE, found
+def test_parts_equal_the_full_graph(make_store: MakeStore, name: str, parts: int) -> None:
+    assert_exact(store_differences(Store(make_store(parts, "metis")), model_of(name), 1))
 
 
 @pytest.mark.parametrize("name", ["FastEGNN", "RF", "FastTFN"])
 @pytest.mark.parametrize("method", [m for m in assign.METHODS if m != "metis"])
-def test_however_nodes_are_assigned(make_store: Make, name: str, method: str) -> None:
-    found = apart(Store(make_store(3, method)), model_of(name), 0)
-    assert max(found.values()) <= TOLERANCE, found
+def test_every_partition_method_is_exact(make_store: MakeStore, name: str, method: str) -> None:
+    assert_exact(store_differences(Store(make_store(3, method)), model_of(name), 0))
 
 
 @pytest.fixture
@@ -80,46 +95,57 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 OPTIONS = ("model.attention=true", "model.normalize=true", "model.gravity=[0, 0, -1]")
 
 
-@pytest.mark.parametrize("kind", ["dgl", "torch"])
+@pytest.mark.parametrize("engine", ["dgl", "torch"])
 @pytest.mark.parametrize("keys", [(), OPTIONS], ids=["plain", "options"])
 @pytest.mark.usefixtures("small_tiles")
-def test_many_tiles_and_batches(make_store: Make, kind: str, keys: tuple[str, ...]) -> None:
-    store = Store(make_store(3, "metis"))
-    found = apart(store, model_of("FastEGNN", *keys, f"model.engine={kind}", "model.tile=100"), 0, 3, 1)
-    assert max(found.values()) <= TOLERANCE, found
+def test_many_tiles_and_batches(make_store: MakeStore, engine: str, keys: tuple[str, ...]) -> None:
+    model = model_of("FastEGNN", *keys, f"model.engine={engine}", "model.tile=100")
+    assert_exact(store_differences(Store(make_store(3, "metis")), model, 0, 3, 1))
 
 
 @pytest.mark.usefixtures("small_tiles")
-def test_in_float32_and_with_messages_in_bfloat16(make_store: Make) -> None:
+def test_float32_and_bfloat16_messages(make_store: MakeStore) -> None:
     store = Store(make_store(2, "random"))
     for precision in ("float32", "bf16-messages"):
-        found = apart(store, model_of("FastEGNN", f"model.precision={precision}", "model.tile=200", double=False), 1)
-        # of sums of many gradients that cancel, less is left in bfloat16
-        assert max(found[name] for name in ("x", "z", "s", "embedding.weight")) <= 1e-5, (precision, found)
+        model = model_of("FastEGNN", f"model.precision={precision}", "model.tile=200", double=False)
+        errors = store_differences(store, model, 1)
+        # in bfloat16, sums of many gradients that cancel lose more digits
+        assert max(errors[name] for name in ("x", "z", "s", "embedding.weight")) <= 1e-5, (precision, errors)
 
 
-def test_threads_share_the_tiles_of_a_part(make_store: Make, small_tiles: None) -> None:
+@pytest.mark.usefixtures("small_tiles")
+def test_threads_share_the_tiles_of_a_part(make_store: MakeStore) -> None:
     store, model = Store(make_store(2, "metis")), model_of("FastEGNN", "model.tile=50")
     torch.set_num_threads(2)
     try:
-        found = apart(store, model, 1)
+        assert_exact(store_differences(store, model, 1))
     finally:
         torch.set_num_threads(1)
-    assert max(found.values()) <= TOLERANCE, found
 
 
-def test_without_the_exchange_the_numbers_are_others(make_store: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The comparisons can fail: rows that are not refreshed, gradients that do not come back, edges of the bridge mode alone."""
+@pytest.mark.parametrize("name", ["FastEGNN", "FastRF"])
+def test_parts_in_one_piece_beside_parts_in_tiles(
+    make_store: MakeStore, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some ranks then call collectives in autograd's order, others in ours: both orders are the same."""
+    store, model = Store(make_store(3, "kmeans")), model_of(name, "model.tile=200")
+    rows = store.parts_table.query("snapshot == 0").eval("4 * nodes + edges").sort_values().to_numpy() * 8
+    monkeypatch.setattr(tiling, "WHOLE", rows[1] / (200 * 64))
+    cuts = [tiling.cut(part, message_passing.choose("auto"), 200, width=8) for part in read_parts(store, 0)]
+    assert {cut.whole for cut in cuts} == {True, False}
+    assert_exact(store_differences(store, model, 0))
+
+
+def test_without_the_exchange_the_comparison_fails(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative controls: bridge mode, gradients that do not come back, rows that are not refreshed."""
     store, model = Store(make_store(2, "metis")), model_of("FastEGNN")
-    whole, parts = store.whole(1, True), [store.read(1, p) for p in range(2)]
-    rows = [part.ndata["gid"] for part in parts]
-    bridge = together(2, lambda member, copied: step(copied, parts[member.rank], member), model)
-    assert max(differences(step(model, whole, comm.Alone()), bridge, rows).values()) > 1e-4
+    bridge = [store.read(1, p) for p in range(2)]
+    assert max(parallel_differences(model, store.whole(1, True), bridge).values()) > 1e-4
     with monkeypatch.context() as patch:
         patch.setattr(halo.HaloExchange, "start_backward", lambda self, grads: lambda into: None)
-        found = apart(store, model, 1)
-        assert found["x"] <= TOLERANCE
-        assert found["embedding.weight"] > 1e-4
+        errors = store_differences(store, model, 1)
+        assert errors["x"] <= TOLERANCE
+        assert errors["embedding.weight"] > 1e-4
     start = halo.HaloExchange.start
 
     def stale(self: halo.HaloExchange, fields: halo.Fields) -> Callable[[], halo.Fields]:
@@ -127,14 +153,14 @@ def test_without_the_exchange_the_numbers_are_others(make_store: Make, monkeypat
         return lambda: {name: t if name == "x" else t * 0 for name, t in wait().items()}
 
     monkeypatch.setattr(halo.HaloExchange, "start", stale)
-    assert apart(store, model, 1)["x"] > 1e-4
+    assert store_differences(store, model, 1)["x"] > 1e-4
 
 
 # any graph, any parts
 
 
-def sample(seed: int, n: int, edges: int) -> DGLGraph:
-    """A random directed graph: edges need not be symmetric, as a halo's need not."""
+def random_graph(seed: int, n: int, edges: int) -> DGLGraph:
+    """A random directed graph: neither edges nor halos need be symmetric."""
     draw = np.random.default_rng(seed)
     x = draw.random((n, 3))
     src, dst = draw.integers(0, n, (2, edges))
@@ -146,20 +172,15 @@ def sample(seed: int, n: int, edges: int) -> DGLGraph:
     return graph
 
 
-def pieces(graph: DGLGraph, part: np.ndarray, parts: int) -> list[DGLGraph]:
+def extract_parts(graph: DGLGraph, part: np.ndarray, parts: int) -> list[DGLGraph]:
     src, dst = (t.long().numpy() for t in graph.edges())
-    found = []
+    result = []
     for rank in range(parts):
-        own, near, to, beyond = halo.extract_part(src, dst, part, rank, parts, number=0, where="test")
-        piece = graphs.build_graph(near, to, {name: t[own] for name, t in graph.ndata.items()})
-        found.append(halo.attach(piece, halo.Halos([beyond], [len(own)])))
-    return found
-
-
-def apart_in_pieces(graph: DGLGraph, part: np.ndarray, parts: int, model: torch.nn.Module) -> dict[str, float]:
-    cut = pieces(graph, part, parts)
-    many = together(parts, lambda member, copied: step(copied, cut[member.rank], member), model)
-    return differences(step(model, graph, comm.Alone()), many, [piece.ndata["gid"] for piece in cut])
+        own, inner_src, inner_dst, cross = halo.extract_part(src, dst, part, rank, parts, number=0, where="test")
+        fields = {name: t[own] for name, t in graph.ndata.items()}
+        extracted = graphs.build_graph(inner_src, inner_dst, fields)
+        result.append(halo.attach(extracted, halo.Halos([cross], [len(own)])))
+    return result
 
 
 @given(
@@ -172,75 +193,61 @@ def apart_in_pieces(graph: DGLGraph, part: np.ndarray, parts: int, model: torch.
 @settings(max_examples=25)
 def test_any_graph_and_any_parts(seed: int, parts: int, more: int, edges: int, name: str) -> None:
     draw = np.random.default_rng(seed)
-    graph = sample(seed, parts + more, edges)
+    graph = random_graph(seed, parts + more, edges)
     part = draw.permutation(np.concatenate([np.arange(parts), draw.integers(0, parts, more)]))
-    found = apart_in_pieces(graph, part, parts, model_of(name))
-    assert max(found.values()) <= TOLERANCE, found
+    assert_exact(parallel_differences(model_of(name), graph, extract_parts(graph, part, parts)))
 
 
-def test_nodes_and_parts_that_are_cut_off() -> None:
-    """A node whose neighbours all live elsewhere, a node without any, a part that needs nothing, one that is needed by nobody."""
-    n, part = 9, np.array([0, 1, 1, 1, 0, 2, 2, 3, 3])
-    draw = np.random.default_rng(0)
-    graph = sample(1, n, 0)
-    #       node 0 hears part 1 alone; node 4 nobody; part 2 is an island; part 3 hears part 0, nobody hears it
+def test_isolated_nodes_and_parts() -> None:
+    """A node whose neighbours are all on other ranks, a node without any, a part that needs nothing, one that nobody needs."""
+    part = np.array([0, 1, 1, 1, 0, 2, 2, 3, 3])
+    # node 0 receives from part 1 only, node 4 from nobody; part 2 is isolated; part 3 receives from part 0, nobody from it
     pairs = np.array([[1, 0], [2, 0], [3, 0], [0, 1], [2, 3], [5, 6], [6, 5], [0, 7], [4, 7], [0, 8]])
-    whole = graphs.build_graph(
-        pairs[:, 0], pairs[:, 1], {**graph.ndata, "v": torch.from_numpy(draw.normal(size=(n, 3)))}
-    )
-    wanted = [[0, 3, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [2, 0, 0, 0]]
-    for rank, piece in enumerate(pieces(whole, part, 4)):
-        halos = halo.get(piece)
-        assert halos is not None
-        assert halos.recv_counts == wanted[rank]
+    whole = graphs.build_graph(pairs[:, 0], pairs[:, 1], dict(random_graph(1, 9, 0).ndata))
+    parts = extract_parts(whole, part, 4)
+    assert [halos_of(p).recv_counts for p in parts] == [[0, 3, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0], [2, 0, 0, 0]]
     for name in ("FastEGNN", "SchNet"):
-        found = apart_in_pieces(whole, part, 4, model_of(name))
-        assert max(found.values()) <= TOLERANCE, (name, found)
+        assert_exact(parallel_differences(model_of(name), whole, parts))
 
 
 # what is sent, and when
 
 
-def test_one_call_a_layer_and_direction_of_the_rows_that_are_needed(make_store: Make, small_tiles: None) -> None:
+@pytest.mark.usefixtures("small_tiles")
+def test_one_exchange_per_layer_and_direction_of_the_needed_rows(make_store: MakeStore) -> None:
     store, model = Store(make_store(3, "metis")), model_of("FastEGNN", "model.tile=100")
-    listed = store.parts_table.query("snapshot == 0")["halo"].tolist()
+    halo_nodes = store.parts_table.query("snapshot == 0")["halo"].tolist()
+    parts = read_parts(store, 0)
 
-    parts = [store.read(0, p, True) for p in range(3)]
-
-    def one(member: Member, copied: Any) -> tuple[list[Any], list[Any]]:
-        graph = parts[member.rank]
-        step(copied, graph, member)
+    def two_steps(member: Member, copied: Any) -> tuple[list[Any], list[Any]]:
+        step(copied, parts[member.rank], member)
         first = list(member.calls)
         member.calls.clear()
-        step(copied, graph, member)
+        step(copied, parts[member.rank], member)
         return first, member.calls
 
-    width, layers = 8 + 3, 3  # H + 3
-    found = together(3, one, model)
-    for rank, (first, then) in enumerate(found):
-        gradients = [("sum", p.numel()) for p in model.parameters()]
-        exchanges = [n for kind, n in then[: -len(gradients)] if kind == "exchange"]
-        assert [kind for kind, _ in first[:3]] == ["exchange"] * 3  # what is wanted, which rows, their positions: once
-        assert [call[0] for call in first[3:]] == [call[0] for call in then]
-        assert [kind for kind, _ in then[: -len(gradients)]] == ["exchange", "sum"] * layers + [
-            "sum",
-            "exchange",
-        ] * layers
-        back = [listed[rank] * width] * (layers - 1) + [listed[rank] * 8]  # the input's positions need no gradient
-        assert exchanges[layers:] == back
-    sent = sum(n for _, then in found for kind, n in then[:6:2])
-    assert sent == sum(listed) * width * layers
+    width, layers, gradients = 8 + 3, 3, len(list(model.parameters()))  # width: H + 3
+    calls = together(3, two_steps, model)
+    for count, (first, second) in zip(halo_nodes, calls, strict=True):
+        second = second[:-gradients]
+        assert [kind for kind, _ in first[:3]] == ["exchange"] * 3  # link: counts, rows, positions
+        assert [kind for kind, _ in first[3:-gradients]] == [kind for kind, _ in second]
+        assert [kind for kind, _ in second] == ["exchange", "sum"] * layers + ["sum", "exchange"] * layers
+        backward = [n for kind, n in second if kind == "exchange"][layers:]
+        assert backward == [count * width] * (layers - 1) + [count * 8]  # the input positions need no gradient
+    sent = sum(n for _, second in calls for _, n in second[: 2 * layers : 2])
+    assert sent == sum(halo_nodes) * width * layers
 
 
-def test_tiles_without_halo_nodes_run_while_rows_travel(make_store: Make) -> None:
+def test_tiles_without_halo_nodes_run_during_the_exchange(make_store: MakeStore) -> None:
     events: list[str] = []
 
-    class Noted(message_passing.TorchEngine):
+    class RecordingEngine(message_passing.TorchEngine):
         def mean(self, *args: Any) -> Any:
             events.append("block")
             return super().mean(*args)
 
-    class Slow(halo.HaloExchange):
+    class RecordingExchange(halo.HaloExchange):
         def start(self, fields: halo.Fields) -> Callable[[], halo.Fields]:
             events.append("start")
             rows = {name: torch.zeros(halos.size, t.shape[1]) for name, t in fields.items()}
@@ -251,171 +258,140 @@ def test_tiles_without_halo_nodes_run_while_rows_travel(make_store: Make) -> Non
             return lambda into: events.append("wait")
 
     graph = Store(make_store(2, "bisection")).read(1, 0, True)
-    halos = halo.get(graph)
-    assert halos is not None
-    cut = tiling.cut(graph, Noted(), 20, width=10**9)
+    halos = halos_of(graph)
+    cut = tiling.cut(graph, RecordingEngine(), 20, width=10**9)
     interior, boundary = (sum(len(tile.blocks) for tile in group) for group in cut.groups)
-    assert interior
-    assert boundary
+    assert min(interior, boundary) > 0
     layer = EGNNLayer(8, 2, 0)
     node = {name: torch.rand(graph.num_nodes(), w, requires_grad=True) for name, w in (("h", 8), ("x", 3), ("v", 3))}
     edge = {"e": torch.rand(graph.num_edges() + len(halos.src), 2)}
-    out = tiling.run(layer, Noted(), cut, node, edge, {}, Slow(comm.Alone(), [], halos.recv_counts))
+    exchange = RecordingExchange(comm.Alone(), [], halos.recv_counts)
+    out = tiling.run(layer, RecordingEngine(), cut, node, edge, {}, exchange)
     assert events == ["start", *["block"] * interior, "wait", *["block"] * boundary]
     events.clear()
     (out["h"].sum() + out["x"].sum()).backward()
     assert events == [*["block"] * boundary, "start", *["block"] * interior, "wait"]
 
 
-# halos that are wrong
+# invalid halos
 
 
-def test_halo_nodes_that_cannot_be_are_refused_at_reading(make_store: Make) -> None:
+def test_an_inconsistent_halo_is_refused_when_read(make_store: MakeStore) -> None:
     store = Store(make_store(2, "metis"))
     shard = store.snapshots.loc[1, "shard"]
     held = store.source.part(shard, 0)
     right = held.halo.clone()
-    ours, other = int(store._first[1, 0]), int(store._first[1, 1])
-    (last,) = {int(store.snapshots.index[store.snapshots["shard"] == shard][-1])}
+    ours, other = store.first_ids[1].tolist()
+    last = int(store.snapshots.index[store.snapshots["shard"] == shard][-1])
     assert last > 1  # so that the shard holds another snapshot
-    lo = int((right < other).sum())  # the snapshot's halo nodes begin here
-    for wrong in (-1, 10**9, ours, int(store._first[last, 1])):
+    lo = int((right < other).sum())  # the first halo node of the snapshot
+    for wrong in (-1, 10**9, ours, int(store.first_ids[last, 1])):
         held.halo[:] = right
         held.halo[lo] = wrong
-        with pytest.raises(Failure, match=rf"snapshot 1, part 0: its halo node {wrong} is no other part's node of it"):
+        with pytest.raises(Failure, match=rf"snapshot 1, part 0: halo node {wrong} .* partition again"):
             store.read(1, 0, True)
-        store.read(1, 0)  # nothing to a bridge
+        store.read(1, 0)  # bridge mode does not use it
     held.halo[:] = right
     held.halo[lo] = held.halo[lo + 1]
     with pytest.raises(Failure, match=r"snapshot 1, part 0: has \d+ halo, parts.csv says \d+"):
         store.read(1, 0, True)
     held.halo[:] = right
     store.read(1, 0, True)
-    first, after, elo, ehi = store.ranges[1, 0].tolist()
-    away = (held.src[elo:ehi] < first) | (held.src[elo:ehi] >= after)
-    held.src[elo + int(away.nonzero()[0])] = first  # an edge from another part has become one from its own
+    first, end, edges_lo, edges_hi = store.ranges[1, 0].tolist()
+    cross = (held.src[edges_lo:edges_hi] < first) | (held.src[edges_lo:edges_hi] >= end)
+    held.src[edges_lo + int(cross.nonzero()[0])] = first  # a cross edge becomes an inner one
     with pytest.raises(Failure, match=r"snapshot 1, part 0: has \d+ cut_edges, parts.csv says \d+"):
         store.read(1, 0, True)
 
 
-def test_a_halo_node_that_is_another_is_refused_by_its_distance(make_store: Make) -> None:
-    store = Store(make_store(2, "bisection"))
-
-    parts = [store.read(1, p, True) for p in range(2)]
-
-    def one(member: Member, copied: Any) -> None:
-        graph = parts[member.rank]
-        halos = halo.get(graph)
-        assert halos is not None
-        if member.rank == 0:
-            x = parts[1].ndata["x"]
-            far = int((x - graph.ndata["x"].mean(0)).square().sum(1).argmax())
-            rows = halos.parts[0].recv_rows[1]
-            rows[-1] = far
-            halos.parts[0].recv_rows[1] = rows.unique()
-        step(copied, graph, member)
-
-    with pytest.raises(Failure, match=r"snapshot 1, part 0: an edge from another part is .* beyond the radius 0.27"):
-        together(2, one, model_of("EGNN"))
+def link_after(store: Store, rank: int, change: Callable[[halo.Halo, list[DGLGraph]], None]) -> None:
+    """Link the parts of snapshot 1 after a change of one rank's halo."""
+    parts = read_parts(store, 1)
+    change(halos_of(parts[rank]).parts[0], parts)
+    together(len(parts), lambda member: halos_of(parts[member.rank]).link(parts[member.rank].ndata["x"], member))
 
 
-def linked(store: Store, change: Callable[[halo.Halo], None]) -> None:
-    """Link the parts of snapshot 1 after a change of part 1's halo."""
+def test_a_wrong_halo_node_is_refused_by_its_distance(make_store: MakeStore) -> None:
+    def replace_by_farthest(own: halo.Halo, parts: list[DGLGraph]) -> None:
+        distance = (parts[1].ndata["x"] - parts[0].ndata["x"].mean(0)).square().sum(1)
+        own.recv_rows[1][-1] = int(distance.argmax())
+        own.recv_rows[1] = own.recv_rows[1].unique()
 
-    parts = [store.read(1, p, True) for p in range(store.parts)]
-
-    def one(member: Member) -> None:
-        graph = parts[member.rank]
-        halos = halo.get(graph)
-        assert halos is not None
-        if member.rank == 1:
-            change(halos.parts[0])
-        halos.link(graph.ndata["x"], member)
-
-    together(store.parts, one)
+    with pytest.raises(Failure, match=r"snapshot 1, part 0: an edge .* beyond the radius 0.27.*partition again"):
+        link_after(Store(make_store(2, "bisection")), 0, replace_by_farthest)
 
 
-def test_ranks_that_mean_different_data_find_out(make_store: Make) -> None:
+def test_ranks_with_different_data_are_refused(make_store: MakeStore) -> None:
     store = Store(make_store(2, "metis"))
-    linked(store, lambda one: None)
+    link_after(store, 1, lambda own, _: None)
 
-    def other_snapshot(one: halo.Halo) -> None:
-        one.number = 0
+    def other_snapshot(own: halo.Halo, _: Any) -> None:
+        own.number = 0
 
-    def other_size(one: halo.Halo) -> None:
-        one.nodes[0] += 1
+    def other_size(own: halo.Halo, _: Any) -> None:
+        own.nodes[0] += 1
 
-    def no_such_node(one: halo.Halo) -> None:
-        one.recv_rows[0][-1] = 10**6
+    def missing_node(own: halo.Halo, _: Any) -> None:
+        own.recv_rows[0][-1] = 10**6
 
-    def twice(one: halo.Halo) -> None:
-        one.recv_rows[0][1] = one.recv_rows[0][0]
+    def repeated_node(own: halo.Halo, _: Any) -> None:
+        own.recv_rows[0][1] = own.recv_rows[0][0]
 
     for change in (other_snapshot, other_size):
-        with pytest.raises(Failure, match=r"snapshot \d, part \d: process \d is at snapshot .* give all the same"):
-            linked(store, change)
-    for change in (no_such_node, twice):
-        with pytest.raises(Failure, match=r"snapshot 1, part 0: process 1 asks for nodes that are none of its \d+"):
-            linked(store, change)
+        with pytest.raises(Failure, match=r"snapshot \d, part \d: process \d reads snapshot .* data\.path"):
+            link_after(store, 1, change)
+    for change in (missing_node, repeated_node):
+        with pytest.raises(Failure, match=r"snapshot 1, part 0: process 1 requests nodes .* partition again"):
+            link_after(store, 1, change)
 
 
-def test_a_lost_halo_is_refused(make_store: Make) -> None:
+def test_a_lost_halo_is_refused(make_store: MakeStore) -> None:
     store, model = Store(make_store(2, "metis")), copy.deepcopy(model_of("FastEGNN"))
     model.exchange = True  # type: ignore[assignment]
-    with pytest.raises(Failure, match="the graph has lost its halo"):
-        model(dgl.batch([store.read(n, 0, True) for n in (0, 1)]))
-    with pytest.raises(Failure, match="the graph has lost its halo"):
-        model(store.read(0, 0))
+    for graph in (dgl.batch([store.read(n, 0, True) for n in (0, 1)]), store.read(0, 0)):
+        with pytest.raises(Failure, match=r"partition\.halo=exchange: .*halo"):
+            model(graph)
 
 
-class Own(torch.nn.Module):
+class NotANetwork(torch.nn.Module):
     def __init__(self, **_: Any) -> None:
         super().__init__()
 
 
-def test_what_halo_mode_is_not_for() -> None:
-    with pytest.raises(Failure, match=r"partition.halo=ghost: unknown; use bridge or exchange"):
+def test_invalid_settings_of_halo_mode_are_refused(make_store: MakeStore, tmp_path: Path) -> None:
+    with pytest.raises(Failure, match=r"partition\.halo=ghost: unknown"):
         config.load(None, ["partition.halo=ghost"])
-    settings = config.load(None, [f"model.name={__name__}:Own", "partition.halo=exchange"])
+    settings = config.load(None, [f"model.name={__name__}:NotANetwork", "partition.halo=exchange"])
     trainer.build_model(settings, (3, 1), comm.Alone())
-    with pytest.raises(Failure, match=r"partition.halo=exchange is for models.Network"):
+    with pytest.raises(Failure, match=r"partition\.halo=exchange .*partition\.halo=bridge"):
         trainer.build_model(settings, (3, 1), Member(0, Board(2)))
-
-
-def test_the_commands_that_know_of_it(make_store: Make, tmp_path: Path) -> None:
     path = make_store(2, "metis")
-    with pytest.raises(Failure, match=r"--snapshot, --halo and config keys are .* name its config with --model"):
+    with pytest.raises(Failure, match=r"--halo .*--model"):
         cli.verify(path, halo="exchange")
     file = tmp_path / "config.yaml"
     file.write_text("data: {radius: 0.27}\n")
-    with pytest.raises(Failure, match=r"partition.halo=ghost: unknown"):
+    with pytest.raises(Failure, match=r"partition\.halo=ghost: unknown"):
         cli.verify(path, file, halo="ghost")
 
 
-def test_ranks_keep_the_same_samples(make_store: Make) -> None:
-    """They link together, so none may forget a sample that another still has."""
-    path, budget = make_store(3, "kmeans"), 200_000
-    settings = config.load(None, [f"data.path={path}", "data.radius=0.27", "data.horizon=3", "data.frames=3"])
-    settings.data.features, settings.data.node_attributes = ["mass", "viscosity/max", "speed"], ["mass"]
-    settings.partition.halo = "exchange"
-    kept = []
+def test_ranks_cache_the_same_samples(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They link together, so none may evict a sample that another still has: all read the same samples again."""
+    settings = config.load(None, [f"data.path={make_store(3, 'kmeans')}", "partition.halo=exchange"])
+    for key, value in DATA.items():
+        setattr(settings.data, key, value)
+    monkeypatch.setattr(dataset, "CACHE_BYTES", 3 * 300_000)  # for three ranks; a sample counts for about 100,000
+    plain_read = Store.read
+    reads: list[list[int]] = [[], [], []]
+
+    def recorded(store: Store, number: int, part: int, exchange: bool) -> DGLGraph:
+        reads[part].append(number)
+        return plain_read(store, number, part, exchange)
+
+    monkeypatch.setattr(Store, "read", recorded)
+    numbers = np.random.default_rng(0).integers(0, 12, 60).tolist()
     for rank in range(3):
-        read = dataset.open_dataset(settings, rank, 3)
-        read._budget = budget
-        for number in (0, 1, 2, 0, 3, 4, 1):
-            read[number]
-        kept.append(list(read._kept))
-    assert kept[0] == kept[1] == kept[2]
-    assert len(kept[0]) < 5
-
-
-@pytest.mark.parametrize("name", ["FastEGNN", "FastRF"])
-def test_parts_in_one_piece_beside_parts_in_tiles(make_store: Make, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks then make their calls by autograd's order, or by ours: the same."""
-    store, model = Store(make_store(3, "kmeans")), model_of(name, "model.tile=200")
-    rows = store.parts_table.query("snapshot == 0").eval("4 * nodes + edges").sort_values().to_numpy() * 8
-    monkeypatch.setattr(tiling, "WHOLE", rows[1] / (200 * 64))
-    cuts = [tiling.cut(store.read(0, rank, True), message_passing.choose("auto"), 200, width=8) for rank in range(3)]
-    assert {cut.whole for cut in cuts} == {True, False}
-    found = apart(store, model, 0)
-    assert max(found.values()) <= TOLERANCE, found
+        samples = dataset.open_dataset(settings, rank, 3)
+        for number in numbers:
+            samples[number]
+    assert reads[0] == reads[1] == reads[2]
+    assert 12 < len(reads[0]) < len(numbers)  # some samples were evicted, some were not

@@ -92,7 +92,7 @@ def test_the_radius_is_below_half_the_box(radius):
     """At half of it exactly, two images of a node would be as near as each other."""
     side = np.array([1.0, 2, 2])
     assert len(radius_edges(np.zeros((2, 3)), np.nextafter(0.5, 0), side)[0]) == 2
-    with pytest.raises(Failure, match=r"radius=.*below half its shortest side, 0\.5"):
+    with pytest.raises(Failure, match=r"radius=.*below half the shortest side .*0\.5"):
         radius_edges(np.zeros((2, 3)), radius, side)
 
 
@@ -399,8 +399,8 @@ def test_verify_finds_a_box_that_is_not_the_edges(store, tmp_path):
     [
         ({"periodic": False, "box": False}, {}, "trajectory 0 has no box, and data.periodic needs a periodic one"),
         ({"periodic": False}, {}, "trajectory 0 has a box with walls, and data.periodic needs a periodic one"),
-        ({}, {"radius": 1.0}, "trajectory 0: radius=1: in a periodic box below half its shortest side, 1; lower"),
-        ({}, {"radius": math.inf}, "trajectory 0: radius=inf: in a periodic box below half"),
+        ({}, {"radius": 1.0}, r"trajectory 0: radius=1: .* below half .*, 1; lower"),
+        ({}, {"radius": math.inf}, "trajectory 0: radius=inf: .* below half"),
     ],
 )
 def test_boxes_that_do_not_do(tmp_path, given, changed, says):
@@ -454,4 +454,4 @@ def test_a_jump_in_a_file_of_others_is_refused_when_read(tmp_path):
         except Failure as failure:
             told.append(str(failure))
     assert told
-    assert all(t.startswith(f"{path}: trajectory 0, frame ") and "unwrap them" in t for t in told)
+    assert all(t.startswith(f"{path}: trajectory 0, frame ") and "unwrap" in t for t in told)

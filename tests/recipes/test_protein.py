@@ -24,6 +24,7 @@ from dist_egnn.data import prepare as preparation
 from dist_egnn.data.graphs import radius_edges
 from dist_egnn.data.samples import SampleSpec, Snapshot, read_sample, select_snapshots
 from dist_egnn.data.trajectories import Trajectories, Writer
+from dist_egnn.utils import filesystem
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "protein"
 for package in ("MDAnalysis", "MDAnalysisData", "MDAnalysisTests"):
@@ -159,7 +160,7 @@ def test_a_full_disk_is_one_line_and_the_rest_can_follow(tiny, tmp_path, call, m
         ran = call("--scale", "tiny", "--out", out, "--workers", 1)
     assert (ran.code, ran.err.count("\n")) == (2, 1)
     assert f"error: {out}: No space left on device, " in ran.err
-    assert " MB are free; once that is mended the same command goes on" in ran.err
+    assert " MB are free; correct that, then run the same command again" in ran.err
     assert not out.exists()
     assert {f.name for f in (tmp_path / "again.h5.parts").glob("*.h5*")} <= {"000000.h5", "000002.h5"}
     assert call("--scale", "tiny", "--out", out, "--workers", 3, "--seed", 5).code == 0
@@ -187,7 +188,7 @@ def remote(tmp_path, monkeypatch) -> Callable[[str], None]:
     *_, trajectory = md(tmp_path / "server", walk(4187, 8))
     files = {"topology": tmp_path / "server" / "few.pdb", "trajectory": Path(trajectory)}
     archive = {
-        key: base.RemoteFileMetadata(file.name, str(file), preparation.sha256(file)) for key, file in files.items()
+        key: base.RemoteFileMetadata(file.name, str(file), filesystem.sha256(file)) for key, file in files.items()
     }
     monkeypatch.setattr(adk_equilibrium, "ARCHIVE", archive)
     monkeypatch.setenv("MDANALYSIS_DATA", str(tmp_path / "home"))
