@@ -295,7 +295,7 @@ def _check(config: Config) -> None:
     if config.partition.halo not in HALOS:
         raise Failure(f"partition.halo={config.partition.halo}: unknown; use {' or '.join(HALOS)}")
     if config.partition.weights is not None:
-        part_weights.of(config.partition.weights, config.partition.parts or len(config.partition.weights))
+        part_weights.validate(config.partition.weights, config.partition.parts or len(config.partition.weights))
     data, train = config.data, config.train
     if not data.radius > 0:
         raise Failure(f"data.radius={data.radius}: must be positive (.inf for the complete graph)")

@@ -25,7 +25,7 @@ from scipy.spatial import KDTree
 
 from dist_egnn.data.graphs import morton_order
 from dist_egnn.errors import Failure
-from dist_egnn.utils import part_weights, resources
+from dist_egnn.utils import memory, part_weights
 
 MAX_IMBALANCE = 1.05  # of a balanced method: nodes of the largest part / mean
 WEIGHT_TOLERANCE = 0.02  # relative error of a weighted part's size; machine and trainer levels together stay within 5%
@@ -95,7 +95,7 @@ def assign(
     balanced method is within ⌈2%⌉ of its share of the nodes. Raises Failure for an unknown method, invalid weights,
     N < parts and positions that are not finite.
     """
-    unequal = part_weights.of(weights, parts)
+    unequal = part_weights.validate(weights, parts)
     check_method(method, parts, unequal)
     x = np.asarray(x, dtype=np.float64)
     check_size(len(x), parts)
@@ -224,11 +224,11 @@ def _zeroed_malloc() -> Iterator[None]:
     depend on earlier contents of the heap. Blocks in a thread's cache (tcache) are not zeroed: `cli.console` switches the
     cache off, and a new thread starts with an almost empty one.
     """
-    resources.mallopt(M_PERTURB, 255)
+    memory.mallopt(M_PERTURB, 255)
     try:
         yield
     finally:
-        resources.mallopt(M_PERTURB, 0)
+        memory.mallopt(M_PERTURB, 0)
 
 
 @contextlib.contextmanager

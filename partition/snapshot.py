@@ -20,7 +20,7 @@ from dist_egnn.data.samples import SampleSpec, Snapshot, node_fields
 from dist_egnn.data.store import SIDES
 from dist_egnn.data.trajectories import Trajectories
 from dist_egnn.errors import Failure
-from dist_egnn.utils import part_weights, resources
+from dist_egnn.utils import memory, part_weights
 
 NO_EDGES = np.zeros(0, np.int64)
 METIS_EDGE_BYTES, EDGE_BYTES = 90, 75  # memory of an edge at the peak, for METIS and for other methods
@@ -88,7 +88,7 @@ def check_memory(x: np.ndarray, inputs: Inputs, side: np.ndarray | None, where: 
     """Raise Failure, prefixed with ``where``, if all edges of a snapshot at x (N, 3) do not fit into memory."""
     edges = len(x) * neighbors.mean_degree(x, inputs.radius, side)
     settings = f"method {inputs.method} with edge_drop={inputs.edge_drop:g}"
-    resources.enough_memory(
+    memory.require_memory(
         memory_needed(inputs.method, len(x), edges),
         "cpu",
         f"{where}: {settings} on {len(x):,} nodes, {edges:,.0f} edges,",

@@ -9,7 +9,6 @@ written under OUT.partial and renamed at the end; an interrupted run continues a
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -35,7 +34,7 @@ from dist_egnn.data.store import FORMAT, GRAPH, VERSION
 from dist_egnn.data.store_inputs import DEFAULT_INPUTS
 from dist_egnn.data.trajectories import Trajectories
 from dist_egnn.errors import Failure
-from dist_egnn.utils import disk, part_weights
+from dist_egnn.utils import filesystem, part_weights
 
 if TYPE_CHECKING:
     from dist_egnn.config import Data
@@ -51,12 +50,6 @@ NODE_FIELDS = (
     "snapshot",
     "trainer_id",
 )  # trainer_id: with several trainers a part only
-
-
-def sha256(path: Path) -> str:
-    """The hash of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def build_inputs(
@@ -78,7 +71,7 @@ def build_inputs(
     assign.check_method(method, parts)
     if trainers < 1:
         raise Failure(f"trainers={trainers}: must be at least 1")
-    weights = part_weights.of(weights, parts * trainers)
+    weights = part_weights.validate(weights, parts * trainers)
     assign.check_method(method, parts, weights)
     values = {name: value for name, value in vars(settings).items() if name in Inputs.__dataclass_fields__}
     if values["features"] is None:
@@ -89,7 +82,7 @@ def build_inputs(
         values[name] = float(values[name])
     return Inputs(
         source=data.path.name,
-        source_sha256=sha256(data.path),
+        source_sha256=filesystem.sha256(data.path),
         parts=parts,
         trainers=trainers,
         weights=weights,
@@ -203,17 +196,15 @@ def _save_part(folder: Path, graph: dgl.DGLGraph, features: dict[str, torch.Tens
     folder.mkdir(parents=True, exist_ok=True)
     # int64: both ends and the number of an edge, the number of a node; one byte: inner or not
     size = 25 * graph.num_edges() + 9 * graph.num_nodes()
-    disk.save(folder / "graph.dgl", size, functools.partial(dgl.save_graphs, g_list=[graph], formats=["coo"]))
+    filesystem.save_verified(
+        folder / "graph.dgl", size, functools.partial(dgl.save_graphs, g_list=[graph], formats=["coo"])
+    )
     tables: dict[str, dict[str, torch.Tensor]] = {"node_feat": features, "edge_feat": {}}
     for name, tensors in tables.items():
         size = sum(tensor.nbytes for tensor in tensors.values())
-        disk.save(folder / f"{name}.dgl", size, functools.partial(dgl.data.utils.save_tensors, tensor_dict=tensors))
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    fresh = path.with_name(path.name + ".new")
-    fresh.write_text(text)
-    os.replace(fresh, path)
+        filesystem.save_verified(
+            folder / f"{name}.dgl", size, functools.partial(dgl.data.utils.save_tensors, tensor_dict=tensors)
+        )
 
 
 def _names_inputs(file: Path, inputs: Inputs) -> bool:
@@ -243,7 +234,7 @@ def _open_folder(out: Path, inputs: Inputs) -> Path | None:
     created = not work.exists()
     work.mkdir(parents=True, exist_ok=True)
     try:
-        _write_atomically(stamp, json.dumps(inputs.plain()))
+        filesystem.replace_file(stamp, json.dumps(inputs.plain()).encode())
     except OSError:
         if created:  # without its stamp the folder would be refused as another run's
             shutil.rmtree(work)
@@ -264,7 +255,9 @@ def write_store(data: Trajectories, out: Path, inputs: Inputs, progress: Callabl
             shards = _write_shards(data, work, inputs, selected, progress)
             _finish(work, out, inputs, shards)
     except OSError as error:
-        raise Failure(f"{disk.reason(error, out)}; correct this and run the same command to continue") from error
+        raise Failure(
+            f"{filesystem.describe_os_error(error, out)}; correct this and run the same command to continue"
+        ) from error
     return work is not None
 
 
@@ -284,15 +277,17 @@ def _write_shards(
                 mark = spool / f"{index:06d}.json"
                 if not mark.is_file():
                     row = snapshot.write_parts(data, selected[index], index, inputs, spool)
-                    _write_atomically(mark, json.dumps(row))
+                    filesystem.replace_file(mark, json.dumps(row).encode())
                 rows.append(json.loads(mark.read_text()))
                 progress(index + 1, len(selected))
             shutil.rmtree(work / shard, ignore_errors=True)
             counts = np.array([r["parts"] for r in rows])[:, :, :2]
             counts = counts.reshape(len(rows), inputs.parts, inputs.trainers, 2).sum(2)
             _write_shard(work / shard, spool, indices, counts)
-            files = {str(f.relative_to(work)): sha256(f) for f in sorted((work / shard).rglob("*")) if f.is_file()}
-            _write_atomically(complete, json.dumps({"rows": rows, "files": files, "shard": shard}))
+            files = {
+                str(f.relative_to(work)): filesystem.sha256(f) for f in sorted((work / shard).rglob("*")) if f.is_file()
+            }
+            filesystem.replace_file(complete, json.dumps({"rows": rows, "files": files, "shard": shard}).encode())
             for index in indices:
                 for file in spool.glob(f"{index:06d}*"):
                     file.unlink()
@@ -314,7 +309,7 @@ def _finish(work: Path, out: Path, inputs: Inputs, shards: list[dict[str, Any]])
     columns = ["snapshot", "part", "nodes", "edges", "cut_edges", "halo"]
     pd.DataFrame(parts, columns=columns).to_csv(work / "parts.csv", index=False)
     files = {name: digest for shard in shards for name, digest in shard["files"].items()}
-    files.update({name: sha256(work / name) for name in ("snapshots.csv", "parts.csv")})
+    files.update({name: filesystem.sha256(work / name) for name in ("snapshots.csv", "parts.csv")})
     packages = {"dgl": dgl.__version__, "torch": str(torch.__version__), "numpy": np.__version__}
     manifest = {
         "format": FORMAT,

@@ -43,7 +43,7 @@ class _Sum(torch.autograd.Function):
         return ctx.add(grad), None
 
 
-class Member(comm.Alone):
+class Member(comm.SingleProcess):
     """A rank of the group on a board. calls: name and numbers sent of each call."""
 
     def __init__(self, rank: int, board: Board) -> None:
@@ -62,20 +62,22 @@ class Member(comm.Alone):
     def sum(self, t: Tensor) -> Tensor:
         return _Sum.apply(t, self._add)
 
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], beside: Tensor | None = None) -> Tensor | None:
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], extra: Tensor | None = None) -> Tensor | None:
         for parameter in parameters:
             grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             parameter.grad = self._add(grad)
-        return beside
+        return extra
 
-    def exchange(self, rows: Tensor, give: Sequence[int], take: Sequence[int]) -> Callable[[], Tensor]:
-        assert len(rows) == sum(give)
-        assert len(give) == len(take) == self.size
+    def all_to_all(
+        self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> Callable[[], Tensor]:
+        assert len(rows) == sum(send_counts)
+        assert len(send_counts) == len(receive_counts) == self.size
 
         def wait() -> Tensor:
-            found = self._swap("exchange", rows, give)
+            found = self._swap("exchange", rows, send_counts)
             pieces = [t.split(list(counts))[self.rank] for _, t, counts in found]
-            assert [len(piece) for piece in pieces] == list(take), "rows sent are not rows expected"
+            assert [len(piece) for piece in pieces] == list(receive_counts), "rows sent are not rows expected"
             return torch.cat(pieces).clone()
 
         return wait

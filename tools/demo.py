@@ -28,12 +28,12 @@ from dist_egnn.commands.train import run_training
 from dist_egnn.commands.verify import run_verification
 from dist_egnn.data.store import Store
 from dist_egnn.data.trajectories import Trajectories
-from dist_egnn.distributed.comm import Alone
+from dist_egnn.distributed.comm import SingleProcess
 from dist_egnn.errors import Failure
 from dist_egnn.train import checkpoint, trainer
 from dist_egnn.train.metrics import fitted_time, mean_squared_error
 from dist_egnn.utils.console import print_table
-from dist_egnn.utils.filesystem import write_whole
+from dist_egnn.utils.filesystem import write_atomically
 from dist_egnn.viz import figures
 from dist_egnn.viz.html_report import node_parts
 
@@ -67,16 +67,16 @@ def picture(out: Path, store: Store, epochs: int) -> None:
     predicted, virtual = {}, np.zeros((0, 3))
     widths = len(store.inputs["features"]), len(store.inputs["node_attributes"])
     for name in MODELS:
-        model = trainer.build_model(settings(out, name, epochs), widths, Alone())
+        model = trainer.build_model(settings(out, name, epochs), widths, SingleProcess())
         path = out / name / "best.pt"
         checkpoint.load_weights(model, checkpoint.load(path), path)
         with torch.no_grad():
             positions, z = model(graph)
         predicted[name], virtual = positions.numpy(), z[0].numpy()
-    t = fitted_time((store.whole(n) for n in store.split("train")), Alone())
+    t = fitted_time((store.whole(n) for n in store.split("train")), SingleProcess())
     valid = [store.whole(n) for n in store.split("valid")]
     baselines = {
-        name: mean_squared_error(((g.ndata["x"] + s * g.ndata["v"], g.ndata["y"]) for g in valid), Alone())
+        name: mean_squared_error(((g.ndata["x"] + s * g.ndata["v"], g.ndata["y"]) for g in valid), SingleProcess())
         for name, s in (("static", 0.0), ("linear", t))
     }
     lines = {name: pd.read_csv(out / name / "metrics.csv")["valid_mse"].tolist() for name in MODELS}
@@ -90,7 +90,7 @@ def picture(out: Path, store: Store, epochs: int) -> None:
         "Validation error": lambda f: figures.curves(f, *axis),
     }
     title = f"Fluid, {len(x):,} particles, {store.inputs['horizon']} frames ahead: two processes, METIS"
-    write_whole(out / "report.png", figures.png_of_panels(title, panels))
+    write_atomically(out / "report.png", figures.png_of_panels(title, panels))
 
 
 def main() -> None:

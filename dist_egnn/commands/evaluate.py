@@ -28,7 +28,7 @@ def run_evaluation(run: Path, split: str = "test") -> dict[str, float]:
     except Failure as failure:  # no option sets the device: name the file that does
         raise Failure(f"{run / 'config.yaml'}: {failure}") from failure
     processes, timeout_s = dataset.process_count(config), config.train.timeout_s
-    errors = spawn.run(trainer.evaluate, processes, config, run / "best.pt", split, timeout_s=timeout_s)[0]
+    errors = spawn.run_ranks(trainer.evaluate, processes, config, run / "best.pt", split, timeout_s=timeout_s)[0]
     table = pd.DataFrame([{"split": split, "prediction": k, "mse": v} for k, v in errors.items()])
     path = run / "evaluate.csv"
     if path.is_file():

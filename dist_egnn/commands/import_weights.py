@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
-from ..distributed.comm import Alone
+from ..distributed.comm import SingleProcess
 from ..errors import Failure
 from ..models import network, published_weights
 from ..train import checkpoint, trainer
@@ -51,7 +51,7 @@ def run_import(file: Path, config: Config) -> None:
         data.path = str(Path(data.path).absolute())  # the run is evaluated from anywhere
     content = checkpoint.weights_only(model, config)
     # the model that the config describes must accept the weights
-    checkpoint.load_weights(trainer.build_model(config, (widths["f"], widths["a"]), Alone()), content, file)
+    checkpoint.load_weights(trainer.build_model(config, (widths["f"], widths["a"]), SingleProcess()), content, file)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.save(folder / "best.pt", content)
     (folder / "config.yaml").write_text(content["config"])

@@ -11,7 +11,7 @@ from ..data.store import Store
 from ..data.trajectories import Trajectories
 from ..partition import store_writer
 from ..utils.console import print_table
-from ..utils.progress import bar
+from ..utils.progress import progress_bar
 
 if TYPE_CHECKING:
     from ..partition.snapshot import Inputs
@@ -32,8 +32,8 @@ def run_comparison(path: Path, file: Trajectories, inputs: Inputs) -> None:
 def write_store(file: Trajectories, out: Path, inputs: Inputs) -> None:
     """Write a store with a progress display and print what it holds. A complete store is left as it is."""
     started = time.perf_counter()
-    with bar("partitioning", len(store_writer.list_snapshots(file, inputs))) as tick:
-        fresh = store_writer.write_store(file, out, inputs, lambda done, _all: tick(to=done))
+    with progress_bar("partitioning", len(store_writer.list_snapshots(file, inputs))) as tick:
+        fresh = store_writer.write_store(file, out, inputs, lambda done, _all: tick(completed=done))
     store = Store(out)
     if not fresh:
         print(f"{out}: complete already, nothing to do")

@@ -76,4 +76,4 @@ def _print_weights(plan: Plan) -> None:
         print_line("all alike: no weights are needed (partition.weights=null)")
     else:
         busy = " (of a busy machine: measure again when it is quiet)" if plan.busy < 0.9 else ""
-        print_line(f"all are done at once with partition.weights={part_weights.text(plan.weights)}{busy}")
+        print_line(f"all are done at once with partition.weights={part_weights.to_text(plan.weights)}{busy}")

@@ -25,8 +25,8 @@ from ..data import dataset
 from ..train import checkpoint, run_dir
 from ..utils import filesystem
 from ..utils.console import print_table
-from ..utils.filesystem import write_whole
-from ..utils.progress import bar
+from ..utils.filesystem import write_atomically
+from ..utils.progress import progress_bar
 from ..viz import plots
 from . import sweep_config
 from .evaluate import run_evaluation
@@ -69,7 +69,7 @@ def _work(run: Run) -> None:
         "processes": dataset.process_count(run.config),
         "peak_gb": float(epochs["peak_gb"].max()),
     }
-    write_whole(folder / "result.json", (json.dumps(found, indent=1) + "\n").encode())
+    write_atomically(folder / "result.json", (json.dumps(found, indent=1) + "\n").encode())
 
 
 def execute(sweep: Sweep, jobs: int = 1, minutes: float = math.inf) -> dict[str, str]:
@@ -78,7 +78,10 @@ def execute(sweep: Sweep, jobs: int = 1, minutes: float = math.inf) -> dict[str,
     context = multiprocessing.get_context("spawn")
     deadline, failed = time.monotonic() + 60 * minutes, {}
     live: dict[Any, tuple[Run, Any]] = {}
-    with filesystem.hold(sweep.out, BUSY), bar("runs", len(sweep.runs), done=len(sweep.runs) - sweep.missing()) as tick:
+    with (
+        filesystem.lock_folder(sweep.out, BUSY),
+        progress_bar("runs", len(sweep.runs), initial=len(sweep.runs) - sweep.missing()) as tick,
+    ):
         queue = [run for run in sweep.runs if run.result() is None]
         try:
             while live or (queue and time.monotonic() < deadline):
@@ -88,7 +91,7 @@ def execute(sweep: Sweep, jobs: int = 1, minutes: float = math.inf) -> dict[str,
                 if ready is not None and len(live) < jobs and time.monotonic() < deadline:
                     run = queue.pop(ready)
                     run.folder.mkdir(parents=True, exist_ok=True)
-                    write_whole(run.folder / "wanted.yaml", configs.to_yaml(run.config).encode())
+                    write_atomically(run.folder / "wanted.yaml", configs.to_yaml(run.config).encode())
                     process = context.Process(target=_work, args=(run,))
                     process.start()
                     live[process.sentinel] = run, process
@@ -136,8 +139,8 @@ def table(sweep: Sweep) -> pd.DataFrame:
         reference = found[by].merge(base[[*by, "test_mse"]], on=by, how="left") if by else base[["test_mse"]]
         values = reference["test_mse"] if by else next(iter(reference["test_mse"]), math.nan)
         found.insert(found.columns.get_loc("test_mse_std") + 1, "of_baseline", found["test_mse"] / values)
-    write_whole(sweep.out / "results.csv", found.to_csv(index=False).encode())
-    write_whole(sweep.out / "runs.csv", pd.DataFrame(single).to_csv(index=False).encode())
+    write_atomically(sweep.out / "results.csv", found.to_csv(index=False).encode())
+    write_atomically(sweep.out / "runs.csv", pd.DataFrame(single).to_csv(index=False).encode())
     if sweep.x:
         curves: dict[str, dict[str, tuple[float, float]]] = {}
         for row in found.fillna({"test_mse_std": 0.0}).to_dict("records"):

@@ -201,7 +201,7 @@ def check(sweep: Sweep) -> None:
     """Raise Failure for data or a device that is not there, and for a store made with other settings: before anything runs."""
     for config in {run.setting: run.config for run in sweep.runs}.values():
         cut = config.partition
-        assign.check_method(cut.method, 1, cut.weights and part_weights.of(cut.weights, len(cut.weights)))
+        assign.check_method(cut.method, 1, cut.weights and part_weights.validate(cut.weights, len(cut.weights)))
         resolve_device(config)
         dataset.part_count(config)
         if dataset.is_store(config.data.path):

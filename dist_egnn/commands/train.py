@@ -36,13 +36,13 @@ def run_training(config: Config, resume: bool = False) -> dict[str, float]:
     activation_offload.check(config.train.kept, "train.kept=")
     preflight.check_training(config, parts)
     checked = store_inputs(config) if parts > 1 and not dataset.is_store(config.data.path) else None
-    with filesystem.hold(folder, "another run is at work there; wait for it, or choose another run.dir"):
+    with filesystem.lock_folder(folder, "another run is at work there; wait for it, or choose another run.dir"):
         if not resume:
             check(config)  # again, now that no other process can start a run there
         if checked is not None:
             run_partition(config, folder / (f"store-{parts}" if resume else "store"), checked)
-        with signals.listening():
-            result = spawn.run(trainer.train, processes, config, resume, timeout_s=config.train.timeout_s)[0]
+        with signals.catch_stop_signals():
+            result = spawn.run_ranks(trainer.train, processes, config, resume, timeout_s=config.train.timeout_s)[0]
     report_result(folder, result, processes, "train")
     return result
 

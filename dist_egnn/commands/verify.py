@@ -11,7 +11,7 @@ from ..errors import Failure
 from ..evaluate import parallel_check
 from ..partition.verify import verify_store
 from ..utils.console import print_table
-from ..utils.progress import bar
+from ..utils.progress import progress_bar
 
 
 def run_verification(path: Path, config: Config | None, snapshot: int | None = None) -> None:
@@ -24,8 +24,8 @@ def run_verification(path: Path, config: Config | None, snapshot: int | None = N
         snapshot = len(store.snapshots) // 2
     if not 0 <= snapshot < len(store.snapshots):
         raise Failure(f"--snapshot {snapshot}: {path} has snapshots 0 to {len(store.snapshots) - 1}")
-    with bar("verifying", len(store.snapshots)) as tick:
-        counts = verify_store(store, lambda done, _all: tick(to=done))
+    with progress_bar("verifying", len(store.snapshots)) as tick:
+        counts = verify_store(store, lambda done, _all: tick(completed=done))
     print(f"{path}: whole: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
     if config is None:
         return

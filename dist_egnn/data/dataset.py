@@ -98,14 +98,14 @@ def part_count(config: Config) -> int:
     """The number of processes that share each graph. Raises Failure if the config disagrees with the store."""
     requested, weights = config.partition.parts, config.partition.weights
     if not is_store(config.data.path):
-        part_weights.of(weights, requested or 1)
+        part_weights.validate(weights, requested or 1)
         return requested or 1
     store = Store(config.data.path)
     stored = store.inputs["weights"]
     if requested not in (0, store.parts):
         given, made = f"partition.parts={requested}", f"for {store.parts}"
-    elif weights is not None and not part_weights.same(part_weights.of(weights, store.parts), stored):
-        given, made = f"{part_weights.KEY}={part_weights.text(weights)}", f"with {part_weights.text(stored)}"
+    elif weights is not None and not part_weights.equivalent(part_weights.validate(weights, store.parts), stored):
+        given, made = f"{part_weights.KEY}={part_weights.to_text(weights)}", f"with {part_weights.to_text(stored)}"
     else:
         return store.parts
     raise Failure(f"{given}, but {config.data.path} was made {made}; partition again or leave it out")

@@ -31,8 +31,8 @@ from dgl.distributed.graph_partition_book import get_shared_mem_partition_book
 
 from ..distributed import comm
 from ..errors import Failure
-from ..utils.disk import check_room
-from ..utils.resources import served_bytes
+from ..utils.filesystem import check_free_space
+from ..utils.memory import graph_server_bytes
 from . import dgl_compat
 from .store import Part, Store, set_source
 
@@ -115,7 +115,7 @@ def shared_bytes(store: Store, machine: int) -> int:
     table = store.parts_table[store.parts_table["part"] // store.trainers == machine]
     nodes, edges, halo = (int(table[name].sum()) for name in ("nodes", "edges", "halo"))
     floats = 9 + len(store.inputs["features"]) + len(store.inputs["node_attributes"])
-    return served_bytes(nodes, edges, halo, floats, store.trainers)
+    return graph_server_bytes(nodes, edges, halo, floats, store.trainers)
 
 
 def _exit_on_signals(here: Address) -> None:
@@ -142,7 +142,7 @@ def serve(path: Path, machine: int, ip_config: Path, replicas: int = 1) -> None:
     with _exclusive(here):
         _unlink(here)
         config = _dgl_config(store, machine, here)
-        check_room(SHARED / here.name, shared_bytes(store, machine))
+        check_free_space(SHARED / here.name, shared_bytes(store, machine))
         _exit_on_signals(here)
         dgl_compat.set_machine(machine, here.host, here.name)
         dgl_compat.ignore_lost_trainers()
@@ -295,15 +295,15 @@ def enter(
     timeout_s: float,
     replicas: int = 1,
 ) -> comm.Comm:
-    """Start a trainer on a host: ``connect`` to the servers, then ``comm.meet`` the other trainers."""
+    """Start a trainer on a host: ``connect`` to the servers, then ``comm.join_hosts`` the other trainers."""
     connect(path, rank, ip_config, group, timeout_s, replicas)
-    return comm.meet(rank, Store(path).parts * replicas, address, port, interface, timeout_s)
+    return comm.join_hosts(rank, Store(path).parts * replicas, address, port, interface, timeout_s)
 
 
 def leave(code: int) -> NoReturn:
     """End a trainer without DGL's and torch's exit handlers, which wait for peers that may be gone."""
     if code == 0:
-        comm.leave()
+        comm.leave_group()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

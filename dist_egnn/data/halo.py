@@ -56,7 +56,7 @@ class Halo:
         recv_counts = [len(rows) for rows in self.recv_rows]
         sent = torch.tensor([[self.number, *sizes] for sizes in zip(self.nodes, recv_counts, strict=True)])
         ones = [1] * comm.size
-        received = comm.exchange(sent, ones, ones)().tolist()
+        received = comm.all_to_all(sent, ones, ones)().tolist()
         for rank, (number, nodes, _) in enumerate(received):
             if (number, nodes) != (self.number, len(x)):
                 raise Failure(
@@ -64,13 +64,13 @@ class Halo:
                     "the processes read different stores; set data.path to the same store on all hosts"
                 )
         send_counts = [count for *_, count in received]
-        send_rows = comm.exchange(torch.cat(self.recv_rows), recv_counts, send_counts)().split(send_counts)
+        send_rows = comm.all_to_all(torch.cat(self.recv_rows), recv_counts, send_counts)().split(send_counts)
         for rank, rows in enumerate(send_rows):
             if len(rows) and (rows[0] < 0 or rows[-1] >= len(x) or bool((rows.diff() <= 0).any())):
                 raise Failure(
                     f"{self.where}: process {rank} requests nodes that are not among the {len(x)} here; partition again"
                 )
-        remote_x = comm.exchange(x.index_select(0, torch.cat(send_rows)), send_counts, recv_counts)()
+        remote_x = comm.all_to_all(x.index_select(0, torch.cat(send_rows)), send_counts, recv_counts)()
         self.complete(x, send_rows, remote_x)
 
     def complete(self, x: Tensor, send_rows: Sequence[Tensor], remote_x: Tensor) -> None:
@@ -143,14 +143,14 @@ class HaloExchange:
         """Start to send the fields (n, …) of own nodes; the returned function waits for those of the halo nodes (m, …)."""
         rows = torch.cat(self.send_rows)
         packed = torch.cat([t.detach().index_select(0, rows) for t in fields.values()], 1)
-        wait = self.comm.exchange(packed, [len(r) for r in self.send_rows], self.recv_counts)
+        wait = self.comm.all_to_all(packed, [len(r) for r in self.send_rows], self.recv_counts)
         widths = [t.shape[1] for t in fields.values()]
         return lambda: dict(zip(fields, wait().split(widths, 1), strict=True))
 
     def start_backward(self, grads: Fields) -> Callable[[Fields], None]:
         """Start to send the gradients (m, …) of halo nodes; the returned function adds the received ones to fields (n, …)."""
         counts, widths = [len(r) for r in self.send_rows], [t.shape[1] for t in grads.values()]
-        wait = self.comm.exchange(torch.cat(list(grads.values()), 1), self.recv_counts, counts)
+        wait = self.comm.all_to_all(torch.cat(list(grads.values()), 1), self.recv_counts, counts)
 
         def add(totals: Fields) -> None:
             # rank by rank, within which rows are unique: this fixes the order of summation

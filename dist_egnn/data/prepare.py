@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..distributed.spawn import watch
+from ..distributed.spawn import exit_with_parent
 from ..errors import Failure
-from ..utils import disk, filesystem, progress
+from ..utils import filesystem, progress
 from .trajectories import Writer, join_files
 
 SCALES = ("tiny", "small", "full")
@@ -125,7 +125,7 @@ def write(
         folder = _prepare_folder(out, settings)
         paths = [folder / f"{k:06d}.h5" for k in range(parts)]
         _make_missing(out, functools.partial(_write_part, make, folder), paths, workers, threads, unit, steps)
-        with progress.bar(f"{out.name} (joining)", parts) as tick:
+        with progress.progress_bar(f"{out.name} (joining)", parts) as tick:
             join_files(paths, out, settings, tick)
         manifest = {
             "command": shlex.join(["python", *sys.argv]),
@@ -135,9 +135,11 @@ def write(
             "bytes": out.stat().st_size,
         }
         text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
-        filesystem.write_whole(out.with_name(out.name + ".manifest.json"), text.encode())
+        filesystem.write_atomically(out.with_name(out.name + ".manifest.json"), text.encode())
     except OSError as error:
-        raise Failure(f"{disk.reason(error, out)}; correct that, then run the same command again") from error
+        raise Failure(
+            f"{filesystem.describe_os_error(error, out)}; correct that, then run the same command again"
+        ) from error
     shutil.rmtree(folder)
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {time.monotonic() - started:.0f} s")
 
@@ -148,7 +150,7 @@ def _prepare_folder(out: Path, settings: Mapping[str, Any]) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     file, content = folder / "settings.json", json.dumps(settings, sort_keys=True, indent=1)
     if not file.exists():
-        filesystem.write_whole(file, content.encode())
+        filesystem.write_atomically(file, content.encode())
     elif file.read_text() != content:
         raise Failure(
             f"{folder} has parts made with other settings ({file}); delete that folder, or choose another --out"
@@ -171,11 +173,11 @@ def _make_missing(
         pool = ThreadPoolExecutor(workers)
     else:
         context = multiprocessing.get_context("forkserver")
-        pool = ProcessPoolExecutor(workers, context, initializer=watch, initargs=(os.getpid(),))
+        pool = ProcessPoolExecutor(workers, context, initializer=exit_with_parent, initargs=(os.getpid(),))
     missing = [k for k, path in enumerate(paths) if not path.exists()]
     size, title = (steps.size, f"{out.name} ({steps.unit})") if steps else (1, out.name)
     complete, shown, note = len(paths) - len(missing), 0, ""
-    with progress.bar(title, len(paths) * size, done=complete * size) as tick:
+    with progress.progress_bar(title, len(paths) * size, initial=complete * size) as tick:
         try:
             futures = {pool.submit(make, k): k for k in missing}
             while futures:

@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 
 from ..errors import Failure
-from ..utils.disk import Sink, check_room
+from ..utils.filesystem import DeferredErrorFile, check_free_space
 
 FORMAT, VERSION = "dist_egnn.trajectories", 1
 SPLITS = ("train", "valid", "test")
@@ -36,7 +36,7 @@ class Writer:
 
     def __enter__(self) -> Writer:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.sink = Sink(self.partial, self.path)
+        self.sink = DeferredErrorFile(self.partial, self.path)
         self.file = h5py.File(self.sink, "w")
         self.file.attrs.update(format=FORMAT, version=VERSION, meta=json.dumps(self.meta, sort_keys=True))
         self.group = self.file.create_group("trajectories")
@@ -154,7 +154,7 @@ def join_files(
 
     Raises Failure if the disk has less room than the files take.
     """
-    check_room(Path(path), sum(part.stat().st_size for part in parts))
+    check_free_space(Path(path), sum(part.stat().st_size for part in parts))
     with Writer(path, meta) as out:
         for part in parts:
             out.copy(part)

@@ -1,6 +1,7 @@
-"""Sums over partitions, and rows sent from each to each. A layer never asks how many processes there are.
+"""Every collective of the package, and the process group. Layers call `Comm` and never ask how many processes there are.
 
-This module holds every collective of the package and makes the process group; which rows travel is halo.py's.
+A training step of a model with virtual nodes makes one all-reduce per layer in the forward pass, one per layer in the
+backward pass, and one for all gradients. With halos, each layer also sends rows (`all_to_all`); data/halo.py chooses them.
 """
 
 from __future__ import annotations
@@ -21,52 +22,54 @@ from ..errors import Failure
 
 
 class Comm(Protocol):
-    """What a step may ask of the other partitions."""
+    """Communication of one rank with the ranks that share its graphs."""
 
     rank: int
     size: int
 
     @property
     def world(self) -> Comm:
-        """All processes of the run: more than these where several groups train one model, each on snapshots of its own."""
+        """All processes of the run. There are more than ``size`` if several replica groups train one model."""
 
     def split(self, groups: int) -> Comm:
-        """Part into ``groups`` groups of size / groups consecutive ranks; the one of this rank, whose ``world`` is this one."""
+        """This rank's group after a split into ``groups`` groups of consecutive ranks; its ``world`` is this Comm."""
 
     def sum(self, t: Tensor) -> Tensor:
-        """The sum of t over all partitions, on every one of them; differentiable."""
+        """All-reduce: Σ_p t_p on every rank, of any shape, added in the order of ranks. Differentiable."""
 
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], beside: Tensor | None = None) -> Tensor | None:
-        """Replace every gradient by its sum over the partitions (parameters without one get zeros).
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], extra: Tensor | None = None) -> Tensor | None:
+        """Replace every gradient by its sum over the ranks, in one all-reduce; a missing gradient counts as zeros.
 
-        beside (n,): a few numbers that travel along; returns their sum.
+        extra (n,): numbers to sum in the same all-reduce; returns their sum.
         """
 
     def max(self, value: float) -> float:
-        """The largest value over the partitions."""
+        """The largest value of all ranks."""
 
-    def share(self, content: bytes) -> bytes:
-        """Rank 0's content, on every rank; what others pass is ignored."""
+    def broadcast(self, content: bytes) -> bytes:
+        """The content of rank 0, on every rank; the argument of other ranks is ignored."""
 
-    def exchange(self, rows: Tensor, give: Sequence[int], take: Sequence[int]) -> Callable[[], Tensor]:
-        """Start to send rows (Σ give, …), give[r] of them to rank r, in order of rank.
+    def all_to_all(
+        self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> Callable[[], Tensor]:
+        """Start to send rows (Σ send_counts, …): the first send_counts[0] to rank 0, and so on. Not differentiable.
 
-        Returns what waits for the rows (Σ take, …) from the others, take[r] of rank r, in order of rank. Not differentiable.
+        Returns a function that waits for the received rows (Σ receive_counts, …), in the order of their ranks.
         """
 
 
-def _fill(parameters: Iterable[torch.nn.Parameter]) -> list[Tensor]:
-    # A parameter that nothing used has no gradient; zeros make the optimiser treat it alike for any number of parts.
-    grads = []
+def _gradients(parameters: Iterable[torch.nn.Parameter]) -> list[Tensor]:
+    """The gradients; missing ones are set to zeros, so that the optimizer treats unused parameters alike on any P."""
+    gradients = []
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        grads.append(parameter.grad)
-    return grads
+        gradients.append(parameter.grad)
+    return gradients
 
 
-class Alone:
-    """One process: every sum is its own operand."""
+class SingleProcess:
+    """A group of one rank: every sum is its operand."""
 
     rank, size = 0, 1
     _world: Comm | None = None
@@ -82,101 +85,103 @@ class Alone:
     def sum(self, t: Tensor) -> Tensor:
         return t
 
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], beside: Tensor | None = None) -> Tensor | None:
-        _fill(parameters)
-        return beside
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], extra: Tensor | None = None) -> Tensor | None:
+        _gradients(parameters)
+        return extra
 
     def max(self, value: float) -> float:
         return value
 
-    def share(self, content: bytes) -> bytes:
+    def broadcast(self, content: bytes) -> bytes:
         return content
 
-    def exchange(self, rows: Tensor, give: Sequence[int], take: Sequence[int]) -> Callable[[], Tensor]:
+    def all_to_all(
+        self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> Callable[[], Tensor]:
         return lambda: rows
 
 
-_spent = 0.0
+_collective_seconds = 0.0
 
 
-def seconds() -> float:
-    """Seconds this process has spent in collectives, waiting for the others included."""
-    return _spent
+def collective_seconds() -> float:
+    """Seconds that this process has spent in collectives, including the wait for other ranks."""
+    return _collective_seconds
 
 
 @contextmanager
-def _counted() -> Iterator[None]:
-    global _spent
+def _timed() -> Iterator[None]:
+    global _collective_seconds
     started = time.perf_counter()
     yield
-    _spent += time.perf_counter() - started
+    _collective_seconds += time.perf_counter() - started
 
 
-ONE_TRIP_BYTES = 1 << 18  # up to so many bytes leave a process in one go; more in two, each as large as it must be
+ONE_ROUND_BYTES = 1 << 18  # up to this size a process sends everything in one round
 
 
-def trips(nbytes: int, size: int) -> int:
-    """How many exchanges a sum of nbytes takes among ``size`` processes: see `_total`."""
-    return 1 if size == 2 or nbytes * (size - 1) <= ONE_TRIP_BYTES else 2
+def message_rounds(nbytes: int, size: int) -> int:
+    """Rounds of messages of an all-reduce of ``nbytes`` among ``size`` processes, see `_ordered_sum`."""
+    return 1 if size == 2 or nbytes * (size - 1) <= ONE_ROUND_BYTES else 2
 
 
 def sent_bytes(nbytes: int, size: int) -> float:
-    """Bytes that a process sends for it."""
-    return nbytes * (size - 1) * (1.0 if trips(nbytes, size) == 1 else 2 / size)
+    """Bytes that each process sends in an all-reduce of ``nbytes``."""
+    return nbytes * (size - 1) * (1.0 if message_rounds(nbytes, size) == 1 else 2 / size)
 
 
-def _total(t: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Σ_p t_p, added in the order of ranks: the same bits on every one.
+def _ordered_sum(t: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Σ_p t_p, added in the order of ranks, so that every rank gets the same bits.
 
-    gloo's all-reduce passes pieces round a ring, 2(P − 1) messages one after the other. Here everybody sends to everybody at
-    once, which waits for one: all of it, (P − 1) n numbers, if that is little; else two: pieces to their owners, their sums back.
+    gloo's ring all-reduce waits for 2(P − 1) messages in sequence. Here all ranks send to all others at once: a small
+    tensor completely, in one round; a large one in two rounds, a reduce-scatter and an all-gather.
     """
     size = dist.get_world_size(group)
-    flat = t.detach().reshape(-1).cpu()  # gloo exchanges what the host holds
+    flat = t.detach().reshape(-1).cpu()  # gloo sends host memory
     n = len(flat)
-    if trips(n * flat.element_size(), size) == 1:
-        total = _ordered(_exchanged(flat.expand(size, n), group))
+    if message_rounds(n * flat.element_size(), size) == 1:
+        total = _sum_rows(_transpose(flat.expand(size, n), group))
     else:
-        pieces = flat.new_zeros(size, -(-n // size))
-        pieces.view(-1)[:n] = flat
-        own = _ordered(_exchanged(pieces, group))
-        total = _exchanged(own.expand(size, len(own)), group).view(-1)[:n]
+        chunks = flat.new_zeros(size, -(-n // size))
+        chunks.view(-1)[:n] = flat
+        own = _sum_rows(_transpose(chunks, group))
+        total = _transpose(own.expand(size, len(own)), group).view(-1)[:n]
     return total.to(t.device).view(t.shape)
 
 
-def _exchanged(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Row r goes to rank r; the rows that came, in the order of ranks, one's own among them."""
+def _transpose(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Send row r of (P, n) to rank r; returns the rows received (P, n), this rank's own included."""
     rank, splits = dist.get_rank(group), [1] * len(rows)
     splits[rank] = 0
     sent, own = torch.cat([rows[:rank], rows[rank + 1 :]]), rows[rank : rank + 1]
-    taken = torch.empty_like(sent)
-    with _counted():
-        dist.all_to_all_single(taken, sent, splits, splits, group=group)
-    return torch.cat([taken[:rank], own, taken[rank:]])
+    received = torch.empty_like(sent)
+    with _timed():
+        dist.all_to_all_single(received, sent, splits, splits, group=group)
+    return torch.cat([received[:rank], own, received[rank:]])
 
 
-def _ordered(rows: Tensor) -> Tensor:
+def _sum_rows(rows: Tensor) -> Tensor:
     total = rows[0].clone()
-    for row in rows[1:]:  # torch's own sum may take another order on another processor
+    for row in rows[1:]:  # the order of torch.sum depends on the processor
         total += row
     return total
 
 
 class _Sum(torch.autograd.Function):
-    """y = Σ_p x_p. Every rank's loss depends on y, so ∂L/∂x_p = Σ_r ∂L_r/∂y: the backward pass is a sum as well."""
+    """y = Σ_p x_p. The loss of every rank depends on y, so ∂L/∂x_p = Σ_r ∂L_r/∂y: the backward pass is a sum too."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, group: dist.ProcessGroup | None) -> Tensor:
         ctx.group = group
-        return _total(t, group)
+        return _ordered_sum(t, group)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _total(grad, ctx.group), None
+        return _ordered_sum(grad, ctx.group), None
 
 
-class Group:
-    """The processes of one of torch's groups, by default all."""
+class ProcessGroup:
+    """The processes of a torch process group, by default all of them. See `Comm` for the methods."""
 
     def __init__(self, timeout_s: float, group: dist.ProcessGroup | None = None, world: Comm | None = None) -> None:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
@@ -192,31 +197,30 @@ class Group:
         if groups == 1:
             return self
         if groups == self.size:
-            alone = Alone()
-            alone._world = self
-            return alone
-        # a DeviceMesh would also make groups across these, which nothing uses, and none with our patience
-        patience = datetime.timedelta(seconds=self._timeout_s)
-        own, _ = dist.new_subgroups(self.size // groups, timeout=patience)
-        return Group(self._timeout_s, own, self)
+            single = SingleProcess()
+            single._world = self
+            return single
+        # a DeviceMesh would also make groups across these, which nothing uses, and ignore our timeout
+        own, _ = dist.new_subgroups(self.size // groups, timeout=datetime.timedelta(seconds=self._timeout_s))
+        return ProcessGroup(self._timeout_s, own, self)
 
     def sum(self, t: Tensor) -> Tensor:
         return _Sum.apply(t, self._group)
 
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], beside: Tensor | None = None) -> Tensor | None:
-        grads = _fill(parameters)
-        more = [] if beside is None else [beside.to(grads[0])]
-        bucket = torch.cat([g.reshape(-1) for g in (*grads, *more)])
-        totals = _total(bucket, self._group).split([g.numel() for g in (*grads, *more)])
-        for grad, total in zip(grads, totals, strict=False):
-            grad.copy_(total.view_as(grad))
-        return totals[-1] if more else None
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], extra: Tensor | None = None) -> Tensor | None:
+        gradients = _gradients(parameters)
+        tensors = [*gradients, *([] if extra is None else [extra.to(gradients[0])])]
+        bucket = torch.cat([t.reshape(-1) for t in tensors])
+        totals = _ordered_sum(bucket, self._group).split([t.numel() for t in tensors])
+        for gradient, total in zip(gradients, totals, strict=False):
+            gradient.copy_(total.view_as(gradient))
+        return None if extra is None else totals[-1]
 
     def max(self, value: float) -> float:
-        mine = torch.tensor([value], dtype=torch.float64, device="cpu")
-        return float(_exchanged(mine.expand(self.size, 1), self._group).max())
+        own = torch.tensor([value], dtype=torch.float64, device="cpu")
+        return float(_transpose(own.expand(self.size, 1), self._group).max())
 
-    def share(self, content: bytes) -> bytes:
+    def broadcast(self, content: bytes) -> bytes:
         size = torch.tensor(len(content), device="cpu")
         dist.broadcast(size, group=self._group, group_src=0)
         t = torch.empty(int(size), dtype=torch.uint8, device="cpu")
@@ -225,67 +229,63 @@ class Group:
         dist.broadcast(t, group=self._group, group_src=0)
         return t.numpy().tobytes()
 
-    def exchange(self, rows: Tensor, give: Sequence[int], take: Sequence[int]) -> Callable[[], Tensor]:
-        sent, taken = rows.contiguous(), rows.new_empty(sum(take), *rows.shape[1:])
-        with _counted():
-            work = dist.all_to_all_single(taken, sent, list(take), list(give), group=self._group, async_op=True)
+    def all_to_all(
+        self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> Callable[[], Tensor]:
+        sent, received = rows.contiguous(), rows.new_empty(sum(receive_counts), *rows.shape[1:])
+        counts = list(receive_counts), list(send_counts)
+        with _timed():
+            work = dist.all_to_all_single(received, sent, *counts, group=self._group, async_op=True)
 
         def wait() -> Tensor:
-            with _counted():
+            with _timed():
                 work.wait()
-            assert len(sent) == sum(give)  # it must live until now
-            return taken
+            assert len(sent) == sum(send_counts)  # keeps ``sent`` alive until here
+            return received
 
         return wait
 
 
-def join(rank: int, size: int, rendezvous: str, timeout_s: float) -> Comm:
-    """Join the group of ``size`` local processes that meet at ``rendezvous`` (a file that none of them has made yet).
+def join_local(rank: int, size: int, rendezvous: str, timeout_s: float) -> Comm:
+    """Join ``size`` processes of this machine. rendezvous: the path of a file that does not exist yet.
 
-    gloo on any device: it sums CUDA tensors by way of the host, also where processes share a device, which NCCL refuses.
+    gloo on every device: it sums CUDA tensors through host memory, and processes may share a device, which NCCL refuses.
     """
     if size == 1:
-        return Alone()
+        return SingleProcess()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{rendezvous}",
-        rank=rank,
-        world_size=size,
-        timeout=datetime.timedelta(seconds=timeout_s),
-    )
-    return Group(timeout_s)
+    timeout = datetime.timedelta(seconds=timeout_s)
+    dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=size, timeout=timeout)
+    return ProcessGroup(timeout_s)
 
 
-def meet(rank: int, size: int, address: str, port: int, interface: str, timeout_s: float) -> Comm:
-    """Join the group of ``size`` processes of any hosts that meet at rank 0's address and port, which it listens on there only.
+def join_hosts(rank: int, size: int, address: str, port: int, interface: str, timeout_s: float) -> Comm:
+    """Join ``size`` processes of several hosts that connect to rank 0, which listens on ``address`` and ``port`` only.
 
-    interface: name of the one that reaches the others. Raises Failure where they do not meet within timeout_s.
+    interface: name of this host's network interface to the others. Raises Failure if they do not connect in time.
     """
     if size == 1:
-        return Alone()
+        return SingleProcess()
     os.environ["GLOO_SOCKET_IFNAME"] = interface
-    if interface not in (name for _, name in socket.if_nameindex()):
-        known = ", ".join(name for _, name in socket.if_nameindex())
-        raise Failure(f"{interface}: no network interface of this host, which has {known}; name one of them")
-    timeout, listening = datetime.timedelta(seconds=timeout_s), None
+    names = [name for _, name in socket.if_nameindex()]
+    if interface not in names:
+        raise Failure(f"{interface}: no network interface of this host; name one of {', '.join(names)}")
+    timeout, listener = datetime.timedelta(seconds=timeout_s), None
     if rank == 0:
-        try:  # a store that opens its own socket listens on every interface
-            listening = socket.create_server((address, port), backlog=size).detach()
+        try:  # a TCPStore that opens its own socket listens on every interface
+            listener = socket.create_server((address, port), backlog=size).detach()
         except OSError as error:
-            raise Failure(
-                f"{address}:{port}: rank 0 cannot listen there ({error.strerror}); name another port"
-            ) from error
+            raise Failure(f"{address}:{port}: rank 0 cannot listen ({error.strerror}); name another port") from error
     try:
-        store = dist.TCPStore(address, port, size, rank == 0, timeout, master_listen_fd=listening)
+        store = dist.TCPStore(address, port, size, rank == 0, timeout, master_listen_fd=listener)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)
     except RuntimeError as error:
-        line = str(error).splitlines()[0][:200]
-        raise Failure(f"{address}:{port}: rank {rank} did not meet the other {size - 1} there ({line})") from error
-    return Group(timeout_s)
+        reason = str(error).splitlines()[0][:200]
+        raise Failure(f"{address}:{port}: rank {rank} cannot connect to the other {size - 1} ({reason})") from error
+    return ProcessGroup(timeout_s)
 
 
-def leave() -> None:
-    """Leave the group, if there is one."""
+def leave_group() -> None:
+    """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()

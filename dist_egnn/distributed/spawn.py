@@ -1,4 +1,4 @@
-"""Run a function in several processes of this machine, one thread each, and leave none behind."""
+"""Run a function on several ranks of this machine: one process per rank, one thread per process."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from ..errors import Failure
 from ..utils import signals
 
 
-def watch(pid: int, folder: Path | None = None) -> None:
-    """End this process when the one that launched it is gone: a killed run leaves no trainers, and no folder of theirs."""
+def exit_with_parent(pid: int, folder: Path | None = None) -> None:
+    """End this process when process ``pid`` has ended, and remove ``folder``: a killed run leaves nothing behind."""
 
-    def look() -> None:
+    def poll() -> None:
         while True:
             try:
                 os.kill(pid, 0)
@@ -34,92 +34,89 @@ def watch(pid: int, folder: Path | None = None) -> None:
                 os._exit(1)
             time.sleep(0.5)
 
-    threading.Thread(target=look, daemon=True).start()
+    threading.Thread(target=poll, daemon=True).start()
 
 
-def _word(rendezvous: str) -> Path:
-    """Where the launcher says that its processes shall stop."""
+def _stop_file(rendezvous: str) -> Path:
     return Path(rendezvous).with_name("stop")
 
 
-def _worker(
+def _rank_main(
     function: Callable[..., Any],
     rank: int,
     size: int,
     rendezvous: str,
     timeout_s: float,
-    launcher: int,
-    out: Connection,
+    parent: int,
+    pipe: Connection,
     args: tuple,
 ) -> None:
     import torch
 
     from . import comm
 
-    signals.heed(_word(rendezvous))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
-    watch(launcher, Path(rendezvous).parent)
+    signals.watch_stop_file(_stop_file(rendezvous))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which stops the ranks
+    exit_with_parent(parent, Path(rendezvous).parent)
     torch.set_num_threads(1)
     try:
-        result = function(comm.join(rank, size, rendezvous, timeout_s), *args)
-        out.send(("done", result))
-        comm.leave()
+        result = function(comm.join_local(rank, size, rendezvous, timeout_s), *args)
+        pipe.send(("done", result))
+        comm.leave_group()
     except BaseException as error:
-        # a peer that lost us raises an error of its own; the parent reports the first that is a Failure
-        with suppress(OSError):  # a parent that is gone does not listen
-            out.send(("failure" if isinstance(error, Failure) else "error", str(error), traceback.format_exc()))
-            out.close()
-        os._exit(1)  # leaving in order would wait for the peers
+        # the other ranks fail as a consequence; the parent reports the first Failure among all errors
+        with suppress(OSError):  # the parent may be gone
+            pipe.send(("failure" if isinstance(error, Failure) else "error", str(error), traceback.format_exc()))
+            pipe.close()
+        os._exit(1)  # a regular exit would wait for the other ranks
 
 
-def _serve() -> None:
-    """Start what ranks are forked from, where torch and DGL are imported once, not once a rank.
+def _start_forkserver() -> None:
+    """Start the server that ranks are forked from; it imports torch and DGL once for all of them.
 
-    It begins as ``python -c`` does, which looks into the working folder first: a user's dgl.py there would be taken for DGL.
+    It starts as ``python -c``, which searches the working folder first: a dgl.py there would be imported as DGL.
     """
     forkserver.set_forkserver_preload(["dist_egnn.train.trainer"])
-    before = os.environ.get("PYTHONSAFEPATH")
+    previous = os.environ.get("PYTHONSAFEPATH")
     os.environ["PYTHONSAFEPATH"] = "1"
     try:
         forkserver.ensure_running()
     finally:
         os.environ.pop("PYTHONSAFEPATH")
-        if before is not None:
-            os.environ["PYTHONSAFEPATH"] = before
+        if previous is not None:
+            os.environ["PYTHONSAFEPATH"] = previous
 
 
-def run(function: Callable[..., Any], size: int, *args: Any, timeout_s: float = 300.0, apart: str = "") -> list[Any]:
-    """function(comm, *args) on ``size`` ranks; what each returned.
+def run_ranks(
+    function: Callable[..., Any], size: int, *args: Any, timeout_s: float = 300.0, start_method: str = ""
+) -> list[Any]:
+    """Call function(comm, *args) on ``size`` ranks and return their results in the order of ranks.
 
-    One rank runs in this process, or in one of its own that ``apart`` starts: "forkserver" as ranks of a group are, "spawn" as a
-    program is, with 0.1 GB of libraries that forked ranks do not map.
+    A single rank runs in this process unless ``start_method`` names how to start one: "forkserver", as for several
+    ranks, or "spawn", as a program, which maps 0.1 GB of libraries more.
 
-    Raises Failure with the first rank's own line if one raised it, or naming the rank that died.
+    Raises Failure with the message of the first rank that raised a Failure, or with the number of a rank that died.
     """
-    if size == 1 and not apart:
+    if size == 1 and not start_method:
         from . import comm
 
-        return [function(comm.Alone(), *args)]
+        return [function(comm.SingleProcess(), *args)]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    context: Any = multiprocessing.get_context(apart or "forkserver")
+    context: Any = multiprocessing.get_context(start_method or "forkserver")
     if context.get_start_method() == "forkserver":
-        _serve()
+        _start_forkserver()
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
         rendezvous = str(Path(folder) / "rendezvous")
         pipes, processes = [], []
         for rank in range(size):
-            here, there = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_worker,
-                args=(function, rank, size, rendezvous, timeout_s, os.getpid(), there, args),
-                daemon=True,
-            )
-            process.start()
-            there.close()
-            pipes.append(here)
-            processes.append(process)
+            receiver, sender = context.Pipe(duplex=False)
+            rank_args = (function, rank, size, rendezvous, timeout_s, os.getpid(), sender, args)
+            processes.append(context.Process(target=_rank_main, args=rank_args, daemon=True))
+            processes[-1].start()
+            sender.close()
+            pipes.append(receiver)
         try:
-            with signals.passing_on(_word(rendezvous)):
+            with signals.forward_stop(_stop_file(rendezvous)):
                 return _collect(pipes, processes)
         finally:
             for process in processes:
@@ -130,13 +127,13 @@ def run(function: Callable[..., Any], size: int, *args: Any, timeout_s: float = 
 
 
 def _collect(pipes: list[Connection], processes: list[Any]) -> list[Any]:
-    """Every rank's result, or the failure of the first that failed; then the others are ended."""
+    """The results of all ranks. After an error all ranks are killed and the most informative error is raised."""
     results: dict[int, Any] = {}
-    problems: list[tuple[int, tuple[Any, ...]]] = []
+    errors: list[tuple[int, tuple[Any, ...]]] = []
     waiting = dict(enumerate(pipes))
-    give_up = None
+    deadline = None
     try:
-        while waiting and (give_up is None or time.monotonic() < give_up):
+        while waiting and (deadline is None or time.monotonic() < deadline):
             for pipe in wait(list(waiting.values()), timeout=0.2):
                 rank = next(r for r, p in waiting.items() if p is pipe)
                 try:
@@ -147,18 +144,18 @@ def _collect(pipes: list[Connection], processes: list[Any]) -> list[Any]:
                 if message[0] == "done":
                     results[rank] = message[1]
                 else:
-                    problems.append((rank, message))
-                    # the others notice within a second; the cause may be among their messages
-                    give_up = give_up or time.monotonic() + 3
+                    errors.append((rank, message))
+                    # the other ranks fail within a second, and one of them may report the cause
+                    deadline = deadline or time.monotonic() + 3
     finally:
-        if problems or waiting:
+        if errors or waiting:
             for process in processes:
                 if process.is_alive():
                     process.kill()
-    if not problems:
+    if not errors:
         return [results[rank] for rank in range(len(pipes))]
     order = {"failure": 0, "died": 1, "error": 2}
-    rank, (kind, text, trace) = min(problems, key=lambda p: order[p[1][0]])
+    rank, (kind, text, trace) = min(errors, key=lambda error: order[error[1][0]])
     if kind == "failure":
         raise Failure(text)
     if kind == "died":

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import Config
 from ..data.store import Store
 from ..distributed import spawn
-from ..distributed.comm import Alone, Comm
+from ..distributed.comm import Comm, SingleProcess
 from ..train import trainer
 
 TOLERANCE = 1e-10
@@ -78,7 +78,7 @@ def compare(config: Config, store: Store, snapshot: int, folder: Path) -> dict[s
     against its own size: a gradient's scale is at least a thousandth of the largest gradient of the model.
     """
     config = copy.deepcopy(config)
-    spawn.run(
+    spawn.run_ranks(
         save_rank_results, store.parts, config, str(store.path), snapshot, str(folder), timeout_s=config.train.timeout_s
     )
     return compare_with_one_process(config, store, snapshot, folder)
@@ -86,7 +86,7 @@ def compare(config: Config, store: Store, snapshot: int, folder: Path) -> dict[s
 
 def compare_with_one_process(config: Config, store: Store, snapshot: int, folder: Path) -> dict[str, float]:
     """What compare returns, given what each process left in the folder."""
-    one = _step(Alone(), config, store, store.whole(snapshot, config.partition.halo == "exchange"))
+    one = _step(SingleProcess(), config, store, store.whole(snapshot, config.partition.halo == "exchange"))
     ranks = [torch.load(folder / f"{p}.pt", weights_only=True) for p in range(store.parts)]
     predicted = torch.cat([r["predicted"] for r in ranks])[torch.cat([r["gid"] for r in ranks]).argsort()]
     found = {

@@ -17,7 +17,7 @@ from .. import config as configs
 from ..data.dataset import sample_spec
 from ..data.samples import build_sample, feature_columns
 from ..data.trajectories import box_sides
-from ..distributed.comm import Alone
+from ..distributed.comm import SingleProcess
 from ..errors import Failure
 from ..train import checkpoint
 from ..train.trainer import build_model
@@ -40,7 +40,7 @@ class Predictor:
         """path: a run's folder, whose best.pt is taken, or a checkpoint. Raises Failure for what cannot be read."""
         devices.check_name(device, "device=", "auto")
         if device != "auto":
-            devices.check_there(device, "device=")
+            devices.check_available(device, "device=")
         file = Path(path)
         file = file / "best.pt" if file.is_dir() else file
         state = checkpoint.load(file)
@@ -52,9 +52,9 @@ class Predictor:
         self.node_attributes = () if embedding is None else tuple(data.node_attributes)
         self.spec = sample_spec(data, ())
         with torch.random.fork_rng(devices=[]):  # the caller's draws are none of our business
-            self.model = build_model(self.config, (self.width, len(self.node_attributes)), Alone())
+            self.model = build_model(self.config, (self.width, len(self.node_attributes)), SingleProcess())
         checkpoint.load_weights(self.model, state, file)
-        self.model.to(devices.of(device)).eval()
+        self.model.to(devices.resolve(device)).eval()
 
     def __call__(
         self,

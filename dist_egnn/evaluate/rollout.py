@@ -32,8 +32,8 @@ from ..partition import assign
 from ..train import checkpoint, preflight, run_dir, trainer
 from ..utils import part_weights
 from ..utils.console import print_table
-from ..utils.filesystem import claim, write_whole
-from ..utils.progress import bar
+from ..utils.filesystem import lock_output, write_atomically
+from ..utils.progress import progress_bar
 from . import metrics
 from .boundary_conditions import BOUNDS, Job, Scene, parse_fixed
 from .vtkhdf import Rollout, Writer, finish, partial_of
@@ -121,7 +121,7 @@ def roll(comm: Comm, job: Job) -> str:
 
     out: _Output | None = None
     with contextlib.ExitStack() as stack, torch.no_grad():
-        tick = stack.enter_context(bar("rolling out", job.steps, shown=comm.rank == 0))
+        tick = stack.enter_context(progress_bar("rolling out", job.steps, enabled=comm.rank == 0))
         for step in range(job.steps):
             predicted, z = _predict(model, comm, job.spec, (x, v, a), owners.edges(x, step), scene)
             if comm.rank == 0:
@@ -301,7 +301,7 @@ def prepare(
     trained = store.parts if store else config.partition.parts or 1
     size = trained if parts is None else parts
     method = store.inputs["method"] if store else config.partition.method
-    owned = store.inputs["weights"] if store else part_weights.of(config.partition.weights, trained)
+    owned = store.inputs["weights"] if store else part_weights.validate(config.partition.weights, trained)
     owned = owned if size == trained else None
     assign.check_method(method, size, owned)
     assign.check_size(file[trajectory].nodes, size, owned)
@@ -335,16 +335,16 @@ def run_rollout(run: Path, **options: Any) -> pd.DataFrame:
     job, size = prepare(run, **options)
     out = Path(job.out)
     shown = options["out"]
-    with claim(out, "another rollout is writing it; wait for it, or choose another --out"):
+    with lock_output(out, "another rollout is writing it; wait for it, or choose another --out"):
         partial_of(out).unlink(missing_ok=True)  # of one that was killed
         try:
-            stopped = spawn.run(roll, size, job, timeout_s=job.config.train.timeout_s)[0]
+            stopped = spawn.run_ranks(roll, size, job, timeout_s=job.config.train.timeout_s)[0]
         finally:
             done = finish(out) if partial_of(out).is_file() else 0
             if 0 < done < job.steps + 1:
                 print(f"{shown}: {done} of {job.steps + 1} frames")
     table = error_table(out)
-    write_whole(out.with_suffix(".csv"), table.to_csv(index=False).encode())
+    write_atomically(out.with_suffix(".csv"), table.to_csv(index=False).encode())
     _show(shown, table)
     if stopped:
         raise Failure(

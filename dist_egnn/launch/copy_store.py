@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import Failure
-from ..utils.progress import bar
+from ..utils.progress import progress_bar
 from .hostfile import Host
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def dispatch(path: Path, hosts: list[Host]) -> None:
         raise Failure(
             f"{path}: not a store for {len(hosts)} machines; partition with --parts {len(hosts)} --shard-nodes 0"
         )
-    with bar("dispatching", len(hosts)) as tick:
+    with progress_bar("dispatching", len(hosts)) as tick:
         for machine, host in enumerate(hosts):
             *names, manifest = files_of(store, machine)
             for name in names:

@@ -7,7 +7,7 @@ from typing import Any
 from ..config import Config
 from ..errors import Failure
 from ..train import preflight
-from ..utils import resources
+from ..utils import memory
 from . import host_info
 from .hostfile import Host
 
@@ -74,7 +74,7 @@ def _layout(hosts: list[Host], store: dict[str, Any], path: str) -> list[str]:
 def _room(here: dict[str, Any], store: dict[str, Any], number: int, config: Config) -> list[str]:
     """Whether a host has the shared memory and the memory for its server and its trainers."""
     nodes, edges, halo = store["sums"][number]
-    shared = resources.served_bytes(nodes, edges, halo, store["floats"], store["trainers"])
+    shared = memory.graph_server_bytes(nodes, edges, halo, store["floats"], store["trainers"])
     found = []
     if shared > here["shared"]:
         found.append(

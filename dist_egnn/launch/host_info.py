@@ -18,7 +18,7 @@ import yaml
 
 from .. import __version__
 from ..train import run_dir
-from ..utils import resources
+from ..utils import memory, resources
 
 PACKAGES = ("torch", "dgl", "numpy", "pandas", "omegaconf", "h5py")
 PACKAGE = Path(__file__).parents[1]
@@ -31,8 +31,8 @@ def around(store: str, run: str) -> dict[str, Any]:
         "versions": versions(),
         "code": code(),
         "addresses": addresses(),
-        "cores": resources.cores(),
-        "memory": resources.memory_free(),
+        "cores": resources.available_cores(),
+        "memory": memory.available_memory(),
         "shared": shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else 0,
         "store": stored(Path(store)),
         "begun": run_dir.can_resume(Path(run)),

@@ -132,14 +132,14 @@ def run(
     with connected(hosts, max(config.train.timeout_s, 3 * PING_EVERY_S)) as (links, events):
         job = prepare(links, config, resume, port, max_restarts)
         show(job, links)
-        crew = Crew(links, events, signals.asked)
+        crew = Crew(links, events, signals.stop_requested)
         if dry_run:
             Launch(job, crew).rehearse()
             print("every host has the versions, the store, the room and the ports, and reaches every other one")
             return {}
         if any(name != "lo" for name in job.interfaces):
             say(OPEN)
-        with signals.listening():
+        with signals.catch_stop_signals():
             try:
                 last = Launch(job, crew).supervise()
             finally:

@@ -198,15 +198,17 @@ class Launch:
         tick: Callable[..., None] | None = None
         with ExitStack() as stack:
             for _, line in crew.lines(servers=False):
-                if not line.startswith(progress.MARK):
+                if not line.startswith(progress.EVENT_PREFIX):
                     continue
-                told = json.loads(line.removeprefix(progress.MARK))
+                told = json.loads(line.removeprefix(progress.EVENT_PREFIX))
                 result = told.get("result", result)
                 if told.get("title") != "training":
                     continue
                 if tick is None:
-                    tick = stack.enter_context(progress.bar("training", told["total"], done=told["begun"]))
-                tick(told["note"], to=told["done"])
+                    tick = stack.enter_context(
+                        progress.progress_bar("training", told["total"], initial=told["initial"])
+                    )
+                tick(told["note"], completed=told["done"])
         if not result and not crew.told:
             raise Broken("the trainers ended without a word", servers=False)
         return result

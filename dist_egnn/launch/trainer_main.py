@@ -29,7 +29,7 @@ def work(job: dict[str, Any], config: Config) -> dict[str, float]:
         if job["rank"] == 0:
             check(config)
             stack.enter_context(
-                filesystem.hold(folder, "another run is at work there; wait for it, or choose another run.dir")
+                filesystem.lock_folder(folder, "another run is at work there; wait for it, or choose another run.dir")
             )
             check(config)  # now that nobody else begins one
         try:
@@ -47,7 +47,7 @@ def work(job: dict[str, Any], config: Config) -> dict[str, float]:
         except Failure as failure:
             raise Unmet(str(failure)) from failure
         if comm.size == 1:  # where there are several, each listens in train()
-            stack.enter_context(signals.listening())
+            stack.enter_context(signals.catch_stop_signals())
         return trainer.train(comm, config, job["resume"])
 
 
@@ -57,7 +57,7 @@ def main() -> None:
     try:
         result = work(job, configs.parse(job["config"], "the launcher's config"))
         if job["rank"] == 0:
-            print(f"\n{progress.MARK}{json.dumps({'result': result})}", flush=True)
+            print(f"\n{progress.EVENT_PREFIX}{json.dumps({'result': result})}", flush=True)
         code = 0
     except (Failure, Unmet) as failure:
         print(f"error: {failure}", flush=True)

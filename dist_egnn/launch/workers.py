@@ -50,7 +50,7 @@ class Crew:
     def start(self, machine: int, name: str, argv: list[str], text: str = "", shared: str = "") -> None:
         """text: its standard input; shared: how the files begin that it may leave in /dev/shm."""
         quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # torch warns of each address without a name
-        env = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", progress.MARKED: "1", **quiet}
+        env = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", progress.EVENTS_VARIABLE: "1", **quiet}
         self.running.add((machine, name))
         self.said[machine, name] = deque(maxlen=KEPT_LINES)
         self.links[machine].ask("start", name=name, argv=argv, env=env, text=text, shared=shared)
@@ -111,7 +111,7 @@ class Crew:
             self._blame(problems)
 
     def _show(self, machine: int, name: str, line: str) -> None:
-        if line.strip() and not line.startswith(progress.MARK):
+        if line.strip() and not line.startswith(progress.EVENT_PREFIX):
             self.said[machine, name].append(line)
             if not (CHATTER.match(line) or (name == SERVER and not line.startswith(("distegnn ", "error: ")))):
                 say(f"{self.links[machine].host.name}| {line}")

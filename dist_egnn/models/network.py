@@ -18,7 +18,7 @@ from dgl import DGLGraph
 from torch import Tensor, nn
 
 from ..data import halo
-from ..distributed.comm import Alone, Comm
+from ..distributed.comm import Comm, SingleProcess
 from ..errors import Failure
 from ..ops import message_passing as engines
 from ..ops import tiling
@@ -53,7 +53,7 @@ class Linear(nn.Module):
     def __init__(self, **_: Any) -> None:
         super().__init__()
         self.t = nn.Parameter(torch.zeros(()))
-        self.comm: Comm = Alone()
+        self.comm: Comm = SingleProcess()
 
     def forward(self, graph: DGLGraph) -> tuple[Tensor, Tensor]:
         x, v = (field(graph, name, 3).to(self.t) for name in ("x", "v"))
@@ -129,7 +129,7 @@ class Network(nn.Module):
         self.layers = nn.ModuleList(
             self.layer(hidden, edge_attributes, node_attributes, last=k == layers - 1, **given) for k in range(layers)
         )
-        self.comm: Comm = Alone()
+        self.comm: Comm = SingleProcess()
         self.exchange = False  # whether every graph must have its halo
 
     @classmethod

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..errors import Failure
-from ..utils.disk import reason
+from ..utils.filesystem import describe_os_error
 
 LEAST = 1 << 20  # bytes of a tensor below which a file is not worth it
 
@@ -77,7 +77,9 @@ def on_disk(folder: str, besides: Iterable[Tensor] = ()) -> Iterator[None]:
             try:
                 filed[key] = _Filed(tensor, place)
             except OSError as error:
-                raise Failure(f"{reason(error, place / 'kept')}; choose another folder, or keep in memory") from error
+                raise Failure(
+                    f"{describe_os_error(error, place / 'kept')}; choose another folder, or keep in memory"
+                ) from error
         return filed[key]
 
     def unpack(found: Tensor | _Filed) -> Tensor:

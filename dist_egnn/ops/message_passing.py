@@ -19,9 +19,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ..errors import Failure
-from ..utils.resources import keep_memory
+from ..utils.memory import keep_freed_memory
 
-keep_memory()  # whatever computes with tensors comes by here
+keep_freed_memory()  # whatever computes with tensors comes by here
 
 # a part of a graph, or FastEGNN at edge dropping p = 1, may have no edge at all: nothing to warn of
 warnings.filterwarnings("ignore", message="The input graph for the user-defined edge function")

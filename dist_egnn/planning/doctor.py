@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..utils import resources
+from ..utils.memory import available_memory, cgroup_limit
 
 INTERFACE = "GLOO_SOCKET_IFNAME"  # what comm.py sets to lo unless it is set
 PATIENCE_S = 90.0  # on an idle machine the probe takes some four seconds
@@ -129,8 +130,8 @@ def _extra(extra: str, needed: list[Any]) -> Finding:
 
 def threads(environ: Any = os.environ, cores: float | None = None) -> list[Finding]:
     """Threads of a process against the cores there are."""
-    cores = resources.cores() if cores is None else cores
-    quota = resources.core_quota()
+    cores = resources.available_cores() if cores is None else cores
+    quota = resources.cpu_quota()
     of = f"{os.cpu_count()} cores, {cores:g} for us" + ("" if math.isinf(quota) else " (control group's limit)")
     given = environ.get("OMP_NUM_THREADS", "")
     if given and not re.fullmatch(r"[1-9]\d*", given):
@@ -144,8 +145,8 @@ def threads(environ: Any = os.environ, cores: float | None = None) -> list[Findi
 
 def memory(free: float | None = None) -> list[Finding]:
     """What new processes can take."""
-    free = resources.memory_free() if free is None else free
-    limit = resources.memory_limit()
+    free = available_memory() if free is None else free
+    limit = cgroup_limit()
     of = "" if math.isinf(limit) else f", the control group may hold {limit / 1e9:.1f} GB"
     if free < LEAST_MEMORY:
         text = f"{free / 1e9:.1f} GB are free{of}; a process takes 0.3 GB before it computes"
@@ -251,7 +252,7 @@ def probe() -> None:
     from ..distributed import spawn
 
     started = time.perf_counter()
-    sums = spawn.run(_sum_of_two, 2, timeout_s=PATIENCE_S / 3)
+    sums = spawn.run_ranks(_sum_of_two, 2, timeout_s=PATIENCE_S / 3)
     say("group", right=sums == [3.0, 3.0], seconds=time.perf_counter() - started)
 
 

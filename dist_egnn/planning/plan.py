@@ -22,7 +22,7 @@ from ..errors import Failure
 from ..models import network
 from ..ops import tiling
 from ..train import preflight, trainer
-from ..utils import resources
+from ..utils import memory, resources
 from . import trial, trial_data
 from .trial import PHASES, Call, Times, Trial
 from .trial_data import TRIED, Say, Source
@@ -162,17 +162,19 @@ def make(config: Config, say: Say = lambda line: None) -> Plan:
             heard = trial.told(Store(source.config.data.path), sorted({n for batch in numbers for n in batch}))
         trials: list[Trial] = []
         for p in range(parts):
-            trials += spawn.run(trial.rank, 1, source.config, p, parts, numbers, threads, heard[p], apart=start)
+            trials += spawn.run_ranks(
+                trial.rank, 1, source.config, p, parts, numbers, threads, heard[p], start_method=start
+            )
             say(f"rank {p}: {trials[-1].wall.batch:.3f} s a batch, {trials[-1].peak / 1e9:.2f} GB")
         found = [(dict.fromkeys(PHASES, 0.0), 0.0)]
         if parts > 1:
-            found = spawn.run(trial.exchange, parts, [trial.calls for trial in trials], _between(trials))
+            found = spawn.run_ranks(trial.exchange, parts, [trial.calls for trial in trials], _between(trials))
     sums = {phase: max(seconds[phase] for seconds, _ in found) for phase in PHASES}
     picked = [k for batch in batches for k in batch]
-    memory = [trial.peak for trial in trials]
+    peaks = [trial.peak for trial in trials]
     if device.type == "cpu":  # samples and sums stay on the CPU
-        memory = _held(source, picked, trials, max(grown for _, grown in found))
-    return _summed(config, source, picked, trials, sums, memory)
+        peaks = _held(source, picked, trials, max(grown for _, grown in found))
+    return _summed(config, source, picked, trials, sums, peaks)
 
 
 class _Clock:
@@ -180,7 +182,7 @@ class _Clock:
 
     def __init__(self, config: Config, source: Source, picked: list[int], times: list[Times], sums: dict[str, float]):
         tried = _rows(source.tried[picked]).mean(0)  # (P,)
-        self.times, self.sums, self.cores = times, sums, resources.cores()
+        self.times, self.sums, self.cores = times, sums, resources.available_cores()
         self.scale = {name: (_rows(c).mean(0) / tried).tolist() for name, c in source.counts.items()}
         self.batches = {name: -(-len(c) // config.train.batch_size) for name, c in source.counts.items()}
         self.steps = -(-self.batches["train"] // config.train.accumulate)
@@ -219,7 +221,7 @@ def _of_step(calls: list[list[Call]], each: int, parts: int) -> tuple[int, float
 
 
 def _summed(
-    config: Config, source: Source, picked: list[int], trials: list[Trial], sums: dict[str, float], memory: list[float]
+    config: Config, source: Source, picked: list[int], trials: list[Trial], sums: dict[str, float], peaks: list[float]
 ) -> Plan:
     """The plan, from what every rank and the group showed."""
     parts = len(trials)
@@ -234,7 +236,7 @@ def _summed(
     each = min(config.train.accumulate, now.batches["train"])  # batches of a step
     taken = [_of_step(trial.calls, each, parts) for trial in trials]
     sent = [wire for _, _, wire in taken]
-    columns = zip(*own.T.tolist(), *mean[:, 2:].T.tolist(), sent, memory, speeds, strict=True)
+    columns = zip(*own.T.tolist(), *mean[:, 2:].T.tolist(), sent, peaks, speeds, strict=True)
     return Plan(
         data=config.data.path,
         parts=parts,
@@ -257,7 +259,7 @@ def _summed(
         busy=float(np.mean([t.busy for t in trials])),
         epochs=config.train.epochs,
         partition_s=source.partition_s,
-        memory_gb=sum(memory) / 1e9,
-        free_gb=resources.memory_there("cpu") / 1e9,
+        memory_gb=sum(peaks) / 1e9,
+        free_gb=memory.available_memory("cpu") / 1e9,
         cores=now.cores,
     )

@@ -23,7 +23,7 @@ from ..config import Config
 from ..data import halo
 from ..data.dataset import open_dataset, prefetch
 from ..data.store import Store
-from ..distributed.comm import Alone, Comm, sent_bytes
+from ..distributed.comm import Comm, SingleProcess, sent_bytes
 from ..train import metrics, trainer
 from ..utils import devices, resources
 
@@ -71,7 +71,7 @@ class _Noted(torch.autograd.Function):
         return grad, None
 
 
-class Lonely(Alone):
+class Lonely(SingleProcess):
     """A rank of a group whose other ranks are not there: sums are its own share, rows that come are copies of those that go,
     and ``calls`` is what it would send."""
 
@@ -93,18 +93,22 @@ class Lonely(Alone):
     def sum(self, t: Tensor) -> Tensor:
         return _Noted.apply(t, self._note)
 
-    def exchange(self, rows: Tensor, give: Sequence[int], take: Sequence[int]) -> Callable[[], Tensor]:
-        self.calls.append(Call(self._phase, math.prod(rows.shape[1:]), rows.element_size(), tuple(give), tuple(take)))
-        came = torch.arange(sum(take), device=rows.device) % max(len(rows), 1)
+    def all_to_all(
+        self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> Callable[[], Tensor]:
+        self.calls.append(
+            Call(self._phase, math.prod(rows.shape[1:]), rows.element_size(), tuple(send_counts), tuple(receive_counts))
+        )
+        came = torch.arange(sum(receive_counts), device=rows.device) % max(len(rows), 1)
         return lambda: rows.index_select(0, came) if len(rows) else rows.new_zeros(len(came), *rows.shape[1:])
 
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], beside: Tensor | None = None) -> Tensor | None:
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], extra: Tensor | None = None) -> Tensor | None:
         found = list(parameters)
-        super().sum_gradients(found, beside)
-        more = [] if beside is None else [beside]
+        super().sum_gradients(found, extra)
+        more = [] if extra is None else [extra]
         self.at("gradients")
         self._note(torch.cat([*(p.grad.reshape(-1) for p in found if p.grad is not None), *more]))
-        return beside
+        return extra
 
 
 @dataclass(frozen=True)
@@ -211,7 +215,7 @@ def rank(
     def timed(what: str) -> Iterator[None]:
         started = [clock() for clock in clocks]
         yield
-        devices.wait(device)
+        devices.synchronize(device)
         seconds[what].append(tuple(clock() - then for clock, then in zip(clocks, started, strict=True)))
 
     def make(numbers: Sequence[int]) -> DGLGraph:
@@ -273,7 +277,7 @@ def exchange(
     before = metrics.peak_memory_gb()
     seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
     kinds, own = {4: torch.float32, 8: torch.float64}, ranks[group.rank]
-    shared = max(group.size / resources.cores(), 1.0)  # that work takes so many times as long
+    shared = max(group.size / resources.available_cores(), 1.0)  # that work takes so many times as long
     for turn in range(repeats + 1):
         for phase in PHASES:
             calls = [c for c in own[turn % len(own)] if c.phase == phase]
@@ -286,7 +290,7 @@ def exchange(
                     pass
                 worked += time.perf_counter() - begun
                 if c.give:
-                    group.exchange(tensor.view(-1, c.numbers), c.give, c.take)()
+                    group.all_to_all(tensor.view(-1, c.numbers), c.give, c.take)()
                 else:
                     group.sum(tensor)
             passed = time.perf_counter() - started

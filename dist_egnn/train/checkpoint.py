@@ -94,7 +94,7 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     buffer = io.BytesIO()
     torch.save({"format": FORMAT, "version": VERSION, **_on_cpu(checkpoint)}, buffer)
     content = buffer.getvalue()[:-2] + len(_comment(b"")).to_bytes(2, "little")  # the last field: the comment's length
-    filesystem.write_whole(path, content + _comment(content))
+    filesystem.write_atomically(path, content + _comment(content))
 
 
 def _comment(content: bytes) -> bytes:

@@ -22,10 +22,10 @@ PHASES = ("data_s", "forward_s", "communication_s", "backward_s")
 @contextmanager
 def phase(name: str, sums: dict[str, float], device: torch.device) -> Iterator[None]:
     """Add the block's seconds to sums[name], except those in collectives, which go to communication_s."""
-    started, communication = time.perf_counter(), comm.seconds()
+    started, communication = time.perf_counter(), comm.collective_seconds()
     yield
-    devices.wait(device)
-    communication = comm.seconds() - communication
+    devices.synchronize(device)
+    communication = comm.collective_seconds() - communication
     sums["communication_s"] += communication
     sums[name] += time.perf_counter() - started - communication
 

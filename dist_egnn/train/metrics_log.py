@@ -39,7 +39,7 @@ class MetricsLog:
     def add(self, epoch: int, row: dict[str, float], memory: Sequence[float] = (), z: Tensor | None = None) -> None:
         """Record an epoch. memory: peak of each rank in GB; z (n, 3): positions of virtual nodes."""
         self.rows.append({"epoch": epoch, **row})
-        filesystem.write_whole(self.path, pd.DataFrame(self.rows).to_csv(index=False).encode())
+        filesystem.write_atomically(self.path, pd.DataFrame(self.rows).to_csv(index=False).encode())
         ranks = {f"memory_gb/rank{rank}": gb for rank, gb in enumerate(memory)}
         try:
             for name, value in {**row, **ranks}.items():

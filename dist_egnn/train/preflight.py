@@ -1,6 +1,6 @@
 """Memory checks before a run starts: an estimate of a process's peak against the free memory. Imports no torch at first.
 
-The estimate (`resources.step_bytes`) was fitted to measurements in docs/scaling.md; `distegnn plan` measures instead.
+The estimate (`memory.step_bytes`) was fitted to measurements in docs/scaling.md; `distegnn plan` measures instead.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..utils import resources
+from ..utils import memory
 
 if TYPE_CHECKING:
     from ..config import Config
@@ -28,7 +28,7 @@ def training_bytes(config: Config, nodes: float, edges: float, halo: float = 0.0
 
         block *= tiling.FAR
     received = 4 * layers * (model.hidden + 3) * halo if config.partition.halo == "exchange" else 0.0
-    return resources.step_bytes(batch * nodes, batch * edges, model.hidden, layers, block) + batch * received
+    return memory.step_bytes(batch * nodes, batch * edges, model.hidden, layers, block) + batch * received
 
 
 def check_training(config: Config, parts: int) -> None:
@@ -40,7 +40,7 @@ def check_training(config: Config, parts: int) -> None:
     sizes, halo = _sizes_in_store(config) if is_store(config.data.path) else (_estimated_sizes(config, parts), 0.0)
     needed = max((training_bytes(config, nodes, edges, halo, device) for nodes, edges in sizes.tolist()), default=0.0)
     remedy = "raise partition.parts, or lower model.hidden, model.layers or train.batch_size, or set train.kept"
-    resources.enough_memory(needed, device, f"{config.data.path}: a step of one of {parts} processes", remedy)
+    memory.require_memory(needed, device, f"{config.data.path}: a step of one of {parts} processes", remedy)
 
 
 def _sizes_in_store(config: Config) -> tuple[np.ndarray, float]:
@@ -88,9 +88,9 @@ def check_rollout(config: Config, file: Trajectories, trajectory: int, start: in
     x = file.position(trajectory, start)
     edges = len(x) * neighbors.mean_degree(x, d.radius, file.sides(trajectory, d.radius) if d.periodic else None)
     edges *= 1 - d.edge_drop
-    needed = resources.step_bytes(len(x) / processes, edges / processes, m.hidden, 0, m.tile)
+    needed = memory.step_bytes(len(x) / processes, edges / processes, m.hidden, 0, m.tile)
     if processes > 1 and (assign.METHODS[method].needs_edges or d.edge_drop or config.partition.halo == "exchange"):
         needed = max(needed, snapshot.memory_needed(method, len(x), edges))
     what = f"{file.path}: a step of trajectory {trajectory} on one of {processes} processes"
     remedy = "raise --parts, or use a machine with more memory"
-    resources.enough_memory(needed, str(resolve_device(config)), what, remedy)
+    memory.require_memory(needed, str(resolve_device(config)), what, remedy)

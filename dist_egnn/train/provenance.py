@@ -61,4 +61,4 @@ def append(path: Path, entry: dict[str, Any]) -> None:
         existing = path.read_bytes() if path.exists() else b""
     except OSError as error:
         raise Failure(f"{path}: cannot be read ({error.strerror})") from error
-    filesystem.write_whole(path, existing + yaml.safe_dump([entry], sort_keys=False, width=1000).encode())
+    filesystem.write_atomically(path, existing + yaml.safe_dump([entry], sort_keys=False, width=1000).encode())

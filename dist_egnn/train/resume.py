@@ -49,10 +49,10 @@ def _load_on_all_ranks(comm: Comm, folder: Path) -> tuple[checkpoint.Checkpoint,
             content, warning = checkpoint.read_last(folder)
         except Failure as failure:
             error = str(failure)
-    error, warning = json.loads(comm.share(json.dumps([error, warning]).encode()))
+    error, warning = json.loads(comm.broadcast(json.dumps([error, warning]).encode()))
     if error:
         raise Failure(error)
-    return checkpoint.parse(comm.share(content), folder / run_dir.LAST), warning
+    return checkpoint.parse(comm.broadcast(content), folder / run_dir.LAST), warning
 
 
 def restore(

@@ -45,7 +45,7 @@ class RunWriter:
             source = f"{self.folder / run_dir.PREVIOUS} (epoch {state.epoch}, step {state.step})"
             print(f"warning: {warning}; resuming from {source}", file=sys.stderr)
             self.save(keep_previous=False)  # replace the damaged last.pt, keep previous.pt
-        filesystem.write_whole(self.folder / run_dir.CONFIG, configs.to_yaml(config).encode())
+        filesystem.write_atomically(self.folder / run_dir.CONFIG, configs.to_yaml(config).encode())
         seeds = {"train": config.train.seed, "frames": config.data.frame_seed, "partition": config.partition.seed}
         start = {"epoch": state.epoch, "step": state.step}
         provenance.append(self.folder / "about.yaml", start | provenance.describe(ranks, config.train.device, seeds))

@@ -22,7 +22,7 @@ from ..errors import Failure
 from ..models import network
 from ..ops import activation_offload, message_passing
 from ..utils import devices, filesystem, signals
-from ..utils.progress import bar
+from ..utils.progress import progress_bar
 from . import checkpoint, diagnostics, losses, metrics, optim
 from .resume import fingerprint, restore
 from .run_writer import RunWriter
@@ -34,7 +34,7 @@ Item = TypeVar("Item")
 
 def resolve_device(config: Config, rank: int = 0) -> torch.device:
     """The device of a rank's parameters. Raises Failure if it does not exist or model.engine does not support it."""
-    device = devices.of(config.train.device, rank)
+    device = devices.resolve(config.train.device, rank)
     message_passing.choose(config.model.engine, device)
     return device
 
@@ -146,10 +146,10 @@ def train(world: Comm, config: Config, resume: bool = False) -> dict[str, float]
     with ExitStack() as stack:
         writer = None
         if world.size > 1:  # rank processes receive signals, too
-            stack.enter_context(signals.listening())
+            stack.enter_context(signals.catch_stop_signals())
         if world.rank == 0:
             # shared with the launching process, and exclusive against other runs
-            stack.enter_context(filesystem.hold(Path(config.run.dir), "another run is at work there", first=False))
+            stack.enter_context(filesystem.lock_folder(Path(config.run.dir), "another run is at work there", join=True))
             writer = RunWriter(config, model, optimizer, state, data).open(world.size, resume, warning)
             stack.enter_context(writer)
         return _train_epochs(comm, config, model, optimizer, samples, state, writer)
@@ -169,7 +169,7 @@ def _train_epochs(
     device = next(model.parameters()).device
     count = math.ceil(math.ceil(len(samples.splits["train"]) / settings.batch_size) / settings.accumulate)
     total, done = settings.epochs * count, state.epoch * count + state.step
-    with bar("training", total, shown=writer is not None, done=done) as tick:
+    with progress_bar("training", total, enabled=writer is not None, initial=done) as tick:
         while not state.finished(settings):
             mark = time.perf_counter()
             for stop in steps(comm, config, model, optimizer, samples, state):
@@ -217,7 +217,7 @@ def _progress_note(state: TrainingState, settings: Train, row: dict[str, float])
 def _stop_and_memory(comm: Comm, device: torch.device) -> tuple[bool, list[float]]:
     """Whether any rank received a signal to stop, and every rank's peak memory in GB."""
     values = torch.zeros(comm.size + 1, dtype=torch.float64, device="cpu")
-    values[comm.rank], values[-1] = metrics.peak_memory_gb(device), float(signals.asked())
+    values[comm.rank], values[-1] = metrics.peak_memory_gb(device), float(signals.stop_requested())
     *memory, stop = comm.sum(values).tolist()
     return stop > 0, memory
 
@@ -277,7 +277,7 @@ def steps(
             with diagnostics.phase("backward_s", sums, device):
                 (loss / len(step)).backward()
             totals[:2] += torch.stack([loss.detach(), mse])
-        totals[2] = float(signals.asked())
+        totals[2] = float(signals.stop_requested())
         with diagnostics.phase("backward_s", sums, device):
             summed = comm.world.sum_gradients(model.parameters(), totals)
         assert summed is not None
@@ -292,7 +292,7 @@ def steps(
             fraction = (state.step + 1) / len(batches_of_steps)
             options["lr"] = optim.learning_rate(settings, epoch, fraction, state.scale)
         optimizer.step()
-        devices.wait(device)
+        devices.synchronize(device)
         state.step += 1
         for name, value in (("loss", loss_sum), ("mse", mse_sum), ("batches", len(step)), ("grad_norm", norm)):
             sums[name] += value

@@ -1,53 +1,161 @@
-"""Files written completely or not at all; folders that one run at a time may work in, and names that one may write to."""
+"""Files that are written completely or not at all, free-space checks, locks on folders and on output files."""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import hashlib
+import io
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..errors import Failure
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
+    """The SHA-256 digest of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Put a file in place at once, on disk for good. Failure if it cannot be written; what stood there then stays."""
-    fresh = path.with_name(path.name + ".partial")
+def replace_file(path: Path, content: bytes) -> None:
+    """Write ``content`` to a temporary file beside ``path``, flush it to disk, and rename it. Raises OSError.
+
+    Readers see the old file or the new one, never a part of it.
+    """
+    temporary = path.with_name(path.name + ".partial")
     try:
-        with open(fresh, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(fresh, path)
+        os.replace(temporary, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """`replace_file`, with a Failure in place of an OSError; an existing file stays as it is then."""
+    try:
+        replace_file(path, content)
     except OSError as error:
-        with suppress(OSError):  # where nothing can be written, nothing can be removed
-            fresh.unlink(missing_ok=True)
-        raise Failure(f"{path}: cannot be written ({error.strerror}); make room or rights, then go on") from error
+        raise Failure(
+            f"{path}: cannot be written ({error.strerror}); free disk space or fix the permissions, then resume"
+        ) from error
+
+
+def check_free_space(path: Path, needed: int, *, reusable: int = 0) -> None:
+    """Raise Failure unless ``needed`` bytes fit on the disk of ``path``, whose folder exists.
+
+    reusable: bytes there that the new content replaces.
+    """
+    free = shutil.disk_usage(path.parent).free + reusable
+    if free < needed:
+        raise Failure(
+            f"{path}: disk full: needs {needed / 1e6:,.2f} MB or more, {free / 1e6:,.2f} MB are free; "
+            "free disk space or choose another path"
+        )
+
+
+def describe_os_error(error: OSError, path: Path) -> str:
+    """One line for an error while writing ``path``: the file, the reason and, if the disk is full, the free space."""
+    reason = " ".join((error.strerror or str(error)).split())
+    if error.errno in DISK_FULL:
+        reason += f", {shutil.disk_usage(path.parent).free / 1e6:,.2f} MB are free"
+    return f"{error.filename2 or error.filename or path}: {reason}"
+
+
+def save_verified(path: Path, size: int, save: Callable[[str], object]) -> None:
+    """Call save(str(path)) and verify that the file, of about ``size`` bytes, reached the disk.
+
+    For libraries such as DGL that ignore a write error at the end of a file. Raises Failure or OSError.
+    """
+    check_free_space(path, size)
+    try:
+        save(str(path))
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise Failure(f"{path}: cannot be written ({reason}); is the disk full?") from error
+    with path.open("r+b") as file:  # if the last bytes did not fit, more bytes do not fit either
+        end = file.seek(0, os.SEEK_END)
+        file.write(bytes(1 << 16))
+        file.flush()
+        file.truncate(end)
+
+
+class DeferredErrorFile(io.FileIO):
+    """A file object for HDF5 that records the first write error instead of raising it; `check` raises it.
+
+    HDF5 crashes the process when a write fails while it closes a file. After the first error, data are discarded.
+    The file is locked: raises Failure while another process writes it. display_path: the path shown in messages.
+    """
+
+    def __init__(self, path: Path, display_path: Path) -> None:
+        super().__init__(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+        self.path, self.display_path = path, display_path
+        self.error: OSError | None = None
+        self.end = 0  # size of the complete file in bytes
+        with contextlib.suppress(OSError):  # some file systems have no locks
+            try:
+                fcntl.flock(self.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                self.close()
+                raise Failure(f"{path}: another process is writing it; wait for that process or end it") from None
+        super().truncate(0)
+
+    def write(self, data: Any, /) -> int:
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        self.end = max(self.end, self.tell() + size)
+        try:
+            while self.error is None and rest:
+                rest = rest[super().write(rest) :]  # a nearly full disk accepts a part
+        except OSError as error:
+            self.error = error
+        return size
+
+    def truncate(self, size: int | None = None, /) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return 0
+
+    def check(self) -> None:
+        """Raise Failure if any write failed so far."""
+        if self.error is None:
+            return
+        if self.error.errno in DISK_FULL:
+            check_free_space(self.display_path, self.end, reusable=self.path.stat().st_blocks * 512)
+        raise Failure(
+            f"{describe_os_error(self.error, self.display_path)}; fix that or choose another path"
+        ) from self.error
 
 
 @contextmanager
-def hold(folder: Path, busy: str, *, first: bool = True) -> Iterator[None]:
-    """Hold a folder, made if it is missing, until the block ends or its processes do, however they end.
+def lock_folder(folder: Path, busy: str, *, join: bool = False) -> Iterator[None]:
+    """Lock a folder, created if missing, until the block ends or all processes that share the lock have exited.
 
-    Raises Failure(busy) if another holds it. Processes of one run hold it together: those that come after the first, and
-    may outlive it for a moment, say ``first=False``.
+    join: share the lock of the process that locked the folder for the same run. Raises Failure(busy) if another run
+    holds the lock.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "a")  # noqa: SIM115 (closed below; "a" leaves its times alone)
+        file = open(folder / "lock", "a")  # noqa: SIM115 (closed below; "a" keeps the modification time)
     except OSError as error:
-        raise Failure(f"{folder}: cannot be written to ({error.strerror}); choose another folder or mend it") from error
+        raise Failure(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
     with file:
         try:
-            if first:  # nobody else, shared or not; then shared, so that the others of this run may join
+            if not join:  # exclude every other run, then share the lock with the processes of this one
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -56,17 +164,17 @@ def hold(folder: Path, busy: str, *, first: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def claim(path: Path, busy: str) -> Iterator[None]:
-    """Hold the name of a file that is long in the making, by PATH.lock beside it, which is gone afterwards.
+def lock_output(path: Path, busy: str) -> Iterator[None]:
+    """Lock an output file through PATH.lock, which is removed afterwards. Raises Failure(busy) if it is locked.
 
-    Raises Failure(busy) if another process holds it, however it was started; one that was killed holds nothing.
+    The lock of a killed process is released with the process.
     """
     lock = path.with_name(path.name + ".lock")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(lock, "a")  # noqa: SIM115 (closed below)
     except OSError as error:
-        raise Failure(f"{path}: cannot be written ({error.strerror}); make room or rights, or choose --out") from error
+        raise Failure(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

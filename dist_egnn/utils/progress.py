@@ -1,4 +1,4 @@
-"""One progress display for all long work: a bar on a terminal, plain lines elsewhere."""
+"""One progress display for all long work: a bar on a terminal, plain lines elsewhere, JSON events for `distegnn launch`."""
 
 from __future__ import annotations
 
@@ -9,80 +9,87 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-LINE_EVERY_S = 5.0  # plain lines; of long work every twentieth of what has passed
-MARK = "\x1e"  # begins a line of JSON for `distegnn launch`, which sets MARKED and draws the bar
-MARKED, MARK_EVERY_S = "DISTEGNN_MARKED", 0.5
+LINE_INTERVAL_S = 5.0  # between plain lines; for long work a twentieth of the elapsed time
+EVENT_PREFIX = "\x1e"  # starts a line of JSON for a parent process that sets EVENTS_VARIABLE and draws the bar itself
+EVENTS_VARIABLE, EVENT_INTERVAL_S = "DISTEGNN_PROGRESS_EVENTS", 0.5
 
 
 @contextmanager
-def bar(title: str, total: int, *, shown: bool = True, done: int = 0) -> Iterator[Callable[..., None]]:
-    """Yields tick(note="", to=None): one more of ``total`` done, or ``to`` of them, with a note to show beside it."""
-    count = done
-    if not shown:
-        yield lambda note="", to=None: None
-        return
-    if os.environ.get(MARKED):
-        yield _marking(title, total, done)
-        return
-    if sys.stderr.isatty():
-        from rich.console import Console, RenderableType
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-        from rich.text import Text
+def progress_bar(title: str, total: int, *, enabled: bool = True, initial: int = 0) -> Iterator[Callable[..., None]]:
+    """Yield update(note="", completed=None): advance by one of ``total`` or to ``completed``; the note is displayed."""
+    if not enabled:
+        yield lambda note="", completed=None: None
+    elif os.environ.get(EVENTS_VARIABLE):
+        yield _events(title, total, initial)
+    elif sys.stderr.isatty():
+        with _terminal_bar(title, total, initial) as update:
+            yield update
+    else:
+        yield _lines(title, total, initial)
 
-        class Display(Progress):
-            """The note has a line of its own: beside the bar 80 columns would cut it."""
 
-            def get_renderables(self) -> Iterator[RenderableType]:
-                yield self.make_tasks_table(self.tasks)
-                for task in self.tasks:
-                    if task.fields["note"]:
-                        yield Text(f"  {task.fields['note']}", no_wrap=True, overflow="ellipsis")
+@contextmanager
+def _terminal_bar(title: str, total: int, initial: int) -> Iterator[Callable[..., None]]:
+    from rich.console import Console, RenderableType
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+    from rich.text import Text
 
-        columns = (TextColumn(title), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        with Display(*columns, TextColumn("left"), console=Console(stderr=True)) as progress:
-            task = progress.add_task(title, total=total, completed=done, note="")
+    class Display(Progress):
+        """The note gets its own line: 80 columns are too few to show it beside the bar."""
 
-            def on_terminal(note: str = "", to: int | None = None) -> None:
-                progress.update(task, note=note, advance=1 if to is None else None, completed=to)
+        def get_renderables(self) -> Iterator[RenderableType]:
+            yield self.make_tasks_table(self.tasks)
+            for task in self.tasks:
+                if task.fields["note"]:
+                    yield Text(f"  {task.fields['note']}", no_wrap=True, overflow="ellipsis")
 
-            yield on_terminal
-        return
-    started = spoken = time.monotonic()
+    columns = (TextColumn(title), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Display(*columns, TextColumn("left"), console=Console(stderr=True)) as display:
+        task = display.add_task(title, total=total, completed=initial, note="")
 
-    def plainly(note: str = "", to: int | None = None) -> None:
-        nonlocal count, spoken
-        reached = count + 1 if to is None else to
-        if reached == count:
+        def update(note: str = "", completed: int | None = None) -> None:
+            display.update(task, note=note, advance=1 if completed is None else None, completed=completed)
+
+        yield update
+
+
+def _lines(title: str, total: int, initial: int) -> Callable[..., None]:
+    count = initial
+    started = last_line = time.monotonic()
+
+    def update(note: str = "", completed: int | None = None) -> None:
+        nonlocal count, last_line
+        new_count = count + 1 if completed is None else completed
+        if new_count == count:
             return
-        count = reached
+        count = new_count
         now = time.monotonic()
-        if now - spoken >= max(LINE_EVERY_S, (now - started) / 20) or (
-            count == total and now - started >= LINE_EVERY_S
-        ):
-            spoken = now
-            left = (now - started) / max(count - done, 1) * (total - count)
+        due = now - last_line >= max(LINE_INTERVAL_S, (now - started) / 20)
+        if due or (count == total and now - started >= LINE_INTERVAL_S):
+            last_line = now
+            left = (now - started) / max(count - initial, 1) * (total - count)
             print(f"{title}: {count}/{total}, {left:.0f} s left  {note}".rstrip(), file=sys.stderr, flush=True)
 
-    yield plainly
+    return update
 
 
-def _marking(title: str, total: int, done: int) -> Callable[..., None]:
-    count, spoken = done, 0.0
+def _events(title: str, total: int, initial: int) -> Callable[..., None]:
+    count, last_event = initial, 0.0
 
-    def mark(note: str = "", to: int | None = None) -> None:
-        nonlocal count, spoken
-        count = count + 1 if to is None else to
+    def update(note: str = "", completed: int | None = None) -> None:
+        nonlocal count, last_event
+        count = count + 1 if completed is None else completed
         now = time.monotonic()
-        if now - spoken >= MARK_EVERY_S or count == total:
-            spoken = now
-            said = {"title": title, "total": total, "begun": done, "done": count, "note": note}
-            print(f"\n{MARK}{json.dumps(said)}", flush=True)
+        if now - last_event >= EVENT_INTERVAL_S or count == total:
+            last_event = now
+            event = {"title": title, "total": total, "initial": initial, "done": count, "note": note}
+            print(f"\n{EVENT_PREFIX}{json.dumps(event)}", flush=True)
 
-    return mark
+    return update

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a wish: the work goes on to a good place, writes what it has, and leaves with `STOPPED`."""
+"""SIGTERM and SIGINT as stop requests: the run goes on to the next checkpoint, writes it and exits with EXIT_STOPPED."""
 
 from __future__ import annotations
 
@@ -10,67 +10,67 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same work can go on later
+EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing failed, the command can be resumed
 
-_asked = False
-_word: Path | None = None  # a launcher leaves word there for its processes, which look for it
+_requested = False
+_stop_file: Path | None = None  # a launcher creates it to stop the processes that it started
 
 
 class Stopped(SystemExit):
-    """A run that was asked to stop has written a checkpoint; raised after its line was printed."""
+    """A run stopped on request after it wrote a checkpoint; raised once its last line is printed."""
 
     def __init__(self) -> None:
-        super().__init__(STOPPED)
+        super().__init__(EXIT_STOPPED)
 
 
 @contextmanager
-def listening() -> Iterator[None]:
-    """Take signals as wishes while the block runs. A second Ctrl-C is what it was before: an interruption."""
-    global _asked
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+def catch_stop_signals() -> Iterator[None]:
+    """Record SIGTERM and SIGINT as stop requests inside the block. A second Ctrl-C interrupts at once."""
+    global _requested
+    if threading.current_thread() is not threading.main_thread():  # Python sets handlers in the main thread only
         yield
         return
-    before: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def ask(number: int, _: Any) -> None:
-        global _asked
-        _asked = True
-        if _word is not None:
-            _word.touch()
+    def request_stop(number: int, _: Any) -> None:
+        global _requested
+        _requested = True
+        if _stop_file is not None:
+            _stop_file.touch()
         if number == signal.SIGINT:
-            os.write(2, b"\nstopping at the end of this step; Ctrl-C again to end at once\n")
-            signal.signal(number, before[number])
+            os.write(2, b"\nstopping at the end of this step; press Ctrl-C again to stop at once\n")
+            signal.signal(number, previous[number])
 
-    for number, handler in before.items():
+    for number, handler in previous.items():
         if handler != signal.SIG_IGN:
-            signal.signal(number, ask)
+            signal.signal(number, request_stop)
     try:
         yield
     finally:
-        _asked = False
-        for number, handler in before.items():
+        _requested = False
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 @contextmanager
-def passing_on(word: Path) -> Iterator[None]:
-    """In a launcher: a wish goes on to the processes that look at this file."""
-    global _word
-    _word = word
+def forward_stop(stop_file: Path) -> Iterator[None]:
+    """In a launcher: create ``stop_file`` on a stop request; the launched processes watch it."""
+    global _stop_file
+    _stop_file = stop_file
     try:
-        if _asked:
-            word.touch()
+        if _requested:
+            stop_file.touch()
         yield
     finally:
-        _word = None
+        _stop_file = None
 
 
-def heed(word: Path) -> None:
-    """In a launched process: where the launcher leaves word."""
-    global _word
-    _word = word
+def watch_stop_file(stop_file: Path) -> None:
+    """In a launched process: the existence of ``stop_file`` is a stop request."""
+    global _stop_file
+    _stop_file = stop_file
 
 
-def asked() -> bool:
-    """Whether this process, or its launcher, was asked to stop. Cheap: at most a look at one file."""
-    return _asked or (_word is not None and _word.exists())
+def stop_requested() -> bool:
+    """Whether this process or its launcher received a stop request. Cheap: it tests at most one file."""
+    return _requested or (_stop_file is not None and _stop_file.exists())

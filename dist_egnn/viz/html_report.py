@@ -17,13 +17,13 @@ from ..config import Config
 from ..data import dataset
 from ..data.store import Store
 from ..data.trajectories import SPLITS
-from ..distributed.comm import Alone
+from ..distributed.comm import SingleProcess
 from ..errors import Failure
 from ..evaluate import rollout
 from ..evaluate.vtkhdf import Rollout
 from ..train import checkpoint, run_dir, trainer
 from ..train.diagnostics import PHASES
-from ..utils.filesystem import write_whole
+from ..utils.filesystem import write_atomically
 from . import figures, plots
 
 STYLE = """
@@ -181,7 +181,7 @@ class Report:
             raise Failure(f"{self.config.data.path} has no sample")
         number = data.splits[split][len(data.splits[split]) // 2]
         trajectory, frame = data.frames[number]
-        model = trainer.build_model(self.config, data.widths, Alone())
+        model = trainer.build_model(self.config, data.widths, SingleProcess())
         checkpoint.load_weights(model, state, path)
         model.eval()
         store = Store(self.config.data.path) if dataset.is_store(self.config.data.path) else None
@@ -306,7 +306,7 @@ def run_report(run: Path, rollout_file: Path | None, out: Path | None) -> None:
     config = configs.load(run / "config.yaml")
     plots.pyplot()  # fails now rather than in every section
     text, missing = page(Report(run, config, rollout_file or newest_rollout(run)))
-    write_whole(out, text.encode())
+    write_atomically(out, text.encode())
     print(f"{out}: {text.count('<img ')} pictures, {len(text) / 1e6:.1f} MB")
     for line in missing:
         print(f"  left out: {line}")

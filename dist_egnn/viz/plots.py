@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import Failure
-from ..utils.filesystem import write_whole
+from ..utils.filesystem import write_atomically
 
 
 def pyplot() -> Any:
@@ -61,4 +61,4 @@ def sweep(path: Path, key: str, ticks: Sequence[str], curves: Mapping[str, Mappi
     axes.set(xlabel=key, ylabel="test MSE of the best epoch", yscale="log")
     axes.grid(alpha=0.3, which="both")
     figure.legend(loc="outside upper center", ncols=3, fontsize=8)  # inside it could cover bars
-    write_whole(path, png(figure, dpi=110))
+    write_atomically(path, png(figure, dpi=110))

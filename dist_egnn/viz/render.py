@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import Failure
 from ..evaluate.vtkhdf import Frame, Rollout
-from ..utils.progress import bar
+from ..utils.progress import progress_bar
 from . import plots, video
 
 COLOURS = ("speed", "error", "part")
@@ -86,7 +86,7 @@ def ranges(shots: Shots, box: np.ndarray | None) -> tuple[np.ndarray, np.ndarray
     The view is the box and what lies outside, by up to a quarter of it; without a box, where the nodes are in any frame.
     """
     low, high, top = np.full(3, np.inf), np.full(3, -np.inf), 0.0
-    with bar("looking through", len(shots)) as tick:
+    with progress_bar("looking through", len(shots)) as tick:
         for shot in shots:
             # a few that fly away shall not make all others small
             for x in (shot.position, *([] if shot.true is None else [shot.true])):
@@ -215,7 +215,7 @@ def run_render(path: Path, out: Path | None, fps: float, every: int, colour: str
         shots = Shots(rollout, every, colour)
         camera = Camera(shots, colour)
         try:
-            with video.whole(out, fps) as sink, bar("rendering", len(shots)) as tick:
+            with video.whole(out, fps) as sink, progress_bar("rendering", len(shots)) as tick:
                 for shot in shots:
                     sink.add(camera.draw(shot))
                     tick()

@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from ..errors import Failure
-from ..utils.filesystem import claim
+from ..utils.filesystem import lock_output
 
 
 class Sink(Protocol):
@@ -110,7 +110,7 @@ def whole(path: Path, fps: float) -> Iterator[Sink]:
     def remove() -> None:
         shutil.rmtree(fresh) if fresh.is_dir() else fresh.unlink(missing_ok=True)
 
-    with claim(path, "another one is writing it; wait for it, or choose another --out"):
+    with lock_output(path, "another one is writing it; wait for it, or choose another --out"):
         try:
             remove()  # of one that was killed
             sink = SINKS[path.suffix](fresh, fps)

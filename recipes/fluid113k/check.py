@@ -22,7 +22,7 @@ from dist_egnn.data import prepare
 from dist_egnn.data.trajectories import Trajectories
 from dist_egnn.errors import Failure
 from dist_egnn.utils import filesystem
-from dist_egnn.utils.progress import bar
+from dist_egnn.utils.progress import progress_bar
 from dist_egnn.viz import plots
 
 EXAMPLE = "python recipes/fluid113k/check.py recipes/fluid113k/sample.h5 --picture splash.png"
@@ -48,7 +48,7 @@ def follow(data: Trajectories, k: int) -> Course:
         raise Failure(f"{data.path}: trajectory {k} has no box; this is no file of fluid113k's prepare.py")
     mass, floor = data.attribute(k, "mass"), float(box[0, 1])
     energies, gap, fastest, before = [], np.inf, 0.0, None
-    with bar(f"trajectory {k}", trajectory.frames) as tick:
+    with progress_bar(f"trajectory {k}", trajectory.frames) as tick:
         for t in range(trajectory.frames):
             x = data.position(k, t)
             gap = min(gap, float((x - box[0]).min()), float((box[1] - x).min()))
@@ -103,7 +103,7 @@ def picture(out: Path, data: Trajectories, k: int, course: Course) -> None:
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=100)
     plt.close(figure)
-    filesystem.write_whole(out, content.getvalue())
+    filesystem.write_atomically(out, content.getvalue())
 
 
 def check(options: argparse.Namespace) -> int:

@@ -33,7 +33,7 @@ import records
 from dist_egnn.data import prepare as preparation
 from dist_egnn.data.trajectories import SPLITS
 from dist_egnn.errors import Failure
-from dist_egnn.utils.disk import check_room
+from dist_egnn.utils.filesystem import check_free_space
 
 RADIUS, REFERENCE, FPS = 0.025, 113_140, 50
 BOX = np.array([5.0, 10.0, 5.0])
@@ -145,7 +145,7 @@ def simulate(options: argparse.Namespace, engines: Engines, k: int) -> Iterator[
     scene = draw(options.seed, k, options.particles)
     # positions and velocities: the engine's, and the piece's at most
     copies = 1 if going_on.exists() else 2
-    check_room(directory, copies * 2 * options.frames * scene.position.size * np.dtype(np.float32).itemsize)
+    check_free_space(directory, copies * 2 * options.frames * scene.position.size * np.dtype(np.float32).itemsize)
     directory.mkdir(exist_ok=True)
     try:
         yield simulated(options, engines, k, scene, directory, name)

@@ -29,7 +29,7 @@ from dist_egnn.data import prepare as preparation
 from dist_egnn.data.trajectories import SPLITS, unwrap
 from dist_egnn.errors import Failure
 from dist_egnn.utils import filesystem
-from dist_egnn.utils.disk import check_room
+from dist_egnn.utils.filesystem import check_free_space
 
 if TYPE_CHECKING:
     from MDAnalysis import AtomGroup
@@ -284,7 +284,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
     print(f"{name}: {frames:,} frames, {len(atoms):,} of {len(atoms.universe.atoms):,} atoms; inputs: {counts}")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     # the splits, and the file joined from them
-    check_room(options.out, 2 * 12 * len(atoms) * sum(hi - lo + options.horizon for lo, hi in spans))
+    check_free_space(options.out, 2 * 12 * len(atoms) * sum(hi - lo + options.horizon for lo, hi in spans))
     settings = {
         "description": f"{name}: {len(atoms)} atoms ({options.select}), lengths in Å, dt in ps, charge in e",
         "files": [[path.name, filesystem.sha256(path)] for path in (source.topology, *source.trajectory)],

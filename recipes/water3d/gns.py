@@ -248,12 +248,12 @@ def fetch(folder: Path, name: str, limit: int | None = None) -> None:
             with (
                 urllib.request.urlopen(request, timeout=60) as answer,
                 partial.open("ab" if answer.status == http.HTTPStatus.PARTIAL_CONTENT else "wb") as file,
-                progress.bar(f"{name} (MB)", size // 10**6, done=done // 10**6) as tick,
+                progress.progress_bar(f"{name} (MB)", size // 10**6, initial=done // 10**6) as tick,
             ):
                 while chunk := answer.read(1 << 22):
                     file.write(chunk)
                     file.flush()
-                    tick(to=file.tell() // 10**6)
+                    tick(completed=file.tell() // 10**6)
                     if enough():
                         return
     except (OSError, http.client.HTTPException) as error:

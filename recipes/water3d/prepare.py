@@ -19,7 +19,7 @@ import numpy as np
 from dist_egnn.data import prepare as preparation
 from dist_egnn.data.trajectories import SPLITS
 from dist_egnn.errors import Failure
-from dist_egnn.utils.disk import check_room
+from dist_egnn.utils.filesystem import check_free_space
 
 COUNTS = {"tiny": (4, 1, 1), "small": (20, 4, 4), "full": (1000, 100, 100)}  # trajectories by split
 SIMULATED = {"tiny": (1000, 60), "small": (8000, 200), "full": (8000, 801)}  # the stand-in's particles and frames
@@ -66,7 +66,7 @@ class Simulations:
         job, folder = scene(self.seed, number, self.particles), self.folder(number)
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
         # a block has up to a fifth more particles; the engine's frames, and the piece's at most
-        check_room(folder, int(1.2 * 2 * 12 * self.particles * self.frames))
+        check_free_space(folder, int(1.2 * 2 * 12 * self.particles * self.frames))
         folder.mkdir()
         try:
             yield self.simulated(number, job, folder)

@@ -19,7 +19,7 @@ from dist_egnn import config
 from dist_egnn.commands import sweep, sweep_config
 from dist_egnn.commands.evaluate import run_evaluation
 from dist_egnn.commands.train import run_training
-from dist_egnn.distributed.comm import Alone
+from dist_egnn.distributed.comm import SingleProcess
 from dist_egnn.errors import Failure
 from dist_egnn.train import trainer
 from dist_egnn.utils import filesystem
@@ -185,7 +185,7 @@ def test_no_time_begins_nothing(write):
     assert sweep.execute(plan, minutes=0) == {}
     assert plan.missing() == 2
     assert len(sweep.table(plan)) == 0
-    with filesystem.hold(plan.out, "busy"), pytest.raises(Failure, match="out: another sweep is at work there"):
+    with filesystem.lock_folder(plan.out, "busy"), pytest.raises(Failure, match="out: another sweep is at work there"):
         sweep.execute(plan)
 
 
@@ -205,7 +205,7 @@ def test_a_sweep_of_real_runs(write):
     (row,) = pd.read_csv("out/results.csv").to_dict("records")
     plan = sweep_config.load(file)
     done = [run for run in plan.runs if run.result() is not None]
-    model = trainer.build_model(done[0].config, (1, 0), Alone())
+    model = trainer.build_model(done[0].config, (1, 0), SingleProcess())
     expected = {"model.name": "FastEGNN", "seeds": 2, "epochs": 2, "processes": 2}
     assert {**row, **expected, "parameters": sum(p.numel() for p in model.parameters())} == row
     errors = [pd.read_csv(r.folder / "evaluate.csv").set_index("prediction")["mse"]["FastEGNN"] for r in done]

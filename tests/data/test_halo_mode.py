@@ -37,7 +37,7 @@ MakeStore = Callable[..., Path]
 @functools.cache
 def model_of(name: str, *keys: str, double: bool = True) -> torch.nn.Module:
     settings = config.load(None, [f"model.name={name}", "model.hidden=8", "model.layers=3", "data.radius=0.27", *keys])
-    model = trainer.build_model(settings, (3, 1), comm.Alone())
+    model = trainer.build_model(settings, (3, 1), comm.SingleProcess())
     model = model.double() if double else model
     parallel_check.randomize_output_weights(model)
     return model
@@ -59,7 +59,7 @@ def parallel_differences(
 ) -> dict[str, float]:
     """Differences of a step on parts from one on the whole graph. rows: node numbers of each part, by default gid."""
     many = together(len(parts), lambda member, copied: step(copied, parts[member.rank], member), model)
-    return differences(step(model, whole, comm.Alone()), many, rows or [part.ndata["gid"] for part in parts])
+    return differences(step(model, whole, comm.SingleProcess()), many, rows or [part.ndata["gid"] for part in parts])
 
 
 def store_differences(store: Store, model: torch.nn.Module, *snapshots: int) -> dict[str, float]:
@@ -265,7 +265,7 @@ def test_tiles_without_halo_nodes_run_during_the_exchange(make_store: MakeStore)
     layer = EGNNLayer(8, 2, 0)
     node = {name: torch.rand(graph.num_nodes(), w, requires_grad=True) for name, w in (("h", 8), ("x", 3), ("v", 3))}
     edge = {"e": torch.rand(graph.num_edges() + len(halos.src), 2)}
-    exchange = RecordingExchange(comm.Alone(), [], halos.recv_counts)
+    exchange = RecordingExchange(comm.SingleProcess(), [], halos.recv_counts)
     out = tiling.run(layer, RecordingEngine(), cut, node, edge, {}, exchange)
     assert events == ["start", *["block"] * interior, "wait", *["block"] * boundary]
     events.clear()
@@ -362,7 +362,7 @@ def test_invalid_settings_of_halo_mode_are_refused(make_store: MakeStore, tmp_pa
     with pytest.raises(Failure, match=r"partition\.halo=ghost: unknown"):
         config.load(None, ["partition.halo=ghost"])
     settings = config.load(None, [f"model.name={__name__}:NotANetwork", "partition.halo=exchange"])
-    trainer.build_model(settings, (3, 1), comm.Alone())
+    trainer.build_model(settings, (3, 1), comm.SingleProcess())
     with pytest.raises(Failure, match=r"partition\.halo=exchange .*partition\.halo=bridge"):
         trainer.build_model(settings, (3, 1), Member(0, Board(2)))
     path = make_store(2, "metis")

@@ -32,6 +32,7 @@ from dist_egnn.errors import Failure
 from dist_egnn.evaluate import parallel_check
 from dist_egnn.models import network
 from dist_egnn.ops import tiling
+from dist_egnn.utils import filesystem
 
 SHIFTS = np.array(list(itertools.product((-1, 0, 1), repeat=3)))
 
@@ -385,7 +386,7 @@ def test_verify_finds_a_box_that_is_not_the_edges(store, tmp_path):
     table.loc[4, "side_y"] *= 1.1
     table.to_csv(copy / "snapshots.csv", index=False)
     manifest = yaml.safe_load((copy / "manifest.yaml").read_text())
-    manifest["files"]["snapshots.csv"] = store_writer.sha256(copy / "snapshots.csv")
+    manifest["files"]["snapshots.csv"] = filesystem.sha256(copy / "snapshots.csv")
     (copy / "manifest.yaml").write_text(yaml.safe_dump(manifest))
     with pytest.raises(Failure, match="snapshot 4: its edges are not those of its positions"):
         verify_store(Store(copy), lambda *_: None)

@@ -61,11 +61,11 @@ def test_many_processes_equal_one_for_every_model(make_store: Callable[..., Path
     store = Store(make_store(parts, "metis"))
     for name in settings:
         (tmp_path / name).mkdir()
-    spawn.run(_each, parts, settings, str(store.path), str(tmp_path))
+    spawn.run_ranks(_each, parts, settings, str(store.path), str(tmp_path))
     for name, one in settings.items():
         found = parallel_check.compare_with_one_process(one, store, 1, tmp_path / name)
         assert max(found.values()) <= parallel_check.TOLERANCE, (name, found)
-        weights = len(list(trainer.build_model(one, (3, 1), comm.Alone()).parameters()))
+        weights = len(list(trainer.build_model(one, (3, 1), comm.SingleProcess()).parameters()))
         assert sum(key.startswith("gradient") for key in found) > weights / 2  # all but some of the last layer's
 
 
@@ -89,7 +89,7 @@ def _lamed(group: comm.Comm, lame: str, *args: object) -> None:
     elif lame == "backward":
         comm._Sum.backward = staticmethod(lambda ctx, grad: (grad, None))  # type: ignore[method-assign]
     elif lame == "gradients":
-        comm.Group.sum_gradients = lambda self, parameters: comm.Alone().sum_gradients(parameters)  # type: ignore[method-assign]
+        comm.ProcessGroup.sum_gradients = lambda self, parameters: comm.SingleProcess().sum_gradients(parameters)  # type: ignore[method-assign]
     parallel_check.save_rank_results(group, *args)  # type: ignore[arg-type]
 
 
@@ -97,8 +97,8 @@ def _lamed(group: comm.Comm, lame: str, *args: object) -> None:
 def test_the_comparison_fails_without_any_one_sum(
     make_store: Callable[..., Path], tmp_path: Path, lame: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = spawn.run
-    monkeypatch.setattr(spawn, "run", lambda f, size, *args, **options: run(_lamed, size, lame, *args, **options))
+    run = spawn.run_ranks
+    monkeypatch.setattr(spawn, "run_ranks", lambda f, size, *args, **options: run(_lamed, size, lame, *args, **options))
     found = parallel_check.compare(config.load(None, SETTINGS), Store(make_store(2, "metis")), 0, tmp_path)
     assert max(found.values()) > 1e-6
 
@@ -125,7 +125,7 @@ def _calls(group: comm.Comm, settings: config.Config, path: str) -> tuple[list[i
 def test_a_step_exchanges_once_a_layer_and_direction(make_store: Callable[..., Path]) -> None:
     settings = config.load(None, SETTINGS)
     path = make_store(2, "metis", features=["viscosity", "mass", "speed"], node_attributes=["viscosity", "mass"])
-    for forward, backward in spawn.run(_calls, 2, settings, str(path)):
+    for forward, backward in spawn.run_ranks(_calls, 2, settings, str(path)):
         # 3 + 3C + HC numbers a graph, two graphs
         assert forward == backward == [2 * (3 + 9 + 48)] * 3
 
@@ -151,8 +151,8 @@ def _losses(group: comm.Comm, settings: config.Config, path: str) -> list[float]
 
 def test_training_on_batches_equals_one_process(make_store: Callable[..., Path]) -> None:
     settings, path = config.load(None, SETTINGS), str(make_store(4, "metis"))
-    one = _losses(comm.Alone(), settings, path)
-    for many in spawn.run(_losses, 4, settings, path):
+    one = _losses(comm.SingleProcess(), settings, path)
+    for many in spawn.run_ranks(_losses, 4, settings, path):
         assert many == pytest.approx(one, rel=1e-9)
 
 
@@ -168,7 +168,7 @@ def _dies(group: comm.Comm, folder: str) -> None:
 def test_a_killed_process_ends_the_run_and_leaves_none(tmp_path: Path) -> None:
     started = time.monotonic()
     with pytest.raises(Failure, match="process 1 of 3 died"):
-        spawn.run(_dies, 3, str(tmp_path))
+        spawn.run_ranks(_dies, 3, str(tmp_path))
     assert time.monotonic() - started < 30
     for pid in (int(f.name) for f in tmp_path.iterdir()):
         assert not Path(f"/proc/{pid}").exists() or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
@@ -182,16 +182,16 @@ def _refuses(group: comm.Comm) -> None:
 
 def test_the_first_cause_is_what_is_reported() -> None:
     with pytest.raises(Failure, match="this file: that key: do this"):
-        spawn.run(_refuses, 2)
+        spawn.run_ranks(_refuses, 2)
 
 
 LAUNCHER = """
 import sys
 sys.path.insert(0, {here!r})
 from test_exact import _sits
-from dist_egnn import local
+from dist_egnn.distributed import spawn
 if __name__ == "__main__":
-    local.run(_sits, 2, sys.argv[1])
+    spawn.run_ranks(_sits, 2, sys.argv[1])
 """
 
 

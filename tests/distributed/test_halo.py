@@ -41,11 +41,11 @@ def test_many_processes_equal_one_on_the_full_graph(
     store = Store(make_store(parts, "metis"))
     for name in settings:
         (tmp_path / name).mkdir()
-    spawn.run(_many, parts, settings, str(store.path), str(tmp_path))
+    spawn.run_ranks(_many, parts, settings, str(store.path), str(tmp_path))
     for name, one in settings.items():
         found = parallel_check.compare_with_one_process(one, store, 1, tmp_path / name)
         assert max(found.values()) <= parallel_check.TOLERANCE, (name, found)
-        weights = len(list(trainer.build_model(one, (3, 1), comm.Alone()).parameters()))
+        weights = len(list(trainer.build_model(one, (3, 1), comm.SingleProcess()).parameters()))
         assert sum(key.startswith("gradient") for key in found) > weights / 2  # all but some of the last layer's
 
 
@@ -93,12 +93,12 @@ def _dies(group: comm.Comm, path: str, how: int) -> None:
 def test_a_rank_killed_during_the_exchange_ends_the_run(make_store: Callable[..., Path]) -> None:
     started = time.monotonic()
     with pytest.raises(Failure, match="process 1 of 3 died"):
-        spawn.run(_dies, 3, str(make_store(3, "kmeans")), signal.SIGKILL)
+        spawn.run_ranks(_dies, 3, str(make_store(3, "kmeans")), signal.SIGKILL)
     assert time.monotonic() - started < 30
 
 
 def test_a_rank_that_hangs_in_the_exchange_is_given_up(make_store: Callable[..., Path]) -> None:
     started = time.monotonic()
     with pytest.raises(RuntimeError, match=r"(?i)time"):
-        spawn.run(_dies, 3, str(make_store(3, "kmeans")), signal.SIGSTOP, timeout_s=3)
+        spawn.run_ranks(_dies, 3, str(make_store(3, "kmeans")), signal.SIGSTOP, timeout_s=3)
     assert time.monotonic() - started < 40

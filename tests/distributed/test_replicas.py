@@ -108,9 +108,9 @@ def test_groups_train_what_one_process_does(small: Path, make_store: Callable[..
     store = make_store(2, "metis")
     many = _cases(small, store, 2)
     many[-1].train.replicas = 4
-    expected = _optimise(comm.Alone(), _cases(small, store, 1))
+    expected = _optimise(comm.SingleProcess(), _cases(small, store, 1))
     assert [one["steps"] for one in expected] == [4, 4, 4]
-    for ranks in spawn.run(_optimise, 4, many):
+    for ranks in spawn.run_ranks(_optimise, 4, many):
         for found, one in zip(ranks, expected, strict=True):
             _same(found, one)
 
@@ -169,7 +169,7 @@ def test_a_group_gives_up_a_rank_that_hangs() -> None:
     """torch would give a group of some ranks half an hour, whatever the group of all was given."""
     started = time.monotonic()
     with pytest.raises(RuntimeError, match=r"(?is)process 2 of 4: .*time"):
-        spawn.run(_hangs, 4, timeout_s=3)
+        spawn.run_ranks(_hangs, 4, timeout_s=3)
     assert time.monotonic() - started < 40
 
 
@@ -178,7 +178,7 @@ def test_evaluation_is_shared(small: Path, tmp_path: Path) -> None:
     more = ["train.epochs=1", "train.accumulate=3", "train.warmup=0"]
     run_training(settings(small, tmp_path, *more, "train.replicas=3"))
     many = run_evaluation(tmp_path)
-    one = trainer.evaluate(comm.Alone(), settings(small, tmp_path, *more), tmp_path / "best.pt")
+    one = trainer.evaluate(comm.SingleProcess(), settings(small, tmp_path, *more), tmp_path / "best.pt")
     assert many == pytest.approx(one, rel=1e-6)
 
 
@@ -211,7 +211,7 @@ def test_launch_trains_the_same(
         settings(make_store(1, shard_nodes=0), tmp_path / name, "train.epochs=2", "train.replicas=2")
         for name in ("local", "launched")
     )
-    spawn.run(trainer.train, 2, local_)
+    spawn.run_ranks(trainer.train, 2, local_)
     main.run(launched, hostfile.listed(None, True, None))
     assert_same(tmp_path / "launched", tmp_path / "local")
 

@@ -171,7 +171,7 @@ def check(served: Served) -> None:
 def test_training_does_not_know(make_store: Callable[..., Path], tmp_path: Path) -> None:
     """Own part or another machine's: all tensors are the disk's, and losses and weights those of a run from disk, bit for bit."""
     path = make_store(2, shard_nodes=0, node_attributes=[])
-    spawn.run(training.train, 2, chosen(path, tmp_path / "local"))
+    spawn.run_ranks(training.train, 2, chosen(path, tmp_path / "local"))
     with serving_of(path, tmp_path) as served:
         check(served)
         served.trained(0, tmp_path / "served")
@@ -186,7 +186,7 @@ def test_training_does_not_know(make_store: Callable[..., Path], tmp_path: Path)
 def test_killed_trainers_and_servers(one: Path, tmp_path: Path) -> None:
     """A new group meets the same server, whether the last one died in its work or before it was connected; two trainers on its
     machine do what a run from disk does."""
-    spawn.run(training.train, 2, chosen(one, tmp_path / "local"))
+    spawn.run_ranks(training.train, 2, chosen(one, tmp_path / "local"))
     with serving_of(one, tmp_path) as served:
         check(served)
         for group, said in enumerate(("entered", "waits on")):
@@ -275,13 +275,13 @@ def test_trainers_without_a_server(make_store: Callable[..., Path], tmp_path: Pa
 
 def test_where_processes_meet() -> None:
     with pytest.raises(Failure, match="eth77: no network interface of this host"):
-        comm.meet(0, 2, HOST, 1, "eth77", 1.0)
+        comm.join_hosts(0, 2, HOST, 1, "eth77", 1.0)
     with socket.create_server((HOST, 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(Failure, match=f"{HOST}:{port}: rank 0 cannot listen there"):
-            comm.meet(0, 2, HOST, port, "lo", 1.0)
-    with pytest.raises(Failure, match=f"{HOST}:{port}: rank 1 did not meet the other 1 there"):
-        comm.meet(1, 2, HOST, port, "lo", 1.0)
+        with pytest.raises(Failure, match=f"{HOST}:{port}: rank 0 cannot listen"):
+            comm.join_hosts(0, 2, HOST, port, "lo", 1.0)
+    with pytest.raises(Failure, match=f"{HOST}:{port}: rank 1 cannot connect to the other 1"):
+        comm.join_hosts(1, 2, HOST, port, "lo", 1.0)
 
 
 if __name__ == "__main__":

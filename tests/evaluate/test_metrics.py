@@ -95,7 +95,7 @@ def _shares(group: comm.Comm) -> dict[str, float]:
 
 def test_partitions_give_the_value_of_the_whole() -> None:
     whole = values(*clouds(41))
-    for found in spawn.run(_shares, 3):
+    for found in spawn.run_ranks(_shares, 3):
         assert found == pytest.approx(whole, rel=1e-12)
     parts = values(*(array[0::3] for array in clouds(41)))
     assert all(parts[name] != pytest.approx(whole[name], rel=1e-3) for name in whole)  # so it took all three
@@ -182,8 +182,8 @@ def _shared(group: comm.Comm) -> float:
 
 
 def test_sinkhorn_shares_its_work() -> None:
-    alone = _shared(comm.Alone())
-    assert spawn.run(_shared, 2) == [pytest.approx(alone, rel=1e-9)] * 2
+    alone = _shared(comm.SingleProcess())
+    assert spawn.run_ranks(_shared, 2) == [pytest.approx(alone, rel=1e-9)] * 2
 
 
 def test_sinkhorn_says_when_it_has_not_converged(monkeypatch: pytest.MonkeyPatch) -> None:

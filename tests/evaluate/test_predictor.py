@@ -15,7 +15,7 @@ from dist_egnn import config
 from dist_egnn.data.dataset import open_dataset
 from dist_egnn.data.samples import select_snapshots
 from dist_egnn.data.trajectories import Trajectories, Writer
-from dist_egnn.distributed.comm import Alone
+from dist_egnn.distributed.comm import SingleProcess
 from dist_egnn.errors import Failure
 from dist_egnn.models import network
 from dist_egnn.train import checkpoint, trainer
@@ -42,7 +42,7 @@ def settings(small: Path, folder: Path, *overrides: str) -> Any:
 
 def write(wanted: Any, seed: int = 0) -> Path:
     """A run's folder with a checkpoint whose weights are all drawn at full size. Returns the checkpoint."""
-    model = trainer.build_model(wanted, open_dataset(wanted, 0, 1).widths, Alone())
+    model = trainer.build_model(wanted, open_dataset(wanted, 0, 1).widths, SingleProcess())
     torch.manual_seed(seed)
     for value in model.parameters():
         value.data = torch.randn_like(value) / max(value.shape or (1,)) ** 0.5
@@ -58,7 +58,7 @@ def write(wanted: Any, seed: int = 0) -> Path:
 def run(small, tmp_path_factory) -> Path:
     """A trained run of the settings `named`."""
     folder = tmp_path_factory.mktemp("trained") / "run"
-    trainer.train(Alone(), settings(small, folder, *FEATURES, "train.epochs=1"))
+    trainer.train(SingleProcess(), settings(small, folder, *FEATURES, "train.epochs=1"))
     return folder
 
 
@@ -85,7 +85,7 @@ def test_predicts_what_evaluation_predicts(name, small, tmp_path):
     path = write(wanted)
     # the model as `distegnn evaluate` makes it
     samples = open_dataset(wanted, 0, 1)
-    model = trainer.build_model(wanted, samples.widths, Alone())
+    model = trainer.build_model(wanted, samples.widths, SingleProcess())
     checkpoint.load_weights(model, checkpoint.load(path), path)
     model.eval()
     predict = dist_egnn.load(path)
@@ -142,7 +142,7 @@ def test_periodic_box(tmp_path):
 def test_errors_are_those_of_evaluate(run, small):
     wanted = config.load(run / "config.yaml")
     for split in ("test", "valid"):
-        evaluated = trainer.evaluate(Alone(), wanted, run / "best.pt", split)
+        evaluated = trainer.evaluate(SingleProcess(), wanted, run / "best.pt", split)
         predict = dist_egnn.load(run)
         squares = [
             (predict(x, v, given).astype(np.float64) - y) ** 2 for x, v, given, y in inputs(small, wanted, split)
@@ -274,7 +274,7 @@ def test_what_cannot_be_loaded(run, tmp_path):
             dist_egnn.load(tmp_path / name)
     with pytest.raises(Failure, match=r"device=gpu: unknown; use cpu, cuda, cuda:N or auto"):
         dist_egnn.load(run, device="gpu")
-    with pytest.raises(Failure, match=r"device=cuda:99: not there"):
+    with pytest.raises(Failure, match=r"device=cuda:99: not available"):
         dist_egnn.load(run, device="cuda:99")
 
 

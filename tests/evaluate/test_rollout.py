@@ -31,7 +31,7 @@ from dist_egnn.evaluate.boundary_conditions import BOUNDS, Job, Scene
 from dist_egnn.evaluate.vtkhdf import Rollout, finish, partial_of
 from dist_egnn.evaluate.vtkhdf import Writer as FrameWriter
 from dist_egnn.train import checkpoint, trainer
-from dist_egnn.utils import filesystem, resources
+from dist_egnn.utils import filesystem, memory
 
 ROOT = Path(__file__).parents[2]
 HORIZON, STEPS = 3, 5
@@ -78,7 +78,7 @@ def make_run(
             *overrides,
         ],
     )
-    model = trainer.build_model(settings, (2, 1), comm.Alone())
+    model = trainer.build_model(settings, (2, 1), comm.SingleProcess())
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():  # φ_x and its kind start near zero: what they carry would not show
         if name.endswith(("phi_x.2.weight", "phi_xv.2.weight", "phi_z.2.weight")):
@@ -101,7 +101,7 @@ def linear(t: float) -> Callable[[torch.nn.Module], None]:
 def roll(run: Path, out: Path, parts: int | None = None, double: bool = False, **options: Any) -> list[Any]:
     """Frames of a rollout, by way of the library."""
     job, size = rollout.prepare(run, trajectory=0, out=out, parts=parts, **{"steps": STEPS, **options})
-    assert spawn.run(rollout.roll, size, replace(job, double=double), timeout_s=60) == [""] * size
+    assert spawn.run_ranks(rollout.roll, size, replace(job, double=double), timeout_s=60) == [""] * size
     assert finish(out) == job.steps + 1
     with Rollout(out) as found:
         return list(found)
@@ -132,7 +132,7 @@ def test_linear_dynamics_in_closed_form(tmp_path: Path, stored: bool) -> None:
 def plain_loop(run: Path, data: Path, parts: int, repartition: int, method: str) -> list[np.ndarray]:
     """The same in one process on the cut graph, from the pieces: the whole graph, less the edges that cross a cut."""
     settings = config.load(run / "config.yaml")
-    model = trainer.build_model(settings, (2, 1), comm.Alone()).double()
+    model = trainer.build_model(settings, (2, 1), comm.SingleProcess()).double()
     checkpoint.load_weights(model, checkpoint.load(run / "best.pt"), run / "best.pt")
     file = Trajectories(data)
     x, v = file.position(0, 0).astype(float), file.velocity(0, 0).astype(float)
@@ -220,7 +220,7 @@ def test_cut_edges_matter(tmp_path: Path) -> None:
 def test_edges_of_equal_length_are_dropped_alike(tmp_path: Path) -> None:
     """On a lattice most edges tie: the order of edges decides, in parts as in the whole."""
     lattice = np.stack(np.meshgrid(*[np.arange(4.0)] * 3), -1).reshape(-1, 3)
-    for p, found in enumerate(spawn.run(_kept, 2, lattice)):
+    for p, found in enumerate(spawn.run_ranks(_kept, 2, lattice)):
         whole = graphs.drop_longest(lattice, *graphs.radius_edges(lattice, 1.5), 0.37)
         own = found[0]
         inside = np.isin(whole[0], own) & np.isin(whole[1], own)
@@ -437,9 +437,9 @@ def _dying(group: comm.Comm, job: Job) -> str:
 
 def test_a_killed_process_leaves_the_frames_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path / "run", write(tmp_path / "a.h5"))
-    out, run_in_processes = tmp_path / "out.vtkhdf", spawn.run
+    out, run_in_processes = tmp_path / "out.vtkhdf", spawn.run_ranks
     monkeypatch.setattr(
-        spawn, "run", lambda _, size, *args, **options: run_in_processes(_dying, size, *args, **options)
+        spawn, "run_ranks", lambda _, size, *args, **options: run_in_processes(_dying, size, *args, **options)
     )
     with pytest.raises(Failure, match="process 1 of 2 died"):
         rollout.run_rollout(run, parts=2, trajectory=0, steps=5, out=out)
@@ -563,7 +563,7 @@ def test_mistakes_are_told_before_any_work(tmp_path: Path) -> None:
 
 def test_too_little_memory_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path / "run", write(tmp_path / "a.h5"))
-    monkeypatch.setattr(resources, "memory_free", lambda: 0.3e9)
+    monkeypatch.setattr(memory, "available_memory", lambda *_: 0.3e9)
     with pytest.raises(Failure, match=r"a\.h5: a step .* takes about .* GB, 0\.3 GB are free; name more processes"):
         rollout.run_rollout(run, trajectory=0, steps=1, out=tmp_path / "o.vtkhdf")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.h5", "run"]
@@ -572,7 +572,7 @@ def test_too_little_memory_is_told_before_any_work(tmp_path: Path, monkeypatch: 
 def test_two_rollouts_to_one_file(tmp_path: Path) -> None:
     """The second is refused and harms nothing; a lock that a killed one left holds nobody up."""
     run, out = make_run(tmp_path / "run", write(tmp_path / "a.h5")), tmp_path / "new" / "out.vtkhdf"
-    with filesystem.claim(out, "busy"):
+    with filesystem.lock_output(out, "busy"):
         partial_of(out).write_text("of the first")
         with pytest.raises(
             Failure, match=r"out\.vtkhdf: another rollout is writing it; wait for it, or choose another"

@@ -17,7 +17,7 @@ from test_models import EGNNSuite, MessagePassingSuite, make_graph
 from torch import Tensor
 
 from dist_egnn import config
-from dist_egnn.distributed.comm import Alone
+from dist_egnn.distributed.comm import SingleProcess
 from dist_egnn.errors import Failure
 from dist_egnn.models import network, schnet
 from dist_egnn.train import trainer
@@ -138,7 +138,7 @@ def test_the_cutoff_is_the_data_radius_unless_told() -> None:
 def test_every_recipe_takes_every_model(path: Path) -> None:
     for name in network.NAMES:
         given = config.load(path, [f"model.name={name}", "model.hidden=8", "model.layers=1"])
-        model = trainer.build_model(given, (3, len(given.data.node_attributes)), Alone())
+        model = trainer.build_model(given, (3, len(given.data.node_attributes)), SingleProcess())
         assert type(model).__name__ == name
 
 

@@ -23,7 +23,7 @@ from dist_egnn import cli, config
 from dist_egnn.commands.evaluate import run_evaluation
 from dist_egnn.commands.import_weights import run_import
 from dist_egnn.data.graphs import build_graph, radius_edges
-from dist_egnn.distributed.comm import Alone
+from dist_egnn.distributed.comm import SingleProcess
 from dist_egnn.errors import Failure
 from dist_egnn.models import published_weights
 from dist_egnn.models.network import FastEGNN
@@ -396,7 +396,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     m = made.model
     assert (m.name, m.hidden, m.layers, m.virtual_nodes) == ("FastEGNN", H, L, C)
     assert (m.normalize, m.attention, m.gravity) == (True, False, [-1.0, -9.81, 0.5])
-    model = trainer.build_model(made, (F, 0), Alone())
+    model = trainer.build_model(made, (F, 0), SingleProcess())
     assert sum(p.numel() for p in model.parameters()) == sum(
         p.numel() for p in theirs(node=0, gravity=True).parameters()
     )

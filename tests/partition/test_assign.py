@@ -276,7 +276,7 @@ def test_level_meets_sizes_exactly():
     [
         ("kmeans", [2, 1], "method=kmeans: does not follow weights; use metis, random, bisection or morton"),
         ("spectral", [2, 1], "method=spectral: does not follow weights"),
-        ("morton", [2, 1, 1], r"partition\.weights=\[2,1,1\]: 3 of them for 2 processes; give one a process"),
+        ("morton", [2, 1, 1], r"partition\.weights=\[2,1,1\]: 3 weights for 2 processes"),
         ("morton", [2, 0], r"partition\.weights=\[2,0\]: must be positive numbers"),
         ("morton", [2, math.inf], "must be positive numbers"),
         ("morton", [2, math.nan], "must be positive numbers"),

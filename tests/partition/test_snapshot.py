@@ -17,7 +17,7 @@ from dist_egnn.config import Data
 from dist_egnn.data import graphs
 from dist_egnn.data.trajectories import Trajectories, Writer
 from dist_egnn.errors import Failure
-from dist_egnn.utils import resources
+from dist_egnn.utils import memory
 
 
 def points(kind: str, n: int, draw: np.random.Generator) -> np.ndarray:
@@ -134,7 +134,7 @@ def test_stores_are_equal(boxed, tmp_path, monkeypatch, case):
 )
 def test_too_little_memory_is_said_before_any_edge_is_made(make_inputs, small, tmp_path, monkeypatch, settings, held):
     """Only where all edges are held: in 300 MB there is place for nothing else than the program."""
-    monkeypatch.setattr(resources, "memory_free", lambda: 0.3e9)
+    monkeypatch.setattr(memory, "available_memory", lambda *_: 0.3e9)
     inputs = make_inputs(2, settings.pop("method", "bisection"), **settings)
     if not held:
         assert store_writer.write_store(Trajectories(small), tmp_path / "store", inputs, lambda *_: None)

@@ -87,14 +87,14 @@ def test_config_and_store(make_store):
         parts(weighted, "partition.weights=[1,2]")
     with pytest.raises(Failure, match=r"partition\.weights=\[2,1\], but .* was made with null; partition again"):
         parts(equal, "partition.weights=[2,1]")
-    with pytest.raises(Failure, match=r"partition\.weights=\[2,1,1\]: 3 of them for 2 processes"):
+    with pytest.raises(Failure, match=r"partition\.weights=\[2,1,1\]: 3 weights for 2 processes"):
         parts(weighted, "partition.weights=[2,1,1]")
 
 
 def test_more_weights_than_processes(small):
-    with pytest.raises(Failure, match="2 of them for 1 processes"):
+    with pytest.raises(Failure, match="2 weights for 1 processes"):
         dataset.part_count(load(None, [f"data.path={small}", "partition.weights=[2,1]"]))
-    with pytest.raises(Failure, match="2 of them for 3 processes"):
+    with pytest.raises(Failure, match="2 weights for 3 processes"):
         load(None, ["partition.parts=3", "partition.weights=[2,1]"])
     with pytest.raises(Failure, match="must be positive numbers"):
         load(None, ["partition.weights=[2,-1]"])
@@ -156,7 +156,7 @@ def test_command_line(small, tmp_path):
     assert code == 0, text
     assert "bisection" in text
     assert "kmeans" not in text
-    for wrong, says in (("2,one", "--weights 2,one"), ("2,1", "2 of them for 3 processes")):
+    for wrong, says in (("2,one", "--weights 2,one"), ("2,1", "2 weights for 3 processes")):
         *_, error = ran("--parts", "3", "--method", "morton", "--weights", wrong, "--out", str(tmp_path / "other"))
         assert isinstance(error, Failure)
         assert says in str(error)

@@ -27,7 +27,7 @@ from dist_egnn.planning import plan, trial_data
 from dist_egnn.planning import trial as trial_module
 from dist_egnn.planning.trial import PHASES, Call, Lonely, Times, Trial
 from dist_egnn.train import metrics, preflight, trainer
-from dist_egnn.utils import part_weights, resources
+from dist_egnn.utils import memory, part_weights, resources
 
 DATA = ["data.radius=0.27", "data.horizon=3", "data.frames=3", "data.features=[mass,viscosity/max,speed]"]
 DATA += ["data.node_attributes=[mass]", "model.hidden=8", "model.layers=2"]
@@ -78,10 +78,10 @@ def test_sums_and_exchanges_are_those_of_a_run(
     monkeypatch.setattr(trial_module, "SECONDS", 0.0)
     config = config_of(make_store(parts, "bisection"), *more, "train.accumulate=2")
     numbers = [5, 0, 3]
-    real = spawn.run(sent, parts, config, numbers)
+    real = spawn.run_ranks(sent, parts, config, numbers)
     heard = trial_module.told(Store(config.data.path), numbers) if more else [{}] * parts
     for rank, steps in enumerate(real):
-        trial = trial_module.rank(comm.Alone(), config, rank, parts, [[n] for n in numbers], 1, heard[rank])
+        trial = trial_module.rank(comm.SingleProcess(), config, rank, parts, [[n] for n in numbers], 1, heard[rank])
         assert [[(c.phase, c.sent(parts)) for c in calls] for calls in trial.calls] == steps
         count, payload, wire = plan._of_step(trial.calls, 2, parts)
         each = [size for step in steps for phase, size in step for _ in range(1 if phase == "gradients" else 2)]
@@ -110,14 +110,14 @@ def test_clock_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     times = [Times(batch=1.0, forward=0.4, finish=0.1, fresh=0.2, ready=0.0), Times(2.0, 0.6, 0.1, 0.2, 0.0)]
     sums = {"forward": 0.01, "backward": 0.02, "gradients": 0.05}
     config = load(None, ["train.batch_size=2", "train.accumulate=2"])
-    monkeypatch.setattr(resources, "cores", lambda: 2.0)
+    monkeypatch.setattr(resources, "available_cores", lambda: 2.0)
     clock = plan._Clock(config, source_of(4), [0, 1], times, sums)
     assert (clock.batches, clock.steps) == ({"train": 5, "valid": 2}, 3)
     assert clock.batch("train", fresh=False) == pytest.approx(2 * 2.0 + 0.03)  # the slower rank, twice the size
     assert clock.step(fresh=False) == pytest.approx(4.03 * 5 / 3 + 0.1 + 0.05)
     assert clock.epoch(fresh=False) == pytest.approx(5 * 4.03 + 3 * 0.15 + 2 * (1.2 + 0.01))
     assert clock.alone(1) == pytest.approx(4.0 * 5 / 3 + 0.1)
-    monkeypatch.setattr(resources, "cores", lambda: 1.0)  # both ranks and their readers in turn
+    monkeypatch.setattr(resources, "available_cores", lambda: 1.0)  # both ranks and their readers in turn
     clock = plan._Clock(config, source_of(4), [0, 1], times, sums)
     assert clock.batch("train", fresh=True) == pytest.approx(2 * (1.0 + 2.0) + 2 * (0.2 + 0.2) + 0.03)
 
@@ -189,7 +189,7 @@ def test_plan_of_a_store_as_users_see_it(make_store: Any, tmp_path: Path, monkey
         assert rank["cut"] > 0 < rank["halo"]
         assert rank["sent_bytes"] == found["wire_bytes"]
         assert f"{rank['speed']:,.0f}" in ran.output
-    told = "alike" if found["weights"] is None else f"partition.weights={part_weights.text(found['weights'])}"
+    told = "alike" if found["weights"] is None else f"partition.weights={part_weights.to_text(found['weights'])}"
     assert told in ran.output
     assert 0 < found["exchange_s"] < found["step_s"] < found["epoch_s"]
     assert sorted(f.name for f in tmp_path.iterdir()) == ["my.yaml"]
@@ -242,14 +242,14 @@ def test_weights_of_one_process(small: Path) -> None:
 
 def test_too_large_is_one_failure_before_the_trial(make_store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_store(2)
-    monkeypatch.setattr(resources, "memory_free", lambda: 1e8)
-    monkeypatch.setattr(spawn, "run", lambda *_, **__: pytest.fail("a trial has started"))
+    monkeypatch.setattr(memory, "available_memory", lambda *_: 1e8)
+    monkeypatch.setattr(spawn, "run_ranks", lambda *_, **__: pytest.fail("a trial has started"))
     with pytest.raises(
         Failure, match=r"a step of one of 2 processes takes about .* GB are free; raise partition\.parts"
     ):
         plan.make(config_of(path))
     held = config_of(path, "model.layers=100", "model.hidden=4096")
-    monkeypatch.setattr(resources, "memory_free", lambda: 1.5e9)
+    monkeypatch.setattr(memory, "available_memory", lambda *_: 1.5e9)
     with pytest.raises(Failure, match=r"or set train\.kept"):
         preflight.check_training(held, 2)
     held.train.kept = "/tmp"
@@ -263,7 +263,7 @@ def test_training_is_refused_before_there_is_a_folder(
     """Too little memory; no folder; more parts than nodes; weights that cannot be met: one line, and nothing is left."""
     path, parts = (make_store(2), []) if stored else (small, ["partition.parts=2"])
     given = [f"run.dir={tmp_path / 'run'}", *parts]
-    monkeypatch.setattr(resources, "memory_free", lambda: 0.3e9)
+    monkeypatch.setattr(memory, "available_memory", lambda *_: 0.3e9)
     with pytest.raises(Failure, match=r"a step of one of 2 processes takes about 0\.4 GB, 0\.3 GB are free"):
         run_training(config_of(path, *given))
     monkeypatch.undo()
@@ -296,5 +296,5 @@ def test_planned_memory_is_that_of_the_run(tmp_path: Path, nodes: int, parts: in
     config.run.dir = str(tmp_path / "run")
     if parts > 1:
         run_partition(config, tmp_path / "store")
-    real = spawn.run(peak_gb, parts, config, apart="spawn" if parts == 1 else "")
+    real = spawn.run_ranks(peak_gb, parts, config, start_method="spawn" if parts == 1 else "")
     assert max(rank.peak_gb for rank in planned.ranks) == pytest.approx(max(real), rel=0.15)

@@ -106,15 +106,15 @@ def test_progress_is_told_in_frames(tmp_path, engine, monkeypatch):
     go, told = tmp_path / "go", []
 
     @contextlib.contextmanager
-    def bar(title, total, done=0):
-        def tick(note="", to=None):
-            told.append((title, total, done, to, note))
-            if to == 16 + 5:
+    def progress_bar(title, total, initial=0):
+        def tick(note="", completed=None):
+            told.append((title, total, initial, completed, note))
+            if completed == 16 + 5:
                 go.touch()
 
         yield tick
 
-    monkeypatch.setattr(prepare.preparation.progress, "bar", bar)
+    monkeypatch.setattr(prepare.preparation.progress, "progress_bar", progress_bar)
     monkeypatch.setattr(prepare.preparation, "POLL_S", 0.02)
     engine(f"""if k == 1:
   open(folder + "/frames", "w").write("5")

@@ -18,7 +18,7 @@ from gns_files import METADATA, command
 from dist_egnn.data.store import Store
 from dist_egnn.data.trajectories import Trajectories, Writer
 from dist_egnn.errors import Failure
-from dist_egnn.utils import disk
+from dist_egnn.utils import filesystem
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SWEEP = """
@@ -161,9 +161,9 @@ def test_the_end_of_a_file_is_not_lost(small_disk):
     assert (small_disk / "x").stat().st_size < 60_000
     (small_disk / "x").unlink()
     with pytest.raises(OSError, match="No space left"):
-        disk.save(small_disk / "x", 0, lambda path: dgl.data.utils.save_tensors(path, tensors))
+        filesystem.save_verified(small_disk / "x", 0, lambda path: dgl.data.utils.save_tensors(path, tensors))
     (small_disk / "filler").unlink()
-    disk.save(small_disk / "x", 60_000, lambda path: dgl.data.utils.save_tensors(path, tensors))
+    filesystem.save_verified(small_disk / "x", 60_000, lambda path: dgl.data.utils.save_tensors(path, tensors))
     np.testing.assert_array_equal(dgl.data.utils.load_tensors(str(small_disk / "x"))["x"], tensors["x"])
 
 
@@ -183,10 +183,13 @@ def test_the_engine_takes_its_place_before_it_simulates(small_disk):
 def test_a_reason_names_the_file_and_the_room(tmp_path):
     error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     free = shutil.disk_usage(tmp_path).free / 1e6
-    text = disk.reason(error, tmp_path / "x.h5")
+    text = filesystem.describe_os_error(error, tmp_path / "x.h5")
     assert text.startswith(f"{tmp_path / 'x.h5'}: No space left on device, ")
     assert float(text.split()[-4].replace(",", "")) == pytest.approx(free, rel=0.1)
-    assert disk.reason(PermissionError(13, "Permission denied", "/a"), tmp_path / "x") == "/a: Permission denied"
+    assert (
+        filesystem.describe_os_error(PermissionError(13, "Permission denied", "/a"), tmp_path / "x")
+        == "/a: Permission denied"
+    )
 
 
 def test_two_writers_of_one_file(tmp_path):

@@ -174,7 +174,7 @@ def test_too_little_room_is_told_before(tmp_path, call, monkeypatch):
     assert (ran.code, ran.err) == (
         2,
         f"error: {tmp_path / 'x.h5'}: disk full: needs 1.44 MB or more, 0.00 MB are free; "
-        "make room there, or choose another place\n",
+        "free disk space or choose another path\n",
     )
     assert list(tmp_path.iterdir()) == []
 

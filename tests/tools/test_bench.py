@@ -30,7 +30,7 @@ from dist_egnn.data import graphs
 from dist_egnn.errors import Failure
 from dist_egnn.models import network
 from dist_egnn.ops import tiling
-from dist_egnn.utils import progress, resources
+from dist_egnn.utils import memory, progress
 
 plain = bench_step.load_peer("plain")
 ROOT = Path(__file__).parents[2]
@@ -202,13 +202,13 @@ def test_batch_halves_what_does_not_fit_untiled(monkeypatch: pytest.MonkeyPatch)
     one, whole = (
         bench_step.memory_needed("untiled", replace(options, nodes=n * 50, degree=49, tile=10**9)) for n in (10, 40)
     )
-    monkeypatch.setattr(resources, "memory_there", lambda _: one)
+    monkeypatch.setattr(memory, "available_memory", lambda _: one)
     case, note = bench_batch.fitting(nbody, options)
     assert case.graphs == 10
     assert (
         note == f"nbody: 10 of 40 graphs: untiled, all take about {whole / 1e9:.1f} GB and {one / 1e9:.1f} GB are free"
     )
-    monkeypatch.setattr(resources, "memory_there", lambda _: 1e6)
+    monkeypatch.setattr(memory, "available_memory", lambda _: 1e6)
     with pytest.raises(Failure, match=r"'nbody', untiled, takes about [\d.]+ GB, 0\.0 GB are free; lower --nodes"):
         bench_batch.fitting(nbody, options)
 
@@ -241,8 +241,8 @@ def test_a_long_pass_counts_by_itself(
     """One pass of each kind, and how far it is: a tile's update forward counts 1, backward 3."""
     monkeypatch.setattr(bench_worker, "LONG", 0.0)
     monkeypatch.setattr(tiling, "WHOLE", 0)
-    monkeypatch.setattr(progress, "MARK_EVERY_S", 0.0)
-    monkeypatch.setenv(progress.MARKED, "1")
+    monkeypatch.setattr(progress, "EVENT_INTERVAL_S", 0.0)
+    monkeypatch.setenv(progress.EVENTS_VARIABLE, "1")
     x = bench_data.block(400)
     bench_step.write_graphs([(x, bench_data.radius_for(x, 10))], tmp_path)
     options = bench_step.Options(hidden=8, layers=2, tile=256, repeats=3)
@@ -251,7 +251,7 @@ def test_a_long_pass_counts_by_itself(
     assert len(found["forward_all_s"]) == len(found["step_all_s"]) == 1
     assert "equivariance_error" not in found
     lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
-    told = [json.loads(line.removeprefix(progress.MARK)) for line in lines]
+    told = [json.loads(line.removeprefix(progress.EVENT_PREFIX)) for line in lines]
     passes = 2 * 7  # layers, tiles of 64 nodes
     for title, total, rest in (("forward", passes, []), ("step", 4 * passes, range(passes + 3, 4 * passes + 1, 3))):
         done = [line["done"] for line in told if (line["title"], line["total"]) == (f"ours, {title}", total)]
@@ -263,7 +263,7 @@ def test_what_memory_has_no_room_for_is_kept_in_files(monkeypatch: pytest.Monkey
     in_memory, in_files = (bench_step.memory_needed("ours", replace(options, kept=kept)) for kept in ("", "/x"))
     assert in_files < 0.6 * in_memory
     for there, kept in ((in_memory, ""), ((in_memory + in_files) / 2, bench_step.FILES), (in_files / 2, "")):
-        monkeypatch.setattr(resources, "memory_there", lambda _, there=there: there)
+        monkeypatch.setattr(memory, "available_memory", lambda _, there=there: there)
         chosen, line = bench_step.placed(options)
         assert chosen.kept == kept
         assert (f"keeps its layers' inputs in files in {kept}, 21.4 GB, and takes" in line) == bool(kept)
@@ -360,7 +360,7 @@ def test_pipeline_times_both_roads(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ("line", "says"),
     [
         ("step --engine fast", r"--engine fast: unknown; use auto, dgl or torch"),
-        ("step --device cuda", r"--device cuda: not there"),
+        ("step --device cuda", r"--device cuda: not available"),
         ("step --device tpu", r"--device tpu: unknown; use cpu, cuda or cuda:N"),
         ("step --precision half", r"--precision half: unknown; use float32 or bf16-messages"),
         ("step --tile 0", r"--tile 0: must be at least 1"),

@@ -63,7 +63,7 @@ def among(group: comm.Comm, config: Any) -> list[dict[str, Any]]:
 
 def test_a_rank_alone_is_the_rank_among_others(tmp_path: Path) -> None:
     config = scaling.store(tmp_path, 600, "bisection", PARTS)
-    ranks = spawn.run(among, PARTS, config)
+    ranks = spawn.run_ranks(among, PARTS, config)
     parts = scaling.linked([Store(config.data.path).read(0, rank, exchange=True) for rank in range(PARTS)])
     for rank, (bridge, exchange) in enumerate(ranks):
         for one in (bridge, exchange):

@@ -169,7 +169,7 @@ def _stop(inputs, whole, tmp_path, monkeypatch, capsys, act: At, parts: int, ste
     monkeypatch.setattr(trainer, "train", act)
     with pytest.raises(SystemExit) as caught:
         run_training(settings(inputs[parts], tmp_path / "run", SHORT, "train.checkpoint_minutes=10"))
-    assert caught.value.code == signals.STOPPED == 75
+    assert caught.value.code == signals.EXIT_STOPPED == 75
     assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
     state = checkpoint.load(tmp_path / "run" / "last.pt")
     if steps is not None:
@@ -184,15 +184,15 @@ def _stop(inputs, whole, tmp_path, monkeypatch, capsys, act: At, parts: int, ste
 
 
 def test_a_second_ctrl_c_is_an_interruption():
-    with signals.listening():
-        assert not signals.asked()
+    with signals.catch_stop_signals():
+        assert not signals.stop_requested()
         os.kill(os.getpid(), signal.SIGINT)
-        assert signals.asked()
+        assert signals.stop_requested()
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)  # nothing new
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert not signals.asked()
+    assert not signals.stop_requested()
 
 
 def test_the_command(inputs, whole, tmp_path):
@@ -314,21 +314,21 @@ def _elsewhere(comm, chosen: config.Config) -> None:
 
 def test_only_rank_0_needs_the_folder(inputs, whole, tmp_path):
     with pytest.raises(Failure, match=f"{tmp_path}/run/last.pt: no such checkpoint"):  # and not that of rank 1
-        spawn.run(_elsewhere, 2, settings(inputs[2], tmp_path / "run", SHORT))
+        spawn.run_ranks(_elsewhere, 2, settings(inputs[2], tmp_path / "run", SHORT))
     run_training(settings(inputs[2], tmp_path / "run", "train.epochs=2", "train.schedule=constant"))
     run_training(settings(inputs[2], tmp_path / "other", SHORT, "train.schedule=constant"))
-    spawn.run(_elsewhere, 2, settings(inputs[2], tmp_path / "run", SHORT, "train.schedule=constant"))
+    spawn.run_ranks(_elsewhere, 2, settings(inputs[2], tmp_path / "run", SHORT, "train.schedule=constant"))
     assert_same(tmp_path / "run", tmp_path / "other")
 
 
 def _shared(comm, contents: list[bytes]) -> list[bytes]:
-    return [comm.share(content if comm.rank == 0 else b"not mine") for content in contents]
+    return [comm.broadcast(content if comm.rank == 0 else b"not mine") for content in contents]
 
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_what_rank_0_shares(size):
     contents = [b"", b"a", bytes(range(256)) * 1000]
-    assert spawn.run(_shared, size, contents) == [contents] * size
+    assert spawn.run_ranks(_shared, size, contents) == [contents] * size
 
 
 def _state(comm, chosen: config.Config) -> bytes:
@@ -338,5 +338,5 @@ def _state(comm, chosen: config.Config) -> bytes:
 
 def test_random_states_of_ranks_are_alike(inputs, tmp_path):
     """So a checkpoint needs rank 0's only."""
-    first, second = spawn.run(_state, 2, settings(inputs[2], tmp_path / "run", "train.epochs=1"))
+    first, second = spawn.run_ranks(_state, 2, settings(inputs[2], tmp_path / "run", "train.epochs=1"))
     assert first == second

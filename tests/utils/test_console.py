@@ -134,10 +134,10 @@ a title that is
 
 
 def test_a_table_wider_than_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(console, "columns", lambda: 20)
+    monkeypatch.setattr(console, "terminal_width", lambda: 20)
     console.print_table("a title that is longer than that", HEADER, ROWS)
     assert capsys.readouterr().out == NARROW
-    monkeypatch.setattr(console, "columns", lambda: 27)
+    monkeypatch.setattr(console, "terminal_width", lambda: 27)
     console.print_table("", HEADER, ROWS, labels=2)
     assert capsys.readouterr().out.splitlines()[::5] == [
         "  name      parts  test MSE",
@@ -145,7 +145,7 @@ def test_a_table_wider_than_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys
     ]
     wide = "  name      parts  test MSE  seconds"
     for columns in (len(wide), None):
-        monkeypatch.setattr(console, "columns", lambda columns=columns: columns)
+        monkeypatch.setattr(console, "terminal_width", lambda columns=columns: columns)
         console.print_table("", HEADER, ROWS)
         assert capsys.readouterr().out.splitlines()[0] == wide
 
@@ -154,7 +154,7 @@ def test_lines_of_long_work_get_rarer(monkeypatch: pytest.MonkeyPatch, capsys: p
     """Every five seconds at first, then every twentieth of the time that has passed."""
     now = 0.0
     monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
-    with progress.bar("work", 2000) as tick:
+    with progress.progress_bar("work", 2000) as tick:
         for _ in range(2000):
             now += 1
             tick()

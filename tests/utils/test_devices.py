@@ -16,7 +16,7 @@ from dist_egnn import config
 from dist_egnn.commands.evaluate import run_evaluation
 from dist_egnn.commands.train import run_training
 from dist_egnn.data import dataset
-from dist_egnn.distributed.comm import Alone
+from dist_egnn.distributed.comm import SingleProcess
 from dist_egnn.errors import Failure
 from dist_egnn.models import network
 from dist_egnn.ops import message_passing
@@ -52,14 +52,18 @@ def see(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 )
 def test_what_a_name_means_to_a_process(monkeypatch, count, name, rank, means):
     see(monkeypatch, count)
-    assert devices.of(config.load(None, [f"train.device={name}"]).train.device, rank) == torch.device(means)
+    assert devices.resolve(config.load(None, [f"train.device={name}"]).train.device, rank) == torch.device(means)
 
 
 @pytest.mark.parametrize(
     ("count", "name", "says"),
     [
-        (0, "cuda", r"train\.device=cuda: not there: torch [\d.]+\S* sees 0 CUDA devices; use train\.device=cpu"),
-        (1, "cuda:1", r"train\.device=cuda:1: not there: torch [\d.]+\S* sees 1 CUDA device; use train\.device=cpu"),
+        (0, "cuda", r"train\.device=cuda: not available: torch [\d.]+\S* sees 0 CUDA devices; use train\.device=cpu"),
+        (
+            1,
+            "cuda:1",
+            r"train\.device=cuda:1: not available: torch [\d.]+\S* sees 1 CUDA device; use train\.device=cpu",
+        ),
     ],
 )
 def test_a_device_that_is_not_there_is_refused_before_any_work(tmp_path, monkeypatch, small, count, name, says):
@@ -121,7 +125,7 @@ def test_a_loss_makes_no_tensor_on_a_default_device(part: bool) -> None:
     expected = mmd(z, graph)
     with torch.device("meta"):  # where whatever is made without a device ends up, and has no numbers
         assert torch.equal(mmd(z, graph), expected)
-        loss, mse = trainer.compute_loss(chosen, model, graph, Alone(), torch.Generator(device="cpu"))
+        loss, mse = trainer.compute_loss(chosen, model, graph, SingleProcess(), torch.Generator(device="cpu"))
         loss.backward()
     assert loss.device == mse.device == model.by.grad.device == torch.device("cpu")
     assert loss.isfinite()
@@ -135,15 +139,15 @@ def test_an_epoch_makes_no_tensor_on_a_default_device(small: Path, monkeypatch: 
     def epoch() -> dict[str, float]:
         """The sums of an epoch, but for seconds."""
         state = TrainingState()
-        for _ in trainer.steps(Alone(), chosen, model, optimizer, read, state):
+        for _ in trainer.steps(SingleProcess(), chosen, model, optimizer, read, state):
             pass
         return {name: value for name, value in state.sums.items() if not name.endswith("_s")}
 
-    expected = epoch(), trainer.evaluate_split(model, read, "valid", chosen, Alone())
+    expected = epoch(), trainer.evaluate_split(model, read, "valid", chosen, SingleProcess())
     assert set(expected[0]) == {"loss", "mse", "batches", "grad_norm"}
     with torch.device("meta"):
         row = epoch()
-        assert trainer.evaluate_split(model, read, "valid", chosen, Alone()) == expected[1]
+        assert trainer.evaluate_split(model, read, "valid", chosen, SingleProcess()) == expected[1]
     assert row == expected[0]
     # and the check sees a tensor that is made without a device
     monkeypatch.setattr(losses, "draw", lambda total, count, generator: torch.arange(count))
@@ -161,7 +165,9 @@ def test_a_loss_takes_the_graph_to_the_model(part: bool) -> None:
     assert z.grad.is_meta
     model = Shift(torch.float64).to("meta")
     if part:  # else the nodes would have to be counted, which takes numbers
-        loss, mse = trainer.compute_loss(config.load(None, ["loss.mmd=0"]), model, graph, Alone(), torch.Generator())
+        loss, mse = trainer.compute_loss(
+            config.load(None, ["loss.mmd=0"]), model, graph, SingleProcess(), torch.Generator()
+        )
         loss.backward()
         assert loss.is_meta
         assert mse.is_meta

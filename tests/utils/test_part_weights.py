@@ -34,10 +34,10 @@ def test_sizes_by_hand() -> None:
 
 
 def test_weights_in_any_unit() -> None:
-    assert part_weights.same((2, 1), (4, 2))
-    assert part_weights.same(None, None)
-    assert not part_weights.same((2, 1), None)
-    assert not part_weights.same((2, 1), (1, 2))
-    assert not part_weights.same((2, 1), (2, 1, 1))
-    assert part_weights.of([5, 5], 2) is None
-    assert part_weights.of([2, 1], 2) == (2.0, 1.0)
+    assert part_weights.equivalent((2, 1), (4, 2))
+    assert part_weights.equivalent(None, None)
+    assert not part_weights.equivalent((2, 1), None)
+    assert not part_weights.equivalent((2, 1), (1, 2))
+    assert not part_weights.equivalent((2, 1), (2, 1, 1))
+    assert part_weights.validate([5, 5], 2) is None
+    assert part_weights.validate([2, 1], 2) == (2.0, 1.0)

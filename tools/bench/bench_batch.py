@@ -16,7 +16,7 @@ import bench_step
 import numpy as np
 from bench_step import ONE_TILE, Options, Say
 
-from dist_egnn.utils import resources
+from dist_egnn.utils import memory
 
 LADDER, DEGREE = (100, 300, 1000, 3000, 10_000, 30_000), 14.6  # nodes of single graphs, and their in-edges of a node
 PROTEIN = 5, 855  # graphs, nodes of one
@@ -59,10 +59,10 @@ def fitting(case: Case, options: Options) -> tuple[Case, str]:
     def needed(one: Case) -> float:
         return bench_step.memory_needed("untiled", replace(options_for(one, options), tile=ONE_TILE))
 
-    there, fits = resources.memory_there("cpu"), case
+    there, fits = memory.available_memory("cpu"), case
     while fits.graphs > 1 and needed(fits) > there:
         fits = replace(fits, graphs=fits.graphs // 2)
-    resources.enough_memory(needed(fits), "cpu", f"'{case.name}', untiled,", "lower --nodes, --hidden or --layers")
+    memory.require_memory(needed(fits), "cpu", f"'{case.name}', untiled,", "lower --nodes, --hidden or --layers")
     if fits.graphs == case.graphs:
         return fits, ""
     return fits, (

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from dist_egnn.errors import Failure
-from dist_egnn.utils import resources
+from dist_egnn.utils import memory
 from dist_egnn.utils.console import example, print_line, print_table
 
 Nodes = Annotated[int, typer.Option(help="nodes of the graph, particles on a jittered lattice")]
@@ -256,7 +256,7 @@ def partition(
     sizes = nodes or [113_140]
     for size in sizes:
         check({"--nodes": size, "--parts": parts}, degree)
-    resources.enough_memory(
+    memory.require_memory(
         0.5e9 + max(sizes) * (degree * 150 + 500), "cpu", f"a graph of {max(sizes):,} nodes", "lower --nodes"
     )
     import bench_pipeline
@@ -287,7 +287,7 @@ def _room(nodes: int, degree: float, hidden: int, layers: int, parts: int, halo:
     if halo not in HALOS:
         raise Failure(f"--halo {halo}: unknown; use {' or '.join(HALOS)}")
     needed = bench_step.memory_needed("ours", bench_step.Options(nodes, degree, hidden, layers)) + 0.4e9 * parts
-    resources.enough_memory(needed, "cpu", f"a graph of {nodes:,} nodes", "lower --nodes, --hidden or --layers")
+    memory.require_memory(needed, "cpu", f"a graph of {nodes:,} nodes", "lower --nodes, --hidden or --layers")
 
 
 @app.command(epilog=example("python tools/bench comm --parts 4"))

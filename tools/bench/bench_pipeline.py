@@ -145,7 +145,7 @@ def communication(nodes: int, degree: float, parts: int, model: dict[str, Any], 
     """Calls, numbers a call and bytes of each phase of a training step on ``parts`` processes, beside 3 + 3C + HC."""
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
         config = _config(Path(folder), nodes, degree, parts, 1, model, mode)
-        ranks = spawn.run(_count, parts, config)
+        ranks = spawn.run_ranks(_count, parts, config)
     alike = all(rank == ranks[0] for rank in ranks)
     hidden, count = config.model.hidden, config.model.virtual_nodes
     phases = {
@@ -221,6 +221,6 @@ def pipeline(
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
         config = _config(Path(folder), nodes, degree, parts, repeats + 1, model, mode)
         say(f"store of {repeats + 1} snapshots written")
-        ranks = spawn.run(_road, parts, config, repeats)
+        ranks = spawn.run_ranks(_road, parts, config, repeats)
     found = {name: max(rank[name] for rank in ranks) for name in ranks[0]}
     return {"nodes": nodes, "parts": parts, "repeats": repeats, **found, "ratio": found["fresh_s"] / found["fixed_s"]}

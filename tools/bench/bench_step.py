@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dist_egnn.errors import Failure
-from dist_egnn.utils import disk, progress, resources
+from dist_egnn.utils import filesystem, memory, progress
 
 PEERS = {"EGNNConv": "egnnconv", "plain": "plain"}  # modules beside this one
 ONE_TILE = 10**9
@@ -74,7 +74,7 @@ def memory_needed(name: str, options: Options) -> float:
 
         block = (options.tile or tiling.SIZE) * (1 if options.device == "cpu" else tiling.FAR)
     layers = 0 if options.kept else options.layers  # whose inputs and means lie in memory
-    return resources.step_bytes(options.nodes, edges, options.hidden, layers, block)
+    return memory.step_bytes(options.nodes, edges, options.hidden, layers, block)
 
 
 def kept_bytes(options: Options) -> int:
@@ -86,7 +86,7 @@ def placed(options: Options) -> tuple[Options, str]:
     """The options with a place for what a step keeps, and a line about it where that is not memory."""
     if options.kept is not None or options.device != "cpu":
         return replace(options, kept=options.kept or ""), ""
-    there = resources.memory_there(options.device)
+    there = memory.available_memory(options.device)
     in_memory, in_files = (memory_needed("ours", replace(options, kept=kept)) for kept in ("", FILES))
     if in_memory <= there or in_files > there:
         return replace(options, kept=""), ""
@@ -117,12 +117,12 @@ def check(options: Options, peers: bool) -> None:
     for name, one in variants(options, peers).items():
         what = f"{options.nodes:,} nodes of degree {options.degree:g}: '{name}'"
         remedy = "lower --nodes, --hidden or --layers" + ", or leave --peers out" * peers
-        resources.enough_memory(memory_needed(name, one), options.device, what, remedy)
+        memory.require_memory(memory_needed(name, one), options.device, what, remedy)
     if options.kept:
         from dist_egnn.ops import activation_offload
 
         activation_offload.check(options.kept, "--kept ")
-        disk.check_room(Path(options.kept) / "kept", kept_bytes(options))
+        filesystem.check_free_space(Path(options.kept) / "kept", kept_bytes(options))
 
 
 def check_device(options: Options) -> None:
@@ -132,7 +132,7 @@ def check_device(options: Options) -> None:
     from dist_egnn.utils import devices
 
     devices.check_name(options.device, "--device ")
-    devices.check_there(options.device, "--device ")
+    devices.check_available(options.device, "--device ")
     if options.engine == "dgl" and not dgl_runs_on(options.device):
         raise Failure(f"--engine dgl: this DGL has no build for {options.device}; use --engine torch")
 
@@ -231,7 +231,7 @@ def spawn(wanted: dict[str, Options], folder: Path) -> dict[str, dict[str, Any]]
         process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("bench_worker.py")), str(folder), given],
             # numbers of threads are read when torch is imported
-            env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, progress.MARKED: "1"},
+            env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, progress.EVENTS_VARIABLE: "1"},
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
@@ -258,15 +258,15 @@ def _shown(lines: Iterable[str]) -> str:
     last = title = ""
     with contextlib.ExitStack() as bars:
         for line in lines:
-            if not line.startswith(progress.MARK):
+            if not line.startswith(progress.EVENT_PREFIX):
                 last = line if line.strip() else last
                 continue
-            told = json.loads(line.removeprefix(progress.MARK))
+            told = json.loads(line.removeprefix(progress.EVENT_PREFIX))
             if told["title"] != title:
                 title = told["title"]
                 bars.close()
-                tick = bars.enter_context(progress.bar(title, told["total"]))
-            tick(told["note"], to=told["done"])
+                tick = bars.enter_context(progress.progress_bar(title, told["total"]))
+            tick(told["note"], completed=told["done"])
     return last
 
 

@@ -25,14 +25,14 @@ from dgl import DGLGraph
 
 from dist_egnn.config import Model
 from dist_egnn.data import graphs
-from dist_egnn.distributed.spawn import watch
+from dist_egnn.distributed.spawn import exit_with_parent
 from dist_egnn.errors import Failure
 from dist_egnn.evaluate import parallel_check
 from dist_egnn.models import network
 from dist_egnn.ops import activation_offload
 from dist_egnn.train.metrics import peak_memory_gb
 from dist_egnn.utils import devices
-from dist_egnn.utils.progress import bar
+from dist_egnn.utils.progress import progress_bar
 
 LONG = 60.0  # seconds of a pass from which one counts by itself, without warm-up or repeats
 
@@ -90,7 +90,7 @@ def _times(
             with contextlib.nullcontext() if turn else told():
                 started = time.perf_counter()
                 works[name]()
-                devices.wait(torch.device(device))
+                devices.synchronize(torch.device(device))
                 seconds[name].append(time.perf_counter() - started)
         if turn == 0 and max(each[0] for each in seconds.values()) >= LONG:
             return seconds
@@ -138,12 +138,12 @@ def _told(title: str, one: _Variant) -> Iterator[None]:
         return
     forward = len(one.model.layers) * len(one.model.cut(one.graph)[1].tiles)
     done = 0
-    with bar(title, forward * (4 if torch.is_grad_enabled() else 1)) as tick:
+    with progress_bar(title, forward * (4 if torch.is_grad_enabled() else 1)) as tick:
 
         def counted(update: Callable[[Any], Any], nodes: Any) -> Any:
             nonlocal done
             done += 1 if done < forward else 3
-            tick(to=done)
+            tick(completed=done)
             return update(nodes)
 
         layers: list[Any] = list(one.model.layers)
@@ -217,7 +217,7 @@ def _about(one: _Variant, options: Options, exact: bool) -> dict[str, Any]:
 def main() -> None:
     """A worker: JSON on the last line of standard output, or one line on standard error and exit code 2."""
     folder, wanted = sys.argv[1:]
-    watch(os.getppid(), Path(folder))  # nobody is left to read what an orphan measures
+    exit_with_parent(os.getppid(), Path(folder))  # nobody is left to read what an orphan measures
     try:
         found = worker(Path(folder), {name: Options(**given) for name, given in json.loads(wanted).items()})
     except Failure as failure:

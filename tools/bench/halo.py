@@ -40,11 +40,11 @@ def steps(group: comm.Comm, path: str, store: str) -> dict[str, list[float]]:
         for mode in MODES[:: -1 if turn % 2 else 1]:
             config, model, graph = works[mode]
             group.max(0.0)  # all begin together
-            clocks = [clock() for clock in (time.perf_counter, time.process_time, comm.seconds)]
+            clocks = [clock() for clock in (time.perf_counter, time.process_time, comm.collective_seconds)]
             loss, _ = trainer.compute_loss(config, model, graph, group, torch.Generator().manual_seed(0))
             loss.backward()
             group.sum_gradients(model.parameters())
-            ends = (time.perf_counter(), time.process_time(), comm.seconds())
+            ends = (time.perf_counter(), time.process_time(), comm.collective_seconds())
             taken[mode].append([end - begun for end, begun in zip(ends, clocks, strict=True)])
     for mode, each in taken.items():
         found[mode] = [statistics.median(column) for column in zip(*each[1:], strict=True)]
@@ -58,7 +58,7 @@ if __name__ == "__main__":
             made = bench_pipeline._config(Path(folder), int(first), 14.6, int(second), 1, {}, "bridge")
             first, second = made.data.path, str(Path(folder) / "config.yaml")
             Path(second).write_text(configs.to_yaml(made))
-        ranks = spawn.run(steps, Store(first).parts, second, first)
+        ranks = spawn.run_ranks(steps, Store(first).parts, second, first)
     print("mode        step [s]  processor [s]  collectives [s]")
     for name in MODES:
         wall, cpu, talk = (max(column) for column in zip(*(rank[name] for rank in ranks), strict=True))

@@ -122,14 +122,16 @@ def main(nodes: int) -> None:
         weighted = deepcopy(equal)
         run_partition(equal, folder / "equal")
         planned = plan.make(equal)
-        print(f"speeds {[round(rank.speed) for rank in planned.ranks]}, weights {part_weights.text(planned.weights)}")
+        print(
+            f"speeds {[round(rank.speed) for rank in planned.ranks]}, weights {part_weights.to_text(planned.weights)}"
+        )
         weighted.partition.weights = planned.weights
         run_partition(weighted, folder / "weighted")
         cases = {"equal, none slow": (equal, False), "equal": (equal, True), "proposed": (weighted, True)}
         found: dict[str, list[list[float]]] = {case: [] for case in cases}
         for _ in range(3):
             for case, args in cases.items():
-                ranks = spawn.run(steps, PARTS, *args)
+                ranks = spawn.run_ranks(steps, PARTS, *args)
                 found[case].append([max(column) for column in zip(*ranks, strict=True)])
     best = {case: [min(column) for column in zip(*each, strict=True)] for case, each in found.items()}
     ideal = [seconds * PARTS / (PARTS - 1 + SPEED) for seconds in best["equal, none slow"]]

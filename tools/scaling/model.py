@@ -50,10 +50,10 @@ class Model:
         """Phase and bytes of each trip of a training step. halo: rows that a process sends, or takes if these are more; these trips
         have the phases "forward" and "backward", in which tiles without halo nodes are computed meanwhile."""
 
-        def total(numbers: int) -> list[tuple[str, float]]:  # as comm._total
+        def total(numbers: int) -> list[tuple[str, float]]:  # as comm._ordered_sum
             if size == 1:
                 return []
-            once = comm.trips(4 * numbers, size) == 1
+            once = comm.message_rounds(4 * numbers, size) == 1
             return (
                 [("sum", 4.0 * (size - 1) * numbers)] if once else [("sum", 4.0 * (size - 1) * -(-numbers // size))] * 2
             )

@@ -91,7 +91,7 @@ def standing_in(other: Any) -> Iterator[comm.Comm]:
     """A group whose every line is comm.py's, but for torch.distributed."""
     plain, comm.dist = comm.dist, other
     try:
-        yield comm.Group(60.0)
+        yield comm.ProcessGroup(60.0)
     finally:
         comm.dist = plain
 
@@ -120,7 +120,7 @@ def learner(config: configs.Config) -> tuple[network.Network, torch.optim.Optimi
     """A model for both modes (a graph with a halo is exchanged), and its optimiser."""
     torch.set_num_threads(1)
     model = trainer.build_model(
-        config, (len(config.data.features or ()), len(config.data.node_attributes)), comm.Alone()
+        config, (len(config.data.features or ()), len(config.data.node_attributes)), comm.SingleProcess()
     )
     assert isinstance(model, network.Network)
     return model, torch.optim.Adam(model.parameters(), lr=config.train.lr)
@@ -131,7 +131,7 @@ def step(config: configs.Config, learner: Any, graph: DGLGraph, group: comm.Comm
     model, optimizer = learner
     model.prepare(graph)
     model.comm = group
-    clocks = time.process_time, time.perf_counter, comm.seconds
+    clocks = time.process_time, time.perf_counter, comm.collective_seconds
     begun = [clock() for clock in clocks]
     optimizer.zero_grad(set_to_none=True)
     loss, mse = trainer.compute_loss(config, model, graph, group, torch.Generator().manual_seed(0))
@@ -181,7 +181,7 @@ def alone(
                 chosen = sorted(range(size), key=lambda r: -held[r].num_edges() - NODE * held[r].num_nodes())[:ranks]
                 works += [(mode, rank, held[rank], about(ours[0], held[rank])) for rank in chosen]
             for turn in range(repeats + 1):
-                one = step(config, ours, single, comm.Alone())["cpu_s"]
+                one = step(config, ours, single, comm.SingleProcess())["cpu_s"]
                 for mode, rank, graph, shape in works:
                     with standing_in(stand_in := StandIn(rank, size)) as group:
                         took = step(config, ours, graph, group)
@@ -210,7 +210,7 @@ def among(group: comm.Comm, config: configs.Config, repeats: int) -> list[dict[s
         sent = torch.zeros(sum(splits))
         group.max(0.0)
         begun = time.process_time(), time.perf_counter()
-        group.exchange(sent, splits, splits)()
+        group.all_to_all(sent, splits, splits)()
         took = {"cpu_s": time.process_time() - begun[0], "wall_s": time.perf_counter() - begun[1]}
         rows.append({"what": "trip", "bytes": sent.nbytes, **{name: group.max(value) for name, value in took.items()}})
     return rows
@@ -235,7 +235,7 @@ def real(
             config = store(Path(name), nodes, method, size)
             setting = {"nodes": nodes, "method": method, "parts": size}
             if not link:
-                found = spawn.run(among, size, config, repeats)[0]
+                found = spawn.run_ranks(among, size, config, repeats)[0]
                 add("scaling-runs.csv", [{**setting, "delay_ms": -1, "rate_mbit": 0, **row} for row in found], out)
                 continue
             (file := Path(name) / "config.yaml").write_text(configs.to_yaml(config))
@@ -255,9 +255,9 @@ def real(
 @app.command(hidden=True)
 def rank(file: Path, address: str, repeats: int, size: int, number: int) -> None:
     """A process on a host; says what it found."""
-    group = comm.meet(number, size, address, PORT, hosts.INTERFACE, 60.0)
+    group = comm.join_hosts(number, size, address, PORT, hosts.INTERFACE, 60.0)
     print(json.dumps(among(group, configs.load(str(file), []), repeats)))
-    comm.leave()
+    comm.leave_group()
 
 
 if __name__ == "__main__":
