@@ -288,7 +288,7 @@ def test_mistakes_in_an_include(tmp_path, text, says):
     assert "\n" not in str(caught.value)
 
 
-ALIASES = {"data": ("settings", "data", "d"), "train": ("settings", "train")}  # names of a section's object in the code
+ALIASES = {"data": ("data", "d")}  # names of a section in the code, beside its own and `settings`
 
 
 def test_every_key_is_read():
@@ -305,7 +305,7 @@ def test_every_key_is_read():
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 of = node.value
                 name = of.attr if isinstance(of, ast.Attribute) else of.id if isinstance(of, ast.Name) else ""
-                read |= {f"{s}.{node.attr}" for s in SECTIONS if name in ALIASES.get(s, (s,)) or name == s}
+                read |= {f"{s}.{node.attr}" for s in SECTIONS if name in (s, "settings", *ALIASES.get(s, ()))}
     read |= {f"model.{name}" for name in options}
     assert [key for key in [*keys(), "train.absent", "model.absent"] if key not in read] == [
         "train.absent",

@@ -188,7 +188,7 @@ def _make_missing(
                 shown = max(
                     shown, complete * size + reached
                 )  # a part's own count disappears before the part is complete
-                tick(note, to=shown)
+                tick(note, completed=shown)
         finally:
             pool.shutdown(cancel_futures=True)
 
