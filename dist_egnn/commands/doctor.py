@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 from ..planning import doctor
 from ..utils.console import print_line
@@ -12,7 +13,7 @@ LABELS = {"ok": "ok     ", "note": "note   ", "problem": "PROBLEM"}
 
 def run_doctor(as_json: bool = False) -> bool:
     """Print the findings of all checks. Returns whether there is no problem."""
-    findings = doctor.examine()
+    findings = doctor.run_checks()
     for finding in findings:
         print_line(f"{LABELS[finding.state]} {finding.check}: {finding.text}", 8)
         if finding.remedy:
@@ -20,5 +21,5 @@ def run_doctor(as_json: bool = False) -> bool:
     problems = sum(finding.state == "problem" for finding in findings)
     print(f"{problems} problem{'s' * (problems > 1)}" if problems else "all well")
     if as_json:
-        print(json.dumps(doctor.plain(findings)))
+        print(json.dumps([asdict(finding) for finding in findings]))
     return not problems
