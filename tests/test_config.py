@@ -294,7 +294,7 @@ ALIASES = {"data": ("data", "d")}  # names of a section in the code, beside its 
 def test_every_key_is_read():
     """Outside config.py: as section.key, by a known name of the section, or as an option of a model."""
     options = set(inspect.signature(network.EGNN).parameters)
-    for model in network.MODELS:
+    for model in network.MODELS.values():
         if issubclass(model, network.Network):
             options |= set(inspect.signature(model.layer.build).parameters)
     package = ROOT / "dist_egnn"

@@ -27,7 +27,7 @@ def run_import(file: Path, config: Config) -> None:
         raise Failure(f"{folder}: holds a run already; choose another --out")
     if config.model.tanh:
         raise Failure("model.tanh=true: published weights use tanh in other networks too; leave this key out")
-    state = published_weights.read(file)
+    state = published_weights.read_state_dict(file)
     try:
         model = network.FastEGNN.from_published(state, normalize=config.model.normalize, gravity=config.model.gravity)
     except Failure as failure:

@@ -96,7 +96,7 @@ def run(recipe: Path, scales: Mapping[str, Sequence[str]], arguments: Sequence[s
     from ..models import network
 
     for name in options.models:
-        network.named(name)
+        network.model_class(name)
     if Path(base.data.path) == data:
         data_of(recipe, options.scale, data)
     base.data.path = str(Path(base.data.path).absolute())

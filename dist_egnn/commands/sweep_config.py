@@ -165,7 +165,7 @@ def _runs(path: Path, given: Settings, grid: Any, where: str) -> Iterator[Run]:
         chosen = {**picked, **own, **partition, **picked}  # in the order of names and columns; what is picked wins
         try:
             config = configs.load(given["config"], [f"{k}={json.dumps(v)}" for k, v in (fixed | chosen).items()])
-            network.named(config.model.name)
+            network.model_class(config.model.name)
             plain = config.partition.parts > 1 and not dataset.is_store(config.data.path)
         except Failure as failure:
             raise Failure(f"{where}: {failure}") from failure

@@ -25,7 +25,7 @@ def run_training(config: Config, resume: bool = False) -> dict[str, float]:
     from ..train import resume as resuming
     from .partition import run_partition, store_inputs
 
-    network.named(config.model.name)
+    network.model_class(config.model.name)
     trainer.resolve_device(config)
     folder = Path(config.run.dir)
     if config.data.path:
@@ -33,7 +33,7 @@ def run_training(config: Config, resume: bool = False) -> dict[str, float]:
     check = resuming.check_resume if resume else run_dir.check_new_run
     check(config)  # before the folder is made
     parts, processes = dataset.part_count(config), dataset.process_count(config)
-    activation_offload.check(config.train.kept, "train.kept=")
+    activation_offload.check_folder(config.train.kept, "train.kept=")
     preflight.check_training(config, parts)
     checked = store_inputs(config) if parts > 1 and not dataset.is_store(config.data.path) else None
     with filesystem.lock_folder(folder, "another run is at work there; wait for it, or choose another run.dir"):

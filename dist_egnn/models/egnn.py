@@ -1,4 +1,4 @@
-"""The EGNN layer (Satorras et al. 2021); with virtual nodes, which it shares with every backbone, it is FastEGNN's."""
+"""The EGNN layer (Satorras et al. 2021); with virtual nodes, the FastEGNN layer (arXiv 2506.19482)."""
 
 from __future__ import annotations
 
@@ -8,22 +8,23 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ..ops.message_passing import Fields, sum_of_ends
+from ..ops.message_passing import Fields, add_endpoints
 from .base import Layer, direction, displacement
 from .fused_mlp import message_mlp
-from .mlp import after_first, coordinate_mlp, first_blocks, mlp
+from .mlp import coordinate_mlp, mlp, split_first_layer
 
 
 class EGNNLayer(Layer):
-    """Messages of an EGNN; what nodes do with their means stands in layer.py.
+    """The messages of an EGNN; base.py has the node update.
 
-        m_ij = φ_e([h_i, h_j, ‖x_i − x_j‖², e_ij]),  dx_ij = (x_i − x_j) φ_x(m_ij)
+        m_ij = φ_e([h_i, h_j, ‖x_i − x_j‖², e_ij]) (H),  dx_ij = (x_i − x_j) φ_x(m_ij) (3)
 
-    φ_e's first layer is linear in h_i and h_j, so these products are made once a node (``send``, ``receive``) and only
-    added on edges: the same function.
+    The first layer of φ_e is linear in h_i and h_j: ``receive`` and ``send`` compute p_i = W_i h_i + b and q_j = W_j h_j once per
+    node, and edges add them. normalize: divide x_i − x_j by its length; attention: multiply m_ij by sigmoid(Linear(m_ij));
+    tanh: bound φ_x; bf16: messages in bfloat16.
     """
 
-    options: ClassVar = ("normalize", "attention", "tanh", "low")
+    options: ClassVar = ("normalize", "attention", "tanh", "bf16")
 
     def build(
         self,
@@ -33,35 +34,35 @@ class EGNNLayer(Layer):
         normalize: bool = False,
         attention: bool = False,
         tanh: bool = False,
-        low: bool = False,  # messages in bfloat16
+        bf16: bool = False,
     ) -> None:
         self.widths = (hidden, hidden, 1 + edge_attributes)
-        self.normalize, self.tanh, self.low = normalize, tanh, low
+        self.normalize, self.tanh, self.bf16 = normalize, tanh, bf16
         self.phi_e = mlp(sum(self.widths), hidden, activate=True)
         self.phi_x = coordinate_mlp(hidden)
         self.attention = nn.Linear(hidden, 1) if attention else None
 
     def send(self, src: Fields) -> Fields:
-        """What a source carries to its edges: x, and its share q of φ_e's first layer."""
-        return {"x": src["x"], "q": functional.linear(src["h"], first_blocks(self.phi_e, *self.widths)[1])}
+        """x (n_src, 3) and q (n_src, H)."""
+        return {"x": src["x"], "q": functional.linear(src["h"], split_first_layer(self.phi_e, *self.widths)[1])}
 
     def receive(self, dst: Fields) -> Fields:
-        """What a destination brings to its edges: x, and its share p of φ_e's first layer, bias included."""
-        w_i, _, _, bias = first_blocks(self.phi_e, *self.widths)
+        """x (n, 3) and p (n, H)."""
+        w_i, _, _, bias = split_first_layer(self.phi_e, *self.widths)
         return {"x": dst["x"], "p": functional.linear(dst["h"], w_i, bias)}
 
     def message(self, edges: Any) -> Fields:
-        """Message UDF: m (E, H) and the position update of the edge dx (E, 3)."""
+        """Message UDF: m (E, H), dx (E, 3)."""
         r = displacement(edges)
         squared = (r * r).sum(1, keepdim=True)
-        w_edge = first_blocks(self.phi_e, *self.widths)[2]
+        w_edge = split_first_layer(self.phi_e, *self.widths)[2]
         e = edges.data.get("e")
-        pre = sum_of_ends(edges, src="q", dst="p")
+        pre = add_endpoints(edges, src="q", dst="p")
         if self.attention is None:
-            m, scale = message_mlp(pre, squared, e, w_edge, self.phi_e, [self.phi_x], self.low)
+            m, scale = message_mlp(pre, squared, e, w_edge, self.phi_e, [self.phi_x], self.bf16)
         else:
             scalars = squared if e is None else torch.cat([squared, e], 1)
-            m = after_first(self.phi_e, torch.addmm(pre, scalars, w_edge.t()))
+            m = self.phi_e[1:](torch.addmm(pre, scalars, w_edge.t()))
             m = m * torch.sigmoid(self.attention(m))
             scale = self.phi_x(m)
         if self.tanh:

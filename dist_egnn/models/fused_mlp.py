@@ -1,11 +1,10 @@
-"""The part of a message that costs: the MLP after its first layer's products on nodes, then the coordinate MLPs.
+"""The costly part of a message: the MLP after its first layer's products on nodes, then the coordinate MLPs.
 
-Autograd would do the same products. By hand, the forward pass overwrites what nobody needs again, the gradient of SiLU is
-written over what it is the gradient of, products go by the fastest route, and they may be made in bfloat16 (`low`): the
-message is an invariant, so that positions and their differences stay as exact as they are. Edges and pairs of a node and
-a virtual node (virtual.py) send messages of the same form.
+The gradient is written by hand. The forward pass overwrites what is not needed again, the backward pass writes the gradient of
+SiLU in place, products take the fastest route, and may be in bfloat16: messages are invariants, so positions and their
+differences stay exact. Messages of edges and of virtual nodes (virtual_nodes.py) have this form.
 
-Legend: E messages, H width, S = 1 + A scalars of a message (a distance or its square, e_ij), K coordinate MLPs.
+Legend: E messages, H width, S = 1 + A scalars of a message (a distance or its square, and e_ij), K coordinate MLPs.
 """
 
 from __future__ import annotations
@@ -21,14 +20,16 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-ROWS = 2048  # oneDNN compiles a product anew for every number of rows: it gets multiples of this, the default the rest
+# oneDNN compiles a product anew for every number of rows
+ONEDNN_ROWS = 2048  # it gets a multiple of this; the default product gets the rest
+BF16_ROWS = 512  # arrays in bfloat16 are padded to a multiple of this
 
 
 @cache
 def onednn_is_faster() -> bool:
-    """Whether oneDNN's float32 product is worth its detour: on AMD's Zen 5 (family 26) and later.
+    """Whether to use oneDNN's float32 product: on AMD Zen 5 (family 26) and later (docs/performance.md).
 
-    A rule rather than a measurement: two runs on one machine must not differ in their last bits. docs/performance.md.
+    A rule instead of a measurement: two runs on one machine must not differ in their last bits.
     """
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
@@ -40,28 +41,22 @@ def onednn_is_faster() -> bool:
     return "AuthenticAMD" in text and family is not None and int(family[1]) >= 26
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    rows = len(x) // ROWS * ROWS
+def fast_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x Wᵀ (+ bias) for x (E, I), weight (O, I), without autograd, by the fastest route."""
+    rows = len(x) // ONEDNN_ROWS * ONEDNN_ROWS
+    if not rows or x.dtype != torch.float32 or x.device.type != "cpu" or not onednn_is_faster():
+        return functional.linear(x, weight, bias)
     out = x.new_empty(len(x), len(weight))
     out[:rows] = torch.ops.mkldnn._linear_pointwise(x[:rows], weight, bias, "none", [], "")
     out[rows:] = functional.linear(x[rows:], weight, bias)
     return out
 
 
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x Wᵀ (+ bias) for x (E, I), weight (O, I), without autograd, by torch's fastest route."""
-    large = x.dtype == torch.float32 and x.device.type == "cpu" and len(x) >= ROWS
-    return (_onednn if large and onednn_is_faster() else functional.linear)(x, weight, bias)
-
-
-PAD = 512
-
-
-def _bf16(rows: Tensor) -> Tensor:
-    """In bfloat16, with rows of zeros up to a multiple of PAD: oneDNN compiles anew for every number of rows."""
-    low = rows.new_zeros(-(-len(rows) // PAD) * PAD, rows.shape[1], dtype=torch.bfloat16)
-    low[: len(rows)] = rows
-    return low
+def _to_bf16(x: Tensor) -> Tensor:
+    """x in bfloat16, padded with rows of zeros to a multiple of BF16_ROWS."""
+    padded = x.new_zeros(-(-len(x) // BF16_ROWS) * BF16_ROWS, x.shape[1], dtype=torch.bfloat16)
+    padded[: len(x)] = x
+    return padded
 
 
 def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
@@ -69,26 +64,29 @@ def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad)
 
 
-def _scalars(distance: Tensor, e: Tensor | None) -> Tensor:
-    return distance if e is None else torch.cat([distance, e], 1)
+def _first_layer(
+    bf16: bool, pre: Tensor, scalars: Tensor, w_s: Tensor, weights: Sequence[Tensor]
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """a₁, written over ``pre``, and the weights of the other layers; both in bfloat16 if ``bf16``."""
+    a_1 = pre.addmm_(scalars, w_s.t())
+    return (_to_bf16(a_1), [t.bfloat16() for t in weights]) if bf16 else (a_1, weights)
 
 
-def _scales(s_3: Tensor, w: Tensor) -> list[Tensor]:
-    """w_k · s_3 (E, K, H) of each coordinate MLP: K times (E, 1)."""
-    return [(s_3[:, k] @ w[k]).unsqueeze(1) for k in range(len(w))]
+def _outputs(m: Tensor, s_3: Tensor, w: Tensor, like: Tensor) -> tuple[Tensor, ...]:
+    """m (E, H), and w_k · s_3 (E, 1) of each coordinate MLP, without padding and in the dtype of ``like`` (E, H)."""
+    per_mlp = s_3.view(len(m), *w.shape)
+    scales = ((per_mlp[:, k] @ w[k]).unsqueeze(1) for k in range(len(w)))
+    return tuple(t[: len(like)].to(like.dtype) for t in (m, *scales))
 
 
-def _infer(
-    low: bool, pre: Tensor, distance: Tensor, e: Tensor | None, w_s: Tensor, *weights: Tensor
+def _inference(
+    bf16: bool, pre: Tensor, distance: Tensor, e: Tensor | None, w_s: Tensor, *weights: Tensor
 ) -> tuple[Tensor, ...]:
     """The forward pass alone, each array written over the one before."""
-    a = pre.addmm_(_scalars(distance, e), w_s.t())
-    if low:
-        a, *weights = _bf16(a), *(t.bfloat16() for t in weights)  # type: ignore[assignment]
-    w_2, b_2, w_x, b_x, w = weights
-    m = functional.silu(product(functional.silu(a, inplace=True), w_2, b_2), inplace=True)
-    s_3 = functional.silu(product(m, w_x, b_x), inplace=True)
-    return tuple(t[: len(pre)].to(pre.dtype) for t in (m, *_scales(s_3.view(len(m), *w.shape), w)))
+    scalars = distance if e is None else torch.cat([distance, e], 1)
+    a_1, (w_2, b_2, w_x, b_x, w) = _first_layer(bf16, pre, scalars, w_s, weights)
+    m = functional.silu(fast_linear(functional.silu(a_1, inplace=True), w_2, b_2), inplace=True)
+    return _outputs(m, functional.silu(fast_linear(m, w_x, b_x), inplace=True), w, pre)
 
 
 class _MessageMLP(torch.autograd.Function):
@@ -96,22 +94,19 @@ class _MessageMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, low: bool, pre: Tensor, distance: Tensor, e: Tensor | None, w_s: Tensor, *weights: Tensor
+        ctx: Any, bf16: bool, pre: Tensor, distance: Tensor, e: Tensor | None, w_s: Tensor, *weights: Tensor
     ) -> tuple[Tensor, ...]:
-        scalars = _scalars(distance, e)
-        a_1 = pre.addmm_(scalars, w_s.t())
-        ctx.low = low
+        ctx.bf16 = bf16
         ctx.set_materialize_grads(False)
-        if low:
-            a_1, *weights = _bf16(a_1), *(t.bfloat16() for t in weights)  # type: ignore[assignment]
-        w_2, b_2, w_x, b_x, w = weights
+        scalars = distance if e is None else torch.cat([distance, e], 1)
+        a_1, (w_2, b_2, w_x, b_x, w) = _first_layer(bf16, pre, scalars, w_s, weights)
         s_1 = functional.silu(a_1)
-        a_2 = product(s_1, w_2, b_2)
+        a_2 = fast_linear(s_1, w_2, b_2)
         m = functional.silu(a_2)
-        a_3 = product(m, w_x, b_x)
+        a_3 = fast_linear(m, w_x, b_x)
         s_3 = functional.silu(a_3)
         ctx.save_for_backward(scalars, w_s, a_1, s_1, a_2, m, a_3, s_3, w_2, w_x, w)
-        return tuple(t[: len(pre)].to(pre.dtype) for t in (m, *_scales(s_3.view(len(m), *w.shape), w)))
+        return _outputs(m, s_3, w, pre)
 
     @staticmethod
     @once_differentiable
@@ -119,28 +114,27 @@ class _MessageMLP(torch.autograd.Function):
         scalars, w_s, a_1, s_1, a_2, m, a_3, s_3, w_2, w_x, w = ctx.saved_tensors
         grad_scales = [scalars.new_zeros(len(scalars), 1) if g is None else g for g in grads[1:]]
         grad_m = grads[0]  # None in a last layer
-        if ctx.low:
-            grad_m, *grad_scales = (None if g is None else _bf16(g) for g in (grad_m, *grad_scales))
+        if ctx.bf16:
+            grad_m, *grad_scales = (None if g is None else _to_bf16(g) for g in (grad_m, *grad_scales))
         per_mlp = s_3.view(len(m), *w.shape)
-        d_w = torch.stack([torch.mv(per_mlp[:, k].t(), g.squeeze(1)) for k, g in enumerate(grad_scales)])
+        grad_w = torch.stack([torch.mv(per_mlp[:, k].t(), g.squeeze(1)) for k, g in enumerate(grad_scales)])
         g_3 = torch.empty_like(a_3)
         for g, w_k, part in zip(grad_scales, w, g_3.split(w.shape[1], dim=1), strict=True):
             torch.mul(g, w_k, out=part)
         _silu_backward(g_3, a_3)
-        of_x = g_3.t() @ m, g_3.sum(0)
-        g_2 = product(g_3, w_x.t())
+        grad_x = g_3.t() @ m, g_3.sum(0)
+        g_2 = fast_linear(g_3, w_x.t())
         g_2 = _silu_backward(g_2 if grad_m is None else g_2.add_(grad_m), a_2)
-        of_2 = g_2.t() @ s_1, g_2.sum(0)
-        g_1 = _silu_backward(product(g_2, w_2.t()), a_1)[: len(scalars)].to(scalars.dtype)
-        of_weights = (g.to(scalars.dtype) for g in (*of_2, *of_x, d_w))
-        # narrow products are slow the usual way round: S rows of E are ten times faster than E rows of S, and edge
-        # attributes are data: the gradient of the distance alone is wanted as a rule
-        of_e = None
+        grad_2 = g_2.t() @ s_1, g_2.sum(0)
+        g_1 = _silu_backward(fast_linear(g_2, w_2.t()), a_1)[: len(scalars)].to(scalars.dtype)
+        grad_weights = (g.to(scalars.dtype) for g in (*grad_2, *grad_x, grad_w))
+        # narrow products: S rows of E are ten times faster than E rows of S; e is usually data and needs no gradient
+        grad_e = None
         if ctx.needs_input_grad[3]:
-            of_distance, of_e = (g_1 @ w_s).split([1, w_s.shape[1] - 1], dim=1)
+            grad_distance, grad_e = (g_1 @ w_s).split([1, w_s.shape[1] - 1], dim=1)
         else:
-            of_distance = torch.mv(g_1, w_s[:, 0]).unsqueeze(1)
-        return None, g_1, of_distance, of_e, (scalars.t() @ g_1).t(), *of_weights
+            grad_distance = torch.mv(g_1, w_s[:, 0]).unsqueeze(1)
+        return None, g_1, grad_distance, grad_e, (scalars.t() @ g_1).t(), *grad_weights
 
 
 def message_mlp(
@@ -150,15 +144,15 @@ def message_mlp(
     w_s: Tensor,
     phi: Any,
     coordinate: Sequence[Any],
-    low: bool = False,
+    bf16: bool = False,
 ) -> tuple[Tensor, ...]:
     """m (E, H) = φ(…), then φ_k(m) (E, 1) of each coordinate MLP.
 
-    pre (E, H), the nodes' share of φ's first layer, is overwritten; distance (E, 1) and e (E, A) enter φ by the columns
-    w_s (H, 1 + A) of that layer.
+    pre: (E, H), the terms of φ's first layer in the node features and its bias; is overwritten. distance: (E, 1) and e: (E, A),
+    the other inputs of that layer, with its columns w_s (H, 1 + A). bf16: compute in bfloat16.
     """
     second = phi[2]
     w_x, b_x = (torch.cat([getattr(c[0], name) for c in coordinate]) for name in ("weight", "bias"))
     w = torch.cat([c[2].weight for c in coordinate])
-    run = _MessageMLP.apply if torch.is_grad_enabled() else _infer
-    return run(low, pre, distance, e, w_s, second.weight, second.bias, w_x, b_x, w)
+    compute = _MessageMLP.apply if torch.is_grad_enabled() else _inference
+    return compute(bf16, pre, distance, e, w_s, second.weight, second.bias, w_x, b_x, w)

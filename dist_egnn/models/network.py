@@ -1,4 +1,5 @@
-"""The models by name. A model maps a (batched) DGLGraph with the fields of fields.py to (x^L (N, 3), z^L (B, C, 3)).
+"""The models, and their lookup by name. A model maps a (batched) DGLGraph with the fields of docs/conventions.md to the positions
+x^L (N, 3) of real nodes and z^L (B, C, 3) of virtual nodes.
 
 Legend: N nodes, B graphs, C virtual nodes, H width, F input features, K node attributes, A edge attributes.
 """
@@ -20,8 +21,7 @@ from torch import Tensor, nn
 from ..data import halo
 from ..distributed.comm import Comm, SingleProcess
 from ..errors import Failure
-from ..ops import message_passing as engines
-from ..ops import tiling
+from ..ops import message_passing, tiled_layer, tiling
 from . import published_weights
 from .base import Layer
 from .egnn import EGNNLayer
@@ -32,23 +32,42 @@ from .tfn import TFNLayer
 PRECISIONS = ("float32", "bf16-messages")
 
 
-def whole_graph(graph: DGLGraph, x: Tensor, comm: Comm) -> tuple[Tensor, Tensor]:
-    """N of each whole graph (B, 1) and its centroid (B, 3), all partitions counted.
+def graph_size_and_centroid(graph: DGLGraph, x: Tensor, comm: Comm) -> tuple[Tensor, Tensor]:
+    """N (B, 1) and centroid (B, 3) of each graph over all partitions; x: positions (n, 3) of this partition.
 
-    A stored partition carries both as node fields, so that no step asks for them; a graph without them is asked once.
+    Stored partitions carry both as node fields; other graphs take one all-reduce.
     """
     counts = graph.batch_num_nodes()
     if "total" in graph.ndata and "centroid" in graph.ndata:
         first = counts.cumsum(0) - counts
         return graph.ndata["total"][first].to(x).unsqueeze(1), graph.ndata["centroid"][first].to(x)
     group = torch.arange(len(counts), device=x.device).repeat_interleave(counts.to(x.device))
-    here = x.new_zeros(len(counts), 4).index_add(0, group, torch.cat([x, torch.ones_like(x[:, :1])], 1))
-    sums = comm.sum(here)
+    local = x.new_zeros(len(counts), 4).index_add(0, group, torch.cat([x, torch.ones_like(x[:, :1])], 1))
+    sums = comm.sum(local)
     return sums[:, 3:], sums[:, :3] / sums[:, 3:].clamp(min=1)
 
 
+def node_field(graph: DGLGraph, name: str, width: int) -> Tensor:
+    """A node field (N, width). Raises Failure if it is missing or has another shape."""
+    if name not in graph.ndata:
+        raise Failure(f"the graph has no node field '{name}'; see docs/conventions.md for the fields of a sample")
+    value = graph.ndata[name]
+    if value.ndim != 2 or value.shape[1] != width:
+        raise Failure(f"node field '{name}' has shape {tuple(value.shape)}, the model expects (N, {width})")
+    return value
+
+
+def edge_field(graph: DGLGraph, name: str, width: int) -> Tensor:
+    """An edge field (E, width). Raises Failure if it is missing or has another shape."""
+    value = graph.edata.get(name)
+    if value is None or value.shape[1:] != (width,):
+        shape = "missing" if value is None else tuple(value.shape)
+        raise Failure(f"edge field '{name}' is {shape}, the model expects (E, {width})")
+    return value
+
+
 class Linear(nn.Module):
-    """Linear dynamics: x + t v with a learnable time t."""
+    """Linear dynamics x + t·v with a learnable time t; no virtual nodes."""
 
     def __init__(self, **_: Any) -> None:
         super().__init__()
@@ -56,40 +75,22 @@ class Linear(nn.Module):
         self.comm: Comm = SingleProcess()
 
     def forward(self, graph: DGLGraph) -> tuple[Tensor, Tensor]:
-        x, v = (field(graph, name, 3).to(self.t) for name in ("x", "v"))
+        x, v = (node_field(graph, name, 3).to(self.t) for name in ("x", "v"))
         return x + self.t * v, x.new_zeros(graph.batch_size, 0, 3)
 
 
-def field(graph: DGLGraph, name: str, width: int) -> Tensor:
-    """A node field of the given width; Failure says which is missing or misshapen."""
-    if name not in graph.ndata:
-        raise Failure(f"the graph has no node field '{name}'; see docs/conventions.md for the fields of a sample")
-    value = graph.ndata[name]
-    if value.ndim != 2 or value.shape[1] != width:
-        raise Failure(f"node field '{name}' has shape {tuple(value.shape)}, the model was made for (N, {width})")
-    return value
-
-
-def edge_field(graph: DGLGraph, name: str, width: int) -> Tensor:
-    """An edge field of the given width; Failure if it is missing or misshapen."""
-    value = graph.edata.get(name)
-    if value is None or value.shape[1:] != (width,):
-        shape = "missing" if value is None else tuple(value.shape)
-        raise Failure(f"edge field '{name}' is {shape}, the model was made for (E, {width})")
-    return value
-
-
 class Network(nn.Module):
-    """L layers of a kind after an embedding of the features, with C virtual nodes if the model has some (arXiv 2506.19482).
+    """An embedding of the features, then L layers of one kind, with C virtual nodes (arXiv 2506.19482).
 
-    On partitions (``comm`` of a group) every partition holds a replica of the virtual nodes. Initially z_c is the centroid
-    of the whole graph and s_c a learnable vector (C, H), standard normal.
+        h⁰ = Linear(F→H)(f),  z⁰_c = centroid of the whole graph,  s⁰_c learnable (C, H), standard normal
 
-    options: those of the layer's ``build``. Raises Failure for others, naming the config key.
+    If ``comm`` spans several processes, each holds one partition and a replica of the virtual nodes (DistEGNN).
+
+    options: those of the layer's ``build``. Raises Failure for an unknown option, naming the config key.
     """
 
     layer: ClassVar[type[Layer]]
-    virtual_nodes: ClassVar[int] = 0  # C unless told otherwise
+    virtual_nodes: ClassVar[int] = 0  # default of C
 
     def __init__(
         self,
@@ -103,21 +104,20 @@ class Network(nn.Module):
         gravity: Sequence[float] | None = None,
         precision: str = "float32",
         engine: str = "auto",
-        tile: int = tiling.SIZE,
+        tile: int = tiling.BLOCK_EDGES,
         **options: Any,
     ) -> None:
         super().__init__()
+        name, bf16 = type(self).__name__, precision == "bf16-messages"
         if precision not in PRECISIONS:
             raise Failure(f"model.precision={precision}: unknown; use {' or '.join(PRECISIONS)}")
-        low = precision != "float32"
-        name = type(self).__name__
         for key in options:
             if key not in self.layer.options:
                 raise Failure(f"model.{key}: {name} has no such option; leave it out")
-        if low and "low" not in self.layer.options:
-            raise Failure(f"model.precision={precision}: not with {name}; use float32")
-        if low and options.get("attention"):
-            raise Failure("model.precision=bf16-messages: not with model.attention; turn one of them off")
+        if bf16 and "bf16" not in self.layer.options:
+            raise Failure(f"model.precision={precision}: not supported by {name}; use float32")
+        if bf16 and options.get("attention"):
+            raise Failure(f"model.precision={precision}: cannot be combined with model.attention; turn one of them off")
         count = self.virtual_nodes if virtual_nodes is None else virtual_nodes
         self.widths = {"f": features, "a": node_attributes, "e": edge_attributes}
         self.hidden, self.count, self.tile, self.engine = hidden, count, tile, engine
@@ -125,28 +125,29 @@ class Network(nn.Module):
             self.embedding = nn.Linear(features, hidden)
             if count:
                 self.s = nn.Parameter(torch.randn(count, hidden))
-        given = {"virtual_nodes": count, "gravity": gravity, "low": low, **options}
+        options |= {"virtual_nodes": count, "gravity": gravity, "bf16": bf16}
         self.layers = nn.ModuleList(
-            self.layer(hidden, edge_attributes, node_attributes, last=k == layers - 1, **given) for k in range(layers)
+            self.layer(hidden, edge_attributes, node_attributes, last=k == layers - 1, **options) for k in range(layers)
         )
         self.comm: Comm = SingleProcess()
-        self.exchange = False  # whether every graph must have its halo
+        self.requires_halo = False  # in halo mode: a graph without a halo is an error
 
     @classmethod
-    def takes(cls, key: str) -> bool:
-        """Whether the key of the config's model section means something to this model."""
+    def accepts(cls, key: str) -> bool:
+        """Whether the key of the config's model section is an option of this model."""
         if key == "virtual_nodes":
             return bool(cls.virtual_nodes)
-        common = ("hidden", "layers", "gravity", "precision", "engine", "tile")
-        return key in (*common, *cls.layer.options)
+        return key in ("hidden", "layers", "gravity", "precision", "engine", "tile", *cls.layer.options)
 
-    def _inputs(self, graph: DGLGraph, cut: tiling.Tiles) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _inputs(self, graph: DGLGraph, tiles: tiling.Tiles) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Node fields in the tiles' order and edge fields, in the model's precision."""
         like = next(self.parameters())
         widths = {"x": 3, "v": 3}
         if self.layer.features:
-            widths |= {name: self.widths[name] for name in ("f", "a") if name == "f" or self.widths[name]}
-        node = {name: field(graph, name, width).to(like).index_select(0, cut.order) for name, width in widths.items()}
+            widths["f"] = self.widths["f"]
+            if self.widths["a"]:
+                widths["a"] = self.widths["a"]
+        node = {k: node_field(graph, k, width).to(like).index_select(0, tiles.order) for k, width in widths.items()}
         if self.layer.features:
             node["h"] = self.embedding(node.pop("f"))
         edge = {}
@@ -159,44 +160,42 @@ class Network(nn.Module):
         return node, {name: value.to(like) for name, value in edge.items()}
 
     def prepare(self, graph: DGLGraph) -> DGLGraph:
-        """Cut the graph into tiles, which stay with it, so that a step need not."""
-        self.cut(graph)
+        """The graph, with its tiles cached on it for ``forward``."""
+        self.engine_and_tiles(graph)
         return graph
 
-    def cut(self, graph: DGLGraph) -> tuple[engines.Engine, tiling.Tiles]:
+    def engine_and_tiles(self, graph: DGLGraph) -> tuple[message_passing.Engine, tiling.Tiles]:
         """The engine that runs the messages, and the graph's tiles for it."""
-        field(graph, "x", 3)
-        # the graph stays where it is: DGL may have no build for the model's device
+        node_field(graph, "x", 3)
+        # the graph itself stays on its device: DGL may have no build for the model's
         device = next(self.parameters()).device
-        engine = engines.choose(self.engine, device)
-        return engine, tiling.of(graph, engine, self.tile, device, self.hidden)
+        engine = message_passing.resolve_engine(self.engine, device)
+        return engine, tiling.tiles_of(graph, engine, self.tile, device, self.hidden)
 
     def forward(self, graph: DGLGraph) -> tuple[Tensor, Tensor]:
-        engine, cut = self.cut(graph)
-        wire = None
+        engine, tiles = self.engine_and_tiles(graph)
+        exchange = None
         if halos := halo.get(graph):
             halos.link(graph.ndata["x"], self.comm)
-            wire = halos.exchange(cut.inverse, self.comm)
-        elif self.exchange:
-            raise Failure(
-                "partition.halo=exchange: the graph has lost its halo; join samples by halo.batch, not dgl.batch"
-            )
-        node, edge = self._inputs(graph, cut)
-        z, s = node["x"].new_zeros(cut.batch, 0, 3), None
+            exchange = halos.exchange(tiles.inverse, self.comm)
+        elif self.requires_halo:
+            raise Failure("partition.halo=exchange: the graph has no halo; batch samples by halo.batch, not dgl.batch")
+        node, edge = self._inputs(graph, tiles)
+        z, s = node["x"].new_zeros(tiles.batch, 0, 3), None
         if self.count:
-            total, centroid = whole_graph(graph, graph.ndata["x"].to(node["x"]), self.comm)
+            total, centroid = graph_size_and_centroid(graph, graph.ndata["x"].to(node["x"]), self.comm)
             z = centroid.unsqueeze(1).expand(-1, self.count, -1)
-            s = self.s.expand(cut.batch, -1, -1) if self.layer.features else None
+            s = self.s.expand(tiles.batch, -1, -1) if self.layer.features else None
         for k, layer in enumerate(self.layers):
             assert isinstance(layer, Layer)
             if k == 0:
-                node |= layer.begin(node)
+                node |= layer.initial_state(node)
             shared = layer.virtual.shared(z, s, centroid) if layer.virtual else {}
-            out = tiling.run(layer, engine, cut, node, edge, shared, wire)
+            out = tiled_layer.run_layer(layer, engine, tiles, node, edge, shared, exchange)
             if layer.virtual:
                 z, s, centroid = layer.virtual.update(z, s, out, total, self.comm)
             node.update({name: out[name] for name in layer.outputs})
-        return node["x"].index_select(0, cut.inverse), z
+        return node["x"].index_select(0, tiles.inverse), z
 
 
 class EGNN(Network):
@@ -206,7 +205,7 @@ class EGNN(Network):
 
 
 class FastEGNN(EGNN):
-    """EGNN with virtual nodes; on partitions, DistEGNN."""
+    """EGNN with virtual nodes (arXiv 2506.19482); on partitions, DistEGNN."""
 
     virtual_nodes = 3
 
@@ -214,18 +213,18 @@ class FastEGNN(EGNN):
     def from_published(
         cls, state_dict: Mapping[str, Tensor], *, normalize: bool = False, gravity: Sequence[float] | None = None
     ) -> FastEGNN:
-        """The model that a state dict of the authors' code means, sizes and options as its shapes and keys say.
+        """The model of a state dict of the authors' code; shapes and keys give its sizes and options.
 
-        normalize, gravity: as it was trained; weights do not tell. The result has their dtype, float32 at least. Raises Failure
-        that names the key for one that is unknown, missing or misshapen.
+        normalize, gravity: as in training, since the weights do not show them. The model has the weights' dtype, at least
+        float32. Raises Failure for a key that is unknown, missing or has another shape.
         """
-        state = published_weights.plain(state_dict)
+        state = published_weights.normalize_keys(state_dict)
         published_weights.check_gravity(state, gravity)
-        model = cls(**published_weights.sizes(state), normalize=normalize, gravity=gravity)
-        weights = published_weights.renamed(state, model.state_dict())
+        model = cls(**published_weights.model_options(state), normalize=normalize, gravity=gravity)
+        weights = published_weights.rename_keys(state, model.state_dict())
         model.to(torch.promote_types(weights["s"].dtype, torch.float32)).load_state_dict(weights)
         for layer in model.layers if gravity is not None else ():
-            layer.g = torch.as_tensor(gravity, dtype=model.s.dtype)  # it was rounded to float32 before
+            layer.g = torch.as_tensor(gravity, dtype=model.s.dtype)  # model.to rounded it to float32
         return model
 
 
@@ -265,59 +264,59 @@ class FastTFN(TFN):
     virtual_nodes = 3
 
 
-MODELS: tuple[type[nn.Module], ...] = (Linear, EGNN, FastEGNN, RF, FastRF, SchNet, FastSchNet, TFN, FastTFN)
-NAMES = {model.__name__: model for model in MODELS}
+MODELS: dict[str, type[nn.Module]] = {
+    model.__name__: model for model in (Linear, EGNN, FastEGNN, RF, FastRF, SchNet, FastSchNet, TFN, FastTFN)
+}
 
 
-def named(name: str) -> type[nn.Module]:
-    """The model class called ``name``: one of ours, or PACKAGE.MODULE:CLASS, imported (docs/extend.md).
+def model_class(name: str) -> type[nn.Module]:
+    """The class for ``model.name``: one of MODELS, or PACKAGE.MODULE:CLASS (docs/extend.md).
 
-    Raises Failure for a name that is none, with the nearest, and for what cannot be imported.
+    Raises Failure for an unknown name, and for a class that cannot be imported or is no torch.nn.Module.
     """
     if ":" in name:
-        return _imported(name)
-    if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise Failure(f"model.name={name}: unknown; {hint}known: {', '.join(NAMES)}, or MODULE:CLASS of your own")
-    return NAMES[name]
+        return _import_class(name)
+    if name not in MODELS:
+        close = difflib.get_close_matches(name, MODELS, n=1, cutoff=0.4)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise Failure(f"model.name={name}: unknown; {hint}known: {', '.join(MODELS)}, or MODULE:CLASS of your own")
+    return MODELS[name]
 
 
-def _imported(name: str) -> type[nn.Module]:
-    """The class that MODULE:CLASS means, from the working directory or installed."""
+def _import_class(name: str) -> type[nn.Module]:
+    """The class PACKAGE.MODULE:CLASS, from the working directory or installed."""
     module, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in module.split(".")):
-        raise Failure(f"model.name={name}: '{module}' is no module's name; write PACKAGE.MODULE:CLASS, without .py")
-    if os.getcwd() not in sys.path:  # Python puts there the folder of the console script instead
+        raise Failure(f"model.name={name}: '{module}' is not a module name; write PACKAGE.MODULE:CLASS, without .py")
+    if os.getcwd() not in sys.path:  # a console script has its own folder on the path instead
         sys.path.append(os.getcwd())
     try:
-        found = getattr(importlib.import_module(module), attribute, None)
+        result = getattr(importlib.import_module(module), attribute, None)
     except ImportError as error:
-        raise Failure(
-            f"model.name={name}: cannot import {module} ({error}); run this where {module.split('.')[0]} is, or install it"
-        ) from error
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise Failure(f"model.name={name}: {module} has no torch.nn.Module of that name; docs/extend.md shows one")
-    return found
+        remedy = f"run this in the folder of {module.split('.')[0]}, or install it"
+        raise Failure(f"model.name={name}: cannot import {module} ({error}); {remedy}") from error
+    if not (isinstance(result, type) and issubclass(result, nn.Module)):
+        raise Failure(f"model.name={name}: {module} has no torch.nn.Module of that name; see docs/extend.md")
+    return result
 
 
-def choose(
+def resolve_model(
     settings: Mapping[str, Any], defaults: Mapping[str, Any], radius: float
 ) -> tuple[type[nn.Module], dict[str, Any]]:
-    """The class and the options that the config's model section means; radius: of the data's edges.
+    """The class and the options of the config's model section. radius: of the data's edges, the default of ``cutoff``.
 
-    Raises Failure for a key that is not at its default and means nothing to the model, except virtual_nodes, so that a backbone and
-    its twin can share a file.
+    Raises Failure for a key that is not at its default and no option of the model, except virtual_nodes: a backbone and its
+    version with virtual nodes can share a config.
     """
-    kind = named(settings["name"])
-    if not issubclass(kind, Network):
-        return kind, {}
+    cls = model_class(settings["name"])
+    if not issubclass(cls, Network):
+        return cls, {}
     options = {}
     for key, value in settings.items():
-        if key != "name" and kind.takes(key):
+        if key != "name" and cls.accepts(key):
             options[key] = value
         elif key not in ("name", "virtual_nodes") and value != defaults[key]:
-            raise Failure(f"model.{key}={value}: {kind.__name__} has no such option; leave it at {defaults[key]}")
+            raise Failure(f"model.{key}={value}: {cls.__name__} has no such option; leave it at {defaults[key]}")
     if "cutoff" in options and options["cutoff"] is None:
         options["cutoff"] = radius if math.isfinite(radius) else 10.0
-    return kind, options
+    return cls, options

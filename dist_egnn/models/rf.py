@@ -1,4 +1,4 @@
-"""The radial field (Köhler et al. 2020): forces along edges by their length alone; with virtual nodes, FastRF."""
+"""The radial field layer (Köhler et al. 2020): forces along edges that depend on their length; with virtual nodes, FastRF."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from .mlp import coordinate_mlp
 
 
 class RFLayer(Layer):
-    """Messages of a radial field; what nodes do with their mean stands in layer.py, with φ_v(‖v_i‖) for its g.
+    """The messages of a radial field; base.py has the node update, with φ_v(‖v_i‖) for the paper's g.
 
-        dx_ij = (x_i − x_j) f(‖x_i − x_j‖, e_ij)
+        dx_ij = (x_i − x_j) φ_x([‖x_i − x_j‖, e_ij]) (3)
 
-    f is ``phi_x``: Linear(1+A→H), SiLU, Linear(H→1, no bias). There are no features h, so neither f nor a of the sample is read.
+    φ_x: Linear(1+A→H), SiLU, Linear(H→1, no bias). Nodes have no features h: the fields f and a of a sample are not read.
     """
 
     options: ClassVar = ("normalize",)
@@ -27,7 +27,7 @@ class RFLayer(Layer):
         self.phi_x = coordinate_mlp(hidden, 1 + edge_attributes)
 
     def message(self, edges: Any) -> Fields:
-        """Message UDF: the position update of the edge dx (E, 3)."""
+        """Message UDF: dx (E, 3)."""
         r = displacement(edges)
         distance = torch.linalg.vector_norm(r, dim=1, keepdim=True)  # its gradient at zero is zero, not NaN
         e = edges.data.get("e")

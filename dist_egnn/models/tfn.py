@@ -22,13 +22,12 @@ from .mlp import coordinate_mlp, mlp
 
 @contextmanager
 def _e3nn() -> Iterator[Any]:
-    """The library e3nn, which builds its modules of plain torch operations meanwhile.
+    """The library e3nn, set to build its modules from plain torch operations.
 
-    By default it compiles them by TorchScript, which torch has deprecated and warns of.
-    Raises Failure where the library is missing.
+    By default it compiles them with TorchScript, which torch has deprecated. Raises Failure if the library is missing.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it uses what torch calls deprecated
+        warnings.simplefilter("ignore")  # e3nn uses deprecated functions of torch
         try:
             import e3nn
             import e3nn.math
@@ -43,8 +42,8 @@ def _e3nn() -> Iterator[Any]:
             e3nn.set_optimization_defaults(jit_mode=mode)
 
 
-def _lean(module: nn.Module) -> nn.Module:
-    """A module of e3nn without the outer products that its code makes and nobody reads, its constants not in checkpoints."""
+def _simplify(module: nn.Module) -> nn.Module:
+    """A module of e3nn without dead code (unused outer products) and without its constants in checkpoints."""
     for part in module.modules():
         for name, value in list(part.named_buffers(recurse=False)):
             part.register_buffer(name, value, persistent=False)
@@ -55,10 +54,10 @@ def _lean(module: nn.Module) -> nn.Module:
 
 
 class TFNLayer(Layer):
-    """Messages of a tensor field network: features times spherical harmonics, channel by channel.
+    """The messages of a tensor field network: features times spherical harmonics, channel by channel.
 
-    A node has scalars h (n, H) (irreps 0e) and vectors t (n, m·3) (1o: a reflection turns them as it turns x and v), which
-    are m copies of v at first. Lengths count in cutoffs, r = (x_i − x_j) / cutoff, so that units do not matter.
+    A node has scalars h (n, H) (irreps 0e) and vectors t (n, m·3) (1o: polar vectors), initially m copies of v. Lengths are in
+    units of the cutoff, r = (x_i − x_j) / cutoff.
 
         [a b t̂]_j = Linear(h_j, t_j)                             H and m scalars, m vectors
         w_ij = φ_w([basis(‖r‖), e_ij])                           H + 3m weights
@@ -67,14 +66,12 @@ class TFNLayer(Layer):
         m_i, τ_i = Linear(mean_j c_ij),  τ'_i = Linear(mean_j c_ij, t_i)
         dx_i = cutoff · φ_x(m_i)·τ_i,  t_i' = t_i + φ_t(m_i) τ'_i
 
-    Y are the spherical harmonics of degrees 0 and 1, as the polynomials 1 and √3 r, whose gradient at r = 0 is as good as
-    elsewhere; ``normalize`` takes those of r / ‖r‖ (length detached). There is no cross product: it would be a pseudovector (1e).
-    basis: Gaussians evenly between 0 and the cutoff; far beyond it they are zero, and w is what φ_w makes of e_ij.
+    Y are the spherical harmonics of degrees 0 and 1 as the polynomials 1 and √3 r, whose gradient is finite at r = 0; ``normalize``
+    uses r / ‖r‖ (length detached). basis: Gaussians evenly between 0 and the cutoff, zero far beyond it.
 
-    Cost: a fully connected product would take (H + m)² weights an edge, 6,400 at H = 64 and m = 16; one a channel is H + 3m = 112.
-    An edge costs (basis + A)·H + H·(H + 3m) multiply-adds in φ_w and about H + 10m in the product, and writes H + 4m numbers
-    (what j sends), H + 3m (weights) and H + 7m (the message): 416 at those widths. Linear maps stand at the nodes: those of
-    h_j and t_j before the edges, those of the message after its mean.
+    Deviations from the paper: the tensor product has one weight per channel (H + 3m = 112 at H = 64, m = 16) instead of (H + m)²
+    (6,400), with linear maps on nodes before and after it; no cross product, which would be a pseudovector (1e); the update of
+    positions. An edge costs (basis + A)·H + H·(H + 3m) multiply-adds in φ_w and about H + 10m in the product.
     """
 
     options: ClassVar = ("normalize", "basis", "cutoff", "channels")
@@ -99,49 +96,49 @@ class TFNLayer(Layer):
             )
             self.harmonics = o3.SphericalHarmonics("0e + 1o", normalize=False, normalization="component")
             sent = f"{hidden}x0e + {m}x0e + {m}x1o"
-            self.before = _lean(o3.Linear(f"{hidden}x0e + {m}x1o", sent))
-            said = f"{hidden}x0e + {m}x0e + {m}x1o + {m}x1o"
-            paths = [(0, 0, 0), (2, 1, 1), (1, 1, 2), (2, 0, 3)]  # of ``sent`` and of Y into ``said``
+            self.before = _simplify(o3.Linear(f"{hidden}x0e + {m}x1o", sent))
+            message = f"{hidden}x0e + {m}x0e + {m}x1o + {m}x1o"
+            paths = [(0, 0, 0), (2, 1, 1), (1, 1, 2), (2, 0, 3)]  # indices of irreps: sent, Y, message
             by_channel = [(*path, "uvu", True) for path in paths]
-            self.product = _lean(
-                o3.TensorProduct(sent, "0e + 1o", said, by_channel, internal_weights=False, shared_weights=False)
+            self.product = _simplify(
+                o3.TensorProduct(sent, "0e + 1o", message, by_channel, internal_weights=False, shared_weights=False)
             )
-            heard = f"{hidden + m}x0e + {2 * m}x1o + {m}x1o"  # the mean message and t
-            meant = [(0, 0), (1, 1), (1, 2), (2, 2)]
-            self.after = _lean(o3.Linear(heard, f"{hidden}x0e + {m}x1o + {m}x1o", instructions=meant))
+            mean_and_t = f"{hidden + m}x0e + {2 * m}x1o + {m}x1o"
+            maps = [(0, 0), (1, 1), (1, 2), (2, 2)]  # indices of irreps: input, output
+            self.after = _simplify(o3.Linear(mean_and_t, f"{hidden}x0e + {m}x1o + {m}x1o", instructions=maps))
         self.phi_w = mlp(basis + edge_attributes, hidden, hidden + 3 * m)
         self.phi_x = coordinate_mlp(hidden, outputs=m)
         self.phi_t = mlp(hidden, hidden, m)
 
-    def begin(self, node: Fields) -> Fields:
-        """t (n, m·3): v for every channel."""
+    def initial_state(self, node: Fields) -> Fields:
+        """t (n, m·3): v / cutoff in every channel."""
         return {"t": (node["v"] / self.cutoff).repeat(1, self.channels)}
 
     def send(self, src: Fields) -> Fields:
-        """What a source carries to its edges: x, and a, b, t̂ in one row (n_src, H + 4m)."""
+        """x (n_src, 3), and a, b, t̂ in one row q (n_src, H + 4m)."""
         return {"x": src["x"], "q": self.before(torch.cat([src["h"], src["t"]], 1))}
 
     def message(self, edges: Any) -> Fields:
         """Message UDF: c (E, H + 7m)."""
         r = displacement(edges) / self.cutoff
         distance = torch.linalg.vector_norm(r, dim=1, keepdim=True)  # its gradient at zero is zero, not NaN
-        seen = self.basis(distance.squeeze(1))
+        inputs = self.basis(distance.squeeze(1))
         if "e" in edges.data:
-            seen = torch.cat([seen, edges.data["e"]], 1)
+            inputs = torch.cat([inputs, edges.data["e"]], 1)
         if self.normalize:
             r = direction(r, distance)
-        return {"c": self.product(edges.src["q"], self.harmonics(r), self.phi_w(seen))}
+        return {"c": self.product(edges.src["q"], self.harmonics(r), self.phi_w(inputs))}
 
-    def gather(self, data: Fields) -> Fields:
-        """dx (n, 3), m (n, H), and t' (n, m·3)."""
+    def aggregate(self, data: Fields) -> Fields:
+        """dx (n, 3), m (n, H) and t' (n, m·3)."""
         vectors = 3 * self.channels
-        found = self.after(torch.cat([data["c"], data["t"]], 1))
-        m, tau, mixed = found.tensor_split([found.shape[1] - 2 * vectors, found.shape[1] - vectors], dim=1)
+        mixed = self.after(torch.cat([data["c"], data["t"]], 1))
+        m, tau, tau_t = mixed.tensor_split([mixed.shape[1] - 2 * vectors, mixed.shape[1] - vectors], dim=1)
         dx = self._scaled(self.phi_x(m), tau).sum(1) * self.cutoff
         if "h" not in self.outputs:
             return {"dx": dx}
-        return {"dx": dx, "m": m, "t": data["t"] + self._scaled(self.phi_t(m), mixed).flatten(1)}
+        return {"dx": dx, "m": m, "t": data["t"] + self._scaled(self.phi_t(m), tau_t).flatten(1)}
 
     def _scaled(self, scale: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-        """Every vector of (n, m·3) times its scale (n, m): (n, m, 3)."""
+        """Vectors (n, m·3) times their scales (n, m): (n, m, 3)."""
         return scale.unsqueeze(2) * vectors.view(len(vectors), self.channels, 3)

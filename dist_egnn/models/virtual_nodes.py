@@ -1,4 +1,4 @@
-"""Virtual nodes: the part of a FastEGNN layer that every backbone shares. See docs/paper-map.md.
+"""Virtual nodes: the part of a FastEGNN layer that all backbones share (docs/paper-map.md).
 
 Legend: n nodes of a tile, B graphs, C virtual nodes, H width.
 """
@@ -12,27 +12,28 @@ from torch.nn import functional
 from ..distributed.comm import Comm
 from ..ops.message_passing import Fields
 from .fused_mlp import message_mlp
-from .mlp import after_first, coordinate_mlp, first_blocks, mlp
+from .mlp import coordinate_mlp, mlp, split_first_layer
 
 
 class VirtualNodes(nn.Module):
-    """C virtual nodes per graph, with positions z_c and features s_c, which every real node talks to (arXiv 2506.19482).
+    """C virtual nodes per graph with positions z_c and features s_c, linked to every real node (arXiv 2506.19482).
 
         m_ic = φ_ev([h_i, s_c, ‖z_c − x_i‖, M_{:,c}]),  M = (Z − x̄)ᵀ(Z − x̄)
         x_i' += mean_c (x_i − z_c) φ_xv(m_ic)
         z_c' = z_c + mean_i (z_c − x_i) φ_z(m_ic)
         s_c' = s_c + φ_s([s_c, mean_i m_ic])
 
-    Means over i run over every real node of the graph, on every partition. For a backbone without features there are no h
-    and no s: m_ic = φ_ev([‖z_c − x_i‖, M_{:,c}]), whose first bias is one vector per c, drawn standard normal: all z_c start at
-    one point, and with one bias for all they would stay one.
+    Means over i are over all real nodes of the graph, on all partitions. In a backbone without features there is no h and no s,
+    m_ic = φ_ev([‖z_c − x_i‖, M_{:,c}]), and the first bias of φ_ev is one vector per c, standard normal: all z_c start at
+    the centroid and with one common bias would stay equal. attention: multiply m_ic by sigmoid(Linear(m_ic)); bf16: messages in
+    bfloat16.
     """
 
     def __init__(
-        self, hidden: int, count: int, attention: bool = False, low: bool = False, features: bool = True
+        self, hidden: int, count: int, attention: bool = False, bf16: bool = False, features: bool = True
     ) -> None:
         super().__init__()
-        self.hidden, self.count, self.low, self.features = hidden, count, low, features
+        self.hidden, self.count, self.bf16, self.features = hidden, count, bf16, features
         self.sums = ("sum_x", "to_z", "to_s") if features else ("sum_x", "to_z")
         width = hidden if features else 0
         self.widths = (width, width, 1, count)
@@ -46,44 +47,45 @@ class VirtualNodes(nn.Module):
         self.attention_v = nn.Linear(hidden, 1) if attention else None
 
     def shared(self, z: Tensor, s: Tensor | None, centroid: Tensor) -> Fields:
-        """Per graph: z (B, C, 3), and u (B, C, H), all of φ_ev's first layer that does not depend on the node.
+        """Per graph: z (B, C, 3), and u (B, C, H), the terms of φ_ev's first layer that do not depend on the real node.
 
-        s: (B, C, H), None without features; centroid: (B, 3), x̄.
+        s: (B, C, H), None without features; centroid: x̄ (B, 3).
         """
-        _, w_s, _, w_gram, bias = first_blocks(self.phi_ev, *self.widths)
+        _, w_s, _, w_gram, bias = split_first_layer(self.phi_ev, *self.widths)
         centred = z - centroid.unsqueeze(1)
         gram = centred @ centred.transpose(1, 2)  # (B, C, C), symmetric: row c is M_{:,c}
-        own = bias + self.bias if s is None else functional.linear(s, w_s, bias)
-        return {"z": z, "u": own + functional.linear(gram, w_gram)}
+        u = bias + self.bias if s is None else functional.linear(s, w_s, bias)
+        return {"z": z, "u": u + functional.linear(gram, w_gram)}
 
     def forward(self, h: Tensor | None, x: Tensor, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Fields]:
-        """What the virtual nodes give to nodes h (n, H), x (n, 3) given z (n, C, 3), u (n, C, H), and what they get.
+        """mean_c (x_i − z_c) φ_xv(m_ic) (n, 3), mean_c m_ic (n, H), and the summands of the virtual nodes' update.
 
-        Returns Δx (n, 3), mean_c m_ic (n, H) and the summands of the virtual nodes' update.
+        h: (n, H), None without features; x: (n, 3); z: (n, C, 3); u: (n, C, H).
         """
-        w_h, _, w_d, _, _ = first_blocks(self.phi_ev, *self.widths)
+        w_h, _, w_d, _, _ = split_first_layer(self.phi_ev, *self.widths)
         r = x.unsqueeze(1) - z  # (n, C, 3)
         distance = torch.linalg.vector_norm(r, dim=2, keepdim=True)  # its gradient at zero is zero, not NaN
-        pre = u.clone() if h is None else functional.linear(h, w_h).unsqueeze(1) + u  # a copy: it is overwritten
+        pre = (
+            u.clone() if h is None else functional.linear(h, w_h).unsqueeze(1) + u
+        )  # a copy: message_mlp overwrites it
         if self.attention_v is None:
-            rows = (pre.flatten(0, 1), distance.flatten(0, 1), None)
-            found = message_mlp(*rows, w_d, self.phi_ev, [self.phi_xv, self.phi_z], self.low)
-            m, to_x, to_z = (t.view(len(x), self.count, -1) for t in found)
+            inputs = (pre.flatten(0, 1), distance.flatten(0, 1), None, w_d)
+            outputs = message_mlp(*inputs, self.phi_ev, [self.phi_xv, self.phi_z], self.bf16)
+            m, to_x, to_z = (t.view(len(x), self.count, -1) for t in outputs)
         else:
-            m = after_first(self.phi_ev, pre + distance * w_d.view(-1))
+            m = self.phi_ev[1:](pre + distance * w_d.view(-1))
             m = m * torch.sigmoid(self.attention_v(m))
             to_x, to_z = self.phi_xv(m), self.phi_z(m)
-        collected = {"to_z": -r * to_z, "to_s": m}
-        return (r * to_x).mean(1), m.mean(1), {name: collected[name] for name in self.sums[1:]}
+        summands = {"to_z": -r * to_z, "to_s": m}
+        return (r * to_x).mean(1), m.mean(1), {name: summands[name] for name in self.sums[1:]}
 
     def update(
         self, z: Tensor, s: Tensor | None, sums: Fields, total: Tensor, comm: Comm
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """The virtual nodes' own step, alike on every partition: one sum of 3 + 3C + HC numbers a graph.
+        """z', s' and the mean of x', the next layer's x̄: one all-reduce of 3 + 3C + HC numbers per graph.
 
-        sums: sum_x (B, 3) of x', to_z (B, C, 3), to_s (B, C, H; if there are features) over this partition; total: (B, 1) nodes of
-        the whole graph.
-        Returns z', s' and the mean of x', which is the next layer's x̄.
+        sums over this partition: sum_x (B, 3) of x', to_z (B, C, 3), to_s (B, C, H; with features). total: N (B, 1) of the whole
+        graph.
         """
         packed = torch.cat([sums[name].flatten(1) for name in self.sums], dim=1)
         x_mean, z_mean, s_mean = (comm.sum(packed) / total).tensor_split([3, 3 + 3 * self.count], dim=1)

@@ -1,4 +1,4 @@
-"""What autograd keeps of a forward pass for the backward pass, on disk instead of in memory: the same numbers, read back."""
+"""Offload the tensors that autograd saves for the backward pass to files; gradients keep their bits."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ..errors import Failure
 from ..utils.filesystem import describe_os_error
 
-LEAST = 1 << 20  # bytes of a tensor below which a file is not worth it
+MIN_BYTES = 1 << 20  # smaller tensors stay in memory
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    whole: Any = tensor.view(torch.uint8).numpy()
-    return memoryview(whole).cast("B")
+    array: Any = tensor.view(torch.uint8).numpy()
+    return memoryview(array).cast("B")
 
 
-class _Filed:
-    """A tensor in a file without a name, which is gone when nobody asks for it any more, or the process dies."""
+class _TensorFile:
+    """A tensor in an unnamed file, which the system removes with the last reference to it or with the process."""
 
     def __init__(self, tensor: Tensor, folder: Path) -> None:
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
         self.file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115
         rest = _bytes(tensor.detach().cpu().contiguous())
-        while rest:  # one call writes 2 GB at most
+        while rest:  # one call writes at most 2 GB
             rest = rest[self.file.write(rest) :]
 
     def read(self) -> Tensor:
@@ -42,48 +42,43 @@ class _Filed:
         return tensor.to(self.device)
 
 
-def check(folder: str, key: str) -> None:
-    """Raise Failure for a name that is no folder's, before any work. key: how it was given, "train.kept="."""
+def check_folder(folder: str, key: str) -> None:
+    """Raise Failure unless ``folder`` is empty or an existing folder. key: the option as the user wrote it, "train.kept="."""
     if folder and not Path(folder).is_dir():
-        raise Failure(f"{key}{folder}: no such folder; make it, or leave this out to keep all in memory")
+        raise Failure(
+            f"{key}{folder}: no such folder; create it, or leave the option out to keep activations in memory"
+        )
 
 
 @contextlib.contextmanager
-def on_disk(folder: str, besides: Iterable[Tensor] = ()) -> Iterator[None]:
-    """Have what a forward pass within keeps for its backward pass, tensors of 1 MB and more, lie in files in ``folder``.
+def offload_to_disk(folder: str, keep_in_memory: Iterable[Tensor] = ()) -> Iterator[None]:
+    """Write saved tensors of at least 1 MB of the forward pass in this context to files in ``folder``.
 
-    Empty: in memory. besides: tensors that stay in memory whatever happens, as a graph's fields do. The backward pass may run
-    after the block. Raises Failure where the folder cannot be written.
+    The backward pass reads them back; it may run after the context. An empty ``folder`` offloads nothing. keep_in_memory:
+    tensors that stay in memory in any case, such as the fields of a graph. Raises Failure if the folder is not writable.
     """
     if not folder:
         yield
         return
-    place = Path(folder)
-    held = {tensor.untyped_storage().data_ptr() for tensor in besides}
-    filed: dict[tuple[Any, ...], _Filed] = {}  # a node's velocity is every layer's: one file for all
+    resident = {tensor.untyped_storage().data_ptr() for tensor in keep_in_memory}
+    files: dict[tuple[Any, ...], _TensorFile] = {}  # every layer saves the velocities: one file serves all
 
-    def pack(tensor: Tensor) -> Tensor | _Filed:
-        if not tensor.is_floating_point() or tensor.nbytes < LEAST or tensor.untyped_storage().data_ptr() in held:
+    def pack(tensor: Tensor) -> Tensor | _TensorFile:
+        storage = tensor.untyped_storage()
+        if not tensor.is_floating_point() or tensor.nbytes < MIN_BYTES or storage.data_ptr() in resident:
             return tensor
-        # a weak reference, so that another tensor later at the same address is not taken for this one
-        key = (
-            StorageWeakRef(tensor.untyped_storage()),
-            tensor.storage_offset(),
-            tensor.shape,
-            tensor.stride(),
-            tensor._version,
-        )
-        if key not in filed:
+        # a weak reference tells the storage from a later one at the same address
+        key = (StorageWeakRef(storage), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor._version)
+        if key not in files:
             try:
-                filed[key] = _Filed(tensor, place)
+                files[key] = _TensorFile(tensor, Path(folder))
             except OSError as error:
-                raise Failure(
-                    f"{describe_os_error(error, place / 'kept')}; choose another folder, or keep in memory"
-                ) from error
-        return filed[key]
+                where = describe_os_error(error, Path(folder) / "activations")
+                raise Failure(f"{where}; choose another folder, or keep activations in memory") from error
+        return files[key]
 
-    def unpack(found: Tensor | _Filed) -> Tensor:
-        return found.read() if isinstance(found, _Filed) else found
+    def unpack(saved: Tensor | _TensorFile) -> Tensor:
+        return saved.read() if isinstance(saved, _TensorFile) else saved
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield

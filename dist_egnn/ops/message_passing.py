@@ -1,7 +1,9 @@
-"""Two engines that run a message UDF on a block: DGL's own kernels, and plain torch for devices DGL has no build for.
+"""Run a message UDF on a bipartite block of edges, by DGL's kernels or by plain torch (any device).
 
-A *message UDF* takes edges (``edges.src``, ``edges.dst``, ``edges.data``) and returns fields per edge; a *node UDF* takes
-nodes (``nodes.data``) and returns fields per node: DGL's vocabulary, the same for both engines.
+UDFs follow DGL's conventions. A message UDF takes ``edges`` (``edges.src``, ``edges.dst``, ``edges.data``) and returns fields
+per edge; a node UDF takes ``nodes`` (``nodes.data``) and returns fields per node. Both are pure functions of rows.
+
+Legend: E edges of a block, n_src source rows, n_dst destination rows.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from torch.nn import functional
 from ..errors import Failure
 from ..utils.memory import keep_freed_memory
 
-keep_freed_memory()  # whatever computes with tensors comes by here
+keep_freed_memory()  # every module that computes with tensors imports this one
 
-# a part of a graph, or FastEGNN at edge dropping p = 1, may have no edge at all: nothing to warn of
+# a part of a graph, or FastEGNN with all edges dropped, may have no edge
 warnings.filterwarnings("ignore", message="The input graph for the user-defined edge function")
 
 Fields = dict[str, Tensor]
@@ -31,20 +33,25 @@ UDF = Callable[[Any], Fields]
 
 
 class Nodes:
-    """What a node UDF sees: ``data``. Its work is row by row, so it needs no kernel of either engine."""
+    """The argument of a node UDF: ``data`` holds fields (n, …)."""
 
     def __init__(self, data: Fields) -> None:
         self.data = data
 
 
 class Engine(Protocol):
+    """Runs message UDFs on blocks of edges."""
+
     name: str
 
     def block(self, src: Tensor, dst: Tensor, n_src: int, n_dst: int) -> Any:
-        """Edges src[k]→dst[k] (int32, sorted by dst) between n_src source rows and n_dst destination rows."""
+        """A block of the edges src[k] → dst[k], both (E,) int32, sorted by dst; the type is the engine's own."""
 
     def mean(self, block: Any, message: UDF, src: Fields, dst: Fields, edge: Fields) -> Fields:
-        """The mean over in-edges of every field that ``message`` returns; zero where there are none."""
+        """The mean over in-edges (n_dst, …) of every field that ``message`` returns; zero for rows without in-edges.
+
+        src: (n_src, …), dst: (n_dst, …), edge: (E, …).
+        """
 
 
 class DGLEngine:
@@ -60,110 +67,108 @@ class DGLEngine:
             block.srcdata.update(src)
             block.dstdata.update(dst)
             block.edata.update(edge)
-            sent: list[str] = []
-
-            def udf(edges: Any) -> Fields:
-                out = message(edges)
-                sent.extend(out)
-                return {f"sent_{name}": value for name, value in out.items()}
-
-            block.apply_edges(udf)
-            for name in sent:
-                block.update_all(fn.copy_e(f"sent_{name}", "m"), fn.mean("m", f"mean_{name}"))
-            return {name: block.dstdata[f"mean_{name}"] for name in sent}
+            block.apply_edges(lambda edges: {f"message_{name}": value for name, value in message(edges).items()})
+            names = [name for name in block.edata if name.startswith("message_")]
+            for name in names:
+                block.update_all(fn.copy_e(name, "m"), fn.mean("m", f"mean_{name}"))
+            return {name.removeprefix("message_"): block.dstdata[f"mean_{name}"] for name in names}
 
 
-def _sum_rows(value: Tensor, order: Tensor, start: Tensor) -> Tensor:
-    """Sums over runs of rows: row k of the result is the sum of value[order[start[k]:start[k+1]]]."""
-    if not len(order):
-        return value.new_zeros(len(start) - 1, *value.shape[1:])
-    # on a CPU, several times the speed of index_add, and no E×H array to gather first (docs/performance.md)
-    return torch.embedding_bag(value, order.int(), start.int(), False, 0, False, None, True)[0]
+def _sum_rows(value: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
+    """Row k of the result is the sum of value[rows[offsets[k]:offsets[k + 1]]]."""
+    if not len(rows):
+        return value.new_zeros(len(offsets) - 1, *value.shape[1:])
+    # on a CPU several times as fast as index_add, without a gathered (E, H) array (docs/performance.md)
+    return torch.embedding_bag(value, rows.int(), offsets.int(), False, 0, False, None, True)[0]
 
 
 @dataclass
-class _Ends:
-    """The edges of a block, in int16 where it can count that far: of a large graph these numbers weigh as much as its fields."""
+class _TorchBlock:
+    """A block of edges, with the indices of both directions in int16 where possible: on large graphs they need as much
+    memory as the fields."""
 
-    pairs: Tensor  # (2E,) source row and n_src + destination row of each edge in turn
-    by_source: Tensor  # (E,) the edges, sorted by source
-    out_start: Tensor  # (n_src + 1,) where a source's edges start in by_source
-    in_start: Tensor  # (n_dst + 1,) where a destination's edges start
+    endpoints: Tensor  # (2E,) for each edge its source row, then n_src + its destination row
+    by_source: Tensor  # (E,) the edges sorted by source
+    src_offsets: Tensor  # (n_src + 1,) where the edges of each source begin in by_source
+    dst_offsets: Tensor  # (n_dst + 1,) where the in-edges of each destination begin
 
     @property
     def src(self) -> Tensor:
-        return self.pairs[0::2].int().contiguous()
+        return self.endpoints[0::2].int().contiguous()
 
     @property
     def dst(self) -> Tensor:
-        return self.pairs[1::2].int() - (len(self.out_start) - 1)
+        return self.endpoints[1::2].int() - (len(self.src_offsets) - 1)
 
-    def count(self, step: int) -> Tensor:
-        """0, step, … E·step."""
-        edges = len(self.by_source)
-        return torch.arange(0, edges * step + 1, step, dtype=torch.int32, device=self.pairs.device)
+    def _multiples(self, step: int) -> Tensor:
+        """0, step, …, E·step."""
+        end = len(self.by_source) * step + 1
+        return torch.arange(0, end, step, dtype=torch.int32, device=self.endpoints.device)
 
-    def of_ends(self, src: Tensor, dst: Tensor) -> Tensor:
-        return _sum_rows(torch.cat([src, dst]), self.pairs, self.count(2))
+    def add_endpoints(self, src: Tensor, dst: Tensor) -> Tensor:
+        """src[j] + dst[i] of each edge j→i: (E, …)."""
+        return _sum_rows(torch.cat([src, dst]), self.endpoints, self._multiples(2))
 
-    def to_src(self, value: Tensor) -> Tensor:
-        return _sum_rows(value.contiguous(), self.by_source, self.out_start)
+    def sum_to_src(self, value: Tensor) -> Tensor:
+        """The sum over the edges of each source: (E, …) → (n_src, …)."""
+        return _sum_rows(value.contiguous(), self.by_source, self.src_offsets)
 
-    def to_dst(self, value: Tensor) -> Tensor:
-        return _sum_rows(value.contiguous(), self.count(1)[:-1], self.in_start)
+    def sum_to_dst(self, value: Tensor) -> Tensor:
+        """The sum over the in-edges of each destination: (E, …) → (n_dst, …)."""
+        return _sum_rows(value.contiguous(), self._multiples(1)[:-1], self.dst_offsets)
 
 
-class _SumOfEnds(torch.autograd.Function):
-    """src[j] + dst[i] of each edge j→i; the backward pass sums over the edges of each row."""
+class _AddEndpoints(torch.autograd.Function):
+    """src[j] + dst[i] of each edge j→i."""
 
     @staticmethod
-    def forward(ctx: Any, ends: _Ends, src: Tensor, dst: Tensor) -> Tensor:
-        ctx.ends = ends
-        return ends.of_ends(src, dst)
+    def forward(ctx: Any, block: _TorchBlock, src: Tensor, dst: Tensor) -> Tensor:
+        ctx.block = block
+        return block.add_endpoints(src, dst)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         _, src, dst = ctx.needs_input_grad
-        return None, ctx.ends.to_src(grad) if src else None, ctx.ends.to_dst(grad) if dst else None
+        return None, ctx.block.sum_to_src(grad) if src else None, ctx.block.sum_to_dst(grad) if dst else None
 
 
 class _Gather(torch.autograd.Function):
-    """Rows of one end for edges; the backward pass sums over the edges of each row."""
+    """The rows of one endpoint ("src" or "dst") of each edge."""
 
     @staticmethod
-    def forward(ctx: Any, ends: _Ends, value: Tensor, end: str) -> Tensor:
-        ctx.back = getattr(ends, f"to_{end}")
-        return value.index_select(0, getattr(ends, end))
+    def forward(ctx: Any, block: _TorchBlock, value: Tensor, endpoint: str) -> Tensor:
+        ctx.sum_back = getattr(block, f"sum_to_{endpoint}")
+        return value.index_select(0, getattr(block, endpoint))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, ctx.back(grad), None
+        return None, ctx.sum_back(grad), None
 
 
 class _Mean(torch.autograd.Function):
-    """Means over in-edges, which stand sorted by destination; the backward pass is a gather."""
+    """The mean over the in-edges of each destination."""
 
     @staticmethod
-    def forward(ctx: Any, ends: _Ends, value: Tensor) -> Tensor:
-        ctx.ends, ctx.degree = ends, ends.in_start.diff().clamp_(min=1).unsqueeze(1)
-        return ends.to_dst(value).div_(ctx.degree)
+    def forward(ctx: Any, block: _TorchBlock, value: Tensor) -> Tensor:
+        ctx.block, ctx.degree = block, block.dst_offsets.diff().clamp_(min=1).unsqueeze(1)
+        return block.sum_to_dst(value).div_(ctx.degree)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return None, (grad / ctx.degree).index_select(0, ctx.ends.dst)
+        return None, (grad / ctx.degree).index_select(0, ctx.block.dst)
 
 
-class _Rows(Mapping[str, Tensor]):
-    """Fields of one end of the edges, gathered when asked for."""
+class _EndpointFields(Mapping[str, Tensor]):
+    """Fields of one endpoint of the edges, gathered on access."""
 
-    def __init__(self, fields: Fields, ends: _Ends, end: str) -> None:
-        self.fields, self.ends, self.end = fields, ends, end
+    def __init__(self, fields: Fields, block: _TorchBlock, endpoint: str) -> None:
+        self.fields, self.block, self.endpoint = fields, block, endpoint
 
     def __getitem__(self, name: str) -> Tensor:
-        return _Gather.apply(self.ends, self.fields[name], self.end)
+        return _Gather.apply(self.block, self.fields[name], self.endpoint)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.fields)
@@ -173,61 +178,64 @@ class _Rows(Mapping[str, Tensor]):
 
 
 class _Edges:
-    def __init__(self, ends: _Ends, src: Fields, dst: Fields, data: Fields) -> None:
-        self.src, self.dst, self.data = _Rows(src, ends, "src"), _Rows(dst, ends, "dst"), data
+    """The argument of a message UDF."""
 
-    def sum_of_ends(self, src: Tensor, dst: Tensor) -> Tensor:
-        return _SumOfEnds.apply(self.src.ends, src, dst)
+    def __init__(self, block: _TorchBlock, src: Fields, dst: Fields, data: Fields) -> None:
+        self.block, self.data = block, data
+        self.src, self.dst = _EndpointFields(src, block, "src"), _EndpointFields(dst, block, "dst")
 
 
-def sum_of_ends(edges: Any, src: str, dst: str) -> Tensor:
-    """src field at the source + dst field at the destination of each edge, for a message UDF: (E, …), free to overwrite.
+def add_endpoints(edges: Any, src: str, dst: str) -> Tensor:
+    """Source field + destination field of each edge, for a message UDF: (E, …), which the caller may overwrite.
 
-    On the plain-torch engine in one pass over the result, four times as fast as two gathers and a sum.
+    TorchEngine makes one pass over the result, four times as fast as two gathers and a sum.
     """
     if isinstance(edges, _Edges):
-        return edges.sum_of_ends(edges.src.fields[src], edges.dst.fields[dst])
+        return _AddEndpoints.apply(edges.block, edges.src.fields[src], edges.dst.fields[dst])
     return edges.src[src] + edges.dst[dst]
 
 
 def difference(edges: Any, name: str) -> Tensor:
-    """The field at the destination minus the field at the source of each edge, for a message UDF."""
+    """The field at the destination minus the field at the source of each edge, for a message UDF: (E, …)."""
     if isinstance(edges, _Edges):
-        return edges.sum_of_ends(-edges.src.fields[name], edges.dst.fields[name])
+        return _AddEndpoints.apply(edges.block, -edges.src.fields[name], edges.dst.fields[name])
     return edges.dst[name] - edges.src[name]
 
 
 class TorchEngine:
-    """The same in plain torch, on any device."""
+    """Message passing by plain torch operations, on any device."""
 
     name = "torch"
 
     def block(self, src: Tensor, dst: Tensor, n_src: int, n_dst: int) -> Any:
-        def start(index: Tensor, rows: int) -> Tensor:
-            return functional.pad(torch.bincount(index, minlength=rows).cumsum(0), (1, 0))
+        def offsets(rows: Tensor, count: int) -> Tensor:
+            return functional.pad(torch.bincount(rows, minlength=count).cumsum(0), (1, 0))
 
         dtype = torch.int16 if max(n_src + n_dst, len(src)) < 2**15 else torch.int32
-        pairs = torch.stack([src, dst + n_src], 1).flatten()
-        found = pairs, src.argsort(stable=True), start(src, n_src), start(dst, n_dst)
-        return _Ends(*(index.to(dtype) for index in found))
+        endpoints = torch.stack([src, dst + n_src], 1).flatten()
+        indices = endpoints, src.argsort(stable=True), offsets(src, n_src), offsets(dst, n_dst)
+        return _TorchBlock(*(index.to(dtype) for index in indices))
 
     def mean(self, block: Any, message: UDF, src: Fields, dst: Fields, edge: Fields) -> Fields:
         return {name: _Mean.apply(block, value) for name, value in message(_Edges(block, src, dst, edge)).items()}
 
 
-def choose(name: str, device: torch.device | str = "cpu") -> Engine:
-    """The engine called ``name``: dgl, torch, or auto: torch, the faster and the leaner of the two (docs/performance.md)."""
+def resolve_engine(name: str, device: torch.device | str = "cpu") -> Engine:
+    """The engine for ``model.engine``: dgl, torch, or auto (torch, the faster with the smaller memory; docs/performance.md).
+
+    Raises Failure for an unknown name, and for dgl where DGL does not support the device.
+    """
     if name not in ("auto", "dgl", "torch"):
         raise Failure(f"model.engine={name}: unknown; use auto, dgl or torch")
     if name != "dgl":
         return TorchEngine()
-    if not runs_dgl(device):
+    if not dgl_supports(device):
         raise Failure(f"model.engine=dgl: this DGL has no build for {device}; use model.engine=torch")
     return DGLEngine()
 
 
-def runs_dgl(device: torch.device | str) -> bool:
-    """Whether DGL has kernels for the device (PyPI's builds: the CPU only)."""
+def dgl_supports(device: torch.device | str) -> bool:
+    """Whether DGL has kernels for the device (builds on PyPI: the CPU only)."""
     try:
         dgl.graph(([0], [0])).to(device)
     except dgl.DGLError:

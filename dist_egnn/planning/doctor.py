@@ -231,7 +231,7 @@ def try_gpu(devices: Path = Path("/dev")) -> str:
         return "none; training runs on the CPU"
     if float(torch.ones(8, device="cuda").sum()) != 8:
         raise Failure(f"{names}: torch computes wrong results")
-    if message_passing.runs_dgl("cuda"):
+    if message_passing.dgl_supports("cuda"):
         return f"{names}: torch and DGL use it (train.device=cuda)"
     return f"{names}: torch uses it (train.device=cuda); DGL is built without it: messages run by the torch engine"
 

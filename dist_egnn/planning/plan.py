@@ -97,7 +97,7 @@ class Plan:
 
 def _rows(counts: np.ndarray) -> np.ndarray:
     """What time goes with: edges, and nodes at the tiles' rate."""
-    return tiling.NODES * counts[..., 0] + counts[..., 1]
+    return tiling.EDGES_PER_NODE * counts[..., 0] + counts[..., 1]
 
 
 def _picked(source: Source, size: int) -> list[list[int]]:
@@ -141,7 +141,7 @@ def make(config: Config, say: Say = lambda line: None) -> Plan:
 
     Raises Failure for data or a model that `train` would refuse, and where a rank's step alone exceeds the memory there is.
     """
-    network.named(config.model.name)
+    network.model_class(config.model.name)
     device = trainer.resolve_device(config)
     parts = dataset.part_count(config)
     if config.train.replicas > 1:

@@ -26,7 +26,7 @@ def training_bytes(config: Config, nodes: float, edges: float, halo: float = 0.0
     if device != "cpu":
         from ..ops import tiling
 
-        block *= tiling.FAR
+        block *= tiling.ACCELERATOR_FACTOR
     received = 4 * layers * (model.hidden + 3) * halo if config.partition.halo == "exchange" else 0.0
     return memory.step_bytes(batch * nodes, batch * edges, model.hidden, layers, block) + batch * received
 

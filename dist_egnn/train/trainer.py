@@ -35,13 +35,13 @@ Item = TypeVar("Item")
 def resolve_device(config: Config, rank: int = 0) -> torch.device:
     """The device of a rank's parameters. Raises Failure if it does not exist or model.engine does not support it."""
     device = devices.resolve(config.train.device, rank)
-    message_passing.choose(config.model.engine, device)
+    message_passing.resolve_engine(config.model.engine, device)
     return device
 
 
 def build_model(config: Config, widths: tuple[int, int], comm: Comm) -> torch.nn.Module:
     """The model for widths (F, K) of features and node attributes, on the CPU; all ranks draw the same weights."""
-    kind, options = network.choose(asdict(config.model), asdict(Model()), config.data.radius)
+    kind, options = network.resolve_model(asdict(config.model), asdict(Model()), config.data.radius)
     exchange = config.partition.halo == "exchange" and comm.size > 1
     if exchange and not issubclass(kind, (network.Linear, network.Network)):
         raise Failure(
@@ -52,7 +52,7 @@ def build_model(config: Config, widths: tuple[int, int], comm: Comm) -> torch.nn
     model = kind(features=widths[0], node_attributes=widths[1], **options)
     model.comm = comm  # type: ignore[assignment]
     if isinstance(model, network.Network):
-        model.exchange = exchange
+        model.requires_halo = exchange
     return model
 
 
@@ -60,9 +60,9 @@ def compute_loss(
     config: Config, model: torch.nn.Module, graph: DGLGraph, comm: Comm, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """This rank's shares of the loss and of the MSE of a batch: their sums over ranks are those of the whole graphs."""
-    with activation_offload.on_disk(config.train.kept, [graph.edata[name] for name in graph.edata]):
+    with activation_offload.offload_to_disk(config.train.kept, [graph.edata[name] for name in graph.edata]):
         predicted, z = model(graph)
-    total, _ = network.whole_graph(graph, graph.ndata["x"].to(predicted), comm)
+    total, _ = network.graph_size_and_centroid(graph, graph.ndata["x"].to(predicted), comm)
     mse = losses.squared_error(predicted, graph.ndata["y"].to(predicted), total)
     if not (config.loss.mmd and z.shape[1]):
         return mse, mse.detach()

@@ -27,7 +27,7 @@ from dist_egnn.errors import Failure
 from dist_egnn.evaluate import parallel_check
 from dist_egnn.models import network
 from dist_egnn.models.egnn import EGNNLayer
-from dist_egnn.ops import message_passing, tiling
+from dist_egnn.ops import message_passing, tiled_layer, tiling
 from dist_egnn.train import trainer
 
 TOLERANCE = parallel_check.TOLERANCE
@@ -76,7 +76,7 @@ def assert_exact(errors: dict[str, float]) -> None:
 
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
-@pytest.mark.parametrize("name", network.NAMES)
+@pytest.mark.parametrize("name", network.MODELS)
 def test_parts_equal_the_full_graph(make_store: MakeStore, name: str, parts: int) -> None:
     assert_exact(store_differences(Store(make_store(parts, "metis")), model_of(name), 1))
 
@@ -89,7 +89,7 @@ def test_every_partition_method_is_exact(make_store: MakeStore, name: str, metho
 
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiling, "WHOLE", 0)
+    monkeypatch.setattr(tiling, "MAX_UNTILED_BLOCKS", 0)
 
 
 OPTIONS = ("model.attention=true", "model.normalize=true", "model.gravity=[0, 0, -1]")
@@ -130,9 +130,9 @@ def test_parts_in_one_piece_beside_parts_in_tiles(
     """Some ranks then call collectives in autograd's order, others in ours: both orders are the same."""
     store, model = Store(make_store(3, "kmeans")), model_of(name, "model.tile=200")
     rows = store.parts_table.query("snapshot == 0").eval("4 * nodes + edges").sort_values().to_numpy() * 8
-    monkeypatch.setattr(tiling, "WHOLE", rows[1] / (200 * 64))
-    cuts = [tiling.cut(part, message_passing.choose("auto"), 200, width=8) for part in read_parts(store, 0)]
-    assert {cut.whole for cut in cuts} == {True, False}
+    monkeypatch.setattr(tiling, "MAX_UNTILED_BLOCKS", rows[1] / (200 * 64))
+    cuts = [tiling.build_tiles(part, message_passing.TorchEngine(), 200, width=8) for part in read_parts(store, 0)]
+    assert {cut.is_single_block for cut in cuts} == {True, False}
     assert_exact(store_differences(store, model, 0))
 
 
@@ -259,14 +259,14 @@ def test_tiles_without_halo_nodes_run_during_the_exchange(make_store: MakeStore)
 
     graph = Store(make_store(2, "bisection")).read(1, 0, True)
     halos = halos_of(graph)
-    cut = tiling.cut(graph, RecordingEngine(), 20, width=10**9)
-    interior, boundary = (sum(len(tile.blocks) for tile in group) for group in cut.groups)
+    cut = tiling.build_tiles(graph, RecordingEngine(), 20, width=10**9)
+    interior, boundary = (sum(len(tile.blocks) for tile in group) for group in (cut.interior, cut.boundary))
     assert min(interior, boundary) > 0
     layer = EGNNLayer(8, 2, 0)
     node = {name: torch.rand(graph.num_nodes(), w, requires_grad=True) for name, w in (("h", 8), ("x", 3), ("v", 3))}
     edge = {"e": torch.rand(graph.num_edges() + len(halos.src), 2)}
     exchange = RecordingExchange(comm.SingleProcess(), [], halos.recv_counts)
-    out = tiling.run(layer, RecordingEngine(), cut, node, edge, {}, exchange)
+    out = tiled_layer.run_layer(layer, RecordingEngine(), cut, node, edge, {}, exchange)
     assert events == ["start", *["block"] * interior, "wait", *["block"] * boundary]
     events.clear()
     (out["h"].sum() + out["x"].sum()).backward()
@@ -347,7 +347,7 @@ def test_ranks_with_different_data_are_refused(make_store: MakeStore) -> None:
 
 def test_a_lost_halo_is_refused(make_store: MakeStore) -> None:
     store, model = Store(make_store(2, "metis")), copy.deepcopy(model_of("FastEGNN"))
-    model.exchange = True  # type: ignore[assignment]
+    model.requires_halo = True  # type: ignore[assignment]
     for graph in (dgl.batch([store.read(n, 0, True) for n in (0, 1)]), store.read(0, 0)):
         with pytest.raises(Failure, match=r"partition\.halo=exchange: .*halo"):
             model(graph)

@@ -105,8 +105,8 @@ def test_edges_are_dropped_by_their_distance_to_the_image():
 
 # models; those that come later are held to the same
 
-NETWORKS = [m.__name__ for m in network.MODELS if issubclass(m, network.Network)]
-PLAIN = [name for name in NETWORKS if not network.NAMES[name].virtual_nodes]  # type: ignore[attr-defined]
+NETWORKS = [m.__name__ for m in network.MODELS.values() if issubclass(m, network.Network)]
+PLAIN = [name for name in NETWORKS if not network.MODELS[name].virtual_nodes]  # type: ignore[attr-defined]
 TWINS = [name for name in NETWORKS if name not in PLAIN]
 SIDE = np.array([1.0, 1.1, 1.3])
 RADIUS = 0.35
@@ -114,12 +114,12 @@ RADIUS = 0.35
 
 @pytest.fixture(autouse=True)
 def no_graph_is_too_small_for_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiling, "WHOLE", 0)
+    monkeypatch.setattr(tiling, "MAX_UNTILED_BLOCKS", 0)
 
 
 def make(name: str, **options: Any) -> torch.nn.Module:
     torch.manual_seed(3)
-    model = network.named(name)(features=3, node_attributes=2, **{"hidden": 8, "layers": 3, **options}).double()
+    model = network.model_class(name)(features=3, node_attributes=2, **{"hidden": 8, "layers": 3, **options}).double()
     for key, parameter in model.named_parameters():
         if key.endswith(("phi_x.2.weight", "phi_xv.2.weight", "phi_z.2.weight")):
             torch.nn.init.normal_(parameter, std=0.1)  # not nearly zero, as it starts

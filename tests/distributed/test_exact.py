@@ -57,7 +57,7 @@ def _each(group: comm.Comm, settings: dict[str, config.Config], path: str, folde
 @pytest.mark.parametrize("parts", [2, 4])
 def test_many_processes_equal_one_for_every_model(make_store: Callable[..., Path], tmp_path: Path, parts: int) -> None:
     small = ["model.hidden=8", "model.layers=2", "loss.samples=4", "data.radius=0.27"]
-    settings = {name: config.load(None, [f"model.name={name}", *small]) for name in network.NAMES}
+    settings = {name: config.load(None, [f"model.name={name}", *small]) for name in network.MODELS}
     store = Store(make_store(parts, "metis"))
     for name in settings:
         (tmp_path / name).mkdir()

@@ -29,7 +29,7 @@ SMALL = ["model.hidden=8", "model.layers=2", "loss.samples=4", "data.radius=0.27
 
 
 def _many(group: comm.Comm, settings: dict[str, config.Config], path: str, folder: str) -> None:
-    tiling.WHOLE = 0  # so that there are tiles that need not wait
+    tiling.MAX_UNTILED_BLOCKS = 0  # so that there are tiles that need not wait
     _each(group, settings, path, folder)
 
 

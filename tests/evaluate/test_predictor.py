@@ -280,7 +280,7 @@ def test_what_cannot_be_loaded(run, tmp_path):
 
 def test_models_are_those_of_the_runs(small, tmp_path):
     """RUNS has the kinds of model that read features and that read none."""
-    kinds = {network.named(settings(small, tmp_path, *overrides).model.name) for overrides in RUNS.values()}
+    kinds = {network.model_class(settings(small, tmp_path, *overrides).model.name) for overrides in RUNS.values()}
     assert kinds >= {network.Linear, network.EGNN, network.FastEGNN}
 
 

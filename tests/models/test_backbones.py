@@ -65,7 +65,7 @@ def test_gaussians_and_cosine_are_their_formulas() -> None:
     basis, cutoff = 6, 0.8
     distances = [0.0, 0.05, 0.31, 0.8, 1.3]
     rows = torch.tensor(distances, dtype=torch.float64)[:, None]
-    seen, end = schnet.gaussians(rows, basis, cutoff), schnet.cosine(rows, cutoff)
+    seen, end = schnet.gaussians(rows, basis, cutoff), schnet.cosine_cutoff(rows, cutoff)
     for d, row, c in zip(distances, seen.tolist(), end[:, 0].tolist(), strict=True):
         centres = [cutoff * k / (basis - 1) for k in range(basis)]
         assert row == pytest.approx([math.exp(-((d - mu) ** 2) / (2 * 0.16**2)) for mu in centres], abs=1e-14)
@@ -118,7 +118,7 @@ def test_the_cutoff_is_the_data_radius_unless_told() -> None:
 
     def options(*overrides: str, radius: float) -> dict[str, Any]:
         given = config.load(None, ["model.name=FastSchNet", *overrides]).model
-        return network.choose(asdict(given), defaults, radius)[1]
+        return network.resolve_model(asdict(given), defaults, radius)[1]
 
     assert options(radius=0.075)["cutoff"] == 0.075
     assert options(radius=math.inf)["cutoff"] == 10.0
@@ -127,7 +127,7 @@ def test_the_cutoff_is_the_data_radius_unless_told() -> None:
     for name in ("EGNN", "FastRF"):
         for key in ("basis=7", "cutoff=2.0"):
             with pytest.raises(Failure, match=rf"model\.{key}: {name} has no such option"):
-                network.choose(
+                network.resolve_model(
                     asdict(config.load(None, [f"model.name={name}", f"model.{key}"]).model), defaults, radius=1.0
                 )
 
@@ -136,7 +136,7 @@ def test_the_cutoff_is_the_data_radius_unless_told() -> None:
     "path", sorted(Path(__file__).parents[2].glob("recipes/*/config.yaml")), ids=lambda p: p.parent.name
 )
 def test_every_recipe_takes_every_model(path: Path) -> None:
-    for name in network.NAMES:
+    for name in network.MODELS:
         given = config.load(path, [f"model.name={name}", "model.hidden=8", "model.layers=1"])
         model = trainer.build_model(given, (3, len(given.data.node_attributes)), SingleProcess())
         assert type(model).__name__ == name
@@ -150,7 +150,7 @@ def test_a_cutoff_that_is_none_is_refused(value: str) -> None:
 
 def test_the_comment_on_names_knows_every_model() -> None:
     (line,) = (line for line in config.to_yaml(config.Config()).splitlines() if line.strip().startswith("name: "))
-    for name in network.NAMES:
+    for name in network.MODELS:
         assert name in line
 
 

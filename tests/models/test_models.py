@@ -77,7 +77,7 @@ def assert_close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float) -
 
 @pytest.fixture(autouse=True)
 def no_graph_is_too_small_for_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiling, "WHOLE", 0)
+    monkeypatch.setattr(tiling, "MAX_UNTILED_BLOCKS", 0)
 
 
 class ModelSuite:
@@ -89,11 +89,11 @@ class ModelSuite:
     @pytest.fixture(autouse=True)
     def every_graph_is_cut(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """As above, for suites in other files."""
-        monkeypatch.setattr(tiling, "WHOLE", 0)
+        monkeypatch.setattr(tiling, "MAX_UNTILED_BLOCKS", 0)
 
     def model(self, dtype: torch.dtype = torch.float64, **options: Any) -> torch.nn.Module:
         torch.manual_seed(3)
-        model = network.named(self.name)(features=3, node_attributes=2, **{**self.options, **options})
+        model = network.model_class(self.name)(features=3, node_attributes=2, **{**self.options, **options})
         for key, parameter in model.named_parameters():
             if key.endswith(("phi_x.2.weight", "phi_xv.2.weight", "phi_z.2.weight")):
                 torch.nn.init.normal_(parameter, std=0.2)  # not nearly zero, as it starts
@@ -168,7 +168,7 @@ class MessagePassingSuite(ModelSuite):
             model.tile, model.engine = kept
 
     def test_degenerate_graphs_are_as_in_the_reference(self) -> None:
-        fast = network.named(self.name).virtual_nodes > 0
+        fast = network.model_class(self.name).virtual_nodes > 0
         for options in ({}, {"virtual_nodes": 1}) if fast else ({},):
             model = self.model(**options, tile=20)
             for graph in degenerate():
@@ -181,12 +181,12 @@ class MessagePassingSuite(ModelSuite):
     @pytest.mark.parametrize("engine_name", ["dgl", "torch"])
     @pytest.mark.parametrize("tile", [1, 40, 150, 10**9])
     def test_tiles_and_engine_do_not_matter(self, engine_name: str, tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(tiling, "WHOLE", 0)
+        monkeypatch.setattr(tiling, "MAX_UNTILED_BLOCKS", 0)
         graph = dgl.batch([make_graph(50, 1), make_graph(20, 2), make_graph(35, 3)])
         model = self.model(engine=engine_name, tile=tile)
-        cut = tiling.of(graph, message_passing.choose(engine_name), tile)
-        assert cut.whole == (tile == 10**9)
-        assert cut.whole or sum(len(one.blocks) for one in cut.tiles) > 3
+        cut = tiling.tiles_of(graph, message_passing.resolve_engine(engine_name), tile)
+        assert cut.is_single_block == (tile == 10**9)
+        assert cut.is_single_block or sum(len(one.blocks) for one in cut.tiles) > 3
         x, z = model(graph)
         x_plain, z_plain = self.reference(model, graph)
         assert torch.allclose(x, x_plain, atol=1e-12)
@@ -211,7 +211,7 @@ class MessagePassingSuite(ModelSuite):
     def test_missing_and_misshapen_fields_are_named(self) -> None:
         graph = make_graph(10, 1)
         wrong = {"v": None, "f": torch.zeros(10, 5), "x": torch.zeros(10, 2)}
-        if not network.named(self.name).layer.features:
+        if not network.model_class(self.name).layer.features:
             del wrong["f"]  # not read
         for name, value in wrong.items():
             broken = graph.clone()
@@ -314,9 +314,9 @@ def test_parameters_have_the_papers_names_and_input_order() -> None:
 
 def test_unknown_names_are_refused_with_the_nearest() -> None:
     with pytest.raises(Failure, match="did you mean FastEGNN"):
-        network.named("FastEgnn")
+        network.model_class("FastEgnn")
     with pytest.raises(Failure, match="auto, dgl or torch"):
-        message_passing.choose("numpy")
+        message_passing.resolve_engine("numpy")
     with pytest.raises(Failure, match="tile"):
         network.EGNN(3, 2, tile=0)(make_graph(5, 1).to("cpu"))
 

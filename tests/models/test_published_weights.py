@@ -186,7 +186,7 @@ WRONG = {
     ),
     "H of the embedding": (
         lambda: without("") | {"embedding_in.weight": torch.zeros(64, F)},
-        r"'gcl_0\.node_mlp\.0\.weight' has 20 columns, at least 3H = 192",
+        r"'gcl_0\.node_mlp\.0\.weight' has 20 columns.*3H = 192",
     ),
     "other C": (
         lambda: without("") | {"virtual_node_feat": torch.zeros(1, H, C + 1)},
@@ -197,11 +197,11 @@ WRONG = {
         lambda: without("") | {"virtual_node_feat": torch.zeros(2, H, C)},
         rf"'virtual_node_feat' has shape \(2, {H}, {C}\), expected \(1, {H}, {C}\)",
     ),
-    "no tensor": (lambda: without("") | {"epoch": 3}, r"'epoch' is no tensor of real numbers but int"),
+    "no tensor": (lambda: without("") | {"epoch": 3}, r"'epoch'.*int"),
     "integers": (lambda: without("") | {"gcl_0.steps": torch.zeros(1, dtype=torch.long)}, r"'gcl_0\.steps'.*int64"),
     "twice": (
         lambda: without("") | {"module.embedding_in.bias": torch.zeros(H)},
-        r"'embedding_in\.bias' is there twice",
+        r"'embedding_in\.bias'.*twice",
     ),
     "half an attention": (
         lambda: {
@@ -211,7 +211,7 @@ WRONG = {
     ),
     "gravity without its vector": (
         lambda: theirs(gravity=True).state_dict(),
-        r"gravity_mlp.*need the vector.*--gravity",
+        r"gravity_mlp.*model\.gravity",
     ),
 }
 
@@ -223,7 +223,7 @@ def test_what_does_not_fit_is_named(state, says):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("gravity", "says"), [([0, 1, 0], "without a gravity_mlp"), ([0, 1], "3 numbers")])
+@pytest.mark.parametrize(("gravity", "says"), [([0, 1, 0], "no gravity_mlp"), ([0, 1], "3 numbers")])
 def test_a_vector_that_does_not_fit(gravity, says):
     with pytest.raises(Failure, match=says):
         FastEGNN.from_published(theirs().state_dict(), gravity=gravity)
@@ -241,7 +241,7 @@ NESTS = {
 def test_files_of_several_shapes(tmp_path, nest, legacy):
     state = theirs().state_dict()
     torch.save(nest(state), tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
-    found = published_weights.plain(published_weights.read(tmp_path / "a.pth"))
+    found = published_weights.normalize_keys(published_weights.read_state_dict(tmp_path / "a.pth"))
     assert found.keys() == state.keys()
     assert all(torch.equal(found[key], state[key]) for key in state)
 
@@ -268,11 +268,11 @@ def evil_files(folder: Path) -> dict[str, Path]:
 
 def test_code_in_a_file_is_not_run(tmp_path):
     for name, path in evil_files(tmp_path).items():
-        says = rf"{name}\.pt: damaged, or holds more than weights.*could run code"
+        says = rf"{name}\.pt: damaged, or .*could run code"
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             with pytest.raises(Failure, match=says) as caught:
-                published_weights.read(path)
+                published_weights.read_state_dict(path)
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "ran").exists(), name
     # the trap works where it is let
@@ -285,10 +285,10 @@ def test_code_in_a_file_is_not_run(tmp_path):
 
 def test_an_old_torch_does_not_read_foreign_files(tmp_path, monkeypatch):
     torch.save(theirs().state_dict(), tmp_path / "a.pt")
-    published_weights.read(tmp_path / "a.pt")
+    published_weights.read_state_dict(tmp_path / "a.pt")
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
-    with pytest.raises(Failure, match=r"torch 2\.9\.1\+cpu cannot read a foreign file safely; install 2\.10 or newer"):
-        published_weights.read(tmp_path / "a.pt")
+    with pytest.raises(Failure, match=r"torch 2\.9\.1\+cpu.*install torch 2\.10"):
+        published_weights.read_state_dict(tmp_path / "a.pt")
 
 
 def damaged(folder: Path) -> dict[str, tuple[Path, str]]:
@@ -313,7 +313,7 @@ def damaged(folder: Path) -> dict[str, tuple[Path, str]]:
 def test_files_that_are_none(tmp_path):
     for path, says in damaged(tmp_path).values():
         with pytest.raises(Failure, match=f"{path.name}: .*{says}") as caught:
-            published_weights.read(path)
+            published_weights.read_state_dict(path)
         assert "\n" not in str(caught.value)
 
 
@@ -357,7 +357,7 @@ def test_the_run_it_makes_is_not_written_over(tmp_path):
         ({"node": 0}, ["data.features=[mass]"], r"data\.features=\[mass\]: 1, but the weights of .*a\.pth take 2"),
         ({"node": 2}, [], r"data\.node_attributes=\[\]: 0, but .* take 2"),
         ({"node": 0}, ["model.tanh=true"], r"model\.tanh=true"),
-        ({"node": 0, "gravity": True}, [], r"a\.pth: published weights: there is a gravity_mlp"),
+        ({"node": 0, "gravity": True}, [], r"a\.pth: published weights: .*model\.gravity"),
         ({"node": 0, "attention": True}, ["model.precision=bf16-messages"], r"model\.attention"),
     ],
 )
@@ -386,7 +386,7 @@ def test_command(tmp_path, monkeypatch, capsys):
         "error: --out is missing: name the folder of the run to make, for example --out runs/published\n",
     )
     assert command(file, "--out", out)[0] == 2
-    assert "need the vector" in command(file, "--out", out, "--radius", 1)[1]
+    assert "model.gravity" in command(file, "--out", out, "--radius", 1)[1]
     model = ("model.normalize=true", "model.gravity=[-1,-9.81,0.5]")
     data = ("data.features=[charge/max, speed]", "data.horizon=7", "data.edge_drop=0.5")
     assert command(file, "--out", out, "--radius", 2, *model, *data) == (0, "")

@@ -19,14 +19,14 @@ from torch import Tensor
 from dist_egnn import config
 from dist_egnn.errors import Failure
 from dist_egnn.models import network
-from dist_egnn.ops import tiling
+from dist_egnn.ops import tiled_layer, tiling
 
 o3 = pytest.importorskip("e3nn.o3")
 
 
 @pytest.fixture(autouse=True)
 def no_graph_is_too_small_for_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiling, "WHOLE", 0)
+    monkeypatch.setattr(tiling, "MAX_UNTILED_BLOCKS", 0)
 
 
 def _mean(value: Tensor, dst: Tensor, n: int) -> Tensor:
@@ -143,7 +143,7 @@ def representation(irreps: str, rotation: Tensor) -> Tensor:
 
 def hidden(model: Any, graph: DGLGraph, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
     """h and t after every layer that has them, in the graph's order of nodes."""
-    seen, run = [], tiling.run
+    seen, run = [], tiled_layer.run_layer
 
     def recorded(layer: Any, engine: Any, cut: tiling.Tiles, *fields: Any) -> Any:
         out = run(layer, engine, cut, *fields)
@@ -152,7 +152,7 @@ def hidden(model: Any, graph: DGLGraph, monkeypatch: pytest.MonkeyPatch) -> list
         return out
 
     with monkeypatch.context() as patch:
-        patch.setattr(tiling, "run", recorded)
+        patch.setattr(tiled_layer, "run_layer", recorded)
         model(graph)
     return seen
 
@@ -258,11 +258,11 @@ def test_the_config_says_channels_basis_and_cutoff() -> None:
     defaults = asdict(config.Model())
     chosen = {**defaults, "name": "FastTFN", "channels": 2, "basis": 7}
     for radius, cutoff in ((0.3, 0.3), (float("inf"), 10.0)):
-        kind, options = network.choose(chosen, defaults, radius)
+        kind, options = network.resolve_model(chosen, defaults, radius)
         assert kind is network.FastTFN
         assert (options["channels"], options["basis"], options["cutoff"]) == (2, 7, cutoff)
         layer: Any = kind(3, **{**options, "hidden": 4, "layers": 1}).layers[0]
         assert (layer.channels, layer.cutoff, layer.phi_w[0].in_features) == (2, cutoff, 7 + 2)
-    assert network.choose({**chosen, "cutoff": 2.5}, defaults, 0.3)[1]["cutoff"] == 2.5
+    assert network.resolve_model({**chosen, "cutoff": 2.5}, defaults, 0.3)[1]["cutoff"] == 2.5
     with pytest.raises(Failure, match=r"model.channels=2: EGNN has no such option"):
-        network.choose({**defaults, "name": "EGNN", "channels": 2}, defaults, 0.3)
+        network.resolve_model({**defaults, "name": "EGNN", "channels": 2}, defaults, 0.3)

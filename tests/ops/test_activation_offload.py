@@ -25,16 +25,18 @@ def graph():
 @pytest.mark.parametrize("name", ["FastEGNN", "SchNet"])
 @pytest.mark.parametrize("tile", [512, 10**9])  # many tiles, and one under plain autograd
 def test_gradients_are_the_same_bits(graph, tmp_path, monkeypatch, name, tile):
-    monkeypatch.setattr(activation_offload, "LEAST", 1 << 10)
+    monkeypatch.setattr(activation_offload, "MIN_BYTES", 1 << 10)
     written: list[int] = []
-    plain = activation_offload._Filed.__init__
-    monkeypatch.setattr(activation_offload._Filed, "__init__", lambda *given: (plain(*given), written.append(1))[0])
+    plain = activation_offload._TensorFile.__init__
+    monkeypatch.setattr(
+        activation_offload._TensorFile, "__init__", lambda *given: (plain(*given), written.append(1))[0]
+    )
     torch.manual_seed(0)
-    model = network.named(name)(features=3, node_attributes=2, edge_attributes=2, hidden=8, layers=3, tile=tile)
+    model = network.model_class(name)(features=3, node_attributes=2, edge_attributes=2, hidden=8, layers=3, tile=tile)
     found, files = [], []
     for folder, besides in (("", []), (str(tmp_path), []), (str(tmp_path), [graph.edata["e"]])):
         written.clear()
-        with activation_offload.on_disk(folder, besides):
+        with activation_offload.offload_to_disk(folder, besides):
             predicted, _ = model(graph)
         files.append(len(written))
         assert not list(tmp_path.iterdir())  # files without names
@@ -51,10 +53,10 @@ def test_gradients_are_the_same_bits(graph, tmp_path, monkeypatch, name, tile):
 
 def test_memory_at_the_same_address_is_another_tensor(tmp_path, monkeypatch):
     """A freed tensor's place is taken by the next; each must come back as it was."""
-    monkeypatch.setattr(activation_offload, "LEAST", 1)
+    monkeypatch.setattr(activation_offload, "MIN_BYTES", 1)
     w = torch.ones(1, requires_grad=True)
     memory, outs = bytearray(4 * 64), []
-    with activation_offload.on_disk(str(tmp_path)):
+    with activation_offload.offload_to_disk(str(tmp_path)):
         for k in range(5):
             value = torch.frombuffer(memory, dtype=torch.float32)
             value.numpy()[:] = k  # torch does not see it
@@ -68,11 +70,11 @@ def test_memory_at_the_same_address_is_another_tensor(tmp_path, monkeypatch):
 
 
 def test_files_are_closed_with_the_graph(graph, tmp_path, monkeypatch):
-    monkeypatch.setattr(activation_offload, "LEAST", 1 << 10)
+    monkeypatch.setattr(activation_offload, "MIN_BYTES", 1 << 10)
     model = network.EGNN(features=3, node_attributes=2, edge_attributes=2, hidden=8, layers=2, tile=512)
     gc.collect()
     before = len(os.listdir("/proc/self/fd"))
-    with activation_offload.on_disk(str(tmp_path)):
+    with activation_offload.offload_to_disk(str(tmp_path)):
         predicted, _ = model(graph)
     assert len(os.listdir("/proc/self/fd")) > before
     del predicted
@@ -81,10 +83,10 @@ def test_files_are_closed_with_the_graph(graph, tmp_path, monkeypatch):
 
 
 def test_a_folder_that_is_not_there_is_named(graph, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(activation_offload, "LEAST", 1 << 10)
+    monkeypatch.setattr(activation_offload, "MIN_BYTES", 1 << 10)
     model = network.EGNN(features=3, node_attributes=2, edge_attributes=2, hidden=8, layers=2)
     with (
         pytest.raises(Failure, match=r"missing.*choose another folder"),
-        activation_offload.on_disk(str(tmp_path / "missing")),
+        activation_offload.offload_to_disk(str(tmp_path / "missing")),
     ):
         model(graph)

@@ -17,7 +17,7 @@ from dist_egnn.ops import message_passing, tiling
 
 @pytest.fixture(autouse=True)
 def no_graph_is_too_small_for_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiling, "WHOLE", 0)
+    monkeypatch.setattr(tiling, "MAX_UNTILED_BLOCKS", 0)
 
 
 def test_tiles_are_cut_again_when_edges_change() -> None:
@@ -48,13 +48,15 @@ def test_memory_of_a_backward_pass_is_one_tile() -> None:
 
 
 def test_a_graph_of_few_blocks_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiling, "WHOLE", 2)
+    monkeypatch.setattr(tiling, "MAX_UNTILED_BLOCKS", 2)
     graph = make_graph(40, 1)
-    rows = graph.num_edges() + tiling.NODES * 40
+    rows = graph.num_edges() + tiling.EDGES_PER_NODE * 40
     for width in (64, 16):
         needed = -(-rows * width // (2 * 64))
-        assert tiling.cut(graph, message_passing.choose("auto"), needed, width=width).whole
-        assert not tiling.cut(graph, message_passing.choose("auto"), needed - 1, width=width).whole
+        assert tiling.build_tiles(graph, message_passing.resolve_engine("auto"), needed, width=width).is_single_block
+        assert not tiling.build_tiles(
+            graph, message_passing.resolve_engine("auto"), needed - 1, width=width
+        ).is_single_block
 
 
 @pytest.mark.parametrize("threads", [2, 3])
@@ -109,4 +111,4 @@ def test_a_block_counts_as_far_as_it_must(sources: int, dtype: torch.dtype) -> N
     assert {index.dtype for index in vars(block).values()} == {dtype}
     assert block.src.tolist() == src.tolist()
     assert block.dst.tolist() == [0, 0, 1]
-    assert block.to_src(torch.tensor([[1.0], [2.0], [4.0]]))[[0, -1]].tolist() == [[2.0], [5.0]]
+    assert block.sum_to_src(torch.tensor([[1.0], [2.0], [4.0]]))[[0, -1]].tolist() == [[2.0], [5.0]]

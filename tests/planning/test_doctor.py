@@ -178,7 +178,7 @@ def test_a_stage_that_computes_wrong_results_is_a_problem(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda k: "H200")
     monkeypatch.setattr(torch, "ones", lambda n, device: ones(n))
-    monkeypatch.setattr(message_passing, "runs_dgl", lambda device: False)
+    monkeypatch.setattr(message_passing, "dgl_supports", lambda device: False)
     assert "torch engine" in doctor.try_gpu(tmp_path)
     monkeypatch.setattr(torch, "ones", lambda n, device: ones(n - 1))
     monkeypatch.setattr(spawn, "run_ranks", lambda *_, **__: [1.0, 2.0])

@@ -220,7 +220,7 @@ def test_weights_by_hand() -> None:
     """Rank 0 works off 2 · 1600 rows in 1 s of its processor, rank 1 2 · 2000 in 2 s."""
     times = Times(5.0, 1.0, 1.0, 1.0, 1.0)  # of no account
     source = source_of(4)
-    source.tried[:, :, 0] *= 6 / tiling.NODES  # edges + tiles.NODES · nodes: 1,600 and 2,000
+    source.tried[:, :, 0] *= 6 / tiling.EDGES_PER_NODE  # edges + tiling.EDGES_PER_NODE · nodes: 1,600 and 2,000
 
     def made(*fastest: float) -> plan.Plan:
         trials = [Trial(times, times, 1.0, 5e8, 1.0, [[]], seconds) for seconds in fastest]

@@ -240,7 +240,7 @@ def test_a_long_pass_counts_by_itself(
 ) -> None:
     """One pass of each kind, and how far it is: a tile's update forward counts 1, backward 3."""
     monkeypatch.setattr(bench_worker, "LONG", 0.0)
-    monkeypatch.setattr(tiling, "WHOLE", 0)
+    monkeypatch.setattr(tiling, "MAX_UNTILED_BLOCKS", 0)
     monkeypatch.setattr(progress, "EVENT_INTERVAL_S", 0.0)
     monkeypatch.setenv(progress.EVENTS_VARIABLE, "1")
     x = bench_data.block(400)

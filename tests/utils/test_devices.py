@@ -82,7 +82,7 @@ def test_a_device_that_is_not_there_is_refused_before_any_work(tmp_path, monkeyp
 
 def test_dgl_without_a_build_is_refused_before_any_work(tmp_path, monkeypatch, small):
     see(monkeypatch, 1)
-    monkeypatch.setattr(message_passing, "runs_dgl", lambda device: False)
+    monkeypatch.setattr(message_passing, "dgl_supports", lambda device: False)
     chosen = settings(small, "train.device=cuda", "model.engine=dgl", f"run.dir={tmp_path / 'run'}")
     with pytest.raises(
         Failure, match=r"^model\.engine=dgl: this DGL has no build for cuda:0; use model\.engine=torch$"
@@ -196,10 +196,10 @@ def test_training_on_cuda(small: Path, make_store: Callable[..., Path], tmp_path
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_CUDA)
-@pytest.mark.parametrize("name", network.NAMES)
+@pytest.mark.parametrize("name", network.MODELS)
 def test_a_model_on_cuda_takes_a_graph_from_the_cpu(name: str) -> None:
     torch.manual_seed(0)
-    graph, model = two_graphs(part=False), network.named(name)(features=3, node_attributes=2).double()
+    graph, model = two_graphs(part=False), network.model_class(name)(features=3, node_attributes=2).double()
     with torch.no_grad():
         expected = model(graph)
         found = model.to("cuda")(two_graphs(part=False))

@@ -37,7 +37,7 @@ def run(options: Options, graphs: int, names: Sequence[str] | None, say: Say = l
     from dist_egnn.models import network
 
     for name in names or ():
-        network.named(name)
+        network.model_class(name)
     bench_step.check(options, peers=False)
     notes: dict[str, str] = {}
     cases = []
@@ -46,7 +46,7 @@ def run(options: Options, graphs: int, names: Sequence[str] | None, say: Say = l
         with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
             edges = bench_step.write_graphs(made, Path(folder))
             found = {}
-            for name in names or network.NAMES:
+            for name in names or network.MODELS:
                 try:
                     found[name] = row = bench_step.spawn({name: replace(sized, model=name)}, Path(folder))[name]
                 except Failure as failure:

@@ -196,7 +196,7 @@ def _road(group: comm.Comm, config: Config, repeats: int) -> dict[str, float]:
     fresh = steps(trainer.prepared_batches(model, samples, [[n] for n in numbers[: repeats + 1]]))
     # on both sides of the fresh ones, so that a machine that slows down does not look like a slow road
     found = {"fixed_s": (before + steps(fixed)) / 2, "fresh_s": fresh}
-    chosen = message_passing.choose(config.model.engine)
+    chosen = message_passing.resolve_engine(config.model.engine)
     store = Store(config.data.path)
     parts: dict[str, list[float]] = {"read_s": [], "graph_s": [], "tiles_s": [], "edges_s": []}
     for number in numbers[1 : repeats + 1]:
@@ -205,7 +205,7 @@ def _road(group: comm.Comm, config: Config, repeats: int) -> dict[str, float]:
         times.append(time.perf_counter())
         graph = store.read(number, group.rank, exchange=halo.get(read) is not None)
         times.append(time.perf_counter())
-        tiling.of(graph, chosen, config.model.tile)
+        tiling.tiles_of(graph, chosen, config.model.tile)
         times.append(time.perf_counter())
         graphs.radius_edges(graph.ndata["x"].numpy(), store.inputs["radius"])  # what storing them saves
         times.append(time.perf_counter())

@@ -72,7 +72,7 @@ def memory_needed(name: str, options: Options) -> float:
     else:
         from dist_egnn.ops import tiling
 
-        block = (options.tile or tiling.SIZE) * (1 if options.device == "cpu" else tiling.FAR)
+        block = (options.tile or tiling.BLOCK_EDGES) * (1 if options.device == "cpu" else tiling.ACCELERATOR_FACTOR)
     layers = 0 if options.kept else options.layers  # whose inputs and means lie in memory
     return memory.step_bytes(options.nodes, edges, options.hidden, layers, block)
 
@@ -121,7 +121,7 @@ def check(options: Options, peers: bool) -> None:
     if options.kept:
         from dist_egnn.ops import activation_offload
 
-        activation_offload.check(options.kept, "--kept ")
+        activation_offload.check_folder(options.kept, "--kept ")
         filesystem.check_free_space(Path(options.kept) / "kept", kept_bytes(options))
 
 
@@ -141,7 +141,7 @@ def dgl_runs_on(device: str) -> bool:
     """Whether DGL has kernels for the device."""
     from dist_egnn.ops import message_passing
 
-    return message_passing.runs_dgl(device)
+    return message_passing.dgl_supports(device)
 
 
 def load_peer(name: str) -> Any:

@@ -62,7 +62,7 @@ def _variant(name: str, options: Options, graph: DGLGraph) -> _Variant:
     """A variant, ready to be run. All have the weights of ours where they can."""
     keys = ("hidden", "layers", "virtual_nodes", "engine", "precision", *(() if options.tile is None else ("tile",)))
     settings = {**asdict(Model()), "name": options.model, **{key: getattr(options, key) for key in keys}}
-    kind, chosen = network.choose(settings, asdict(Model()), float(graph.edata["e"].max()))
+    kind, chosen = network.resolve_model(settings, asdict(Model()), float(graph.edata["e"].max()))
     torch.manual_seed(0)
     features, attributes, edge = graph.ndata["f"].shape[1], graph.ndata["a"].shape[1], graph.edata["e"].shape[1]
     ours = kind(features=features, node_attributes=attributes, edge_attributes=edge, **chosen)
@@ -112,7 +112,7 @@ def machine_rates(device: str) -> dict[str, float]:
 def _step(one: _Variant, folder: str) -> None:
     """Forward and backward of the MSE; folder: as train.kept."""
     one.model.zero_grad(set_to_none=True)
-    with activation_offload.on_disk(folder, [one.graph.edata[name] for name in one.graph.edata]):
+    with activation_offload.offload_to_disk(folder, [one.graph.edata[name] for name in one.graph.edata]):
         predicted = one.predict()
     torch.nn.functional.mse_loss(predicted, one.graph.ndata["y"].to(predicted.device)).backward()
 
@@ -136,7 +136,7 @@ def _told(title: str, one: _Variant) -> Iterator[None]:
     if not isinstance(one.model, network.Network):
         yield
         return
-    forward = len(one.model.layers) * len(one.model.cut(one.graph)[1].tiles)
+    forward = len(one.model.layers) * len(one.model.engine_and_tiles(one.graph)[1].tiles)
     done = 0
     with progress_bar(title, forward * (4 if torch.is_grad_enabled() else 1)) as tick:
 

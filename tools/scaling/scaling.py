@@ -148,9 +148,12 @@ def about(model: network.Network, graph: DGLGraph) -> dict[str, Any]:
     found = {"own": graph.num_nodes(), "edges": graph.num_edges(), "cross": 0, "halo": 0}
     if halos := halo.get(graph):
         found |= {"cross": len(halos.src), "halo": max(halos.size, sum(map(len, halos.parts[0].send_rows)))}
-    cut = model.cut(graph)[1]
-    work = [sum(t.blocks[-1].ehi - t.blocks[0].elo + NODE * (t.hi - t.lo) for t in tiles) for tiles in cut.groups]
-    return {**found, "interior": 0.0 if cut.whole else work[0] / sum(work)}
+    tiles = model.engine_and_tiles(graph)[1]
+    work = [
+        sum(t.edges.stop - t.edges.start + NODE * (t.nodes.stop - t.nodes.start) for t in group)
+        for group in (tiles.interior, tiles.boundary)
+    ]
+    return {**found, "interior": 0.0 if tiles.is_single_block else work[0] / sum(work)}
 
 
 def add(name: str, rows: list[dict[str, Any]], folder: Path) -> None:
