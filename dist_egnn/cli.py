@@ -260,7 +260,7 @@ def launch(
         raise Failure(f"--local and --hosts {hosts}: use one of them")
     launch_main.run(
         training_config("launch", config, overrides, resume),
-        hostfile.listed(hosts, local, ssh),
+        hostfile.select_hosts(hosts, local, ssh),
         resume=resume is not None,
         port=port,
         max_restarts=max_restarts,

@@ -1,8 +1,8 @@
-"""What `distegnn launch` runs on every host: it looks around, starts processes, passes on what they print, and stops them.
+"""The agent that `distegnn launch` runs on every host: it starts processes, forwards their output, and stops them.
 
-The launcher and an agent speak JSON, one message a line, over the agent's standard input and output. An agent needs nothing but
-the standard library. When its input ends, or the launcher is silent for ``patience`` seconds, or it is itself
-killed, all that it started ends with it, and the memory its servers shared is given back.
+Launcher and agent exchange JSON messages, one per line, over the agent's standard input and output. An agent imports
+neither torch nor DGL. Its processes end with it: when its input ends, when the launcher sends nothing for ``patience``
+seconds, or when it is killed. Unless it was killed, it also removes what its servers left in /dev/shm.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ from typing import Any
 from . import host_info
 
 GREETING = "dist_egnn agent"
-SHARED = Path("/dev/shm")
+SHARED_MEMORY = Path("/dev/shm")
+PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def _die_with_parent() -> None:
-    _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Child:
-    """A process with a name. What it prints comes out of one pipe; shared: how the files it may leave in /dev/shm begin."""
+    """A named process. One pipe takes all that it prints; shared: prefix of the files that it may leave in /dev/shm."""
 
     def __init__(self, name: str, argv: list[str], env: dict[str, str], text: str, shared: str) -> None:
         self.name, self.shared = name, shared
-        self.kill_at: float | None = None
-        self.rest = b""
+        self.kill_at = float("inf")
+        self.buffer = b""
         self.process = subprocess.Popen(
             argv,
             env={**os.environ, **env},
@@ -54,139 +55,129 @@ class Child:
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(text.encode())
             self.process.stdin.close()
-        self.out = self.process.stdout
-        self.open = True
+        self.output = self.process.stdout
 
-    def send(self, number: int) -> None:
-        """A signal to the process and to what it may have started."""
+    def signal(self, number: int) -> None:
+        """Send a signal to the process and to its own children."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
 
-    def clean(self) -> None:
-        """Give back the memory that it shared, now that it has ended."""
-        for file in SHARED.glob(f"{self.shared}*") if self.shared else ():
+    def kill(self) -> None:
+        """End the process and its own children, and remove the shared memory that it left."""
+        self.signal(signal.SIGKILL)
+        self.process.wait()
+        for file in SHARED_MEMORY.glob(f"{self.shared}*") if self.shared else ():
             file.unlink(missing_ok=True)
 
 
 class Agent:
-    """The loop of an agent."""
+    """Handles the launcher's messages: {"id": 1, "do": "ping"} calls `do_ping`, whose result is the answer."""
 
-    def __init__(self) -> None:
-        self.patience, self.heard = 60.0, time.monotonic()
+    def __init__(self, patience: float) -> None:
+        self.patience, self.last_message = patience, time.monotonic()
         self.children: dict[str, Child] = {}
-        self.listening: list[socket.socket] = []
+        self.sockets: list[socket.socket] = []
         self.folder = tempfile.mkdtemp(prefix="dist_egnn-launch-")
-        self.rest = b""
-        self.going = True
-        self.events = selectors.DefaultSelector()
-        self.events.register(0, selectors.EVENT_READ)
+        self.buffer = b""
+        self.connected = True
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(0, selectors.EVENT_READ)
         os.set_blocking(0, False)
 
-    def say(self, **message: Any) -> None:
+    def send(self, **message: Any) -> None:
         try:
-            sys.__stdout__.write(json.dumps(message) + "\n")  # type: ignore[union-attr]
-            sys.__stdout__.flush()  # type: ignore[union-attr]
-        except OSError:  # nobody listens any more
-            self.going = False
+            print(json.dumps(message), flush=True)
+        except OSError:  # the launcher is gone
+            self.connected = False
 
     def run(self) -> None:
-        """Until the launcher is gone or says so."""
-        self.say(greeting=GREETING, pid=os.getpid())
+        """Handle messages and output until the launcher closes the connection or is silent for too long."""
+        self.send(greeting=GREETING)
         try:
-            while self.going and time.monotonic() - self.heard < self.patience:
-                for key, _ in self.events.select(0.2):
+            while self.connected and time.monotonic() - self.last_message < self.patience:
+                for key, _ in self.selector.select(0.2):
                     if key.fd == 0:
-                        self._hear()
+                        self._handle_input()
                     else:
-                        self._pass_on(key.data)
-                self._reap()
+                        self._forward_output(key.data)
+                self._report_exits()
         finally:
-            self._end()
+            for child in self.children.values():
+                child.kill()
+            shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _hear(self) -> None:
+    def _handle_input(self) -> None:
         try:
-            more = os.read(0, 1 << 16)
+            chunk = os.read(0, 1 << 16)
         except BlockingIOError:
             return
-        if not more:
-            self.going = False
+        if not chunk:
+            self.connected = False
             return
-        self.heard = time.monotonic()
-        *lines, self.rest = (self.rest + more).split(b"\n")
+        *lines, self.buffer = (self.buffer + chunk).split(b"\n")
         for line in lines:
             message = json.loads(line)
-            number, what = message.pop("id"), message.pop("do")
+            number, command = message.pop("id"), message.pop("do")
             try:
-                answer = getattr(self, f"do_{what}")(**message)
+                answer = getattr(self, f"do_{command}")(**message)
             except OSError as error:
                 answer = {"problem": str(error)}
-            self.say(id=number, answer=answer)
-        self.heard = time.monotonic()  # some answers take their time
+            self.send(id=number, answer=answer)
+        self.last_message = time.monotonic()  # after the answers, which may take some time
 
-    def _pass_on(self, child: Child) -> None:
-        more = os.read(child.out.fileno(), 1 << 16)
-        *lines, child.rest = (child.rest + more).split(b"\n")
-        if not more:
-            lines, child.rest = ([child.rest] if child.rest else []), b""
-            self.events.unregister(child.out)
-            child.out.close()
-            child.open = False
+    def _forward_output(self, child: Child) -> None:
+        chunk = os.read(child.output.fileno(), 1 << 16)
+        *lines, child.buffer = (child.buffer + chunk).split(b"\n")
+        if not chunk:
+            lines, child.buffer = ([child.buffer] if child.buffer else []), b""
+            self._close_output(child)
         for line in lines:
-            self.say(name=child.name, line=line.decode(errors="replace").rstrip("\r"))
+            self.send(name=child.name, line=line.decode(errors="replace").rstrip("\r"))
 
-    def _reap(self) -> None:
+    def _close_output(self, child: Child) -> None:
+        self.selector.unregister(child.output)
+        child.output.close()
+
+    def _report_exits(self) -> None:
         for child in list(self.children.values()):
-            code = child.process.poll()
+            code, now = child.process.poll(), time.monotonic()
             if code is None:
-                if child.kill_at is not None and time.monotonic() > child.kill_at:
-                    child.send(signal.SIGKILL)
+                if now > child.kill_at:
+                    child.signal(signal.SIGKILL)
                 continue
-            if child.open and child.kill_at is None:  # its last lines first; a grandchild may keep the pipe open
-                child.kill_at = time.monotonic() + 1
-            if child.open and time.monotonic() < (child.kill_at or 0.0):
-                continue
-            child.send(signal.SIGKILL)
-            if child.open:
-                self.events.unregister(child.out)
-                child.out.close()
+            if not child.output.closed:  # forward its last lines first; a child of its own may keep the pipe open
+                child.kill_at = min(child.kill_at, now + 1)
+                if now < child.kill_at:
+                    continue
+                self._close_output(child)
             del self.children[child.name]
-            child.clean()
-            self.say(name=child.name, exit=code)
+            child.kill()
+            self.send(name=child.name, exit=code)
 
-    def _end(self) -> None:
-        for child in self.children.values():
-            child.send(signal.SIGKILL)
-            child.process.wait()
-            child.clean()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    # what the launcher may ask
+    # the commands of the launcher
 
     def do_ping(self) -> None:
-        """Only that something was heard."""
+        """Show that the launcher is alive."""
 
-    def do_greet(self, patience: float) -> None:
-        self.patience = patience
-
-    def do_look(self, **asked: Any) -> dict[str, Any]:
-        return host_info.around(**asked)
+    def do_inspect(self, store: str, run: str) -> dict[str, Any]:
+        return host_info.inspect_host(Path(store), Path(run))
 
     def do_listen(self, address: str, ports: list[int]) -> dict[str, Any]:
-        """Take ports (0: any free one) of an address until `close`; they are then free for a server."""
+        """Listen on ports (0: any free one) of an address until `close`, which frees them for a server."""
         for port in ports:
-            taken = socket.socket()
-            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener = socket.socket()
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                taken.bind((address, port))
-                taken.listen()
+                listener.bind((address, port))
+                listener.listen()
             except OSError as error:
-                taken.close()
-                return {"problem": f"port {port} of {address}: {error.strerror}{host_info.holder_of(port)}"}
-            self.listening.append(taken)
-        return {"ports": [one.getsockname()[1] for one in self.listening[-len(ports) :]]}
+                listener.close()
+                return {"problem": f"port {port} of {address}: {error.strerror}{host_info.port_owner(port)}"}
+            self.sockets.append(listener)
+        return {"ports": [listener.getsockname()[1] for listener in self.sockets[-len(ports) :]]}
 
     def do_reach(self, targets: list[tuple[str, int]], limit: float) -> list[str]:
-        """Which of these listening addresses cannot be reached from here, and why."""
+        """Connect to each address; returns those that cannot be reached within ``limit`` seconds, and why."""
         missed = []
         for address, port in targets:
             try:
@@ -196,39 +187,36 @@ class Agent:
         return missed
 
     def do_close(self) -> None:
-        while self.listening:
-            self.listening.pop().close()
+        while self.sockets:
+            self.sockets.pop().close()
 
     def do_write(self, name: str, content: str) -> str:
-        """Keep a file for the processes; its path. It goes when the agent does."""
+        """Write a file for the processes and return its path. It is removed when the agent ends."""
         path = Path(self.folder) / name
         path.write_text(content)
         return str(path)
 
     def do_start(self, name: str, argv: list[str], env: dict[str, str], text: str, shared: str) -> dict[str, Any]:
-        """Start a process; text: its standard input; shared: how its files in /dev/shm begin."""
-        child = Child(name, argv, env, text, shared)
-        self.children[name] = child
-        self.events.register(child.out, selectors.EVENT_READ, child)
+        """Start a process. text: its standard input; shared: prefix of its files in /dev/shm."""
+        child = self.children[name] = Child(name, argv, env, text, shared)
+        self.selector.register(child.output, selectors.EVENT_READ, child)
         return {"pid": child.process.pid}
 
     def do_stop(self, names: list[str], within: float | None) -> None:
-        """Ask processes to end (SIGTERM) and kill those that have not within so many seconds; 0: at once, None: never."""
-        for name in names:
-            if name in self.children:
-                self.children[name].send(signal.SIGKILL if within == 0 else signal.SIGTERM)
-                if within:
-                    self.children[name].kill_at = time.monotonic() + within
+        """Send SIGTERM, and SIGKILL after ``within`` seconds; 0: SIGKILL at once, None: no SIGKILL."""
+        for child in [self.children[name] for name in names if name in self.children]:
+            child.signal(signal.SIGKILL if within == 0 else signal.SIGTERM)
+            if within:
+                child.kill_at = time.monotonic() + within
 
 
 if __name__ == "__main__":
-    # Ctrl-C is the launcher's business; a hang-up or a request to end is ours: then everything below ends in order
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    agent = Agent()
+    agent = Agent(patience=float(sys.argv[1]))
 
-    def _leave(*_: Any) -> None:
-        agent.going = False
+    def _disconnect(*_: Any) -> None:
+        agent.connected = False
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher handles Ctrl-C
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)
+        signal.signal(number, _disconnect)
     agent.run()

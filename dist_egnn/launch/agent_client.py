@@ -1,13 +1,14 @@
-"""The launcher's end of an agent: messages there, answers and events back."""
+"""The launcher's side of an agent: sends it messages, and receives answers and events."""
 
 from __future__ import annotations
 
 import json
 import queue
-import subprocess
 import threading
 import time
+from concurrent.futures import Future
 from contextlib import suppress
+from subprocess import PIPE, Popen, TimeoutExpired
 from typing import Any
 
 from ..errors import Failure
@@ -15,128 +16,134 @@ from .agent import GREETING
 from .hostfile import Host
 
 PING_EVERY_S = 2.0
+Events = queue.Queue[tuple["AgentClient", dict[str, Any]]]
 
 
-class Lost(Failure):
-    """A host does not answer any more."""
+class HostLost(Failure):
+    """A host no longer answers."""
 
 
-class Link:
-    """An agent on a host. Events (a line of a process, its end, the agent's own end) go to ``events`` as (link, message)."""
+class AgentClient:
+    """An agent on a host.
 
-    def __init__(self, host: Host, events: queue.Queue[tuple[Link, dict[str, Any]]], patience: float) -> None:
+    Its events go to the queue ``events`` as (client, message): {"name", "line"} for a line that a process printed,
+    {"name", "exit"} for its end, {"lost": True} for the end of the agent. A host that is silent for ``patience``
+    seconds is lost too.
+    """
+
+    def __init__(self, host: Host, events: Events, patience: float) -> None:
         self.host, self.events, self.patience = host, events, patience
-        self.alive, self.heard, self.said = True, time.monotonic(), ""
-        self._answers: dict[int, queue.Queue[Any]] = {}
+        self.alive, self.last_message, self.last_error = True, time.monotonic(), ""
+        self._pending: dict[int, Future[Any]] = {}
         self._count, self._lock = 0, threading.Lock()
         self._greeted = threading.Event()
-        try:
-            self.process = subprocess.Popen(
-                host.command(host.python, "-P", "-m", "dist_egnn.launch.agent"),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,  # Ctrl-C is for the launcher alone
-            )
+        command = host.command(host.python, "-P", "-m", "dist_egnn.launch.agent", str(patience))
+        try:  # in a session of its own: Ctrl-C is for the launcher alone
+            self.process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True)
         except OSError as error:
-            raise Lost(
+            raise HostLost(
                 f"host {host.name}: {host.reach[0]} does not start ({error.strerror}); is it installed?"
             ) from error
-        works = (self._read, self._read_errors, self._ping)
-        self._threads = [threading.Thread(target=work, daemon=True) for work in works]
+        work = (self._read_messages, self._read_errors, self._ping)
+        self._threads = [threading.Thread(target=function, daemon=True) for function in work]
         for thread in self._threads:
             thread.start()
 
-    def _read(self) -> None:
+    def _read_messages(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
             try:
                 message = json.loads(line)
-                assert isinstance(message, dict)
-            except (ValueError, AssertionError):  # what a login script prints
+            except ValueError:  # the output of a login script
                 continue
-            self.heard = time.monotonic()
+            if not isinstance(message, dict):
+                continue
+            self.last_message = time.monotonic()
             if message.get("greeting") == GREETING:
                 self._greeted.set()
-            elif "id" in message:
-                if waiting := self._answers.pop(message["id"], None):
-                    waiting.put(message["answer"])
-            else:
+            elif "id" not in message:
                 self.events.put((self, message))
+            elif pending := self._pending.pop(message["id"], None):
+                pending.set_result(message["answer"])
         self.alive = False
         self._greeted.set()
-        for waiting in list(self._answers.values()):
-            waiting.put({"lost": True})
+        for number in list(self._pending):
+            self._fail(number)
         self.events.put((self, {"lost": True}))
+
+    def _fail(self, number: int) -> None:
+        if pending := self._pending.pop(number, None):
+            pending.set_exception(ConnectionError())
 
     def _read_errors(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            self.said = line.decode(errors="replace").strip() or self.said
+            self.last_error = line.decode(errors="replace").strip() or self.last_error
 
     def _ping(self) -> None:
-        """Let the agent hear something now and then, whatever the launcher is busy with."""
+        """Show the agent regularly that the launcher is alive, whatever else it does."""
         while self.alive:
             time.sleep(PING_EVERY_S)
             if self._greeted.is_set():
                 self.send("ping")
 
-    def greet(self, wait: float) -> None:
-        """Wait for the agent's first word. Raises Lost where none comes."""
-        if not self._greeted.wait(wait) or not self.alive:
-            self.close()
-            self._threads[1].join(1)  # what went wrong is said there
-            said = f" ({self.said})" if self.said else ""
-            raise Lost(
-                f"host {self.host.name}: no agent answers{said}; check that `{self.host.reach[0]}` reaches it without a "
-                f"password and that {self.host.python} there has dist_egnn"
-            )
-        self.send("greet", patience=self.patience)
+    @property
+    def _reason(self) -> str:
+        return f" ({self.last_error})" if self.last_error else ""
 
-    def send(self, what: str, **message: Any) -> queue.Queue[Any]:
-        """Ask for something; the answer will be in the queue."""
-        answer: queue.Queue[Any] = queue.Queue()
+    def wait_for_greeting(self, timeout: float) -> None:
+        """Wait until the agent runs. Raises HostLost if it does not."""
+        if self._greeted.wait(timeout) and self.alive:
+            return
+        self.close()
+        self._threads[1].join(1)  # read the last error
+        raise HostLost(
+            f"host {self.host.name}: no agent answers{self._reason}; check that `{self.host.reach[0]}` reaches it "
+            f"without a password and that {self.host.python} there has dist_egnn"
+        )
+
+    def send(self, command: str, **arguments: Any) -> Future[Any]:
+        """Send a message. `result` waits for the answer."""
+        answer: Future[Any] = Future()
         assert self.process.stdin is not None
-        try:
-            with self._lock:
-                self._count += 1
-                self._answers[self._count] = answer
-                self.process.stdin.write(json.dumps({"id": self._count, "do": what, **message}).encode() + b"\n")
+        with self._lock:
+            self._count += 1
+            self._pending[self._count] = answer
+            try:
+                self.process.stdin.write(json.dumps({"id": self._count, "do": command, **arguments}).encode() + b"\n")
                 self.process.stdin.flush()
-        except (OSError, ValueError):  # the pipe is broken, or closed
-            answer.put({"lost": True})
+            except (OSError, ValueError):  # the pipe is broken, or closed
+                self._fail(self._count)
         return answer
 
-    def answer(self, waiting: queue.Queue[Any], wait: float | None = None) -> Any:
-        """What came back. Raises Lost for a host that does not answer, Failure for a problem there."""
+    def result(self, answer: Future[Any], timeout: float | None = None) -> Any:
+        """Wait for an answer. Raises HostLost if the host does not give one, Failure for a problem that it reports."""
         try:
-            found = waiting.get(timeout=self.patience if wait is None else wait)
-        except queue.Empty:
-            found = {"lost": True}
-        if isinstance(found, dict) and found.get("lost"):
-            raise Lost(f"host {self.host.name}: does not answer any more{f' ({self.said})' if self.said else ''}")
-        if isinstance(found, dict) and "problem" in found:
-            raise Failure(f"host {self.host.name}: {found['problem']}")
-        return found
+            content = answer.result(self.patience if timeout is None else timeout)
+        except (TimeoutError, ConnectionError):
+            raise HostLost(f"host {self.host.name}: does not answer any more{self._reason}") from None
+        if isinstance(content, dict) and "problem" in content:
+            raise Failure(f"host {self.host.name}: {content['problem']}")
+        return content
 
-    def ask(self, what: str, wait: float | None = None, **message: Any) -> Any:
-        """Send, and wait for the answer."""
-        return self.answer(self.send(what, **message), wait)
+    def call(self, command: str, **arguments: Any) -> Any:
+        """Send a message and wait for its answer."""
+        return self.result(self.send(command, **arguments))
 
-    def listen(self) -> None:
-        """Notice that the agent has fallen silent."""
-        if self.alive and time.monotonic() - self.heard > self.patience:
+    def check_alive(self) -> None:
+        """Report the agent as lost once it has been silent for too long."""
+        if self.alive and time.monotonic() - self.last_message > self.patience:
             self.alive = False
             self.events.put((self, {"lost": True}))
 
     def close(self) -> None:
-        """End the agent, and with it all that it started there."""
+        """End the agent, and with it all that it started on its host."""
         assert self.process.stdin is not None
         with suppress(OSError):
             self.process.stdin.close()
         try:
             self.process.wait(15 if self.alive else 1)
-        except subprocess.TimeoutExpired:
+        except TimeoutExpired:
             self.process.kill()
             self.process.wait()
         self.alive = False

@@ -1,4 +1,4 @@
-"""The hosts of a launch: from a file, from Slurm's environment, or this machine alone; and how to run a command there."""
+"""The hosts of a launch, from a file, from Slurm, or this machine alone; and how to run a command on them."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ import os
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import Failure
 
-SSH = "ssh -o BatchMode=yes -o ConnectTimeout=15 -o ServerAliveInterval=15"  # keys only: nobody is there to type a password
+SSH = "ssh -o BatchMode=yes -o ConnectTimeout=15 -o ServerAliveInterval=15"  # BatchMode: keys only, no password
 SRUN = "srun --overlap --nodes=1 --ntasks=1 --unbuffered"
+SETTINGS = ("port", "trainers", "interface", "python")
 
 
 @dataclass(frozen=True)
 class Host:
     """A machine of a launch.
 
-    name: as ssh or Slurm knows it; reach: the words that, with a shell command behind them, run it there; copy: what rsync
-    shall use to get there, None where it can't; trainers: None: as many as the store has for each machine.
+    name: as ssh or Slurm knows it; reach: the command that runs a shell command there; copy: rsync's remote shell, None
+    if rsync cannot be used; trainers: None: as many as the store has for each machine.
     """
 
     name: str
@@ -32,85 +34,74 @@ class Host:
     python: str = sys.executable
 
     def command(self, *words: str) -> list[str]:
-        """The argument list that runs these words there, in this folder, with what decides which code Python finds."""
-        kept = {key: os.environ[key] for key in ("PYTHONPATH", "OMP_NUM_THREADS") if key in os.environ}
-        settings = " ".join(f"{key}={shlex.quote(value)}" for key, value in kept.items())
-        return [*self.reach, f"cd {shlex.quote(os.getcwd())} && exec env {settings} {shlex.join(words)}"]
+        """The argument list that runs these words there, in this working folder, with this PYTHONPATH."""
+        variables = [f"{k}={shlex.quote(os.environ[k])}" for k in ("PYTHONPATH", "OMP_NUM_THREADS") if k in os.environ]
+        return [*self.reach, f"cd {shlex.quote(os.getcwd())} && exec env {' '.join(variables)} {shlex.join(words)}"]
 
 
-def listed(file: Path | None, local: bool, ssh: str | None) -> list[Host]:
-    """The hosts that the options name, or those of the Slurm job that this is in."""
+LOCALHOST = Host("localhost", ("sh", "-c"), interface="lo")
+
+
+def select_hosts(file: Path | None, local: bool, ssh: str | None) -> list[Host]:
+    """The hosts that the options name, or those of the Slurm job that this process is in."""
     if local:
-        return this_machine()
-    return from_file(file, ssh or SSH) if file else from_slurm()
+        return [LOCALHOST]
+    return read_hosts(file, ssh or SSH) if file else slurm_hosts()
 
 
-def this_machine() -> list[Host]:
-    """One host: this one, over its loopback."""
-    return [Host("localhost", ("sh", "-c"), interface="lo")]
-
-
-def from_file(path: Path, ssh: str = SSH) -> list[Host]:
-    """Hosts from a file: one a line, `[user@]host [port=22] [trainers=2] [interface=eth0] [python=/path]`, # for comments.
+def read_hosts(path: Path, ssh: str = SSH) -> list[Host]:
+    """Read a file, a host per line: `[user@]host [port=22] [trainers=2] [interface=eth0] [python=/path]  # comment`.
 
     ssh: the program, with its options, that runs a command on a host: PROGRAM [-p PORT] HOST COMMAND.
     """
+    remedy = "write one host per line, for example `node1 trainers=2`"
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise Failure(
-            f"{path}: no readable file of hosts; write one host a line, for example `node1 trainers=2`"
-        ) from error
-    found: list[Host] = []
-    for number, line in enumerate(lines, 1):
-        words = line.partition("#")[0].split()
-        if words:
-            found.append(_host(words, f"{path}, line {number}", ssh))
-    if not found:
-        raise Failure(f"{path}: names no host; write one a line, for example `node1 trainers=2`")
-    for name in {host.name for host in found}:
-        if sum(host.name == name for host in found) > 1:
-            raise Failure(
-                f"{path}: names {name} twice; a machine takes one line, with trainers=N for several processes"
-            )
-    return found
+        raise Failure(f"{path}: not a readable file of hosts; {remedy}") from error
+    rows = [(number, line.partition("#")[0].split()) for number, line in enumerate(lines, 1)]
+    hosts = [_parse_host(words, f"{path}, line {number}", ssh) for number, words in rows if words]
+    if not hosts:
+        raise Failure(f"{path}: names no host; {remedy}")
+    name, count = Counter(host.name for host in hosts).most_common(1)[0]
+    if count > 1:
+        raise Failure(f"{path}: names {name} twice; use one line per machine, with trainers=N for several processes")
+    return hosts
 
 
-def _host(words: list[str], where: str, ssh: str) -> Host:
+def _parse_host(words: list[str], where: str, ssh: str) -> Host:
     name, *settings = words
+    if name.startswith("-"):
+        raise Failure(f"{where}: '{name}' is not a host name")
     given: dict[str, str] = {}
     for word in settings:
-        key, equals, value = word.partition("=")
-        if not equals or not value or key not in ("port", "trainers", "interface", "python"):
+        key, _, value = word.partition("=")
+        if not value or key not in SETTINGS:
             raise Failure(f"{where}: '{word}'; use port=N, trainers=N, interface=NAME or python=PATH")
+        if key in ("port", "trainers") and not (value.isdecimal() and 0 < int(value) < 65536):
+            raise Failure(f"{where}: {word}: must be a whole number above 0")
         given[key] = value
-    for key in ("port", "trainers"):
-        if key in given and not (given[key].isdecimal() and 0 < int(given[key]) < 65536):
-            raise Failure(f"{where}: {key}={given[key]}: must be a whole number above 0")
-    if name.startswith("-"):
-        raise Failure(f"{where}: '{name}' is no name of a host")
-    copy = [*shlex.split(ssh), *(["-p", given["port"]] if "port" in given else [])]
+    remote_shell = [*shlex.split(ssh), *(["-p", given["port"]] if "port" in given else [])]
     return Host(
         name,
-        (*copy, name),
-        shlex.join(copy),
+        (*remote_shell, name),
+        shlex.join(remote_shell),
         int(given["trainers"]) if "trainers" in given else None,
         given.get("interface"),
         given.get("python", sys.executable),
     )
 
 
-def from_slurm(environ: Mapping[str, str] = os.environ) -> list[Host]:
-    """The nodes of the Slurm job that this process is in, each reached by a step of one task (srun)."""
+def slurm_hosts(environ: Mapping[str, str] = os.environ) -> list[Host]:
+    """The nodes of the Slurm job that this process is in; srun runs commands there."""
     nodes = environ.get("SLURM_JOB_NODELIST")
     if not nodes:
         raise Failure("no hosts: name them with --hosts FILE, use --local, or start this inside a Slurm job")
+    command = ["scontrol", "show", "hostnames", nodes]
     try:
-        listed = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True, timeout=60
-        ).stdout.split()
+        names = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
     except (OSError, subprocess.SubprocessError) as error:
         raise Failure(
-            f"SLURM_JOB_NODELIST={nodes}: scontrol does not expand it ({error}); name hosts with --hosts"
+            f"SLURM_JOB_NODELIST={nodes}: scontrol does not expand it ({error}); name the hosts with --hosts"
         ) from error
-    return [Host(name, (*shlex.split(SRUN), f"--nodelist={name}", "sh", "-c")) for name in listed]
+    return [Host(name, (*shlex.split(SRUN), f"--nodelist={name}", "sh", "-c")) for name in names]

@@ -1,4 +1,4 @@
-"""`distegnn launch` from the hosts' names to the last line."""
+"""`distegnn launch`: check all hosts, print the plan, and train."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import queue
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from ..commands.train import report_result
 from ..config import Config
@@ -15,102 +14,91 @@ from ..errors import Failure
 from ..utils import signals
 from ..utils.console import print_table
 from . import host_checks
-from .agent_client import PING_EVERY_S, Link
-from .copy_store import dispatch as copy_store
+from .agent_client import PING_EVERY_S, AgentClient, Events
+from .copy_store import copy_store
 from .hostfile import Host
-from .supervisor import Job, Launch
-from .workers import Crew, say
+from .supervisor import Job, Supervisor
+from .workers import Workers, announce
 
 GREETING_S = 30.0
-OPEN = (
-    "warning: DistDGL's and gloo's traffic is neither encrypted nor authenticated: whoever reaches these addresses can read and "
-    "change it. Use a private network."
+WARNING = (
+    "warning: the traffic of DistDGL and gloo is neither encrypted nor authenticated: whoever reaches these addresses "
+    "can read and change it. Use a private network."
 )
 
 
 @contextmanager
-def connected(hosts: list[Host], patience: float) -> Iterator[tuple[list[Link], queue.Queue[Any]]]:
-    """An agent on every host; they end, and all that they started, when the block does. Raises Failure naming all that fail."""
-    events: queue.Queue[Any] = queue.Queue()
-    links: list[Link] = []
+def connect_agents(hosts: list[Host], patience: float) -> Iterator[list[AgentClient]]:
+    """Start an agent on every host; each ends, with all that it started, when the block ends. Raises Failure."""
+    events: Events = queue.Queue()
+    clients: list[AgentClient] = []
     try:
-        links += [Link(host, events, patience) for host in hosts]
-        missing = []
-        for link in links:
+        errors = []
+        for host in hosts:
+            clients.append(AgentClient(host, events, patience))
+        for client in clients:
             try:
-                link.greet(GREETING_S)
+                client.wait_for_greeting(GREETING_S)
             except Failure as failure:
-                missing.append(str(failure))
-        _refuse(missing)
-        yield links, events
+                errors.append(str(failure))
+        _raise_errors(errors)
+        yield clients
     finally:
-        for link in links:
-            link.close()
+        for client in clients:
+            client.close()
 
 
-def _refuse(problems: list[str]) -> None:
-    """Raise Failure for the last problem, after a line for each one before."""
-    for line in problems[:-1]:
-        say(f"error: {line}")
-    if problems:
-        raise Failure(problems[-1])
+def _raise_errors(errors: list[str]) -> None:
+    """Raise Failure for the last error, after a line for each of the others."""
+    for error in errors[:-1]:
+        announce(f"error: {error}")
+    if errors:
+        raise Failure(errors[-1])
 
 
-def prepare(links: list[Link], config: Config, resume: bool, port: int, max_restarts: int) -> Job:
-    """Look at every host and make the job. Raises Failure after a line for each problem."""
-    asked = [link.send("look", store=config.data.path, run=config.run.dir) for link in links]
-    seen = [link.answer(one) for link, one in zip(links, asked, strict=True)]
-    hosts = [link.host for link in links]
-    _refuse(host_checks.problems(hosts, seen, config, resume))
-    places = [host_checks.address(host, here) for host, here in zip(hosts, seen, strict=True)]
-    addresses = [ip for _, ip in places]
-    for number, ip in enumerate(addresses):
-        if ip in addresses[:number]:
+def make_job(clients: list[AgentClient], config: Config, resume: bool, port: int, max_restarts: int) -> Job:
+    """Inspect every host and make the job. Raises Failure, after a line for each problem."""
+    answers = [client.send("inspect", store=config.data.path, run=config.run.dir) for client in clients]
+    infos = [client.result(answer) for client, answer in zip(clients, answers, strict=True)]
+    hosts = [client.host for client in clients]
+    _raise_errors(host_checks.find_problems(hosts, infos, config, resume))
+    chosen = [host_checks.choose_interface(host, info) for host, info in zip(hosts, infos, strict=True)]
+    addresses = [address for _, address in chosen]
+    for number, address in enumerate(addresses):
+        if address in addresses[:number]:
             raise Failure(
-                f"host {hosts[number].name}: has the address of {hosts[addresses.index(ip)].name}, {ip}; DistDGL tells machines "
-                "apart by their addresses: name each machine once, or other interfaces"
+                f"host {hosts[number].name}: has the same address as {hosts[addresses.index(address)].name}, "
+                f"{address}; DistDGL needs one address per machine: name each machine once, or set interface=NAME"
             )
-    store = seen[0]["store"]
+    store = infos[0]["store"]
     check_settings(DEFAULT_INPUTS | store["inputs"], config.data.path, config.data)
-    interfaces = [name for name, _ in places]
+    interfaces = [name for name, _ in chosen]
     return Job(config, addresses, interfaces, store["trainers"], store["sizes"], resume, port, max_restarts)
 
 
-def _span(first: int, count: int) -> str:
-    return f"{first}" if count == 1 else f"{first} to {first + count - 1}"
-
-
-def show(job: Job, links: list[Link]) -> None:
-    """The plan: who does what, and by which commands."""
-    config, ranks = job.config, job.ranks()
-    each, group = job.trainers * config.train.replicas, job.trainers * len(links)
-    rows = [
-        [
-            link.host.name,
-            job.interfaces[m],
-            f"{job.addresses[m]}:{job.port or '(free)'}",
-            ", ".join(_span(first, job.trainers) for first in range(m * job.trainers, len(ranks), group)),
-            f"{job.sizes[m] / 1e6:.1f} MB",
-        ]
-        for m, link in enumerate(links)
-    ]
-    print_table(
-        f"{config.data.path}: servers {len(links)}, trainers {len(ranks)}",
-        ["host", "interface", "server", "ranks", "partition"],
-        rows,
-    )
-    print(
-        f"rendezvous: {job.addresses[0]}:{job.port + 1 if job.port else '(free)'}; run: {config.run.dir} on {links[0].host.name}"
-    )
-    train = config.train
-    print(
-        f"a process waits {train.timeout_s:g} s for the others, a checkpoint is due every {train.checkpoint_minutes:g} minutes,"
-    )
-    print(f"after a failure there are up to {job.max_restarts} restarts from the last one")
-    for machine, link in enumerate(links):
-        served = f"{config.data.path} {machine} IP_CONFIG --replicas={config.train.replicas}"
-        print(f"on {link.host.name}: {link.host.python} -P -m dist_egnn.data.graph_server {served}")
-        print(f"{' ' * len(link.host.name)}     {each} × {link.host.python} -P -m dist_egnn.launch.trainer_main")
+def print_plan(job: Job, clients: list[AgentClient]) -> None:
+    """Print which host runs which processes, and by which commands."""
+    train, store, ranks = job.config.train, job.config.data.path, job.ranks()
+    rows = []
+    for machine, client in enumerate(clients):
+        own = [rank for rank, host in enumerate(ranks) if host == machine]
+        spans = [own[k : k + job.trainers] for k in range(0, len(own), job.trainers)]
+        shown = ", ".join(f"{span[0]} to {span[-1]}" if len(span) > 1 else f"{span[0]}" for span in spans)
+        server = f"{job.addresses[machine]}:{job.port or '(free)'}"
+        rows.append([client.host.name, job.interfaces[machine], server, shown, f"{job.sizes[machine] / 1e6:.1f} MB"])
+    title = f"{store}: servers {len(clients)}, trainers {len(ranks)}"
+    print_table(title, ["host", "interface", "server", "ranks", "partition"], rows)
+    rendezvous = f"{job.addresses[0]}:{job.port + 1 if job.port else '(free)'}"
+    print(f"rendezvous: {rendezvous}; run: {job.config.run.dir} on {clients[0].host.name}")
+    print(f"a process waits {train.timeout_s:g} s for others; a checkpoint every {train.checkpoint_minutes:g} minutes;")
+    print(f"after a failure up to {job.max_restarts} restarts from the last checkpoint")
+    for machine, client in enumerate(clients):
+        python = f"{client.host.python} -P -m dist_egnn."
+        print(
+            f"on {client.host.name}: {python}data.graph_server {store} {machine} IP_CONFIG --replicas={train.replicas}"
+        )
+        indent = " " * len(client.host.name)
+        print(f"{indent}     {job.trainers * train.replicas} × {python}launch.trainer_main")
 
 
 def run(
@@ -123,27 +111,28 @@ def run(
     dry_run: bool = False,
     dispatch: bool = False,
 ) -> dict[str, float]:
-    """Check all hosts, then train on them; what rank 0 returned. Raises Failure, or Stopped after a checkpoint."""
+    """Check all hosts, train, and return the result of rank 0. Raises Failure, or Stopped after a checkpoint."""
     if not config.data.path:
         raise Failure("data.path is not set: name a store made with `distegnn partition --shard-nodes 0`")
     config.data.path = str(Path(config.data.path).absolute())
     if dispatch and not dry_run:
         copy_store(Path(config.data.path), hosts)
-    with connected(hosts, max(config.train.timeout_s, 3 * PING_EVERY_S)) as (links, events):
-        job = prepare(links, config, resume, port, max_restarts)
-        show(job, links)
-        crew = Crew(links, events, signals.stop_requested)
+    with connect_agents(hosts, max(config.train.timeout_s, 3 * PING_EVERY_S)) as clients:
+        job = make_job(clients, config, resume, port, max_restarts)
+        print_plan(job, clients)
+        workers = Workers(clients, signals.stop_requested)
+        supervisor = Supervisor(job, workers)
         if dry_run:
-            Launch(job, crew).rehearse()
-            print("every host has the versions, the store, the room and the ports, and reaches every other one")
+            supervisor.rehearse()
+            print("every host has the versions, the store, the memory and the ports, and reaches every other host")
             return {}
         if any(name != "lo" for name in job.interfaces):
-            say(OPEN)
+            announce(WARNING)
         with signals.catch_stop_signals():
             try:
-                last = Launch(job, crew).supervise()
+                result = supervisor.run()
             finally:
-                crew.stop(servers=False)
-                crew.stop(servers=True, within=5)
-    report_result(Path(config.run.dir), last or {"stopped": 1.0}, len(job.ranks()), "launch")
-    return last
+                workers.stop(servers=False)
+                workers.stop(servers=True, within=5)
+    report_result(Path(config.run.dir), result or {"stopped": 1.0}, len(job.ranks()), "launch")
+    return result

@@ -1,4 +1,4 @@
-"""One trainer of a launch: its job comes as JSON on standard input, what the launcher shall know goes out on marked lines."""
+"""A trainer of `distegnn launch`: reads its task as JSON from standard input and prints its result as a marked line."""
 
 from __future__ import annotations
 
@@ -17,55 +17,53 @@ from ..train import resume, run_dir, trainer
 from ..utils import filesystem, progress, signals
 
 
-class Unmet(Exception):
-    """Servers or trainers that did not come: the next try may find them."""
+class PeersMissing(Exception):
+    """Servers or trainers did not connect; the next attempt may find them."""
 
 
-def work(job: dict[str, Any], config: Config) -> dict[str, float]:
-    """Meet the others and train. Rank 0 holds the run's folder, and refuses one that it must not write to."""
-    folder = Path(config.run.dir)
-    check = resume.check_resume if job["resume"] else run_dir.check_new_run
+def train(task: dict[str, Any], config: Config) -> dict[str, float]:
+    """Connect to the servers and the other trainers, and train. Rank 0 locks and checks the folder of the run."""
+    check = resume.check_resume if task["resume"] else run_dir.check_new_run
     with ExitStack() as stack:
-        if job["rank"] == 0:
+        if task["rank"] == 0:
             check(config)
-            stack.enter_context(
-                filesystem.lock_folder(folder, "another run is at work there; wait for it, or choose another run.dir")
-            )
-            check(config)  # now that nobody else begins one
+            busy = "another run is at work there; wait for it, or choose another run.dir"
+            stack.enter_context(filesystem.lock_folder(Path(config.run.dir), busy))
+            check(config)  # again, now that no other process can start a run there
         try:
             comm = graph_server.enter(
                 Path(config.data.path),
-                job["rank"],
-                Path(job["ip_config"]),
-                job["group"],
-                job["address"],
-                job["port"],
-                job["interface"],
+                task["rank"],
+                Path(task["ip_config"]),
+                task["group"],
+                task["address"],
+                task["port"],
+                task["interface"],
                 config.train.timeout_s,
                 config.train.replicas,
             )
         except Failure as failure:
-            raise Unmet(str(failure)) from failure
-        if comm.size == 1:  # where there are several, each listens in train()
+            raise PeersMissing(str(failure)) from failure
+        if comm.size == 1:  # with several processes, `trainer.train` handles the signals
             stack.enter_context(signals.catch_stop_signals())
-        return trainer.train(comm, config, job["resume"])
+        return trainer.train(comm, config, task["resume"])
 
 
 def main() -> None:
-    """Exit codes: 0 done or stopped as asked; 2 something that a restart does not mend; 1 anything else."""
-    job = json.load(sys.stdin)
+    """Exit codes: 0 done, or stopped on request; 2 an error that a restart cannot fix; 1 any other error."""
+    task = json.load(sys.stdin)
     try:
-        result = work(job, configs.parse(job["config"], "the launcher's config"))
-        if job["rank"] == 0:
+        result = train(task, configs.parse(task["config"], "the launcher's config"))
+        if task["rank"] == 0:
             print(f"\n{progress.EVENT_PREFIX}{json.dumps({'result': result})}", flush=True)
         code = 0
-    except (Failure, Unmet) as failure:
+    except (Failure, PeersMissing) as failure:
         print(f"error: {failure}", flush=True)
         code = 2 if isinstance(failure, Failure) else 1
     except BaseException:
         traceback.print_exc()
         code = 1
-    graph_server.leave(code)  # not through DGL's exit handlers, which wait for peers that may be gone
+    graph_server.leave(code)  # without DGL's exit handlers, which wait for peers that may be gone
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The processes of a launch on all hosts: started, listened to, stopped; and which of them is to blame when some end."""
+"""The processes of a launch on all hosts: start them, read their output, stop them, and find the one that failed."""
 
 from __future__ import annotations
 
@@ -8,72 +8,91 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import Failure
 from ..utils import progress
-from .agent_client import Link
+from .agent_client import AgentClient
 
-GATHER_S = 3.0  # after a first process has gone wrong: the cause may be among those that follow
-KEPT_LINES = 12
+GATHER_S = 3.0  # wait after the first failure: its cause may be among those that follow
+RECENT_LINES = 12
 SERVER = "server"
-CHATTER = re.compile(
-    r"\[[\d:]+\] \S*/dgl/|Client \[\d+\] waits on|Machine \(\d+\) group"
-)  # DGL's; kept for `last_words`
+DGL_MESSAGES = re.compile(r"\[[\d:]+\] \S*/dgl/|Client \[\d+\] waits on|Machine \(\d+\) group")
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONUNBUFFERED": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # torch warns of every address without a host name
+    progress.EVENTS_VARIABLE: "1",
+}
+Worker = tuple[int, str]  # number of the machine; "server" or "trainer R"
 
 
-class Broken(Exception):
-    """Something has failed in a way that a restart may mend. servers: whether they have to start again as well."""
+class WorkerFailure(Exception):
+    """Processes failed in a way that a restart may fix. servers: whether the servers have to start again too."""
 
     def __init__(self, cause: str, servers: bool = True) -> None:
         super().__init__(cause)
         self.servers = servers
 
 
-def say(text: str) -> None:
-    """A line for the person at the terminal."""
+class Problem(NamedTuple):
+    """The end of a process; with an empty name the loss of a host."""
+
+    machine: int
+    name: str
+    code: int
+
+    def priority(self) -> int:
+        """The lower, the closer to the cause: the other processes end because they lost a peer."""
+        if self.code == 2:  # it printed an error that the user has to fix
+            return 0
+        if not self.name:
+            return 1
+        if self.name == SERVER:
+            return 3
+        return 2 if self.code < 0 else 4
+
+
+def announce(text: str) -> None:
+    """Print a line for the user at the terminal."""
     print(text, file=sys.stderr, flush=True)
 
 
-class Crew:
-    """Processes by (machine, name): "server", or "trainer R". asked: whether a person wants them to end in order."""
+class Workers:
+    """All processes of a launch. stop_requested: whether the user wants the trainers to end after a checkpoint."""
 
-    def __init__(
-        self, links: list[Link], events: queue.Queue[tuple[Link, dict[str, Any]]], asked: Callable[[], bool]
-    ) -> None:
-        self.links, self.events, self.asked = links, events, asked
-        self.running: set[tuple[int, str]] = set()
-        self.said: dict[tuple[int, str], deque[str]] = {}
-        self.told = False  # that a person asked
-        self.blamed: tuple[int, str] | None = None
+    def __init__(self, clients: list[AgentClient], stop_requested: Callable[[], bool]) -> None:
+        self.clients, self.events, self.stop_requested = clients, clients[0].events, stop_requested
+        self.running: set[Worker] = set()
+        self.recent: dict[Worker, deque[str]] = {}
+        self.stopping = False  # whether the trainers were asked to end
+        self.failed: Worker | None = None
 
     def start(self, machine: int, name: str, argv: list[str], text: str = "", shared: str = "") -> None:
-        """text: its standard input; shared: how the files begin that it may leave in /dev/shm."""
-        quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # torch warns of each address without a name
-        env = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", progress.EVENTS_VARIABLE: "1", **quiet}
+        """Start a process. text: its standard input; shared: prefix of the files that it may leave in /dev/shm."""
         self.running.add((machine, name))
-        self.said[machine, name] = deque(maxlen=KEPT_LINES)
-        self.links[machine].ask("start", name=name, argv=argv, env=env, text=text, shared=shared)
+        self.recent[machine, name] = deque(maxlen=RECENT_LINES)
+        self.clients[machine].call("start", name=name, argv=argv, env=ENVIRONMENT, text=text, shared=shared)
 
-    def of(self, servers: bool) -> set[tuple[int, str]]:
-        """Those that run: servers, or trainers."""
-        return {one for one in self.running if (one[1] == SERVER) == servers}
+    def select(self, servers: bool) -> set[Worker]:
+        """The running servers, or the running trainers."""
+        return {worker for worker in self.running if (worker[1] == SERVER) == servers}
 
     def forget(self, machine: int) -> None:
-        """A host is gone, and all that ran on it."""
-        self.running = {one for one in self.running if one[0] != machine}
+        """Drop all processes of a host that is lost."""
+        self.running = {worker for worker in self.running if worker[0] != machine}
 
-    def _next(self) -> tuple[int, dict[str, Any]] | None:
-        """The next event and its machine, None if there is none just now."""
-        for link in self.links:
-            link.listen()
+    def _next_event(self) -> tuple[int, dict[str, Any]] | None:
+        """The next event with the number of its machine; None if none comes for a while."""
+        for client in self.clients:
+            client.check_alive()
         try:
-            link, message = self.events.get(timeout=0.2)
+            client, message = self.events.get(timeout=0.2)
         except queue.Empty:
             return None
-        if link not in self.links:  # of an agent that was given up since
+        if client not in self.clients:  # it was replaced since
             return None
-        machine = self.links.index(link)
+        machine = self.clients.index(client)
         if "exit" in message:
             self.running.discard((machine, message["name"]))
         elif "lost" in message:
@@ -81,84 +100,81 @@ class Crew:
         return machine, message
 
     def lines(self, servers: bool, limit: float | None = None) -> Iterator[tuple[int, str]]:
-        """(machine, line) of all that servers, or trainers, print, until none of them runs; each line is shown as well.
+        """(machine, line) of all that servers, or trainers, print until all of them have ended; prints the lines too.
 
-        Raises Failure where a process said what the user has to mend, Broken where one was lost or ``limit`` seconds went by.
+        Raises Failure for an error that the user has to fix, WorkerFailure if one fails or ``limit`` seconds pass.
         """
-        until = None if limit is None else time.monotonic() + limit
-        problems: list[tuple[int, str, int]] = []
-        give_up = None
-        while self.of(servers) and (give_up is None or time.monotonic() < give_up):
-            if self.asked() and not self.told:
-                self._tell()
-            if until is not None and time.monotonic() > until:
-                raise Broken(f"no {'server' if servers else 'trainer'} was ready within {limit:.0f} s")
-            event = self._next()
+        end = None if limit is None else time.monotonic() + limit
+        problems: list[Problem] = []
+        gather_until = None
+        while self.select(servers) and (gather_until is None or time.monotonic() < gather_until):
+            if self.stop_requested() and not self.stopping:
+                self._request_stop()
+            if end is not None and time.monotonic() > end:
+                raise WorkerFailure(f"no {'server' if servers else 'trainer'} was ready within {limit:.0f} s")
+            event = self._next_event()
             if event is None:
                 continue
             machine, message = event
             if "line" in message:
-                self._show(machine, message["name"], message["line"])
+                self._print_line(machine, message["name"], message["line"])
                 if (message["name"] == SERVER) == servers:
                     yield machine, message["line"]
             elif "lost" in message:
-                problems.append((machine, "", 0))
+                problems.append(Problem(machine, "", 0))
             elif message["exit"] or message["name"] == SERVER:
-                problems.append((machine, message["name"], message["exit"]))
-            if problems and give_up is None:
-                give_up = time.monotonic() + GATHER_S
-        if problems and not self.told:
-            self._blame(problems)
+                problems.append(Problem(machine, message["name"], message["exit"]))
+            if problems and gather_until is None:
+                gather_until = time.monotonic() + GATHER_S
+        if problems and not self.stopping:
+            self._raise_cause(problems)
 
-    def _show(self, machine: int, name: str, line: str) -> None:
-        if line.strip() and not line.startswith(progress.EVENT_PREFIX):
-            self.said[machine, name].append(line)
-            if not (CHATTER.match(line) or (name == SERVER and not line.startswith(("distegnn ", "error: ")))):
-                say(f"{self.links[machine].host.name}| {line}")
+    def _print_line(self, machine: int, name: str, line: str) -> None:
+        if not line.strip() or line.startswith(progress.EVENT_PREFIX):
+            return
+        self.recent[machine, name].append(line)
+        from_library = name == SERVER and not line.startswith(("distegnn ", "error: "))
+        if not from_library and not DGL_MESSAGES.match(line):
+            announce(f"{self.clients[machine].host.name}| {line}")
 
-    def _blame(self, problems: list[tuple[int, str, int]]) -> None:
-        """Raise for the one that went wrong of itself: the others follow because they lost it."""
-
-        def order(problem: tuple[int, str, int]) -> int:
-            _, name, code = problem
-            return (
-                0 if code == 2 else 1 if not name else 2 if code < 0 and name != SERVER else 3 if name == SERVER else 4
-            )
-
-        machine, name, code = min(problems, key=order)
-        host = f"host {self.links[machine].host.name}"
-        self.blamed = machine, name
+    def _raise_cause(self, problems: list[Problem]) -> None:
+        """Raise Failure or WorkerFailure for the process that failed first."""
+        machine, name, code = min(problems, key=Problem.priority)
+        host = f"host {self.clients[machine].host.name}"
+        self.failed = machine, name
         if not name:
-            raise Broken(f"{host}: does not answer any more")
-        said = self.said[machine, name]
+            raise WorkerFailure(f"{host}: does not answer any more")
+        recent = self.recent[machine, name]
         if code == 2:
-            error = next((line for line in reversed(said) if line.startswith("error: ")), "error: stopped")
+            error = next((line for line in reversed(recent) if line.startswith("error: ")), "error: stopped")
             raise Failure(f"{host}: {error.removeprefix('error: ')}")
-        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}{f', {said[-1]}' if said else ''}"
-        raise Broken(f"{host}: {name} ended ({how})", servers=any(one == SERVER for _, one, _ in problems))
+        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}{f', {recent[-1]}' if recent else ''}"
+        raise WorkerFailure(f"{host}: {name} ended ({how})", servers=any(p.name == SERVER for p in problems))
 
-    def _tell(self) -> None:
-        """Ask the trainers to write a checkpoint and leave."""
-        self.told = True
-        for machine, link in enumerate(self.links):
-            link.send("stop", names=[name for m, name in self.of(servers=False) if m == machine], within=None)
+    def _send_stop(self, servers: bool, within: float | None) -> None:
+        for machine, client in enumerate(self.clients):
+            names = [name for number, name in self.select(servers) if number == machine]
+            if names and client.alive:
+                client.send("stop", names=names, within=within)
+
+    def _request_stop(self) -> None:
+        """Ask the trainers to write a checkpoint and end."""
+        self.stopping = True
+        self._send_stop(servers=False, within=None)
 
     def stop(self, servers: bool, within: float = 0) -> None:
-        """End processes everywhere, by force after ``within`` seconds, and wait until they are gone."""
-        for machine, link in enumerate(self.links):
-            names = [name for m, name in self.of(servers) if m == machine]
-            if names and link.alive:
-                link.send("stop", names=names, within=within)
-        until = time.monotonic() + within + 10
-        while self.of(servers) and time.monotonic() < until:
-            event = self._next()
+        """End servers or trainers, by SIGKILL after ``within`` seconds, and wait until they are gone."""
+        self._send_stop(servers, within)
+        end = time.monotonic() + within + 10
+        while self.select(servers) and time.monotonic() < end:
+            event = self._next_event()
             if event and "line" in event[1]:
-                self._show(event[0], event[1]["name"], event[1]["line"])
+                self._print_line(event[0], event[1]["name"], event[1]["line"])
 
-    def last_words(self) -> None:
-        """What the one to blame said last."""
-        if self.blamed is None or self.blamed not in self.said:
+    def print_recent_lines(self) -> None:
+        """Print the last lines of the process that failed."""
+        if self.failed is None or self.failed not in self.recent:
             return
-        machine, name = self.blamed
-        for line in self.said[self.blamed]:
-            say(f"  {self.links[machine].host.name}, {name}, at last: {line}")
+        machine, name = self.failed
+        for line in self.recent[self.failed]:
+            announce(f"  {self.clients[machine].host.name}, {name}, last output: {line}")

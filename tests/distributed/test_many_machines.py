@@ -405,8 +405,8 @@ def test_hosts_that_share_no_files(launch, alone, make_store, tmp_path):
         (there / "manifest.yaml").write_text((there / "manifest.yaml").read_text() + "# changed\n")
         run = launch(copied, "ab", "train.epochs=2", folder=disk / "again", hosts=hosts)
         text = _ended(run, 2)
-        assert "host b: its" in text
-        assert "another store than that of a" in text
+        assert "host b: " in text
+        assert "another store there than on a" in text
         record(
             "a store differs on one host",
             "ends: " + cause(run).replace(str(copied), "store"),
@@ -440,7 +440,7 @@ def test_slurm_names_the_hosts(make_store, cluster, tmp_path):
         timeout=LIMIT_S,
     )
     assert done.returncode == 0, done.stderr
-    assert "reaches every other one" in done.stdout
+    assert "reaches every other host" in done.stdout
     assert re.search(r"b +net0 +10\.77\.0\.2:\(free\) +1 ", done.stdout)
 
 
