@@ -1,104 +1,80 @@
-"""What a rollout starts from, and what its nodes are held to: walls, fixed nodes, the unit of the velocity, how far is lost."""
+"""What is constant in a rollout: attributes, box, walls, fixed nodes, unit of the velocity; and when a rollout stops."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..config import Config
-from ..data.samples import SampleSpec
 from ..data.trajectories import Trajectories
 from ..errors import Failure
-from ..utils.part_weights import Weights
+
+if TYPE_CHECKING:
+    from .rollout import RolloutJob
 
 BOUNDS = ("none", "reflect", "clamp")
-FAR = 10.0  # a node this many box sizes from the box's centre is lost: the rollout stops
+MAX_SIZES = 10.0  # a rollout stops where a node is so many box sizes from the centre of the box
 
 
-@dataclass(frozen=True)
-class Job:
-    """All that decides a rollout."""
+class BoundaryConditions:
+    """Raises Failure for walls or fixed nodes that the trajectory does not have."""
 
-    config: Config
-    weights: str  # a checkpoint
-    data: str  # trajectories.h5
-    spec: SampleSpec
-    trajectory: int
-    start: int  # frame
-    steps: int
-    repartition: int  # steps from one partition to the next
-    method: str
-    method_seed: int
-    owned: Weights | None  # what each process is to own of the nodes; None: equal shares
-    bounds: str
-    fixed: tuple[str, float] | None  # attribute and value of the nodes that stay where they are
-    out: str
-    double: bool = False  # compute in float64, to compare numbers of processes
-
-
-class Scene:
-    """What stays as it is over a rollout: attributes, walls, fixed nodes, the unit of the velocity."""
-
-    def __init__(self, data: Trajectories, job: Job) -> None:
+    def __init__(self, data: Trajectories, job: RolloutJob) -> None:
         k, self.trajectory = job.trajectory, data[job.trajectory]
         self.bounds, self.box = job.bounds, data.box(k)
         self.side = data.sides(k, job.spec.radius) if job.spec.periodic else None
         self.dtype = np.dtype(np.float64 if job.double else np.float32)
         self.attributes = {name: data.attribute(k, name).astype(self.dtype) for name in self.trajectory.attributes}
-        # v is length per time where velocities are stored, else length per frame
-        self.per_step = job.spec.horizon * (self.trajectory.dt if self.trajectory.velocity else 1.0)
-        self.held = np.zeros(self.trajectory.nodes, bool)
+        # velocities are lengths per time if the data store them, else lengths per frame
+        self.step_time = job.spec.horizon * (self.trajectory.dt if self.trajectory.velocity else 1.0)
+        self.fixed = np.zeros(self.trajectory.nodes, bool)
         if job.fixed is not None:
-            self.held = data.attribute(k, job.fixed[0]) == job.fixed[1]
-            if not self.held.any():
+            self.fixed = data.attribute(k, job.fixed[0]) == job.fixed[1]
+            if not self.fixed.any():
                 raise Failure(f"--fixed {job.fixed[0]}={job.fixed[1]:g}: {job.data} has no such node in trajectory {k}")
         if self.bounds != "none" and (self.box is None or self.trajectory.periodic):
             why = "has no box" if self.box is None else "is in a periodic box, which has no walls"
             raise Failure(f"--bounds {self.bounds}: trajectory {k} of {job.data} {why}; use --bounds none")
         ends = [data.position(k, t) for t in (job.start, self.trajectory.frames - 1)]
         corners = self.box if self.box is not None else np.stack([np.min(ends, (0, 1)), np.max(ends, (0, 1))])
-        self.centre, self.reach = corners.mean(0), FAR * float(np.ptp(corners, 0).max())
+        self.centre, self.limit = corners.mean(0), MAX_SIZES * float(np.ptp(corners, 0).max())
 
-    def lost(self, x: np.ndarray, before: np.ndarray) -> str:
-        """What is wrong with positions (N, 3), given those a step before; empty if nothing is."""
-        wrong = ~np.isfinite(x).all(1)
-        if wrong.any():
-            return f"{wrong.sum()} positions are NaN or infinite, the first of node {wrong.argmax()}"
-        if self.side is not None:  # nodes may travel through many boxes, but not in a step
-            step = np.abs(x - before).max(1)
-            if step.max() > self.reach:
-                return f"node {step.argmax()} moves by {step.max():.3g}, over {FAR:g} times the box's size"
+    def problem(self, x: np.ndarray, before: np.ndarray) -> str:
+        """Why the rollout must stop at positions x (N, 3), given those of the step before; empty if it need not."""
+        invalid = ~np.isfinite(x).all(1)
+        if invalid.any():
+            return f"{invalid.sum()} positions are NaN or infinite, the first of node {invalid.argmax()}"
+        if self.side is not None:  # positions are unwrapped: only a single step can be too long
+            moved = np.abs(x - before).max(1)
+            if moved.max() > self.limit:
+                return f"node {moved.argmax()} moves by {moved.max():.3g}, over {MAX_SIZES:g} times the box's size"
             return ""
-        far = np.abs(x - self.centre).max(1)
-        if far.max() > self.reach:
-            of = "the box's" if self.box is not None else "the data's"
-            return f"node {far.argmax()} is {far.max():.3g} from the centre, over {FAR:g} times {of} size"
+        distance = np.abs(x - self.centre).max(1)
+        if distance.max() > self.limit:
+            size = f"over {MAX_SIZES:g} times the {'box' if self.box is not None else 'data'}'s size"
+            return f"node {distance.argmax()} is {distance.max():.3g} from the centre, {size}"
         return ""
 
-    def settle(self, x: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The next positions and velocities (N, 3), of positions now and as predicted: walls, fixed nodes, differences."""
+    def apply(self, x: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The next positions and velocities (N, 3), from the present and the predicted positions."""
         after, sign = predicted, np.ones_like(predicted)
+        if self.bounds != "none":
+            assert self.box is not None
+            low, high = self.box.astype(x.dtype)
         if self.bounds == "clamp":
-            after = predicted = np.clip(predicted, *self._walls(x))
+            after = predicted = np.clip(predicted, low, high)
         elif self.bounds == "reflect":
-            low, high = self._walls(x)
-            along = np.mod(predicted - low, 2 * (high - low))
-            back = along > high - low
-            after = np.clip(low + np.where(back, 2 * (high - low) - along, along), low, high)
-            sign[back] = -1
-        v = sign * (predicted - x) / np.asarray(self.per_step, x.dtype)
-        after, v = np.where(self.held[:, None], x, after), np.where(self.held[:, None], 0, v)
+            folded = np.mod(predicted - low, 2 * (high - low))
+            reversed_ = folded > high - low
+            after = np.clip(low + np.where(reversed_, 2 * (high - low) - folded, folded), low, high)
+            sign[reversed_] = -1
+        v = sign * (predicted - x) / np.asarray(self.step_time, x.dtype)
+        after, v = np.where(self.fixed[:, None], x, after), np.where(self.fixed[:, None], 0, v)
         return after.astype(x.dtype), v.astype(x.dtype)
-
-    def _walls(self, like: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        assert self.box is not None
-        low, high = self.box.astype(like.dtype)
-        return low, high
 
 
 def parse_fixed(text: str) -> tuple[str, float]:
-    """ATTRIBUTE=VALUE in two."""
+    """Split ATTRIBUTE=VALUE of --fixed."""
     name, _, value = text.partition("=")
     try:
         return name, float(value)

@@ -1,8 +1,8 @@
-"""How far predicted positions are from the true ones, and what a cloud of points is like: each a function of arrays alone.
+"""Errors of predicted positions and properties of point clouds, as functions of arrays.
 
-x, y: (N, 3) predicted and true positions; v: (N, 3) velocities; mass: (N,), ones unless given. NumPy arrays or tensors; sums are
-in float64. A function with ``comm`` is exact over partitions: every process gives the rows that it owns and gets the value of all
-of them together. `density` and `sinkhorn.divergence` need points of other partitions too: gather the frame first.
+x, y: (N, 3) predicted and true positions; v: (N, 3) velocities; mass: (N,), default 1. NumPy arrays or tensors; sums are in
+float64. Functions with ``comm`` are collective calls: every process passes the rows that it owns and receives the value for
+all rows. `density` and `sinkhorn.divergence` need all points: gather the frame first.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
     from ..distributed.comm import Comm
 
 
-def rows(x: Any) -> np.ndarray:
-    """A float64 array of an array or a tensor on any device."""
+def to_float64(x: Any) -> np.ndarray:
+    """A NumPy array of an array, or of a tensor on any device."""
     return np.asarray(x.detach().cpu() if hasattr(x, "detach") else x, dtype=np.float64)
 
 
 def _pair(x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
-    a, b = rows(x), rows(y)
+    a, b = to_float64(x), to_float64(y)
     if a.shape != b.shape or a.ndim != 2 or a.shape[1] != 3:
         raise Failure(f"positions of shapes {a.shape} and {b.shape}: both must be (N, 3)")
     return a, b
 
 
 def _weights(mass: Any, n: int) -> np.ndarray:
-    m = np.ones(n) if mass is None else rows(mass)
+    m = np.ones(n) if mass is None else to_float64(mass)
     if m.shape != (n,):
         raise Failure(f"mass has shape {m.shape}, expected ({n},)")
     return m
 
 
 def _total(comm: Comm | None, *values: Any) -> np.ndarray:
-    """The values (numbers or arrays), flat, each summed over the partitions: one all-reduce."""
+    """The values (numbers or arrays), flattened and summed over the processes in one all-reduce."""
     flat = np.concatenate([np.ravel(v) for v in values]).astype(np.float64)
     if comm is None:
         return flat
@@ -47,7 +47,7 @@ def _total(comm: Comm | None, *values: Any) -> np.ndarray:
 
 
 def position_mse(x: Any, y: Any, comm: Comm | None = None) -> float:
-    """Σ_i ‖x_i − y_i‖² / 3N, length²: the mean over nodes and components, as in training."""
+    """Σ_i ‖x_i − y_i‖² / 3N, length²: the mean over nodes and components as in `train.metrics`, which sums batches."""
     a, b = _pair(x, y)
     squares, count = _total(comm, np.square(a - b).sum(), a.size)
     return float(squares / count)
@@ -61,27 +61,27 @@ def mean_absolute_error(x: Any, y: Any, comm: Comm | None = None) -> float:
 
 
 def displacement_error(x: Any, y: Any, comm: Comm | None = None) -> float:
-    """Σ_i ‖x_i − y_i‖ / N, length: the mean distance between where nodes are said to be and where they are."""
+    """Σ_i ‖x_i − y_i‖ / N, length: the mean distance of predicted and true positions."""
     a, b = _pair(x, y)
     distance, count = _total(comm, np.linalg.norm(a - b, axis=1).sum(), len(a))
     return float(distance / count)
 
 
 def baselines(start: Any, v: Any, time: float, y: Any, comm: Comm | None = None) -> tuple[float, float]:
-    """The MSE of the static prediction ``start`` (N, 3) and of the linear one, start + time · v; time in units of v."""
-    x0, velocity = rows(start), rows(v)
+    """The MSE of the static prediction ``start`` (N, 3) and of the linear one, start + time · v."""
+    x0, velocity = to_float64(start), to_float64(v)
     return position_mse(x0, y, comm), position_mse(x0 + time * velocity, y, comm)
 
 
 def kinetic_energy(v: Any, mass: Any = None, comm: Comm | None = None) -> float:
     """½ Σ_i m_i ‖v_i‖², mass · length² / time²."""
-    velocity = rows(v)
+    velocity = to_float64(v)
     return float(_total(comm, 0.5 * (_weights(mass, len(velocity)) * np.square(velocity).sum(1)).sum())[0])
 
 
 def radius_of_gyration(x: Any, mass: Any = None, comm: Comm | None = None) -> float:
     """√(Σ_i m_i ‖x_i − x̄‖² / Σ_i m_i), x̄ the centre of mass; length. Two all-reduces."""
-    position = rows(x)
+    position = to_float64(x)
     m = _weights(mass, len(position))
     sums = _total(comm, m @ position, m.sum())
     squares = _total(comm, m @ np.square(position - sums[:3] / sums[3]).sum(1))
@@ -89,10 +89,10 @@ def radius_of_gyration(x: Any, mass: Any = None, comm: Comm | None = None) -> fl
 
 
 def rmsd(x: Any, y: Any, mass: Any = None, comm: Comm | None = None) -> float:
-    """min over rotations R and shifts t of √(Σ_i m_i ‖R x_i + t − y_i‖² / Σ_i m_i), length (Kabsch 1976).
+    """min over rotations R and translations t of √(Σ_i m_i ‖R x_i + t − y_i‖² / Σ_i m_i), length (Kabsch 1976).
 
-    With both clouds about their centres of mass and H = Σ_i m_i x_i y_iᵀ = U S Vᵀ, the best R is V diag(1, 1, d) Uᵀ,
-    d = det(V Uᵀ) = ±1, since a mirror image is another molecule. Two all-reduces, of 7 and of 10 numbers.
+    With both clouds about their centres of mass and H = Σ_i m_i x_i y_iᵀ = U S Vᵀ, the best R is V diag(1, 1, d) Uᵀ with
+    d = det(V Uᵀ) = ±1, which excludes reflections. Two all-reduces, of 7 and of 10 numbers.
     """
     a, b = _pair(x, y)
     m = _weights(mass, len(a))
@@ -100,22 +100,21 @@ def rmsd(x: Any, y: Any, mass: Any = None, comm: Comm | None = None) -> float:
     a, b = a - sums[:3] / sums[6], b - sums[3:6] / sums[6]
     second = _total(comm, (m[:, None] * a).T @ b, m @ (np.square(a) + np.square(b)).sum(1))
     u, s, vt = np.linalg.svd(second[:9].reshape(3, 3))
-    turned = s[0] + s[1] + np.sign(np.linalg.det(u) * np.linalg.det(vt)) * s[2]
-    return float(np.sqrt(max(second[9] - 2 * turned, 0.0) / sums[6]))
+    overlap = s[0] + s[1] + np.sign(np.linalg.det(u) * np.linalg.det(vt)) * s[2]
+    return float(np.sqrt(max(second[9] - 2 * overlap, 0.0) / sums[6]))
 
 
 def density(x: Any, mass: Any, support: float) -> np.ndarray:
-    """Σ_j m_j W(‖x_i − x_j‖) at every point, itself included: (N,), mass / length³.
+    """Σ_j m_j W(‖x_i − x_j‖) at every point, j = i included: (N,), mass / length³.
 
-    W is SPH's cubic spline (Monaghan 1992) that ends at ``support``: 8 / (π support³) times 6 (q³ − q²) + 1 for q ≤ ½ and
-    2 (1 − q)³ for ½ < q ≤ 1, q = distance / support. Too low within the support of a wall or a surface, where particles of
-    the wall would count too. Needs neighbours of other partitions: give it the whole frame.
+    W is the cubic spline of SPH (Monaghan 1992) with radius ``support``: 8 / (π support³) times 6 (q³ − q²) + 1 for q ≤ ½ and
+    2 (1 − q)³ for ½ < q ≤ 1, q = distance / support. Too low near a wall or a surface, where neighbours are missing.
     """
     from scipy.spatial import KDTree
 
     if not support > 0:
-        raise Failure(f"support={support}: must be positive; fluids take 4 particle radii")
-    position = rows(x)
+        raise Failure(f"support={support}: must be positive; 4 particle radii for fluids")
+    position = to_float64(x)
     n, m = len(position), _weights(mass, len(position))
     i, j = KDTree(position).query_pairs(support, output_type="ndarray").T
     q = np.linalg.norm(position[i] - position[j], axis=1) / support

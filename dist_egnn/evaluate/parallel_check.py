@@ -1,4 +1,4 @@
-"""Hold P processes against one on a user's own data: outputs, loss and the gradient of every parameter, in float64."""
+"""Compare P processes with one on a snapshot of a store: outputs, loss and all gradients, in float64."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ TOLERANCE = 1e-10
 
 
 @dataclass
-class Step:
-    """A forward and backward pass: predictions by node of the snapshot, the loss, gradients by parameter."""
+class StepResult:
+    """A forward and backward pass. predicted: (N, 3); virtual: (B, C, 3); gradients by parameter name."""
 
     predicted: Tensor
     virtual: Tensor
@@ -30,8 +30,7 @@ class Step:
 
 
 def randomize_output_weights(model: torch.nn.Module) -> None:
-    """Draw the last weights of φ_x and its kind anew, at full size: they start near zero, where an error in what they carry
-    would hide."""
+    """Draw the last weights of φ_x, φ_xv and φ_z at full size: they start near zero, which would hide errors upstream."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if name.endswith(("phi_x.2.weight", "phi_xv.2.weight", "phi_z.2.weight")):
@@ -39,7 +38,7 @@ def randomize_output_weights(model: torch.nn.Module) -> None:
             parameter.data = drawn.to(parameter)
 
 
-def _step(comm: Comm, config: Config, store: Store, graph: DGLGraph) -> Step:
+def _run_step(comm: Comm, config: Config, store: Store, graph: DGLGraph) -> StepResult:
     widths = len(store.inputs["features"]), len(store.inputs["node_attributes"])
     model = trainer.build_model(config, widths, comm).double()
     randomize_output_weights(model)
@@ -48,53 +47,51 @@ def _step(comm: Comm, config: Config, store: Store, graph: DGLGraph) -> Step:
     loss.backward()
     comm.sum_gradients(model.parameters())
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return Step(predicted.detach(), z.detach(), comm.sum(loss.detach()), gradients)
+    return StepResult(predicted.detach(), z.detach(), comm.sum(loss.detach()), gradients)
 
 
 def save_rank_results(comm: Comm, config: Config, path: str, snapshot: int, folder: str) -> None:
+    """Run a step on this rank's part and save its results as RANK.pt in the folder."""
     store = Store(path)
     graph = store.read(snapshot, comm.rank, config.partition.halo == "exchange")
-    step = _step(comm, config, store, graph)
+    step = _run_step(comm, config, store, graph)
     result = {"gid": graph.ndata["gid"], "predicted": step.predicted}
     if comm.rank == 0:
-        result |= {
-            "virtual": step.virtual,
-            "loss": step.loss,
-            **{f"gradient {k}": g for k, g in step.gradients.items()},
-        }
+        result |= {"virtual": step.virtual, "loss": step.loss}
+        result |= {f"gradient {name}": gradient for name, gradient in step.gradients.items()}
     torch.save(result, Path(folder) / f"{comm.rank}.pt")
 
 
 def relative_difference(a: Tensor, b: Tensor, least: float = 0.0) -> float:
-    """The largest difference relative to the largest value of b, or to ``least`` if that is larger; two zeros agree."""
+    """The largest difference relative to the largest value of b, or to ``least`` if that is larger; 0 for two zeros."""
     difference = float((a - b).abs().max()) if a.numel() else 0.0
     return difference / max(float(b.abs().max()), least) if difference else 0.0
 
 
 def compare(config: Config, store: Store, snapshot: int, folder: Path) -> dict[str, float]:
-    """Relative differences of P processes from one on the same cut graph, in halo mode on the full graph, by what was compared.
+    """Relative differences between P processes and one, by quantity. ``folder`` takes temporary files.
 
-    A gradient that symmetry makes zero (φ_z's on a block of fluid at rest, say) is nothing but rounding, and cannot be held
-    against its own size: a gradient's scale is at least a thousandth of the largest gradient of the model.
+    One process computes on the same cut graph, in halo mode on the full graph. A gradient that is zero by symmetry (φ_z's for
+    a block of fluid at rest, say) consists of rounding errors, so gradients are compared relative to at least a thousandth of
+    the model's largest one.
     """
     config = copy.deepcopy(config)
-    spawn.run_ranks(
-        save_rank_results, store.parts, config, str(store.path), snapshot, str(folder), timeout_s=config.train.timeout_s
-    )
+    arguments = config, str(store.path), snapshot, str(folder)
+    spawn.run_ranks(save_rank_results, store.parts, *arguments, timeout_s=config.train.timeout_s)
     return compare_with_one_process(config, store, snapshot, folder)
 
 
 def compare_with_one_process(config: Config, store: Store, snapshot: int, folder: Path) -> dict[str, float]:
-    """What compare returns, given what each process left in the folder."""
-    one = _step(SingleProcess(), config, store, store.whole(snapshot, config.partition.halo == "exchange"))
+    """The result of `compare`, from the files of `save_rank_results`."""
+    one = _run_step(SingleProcess(), config, store, store.whole(snapshot, config.partition.halo == "exchange"))
     ranks = [torch.load(folder / f"{p}.pt", weights_only=True) for p in range(store.parts)]
     predicted = torch.cat([r["predicted"] for r in ranks])[torch.cat([r["gid"] for r in ranks]).argsort()]
-    found = {
+    differences = {
         "prediction x": relative_difference(predicted, one.predicted),
         "virtual nodes z": relative_difference(ranks[0]["virtual"], one.virtual),
         "loss": relative_difference(ranks[0]["loss"], one.loss),
     }
     least = 1e-3 * max((float(g.abs().max()) for g in one.gradients.values()), default=0.0)
     for name, gradient in one.gradients.items():
-        found[f"gradient {name}"] = relative_difference(ranks[0][f"gradient {name}"], gradient, least)
-    return found
+        differences[f"gradient {name}"] = relative_difference(ranks[0][f"gradient {name}"], gradient, least)
+    return differences

@@ -19,7 +19,7 @@ from ..data.samples import build_sample, feature_columns
 from ..data.trajectories import box_sides
 from ..distributed.comm import SingleProcess
 from ..errors import Failure
-from ..train import checkpoint
+from ..train import checkpoint, run_dir
 from ..train.trainer import build_model
 from ..utils import devices
 
@@ -28,30 +28,28 @@ ByName = Mapping[str, Array]
 
 
 class Predictor:
-    """Positions after the run's horizon, predicted from one snapshot of the kind that the run was trained on.
+    """Predicts positions after the run's horizon from one snapshot, on one process and the whole graph.
 
-    All that a sample needs is made as the run's data section says: features (``speed``, ``NAME/max``), the radius graph, edge
-    dropping, edge attributes. A model that was trained on parts sees the whole graph here, on one process, no edge cut.
-
-    config: the run's; features: names of its input features, None where the run took every attribute and speed.
+    Features (``speed``, ``NAME/max``), radius graph, edge dropping and edge attributes follow the data section of ``config``,
+    the run's config. features: names of the input features, None if the run used every attribute and speed.
     """
 
     def __init__(self, path: str | Path, device: str = "cpu") -> None:
-        """path: a run's folder, whose best.pt is taken, or a checkpoint. Raises Failure for what cannot be read."""
+        """path: a run's folder, whose best.pt is loaded, or a checkpoint. Raises Failure if it cannot be loaded."""
         devices.check_name(device, "device=", "auto")
         if device != "auto":
             devices.check_available(device, "device=")
         file = Path(path)
-        file = file / "best.pt" if file.is_dir() else file
+        file = file / run_dir.BEST if file.is_dir() else file
         state = checkpoint.load(file)
         self.config = configs.parse(state["config"], f"{file}: its config")
         data = self.config.data
-        embedding = state["model"].get("embedding.weight")  # none: the model reads no features
+        embedding = state["model"].get("embedding.weight")  # missing: the model uses no features
         self.width = 0 if embedding is None else embedding.shape[1]
         self.features = () if embedding is None else data.features
         self.node_attributes = () if embedding is None else tuple(data.node_attributes)
         self.spec = sample_spec(data, ())
-        with torch.random.fork_rng(devices=[]):  # the caller's draws are none of our business
+        with torch.random.fork_rng(devices=[]):  # keeps the caller's random state
             self.model = build_model(self.config, (self.width, len(self.node_attributes)), SingleProcess())
         checkpoint.load_weights(self.model, state, file)
         self.model.to(devices.resolve(device)).eval()
@@ -65,12 +63,12 @@ class Predictor:
         node_attributes: ByName | Array | None = None,
         box: Array | None = None,
     ) -> Array:
-        """Predicted positions (N, 3) float32: an array for an array of positions, a tensor on its device for a tensor.
+        """Predicted positions (N, 3) float32: an array if positions is an array, a tensor on its device if it is a tensor.
 
-        positions, velocities: (N, 3), in the units of the run's data; features: attributes by name, each (N,), of which the run's
-        input features and node attributes are made; or the features themselves (N, F). node_attributes: the same for (N, K),
-        where they are not among the features. box: low and high corner (2, 3), if the run's data are periodic.
-        Raises Failure for a wrong shape, what is missing, NaN and infinite values.
+        positions, velocities: (N, 3), in the units of the run's data; features: attributes by name, each (N,), from which the
+        run's features and node attributes are computed, or the features themselves (N, F). node_attributes: the same for
+        (N, K), if ``features`` does not contain them. box: low and high corner (2, 3), if the run's data are periodic.
+        Raises Failure for a wrong shape, missing attributes, NaN and infinite values.
         """
         return self.with_virtual(positions, velocities, features, node_attributes=node_attributes, box=box)[0]
 
@@ -112,22 +110,21 @@ class Predictor:
         names = (*sorted(given), "speed")  # what data.features: null means
         if len(names) != self.width:
             raise Failure(
-                f"features: the model takes every attribute of its data, {self.width - 1}, and speed; "
+                f"features: the model uses all {self.width - 1} attributes of its data and speed; "
                 f"given are {len(given)}: {', '.join(sorted(given)) or 'none'}"
             )
         return names
 
 
 def _named(given: ByName, name: str, what: str, n: int) -> np.ndarray:
-    """A node attribute (N,) from those given by name."""
     if name not in given:
-        have = ", ".join(sorted(given)) or "none"
-        raise Failure(f"{what}: '{name}' is missing; give it by name, {{'{name}': array of {n}}} (given: {have})")
+        names = ", ".join(sorted(given)) or "none"
+        raise Failure(f"{what}: '{name}' is missing; pass {{'{name}': array of {n}}} (given: {names})")
     return _numbers(given[name], f"{what}: '{name}'", (n,))
 
 
 def _numbers(value: Any, what: str, shape: tuple[int | None, ...]) -> np.ndarray:
-    """A float32 copy, as files keep numbers. Raises Failure for another shape (None: any length), no numbers, NaN, infinity."""
+    """A float32 copy. Raises Failure for another shape (None: any length), no numbers, NaN and infinite values."""
     if isinstance(value, Tensor):
         value = value.detach().to("cpu", torch.float64).numpy()
     try:
@@ -135,9 +132,9 @@ def _numbers(value: Any, what: str, shape: tuple[int | None, ...]) -> np.ndarray
             array = np.array(value, dtype=np.float32)
     except (TypeError, ValueError) as error:
         raise Failure(f"{what}: not an array of numbers ({error})") from error
-    wanted = ", ".join("N" if size is None else str(size) for size in shape)
+    expected = ", ".join("N" if size is None else str(size) for size in shape)
     if array.ndim != len(shape) or any(s not in (None, t) for s, t in zip(shape, array.shape, strict=True)):
-        raise Failure(f"{what}: shape {array.shape}, expected ({wanted}{',' if len(shape) == 1 else ''})")
+        raise Failure(f"{what}: shape {array.shape}, expected ({expected}{',' if len(shape) == 1 else ''})")
     if not len(array):
         raise Failure(f"{what}: no node")
     if not np.isfinite(array).all():

@@ -1,9 +1,9 @@
-"""The file of a rollout: VTKHDF, which ParaView opens, written and read a frame at a time. See docs/formats.md.
+"""The file of a rollout: VTKHDF, which ParaView opens, written and read frame by frame. See docs/formats.md.
 
-What VTK reads stands under /VTKHDF: one UnstructuredGrid of N vertices whose points and point data go on in time. What VTK has no
-place for stands under /dist_egnn, which VTK leaves alone. While it grows the file is called PATH.partial. Its arrays have
-their final size from the start, so that a frame only fills in rows, and the count of whole frames goes up last: whenever the
-writer is killed, all frames up to that count can be read.
+/VTKHDF contains what VTK reads: one UnstructuredGrid of N vertices whose points and point data change over time. /dist_egnn,
+which VTK ignores, contains the rest. Until it is complete the file is called PATH.partial. Arrays have their final size from
+the start and the number of complete frames is written last, so the frames up to that number can be read whenever the writer
+is killed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,29 +26,29 @@ VTK, VTK_VERTEX = (2, 0), 1
 VECTORS = ("velocity", "error")
 
 
-def partial_of(path: Path) -> Path:
+def partial_path(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A frame. error: position minus the true one, None where the data have no such frame; virtual: of the model's last layer."""
+    """One frame of a rollout."""
 
     step: int
     frame: int  # of the trajectory
-    time: float  # in the source's unit
+    time: float  # in the unit of the source
     position: np.ndarray  # (N, 3)
     velocity: np.ndarray  # (N, 3), in the unit of the data
-    error: np.ndarray | None  # (N, 3)
+    error: np.ndarray | None  # (N, 3) position minus the true one; None after the end of the data
     part: np.ndarray  # (N,) the process that computed the node
-    virtual: np.ndarray | None  # (C, 3), None in the first frame and for models without
+    virtual: np.ndarray | None  # (C, 3) after the last layer; None in the first frame and for models without
 
 
-class Writer:
-    """Writes PATH.partial; `finish` makes PATH of it.
+class RolloutWriter:
+    """Writes PATH.partial; `finish` renames it to PATH.
 
-    meta: what made it, kept as JSON, with ``start`` and ``horizon`` in frames, ``dt`` per frame, and ``true_frames``, the number
-    of frames that the data have. attributes: name → (N,). Raises Failure where the disk is full.
+    meta: JSON values, among them ``start`` and ``horizon`` in frames, ``dt`` per frame, and ``true_frames``, the number of
+    frames in the data. attributes: name → (N,). virtual: number of virtual nodes. Raises Failure if the disk is full.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class Writer:
         virtual: int,
         dtype: np.dtype,
     ) -> None:
-        self.path, self.nodes, self.known = partial_of(path), nodes, int(meta["true_frames"])
+        self.path, self.nodes, self.count = partial_path(path), nodes, 0
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = h5py.File(self.path, "w")
         self.ours = self.file.create_group("dist_egnn")
@@ -87,26 +88,24 @@ class Writer:
         data.create_dataset("part", (frames * nodes,), np.int32)
         for name, value in attributes.items():
             if name in data:
-                raise Failure(f"{path}: the data's attribute '{name}' has the name of a rollout's own array; rename it")
+                raise Failure(f"{path}: node attribute '{name}' has the name of an array of every rollout; rename it")
             data[name] = value
-        times = (int(meta["start"]) + int(meta["horizon"]) * np.arange(frames)) * float(meta["dt"])
-        self._steps(times, [*VECTORS, "part"], list(attributes))
-        self.done = 0
+        self._write_steps(
+            (int(meta["start"]) + int(meta["horizon"]) * np.arange(frames)) * float(meta["dt"]), attributes
+        )
         self.file.flush()
 
-    def _steps(self, times: np.ndarray, moving: list[str], fixed: list[str]) -> None:
-        """Where VTK finds a step: points and moving arrays N rows further each time, cells and fixed arrays where they were."""
+    def _write_steps(self, times: np.ndarray, attributes: Mapping[str, np.ndarray]) -> None:
+        """Offsets of each step: points and arrays over time advance by N rows, cells and attributes stay."""
         steps = self.root.create_group("Steps")
         steps.attrs["NSteps"] = np.int64(len(times))
         steps["Values"] = times
-        starts, none = self.nodes * np.arange(len(times), dtype=np.int64), np.zeros(len(times), np.int64)
-        steps["PointOffsets"], steps["PartOffsets"], steps["NumberOfParts"] = starts, none, none + 1
-        steps["CellOffsets"] = steps["ConnectivityIdOffsets"] = none[:, None]
+        starts, zeros = self.nodes * np.arange(len(times), dtype=np.int64), np.zeros(len(times), np.int64)
+        steps["PointOffsets"], steps["PartOffsets"], steps["NumberOfParts"] = starts, zeros, zeros + 1
+        steps["CellOffsets"] = steps["ConnectivityIdOffsets"] = zeros[:, None]
         offsets = steps.create_group("PointDataOffsets")
-        for name in moving:
-            offsets[name] = starts
-        for name in fixed:
-            offsets[name] = none
+        for name in (*VECTORS, "part", *attributes):
+            offsets[name] = zeros if name in attributes else starts
 
     def add(
         self,
@@ -116,48 +115,46 @@ class Writer:
         error: np.ndarray | None,
         virtual: np.ndarray | None,
     ) -> None:
-        """Append a frame; it counts once all of it is written."""
-        rows = slice(self.done * self.nodes, (self.done + 1) * self.nodes)
+        """Append a frame."""
+        rows = slice(self.count * self.nodes, (self.count + 1) * self.nodes)
         try:
             self.root["Points"][rows] = position
             data = self.root["PointData"]
             data["velocity"][rows], data["part"][rows] = velocity, part
             data["error"][rows] = np.nan if error is None else error
             if "virtual" in self.ours:
-                self.ours["virtual"][self.done] = np.nan if virtual is None else virtual
+                self.ours["virtual"][self.count] = np.nan if virtual is None else virtual
             self.file.flush()
-            self.ours["frames"][()] = self.done + 1
+            self.ours["frames"][()] = self.count + 1  # only after the rows are on disk
             self.file.flush()
-        except OSError as problem:
-            raise Failure(f"{self.path}: cannot write frame {self.done} ({problem}); is the disk full?") from problem
-        self.done += 1
+        except OSError as failure:
+            raise Failure(f"{self.path}: cannot write frame {self.count} ({failure}); is the disk full?") from failure
+        self.count += 1
 
     def close(self) -> None:
         self.file.close()
 
 
-class Rollout:
-    """A rollout's file, read a frame at a time: ``for frame in Rollout(path)``; PATH.partial of a killed one too.
+class Rollout(AbstractContextManager["Rollout"]):
+    """Reads the file of a rollout frame by frame: ``for frame in Rollout(path)``; also PATH.partial of a killed one.
 
-    meta: what made it; box: (2, 3) or None. Raises Failure for a file that is missing, damaged or not ours.
+    meta: see RolloutWriter; box: (2, 3) or None. Raises Failure for a file that is missing, damaged or of another format.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_file():
-            left = partial_of(self.path)
-            hint = f"; {left} was left by one that was killed" if left.is_file() else ""
-            raise Failure(f"{path}: no such file{hint}; `distegnn rollout` makes one")
+            partial = partial_path(self.path)
+            hint = f"; {partial} was left by a killed rollout" if partial.is_file() else ""
+            raise Failure(f"{path}: no such file{hint}; create it with `distegnn rollout`")
         try:
             self.file = h5py.File(self.path, "r")
         except OSError as error:
             raise Failure(f"{path}: not a readable HDF5 file ({error}); roll out again") from error
         ours = self.file.get("dist_egnn")
-        found = (ours.attrs.get("format"), ours.attrs.get("version")) if ours is not None else (None, None)
-        if found != (FORMAT, VERSION):
-            raise Failure(
-                f"{path}: {found[0]} version {found[1]}, this program reads {FORMAT} {VERSION}; roll out again"
-            )
+        version = (ours.attrs.get("format"), ours.attrs.get("version")) if ours is not None else (None, None)
+        if version != (FORMAT, VERSION):
+            raise Failure(f"{path}: {version[0]} version {version[1]}, expected {FORMAT} {VERSION}; roll out again")
         try:
             self.meta: dict[str, Any] = json.loads(ours.attrs["meta"])
             self.box: np.ndarray | None = ours["box"][()] if "box" in ours else None
@@ -166,9 +163,8 @@ class Rollout:
             self.nodes = int(self._root["NumberOfPoints"][0])
             self._virtual = ours.get("virtual")
             data = self._root["PointData"]
-            self.attributes: dict[str, np.ndarray] = {
-                name: data[name][()] for name in data if name not in (*VECTORS, "part")
-            }
+            names = [name for name in data if name not in (*VECTORS, "part")]
+            self.attributes: dict[str, np.ndarray] = {name: data[name][()] for name in names}
         except (KeyError, ValueError, OSError) as error:
             raise Failure(f"{path}: damaged ({error}); roll out again") from error
 
@@ -182,14 +178,14 @@ class Rollout:
         data, frame = self._root["PointData"], self.meta["start"] + step * self.meta["horizon"]
         try:
             return Frame(
-                step,
-                frame,
-                frame * self.meta["dt"],
-                self._root["Points"][rows],
-                data["velocity"][rows],
-                data["error"][rows] if frame < self.meta["true_frames"] else None,
-                data["part"][rows],
-                self._virtual[step] if self._virtual is not None and step else None,
+                step=step,
+                frame=frame,
+                time=frame * self.meta["dt"],
+                position=self._root["Points"][rows],
+                velocity=data["velocity"][rows],
+                error=data["error"][rows] if frame < self.meta["true_frames"] else None,
+                part=data["part"][rows],
+                virtual=self._virtual[step] if self._virtual is not None and step else None,
             )
         except (KeyError, OSError) as error:
             raise Failure(f"{self.path}: step {step}: cannot be read ({error}); roll out again") from error
@@ -200,30 +196,27 @@ class Rollout:
     def close(self) -> None:
         self.file.close()
 
-    def __enter__(self) -> Rollout:
-        return self
-
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
 def finish(path: Path) -> int:
-    """Make PATH of PATH.partial, with the frames that are whole; returns how many. None at all: nothing is left."""
-    partial = partial_of(path)
+    """Rename PATH.partial to PATH, cut to its complete frames; returns their number. Without any, remove it."""
+    partial = partial_path(path)
     with Rollout(partial) as source:
-        done, planned = len(source), len(source.file["VTKHDF/Steps/Values"])
-        if 0 < done < planned:
-            # VTK reads all of Steps, and the rows that are missing would take up their space: copy what is there
+        frames, planned = len(source), len(source.file["VTKHDF/Steps/Values"])
+        if 0 < frames < planned:
+            # VTK reads all of Steps, and missing rows would take up space: copy the complete frames
             short = path.with_name(path.name + ".short")
             virtual = 0 if source._virtual is None else source._virtual.shape[1]
-            like = source.file["VTKHDF/Points"].dtype
-            out = Writer(short, done, source.nodes, source.meta, source.attributes, source.box, virtual, like)
+            dtype = source.file["VTKHDF/Points"].dtype
+            out = RolloutWriter(short, frames, source.nodes, source.meta, source.attributes, source.box, virtual, dtype)
             for frame in source:
                 out.add(frame.position, frame.velocity, frame.part, frame.error, frame.virtual)
             out.close()
             os.replace(out.path, partial)
-    if done:
+    if frames:
         os.replace(partial, path)
     else:
         partial.unlink()
-    return done
+    return frames

@@ -27,9 +27,9 @@ from dist_egnn.data.trajectories import Trajectories, Writer
 from dist_egnn.distributed import comm, spawn
 from dist_egnn.errors import Failure
 from dist_egnn.evaluate import metrics, rollout, sinkhorn
-from dist_egnn.evaluate.boundary_conditions import BOUNDS, Job, Scene
-from dist_egnn.evaluate.vtkhdf import Rollout, finish, partial_of
-from dist_egnn.evaluate.vtkhdf import Writer as FrameWriter
+from dist_egnn.evaluate.boundary_conditions import BOUNDS, BoundaryConditions
+from dist_egnn.evaluate.repartition import Repartitioner, relabel
+from dist_egnn.evaluate.vtkhdf import Rollout, RolloutWriter, finish, partial_path
 from dist_egnn.train import checkpoint, trainer
 from dist_egnn.utils import filesystem, memory
 
@@ -101,7 +101,7 @@ def linear(t: float) -> Callable[[torch.nn.Module], None]:
 def roll(run: Path, out: Path, parts: int | None = None, double: bool = False, **options: Any) -> list[Any]:
     """Frames of a rollout, by way of the library."""
     job, size = rollout.prepare(run, trajectory=0, out=out, parts=parts, **{"steps": STEPS, **options})
-    assert spawn.run_ranks(rollout.roll, size, replace(job, double=double), timeout_s=60) == [""] * size
+    assert spawn.run_ranks(rollout.roll_out, size, replace(job, double=double), timeout_s=60) == [""] * size
     assert finish(out) == job.steps + 1
     with Rollout(out) as found:
         return list(found)
@@ -197,7 +197,7 @@ def test_parts_of_a_rollout_follow_the_weights(tmp_path: Path) -> None:
     assert [np.bincount(frame.part).tolist() for frame in frames] == [[10, 30, 20]] * (STEPS + 1)
     assert any((a.part != b.part).any() for a, b in itertools.pairwise(frames))
     job, size = rollout.prepare(run, trajectory=0, steps=1, out=tmp_path / "o.vtkhdf", parts=2)
-    assert (job.owned, size) == (None, 2)
+    assert (job.part_weights, size) == (None, 2)
 
 
 def test_a_rollout_in_a_periodic_box_feels_across_its_boundary(tmp_path: Path) -> None:
@@ -234,22 +234,22 @@ SETTINGS = config.load(None)
 
 def _kept(group: comm.Comm, x: np.ndarray) -> tuple[np.ndarray, ...]:
     class Fake:
-        repartition, method, method_seed, owned = 1, "bisection", 0, None
+        repartition, method, method_seed, part_weights = 1, "bisection", 0, None
 
         class spec:
             radius, edge_drop = 1.5, 0.37
 
         config = SETTINGS
 
-    return rollout.Owners(group, Fake, len(x)).edges(x, 0)  # type: ignore[arg-type]
+    return Repartitioner(group, Fake, len(x)).local_graph(x, 0)  # type: ignore[arg-type]
 
 
 def test_parts_keep_their_names() -> None:
     before = np.repeat([0, 1, 2], 10)
     shifted = np.repeat([2, 0, 1], 10)
     shifted[9] = 0
-    np.testing.assert_array_equal(rollout.renamed(shifted, before, 3), np.r_[[0] * 9, [1] * 11, [2] * 10])
-    kept = rollout.renamed(shifted, before, 3, [1.0, 2.0, 2.0])  # only 1 and 2 may change places
+    np.testing.assert_array_equal(relabel(shifted, before, 3), np.r_[[0] * 9, [1] * 11, [2] * 10])
+    kept = relabel(shifted, before, 3, [1.0, 2.0, 2.0])  # only 1 and 2 may change places
     np.testing.assert_array_equal(kept, np.r_[[1] * 9, [0] * 11, [2] * 10])
 
 
@@ -270,8 +270,8 @@ def test_walls_by_hand(tmp_path: Path) -> None:
     speeds = {"none": [0.4, -1.1, 1.5, -0.2], "clamp": [0.1, -0.9, 0.1, -0.2], "reflect": [-0.4, 1.1, 1.5, -0.2]}
     for bounds in BOUNDS:
         job, _ = rollout.prepare(run, trajectory=0, steps=1, out=tmp_path / "o.vtkhdf", bounds=bounds, fixed="kind=1")
-        scene = Scene(Trajectories(data), job)
-        after, v = scene.settle(x, to)
+        conditions = BoundaryConditions(Trajectories(data), job)
+        after, v = conditions.apply(x, to)
         moving = [0, 2, 3]  # node 1 is of kind 1: it stays
         np.testing.assert_allclose(after[moving, 0], np.array(wanted[bounds])[moving], atol=1e-12)
         np.testing.assert_allclose(v[moving, 0] * HORIZON * 0.5, np.array(speeds[bounds])[moving], atol=1e-12)
@@ -405,23 +405,23 @@ def test_nan_is_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_an_interrupted_rollout_keeps_its_frames(
     tmp_path: Path, distegnn: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = FrameWriter.add
+    plain = RolloutWriter.add
 
-    def add(self: FrameWriter, *frame: Any) -> None:
-        if self.done == 3 and not self.path.name.startswith("out.vtkhdf.short"):
+    def add(self: RolloutWriter, *frame: Any) -> None:
+        if self.count == 3 and not self.path.name.startswith("out.vtkhdf.short"):
             raise KeyboardInterrupt
         plain(self, *frame)
 
-    monkeypatch.setattr(FrameWriter, "add", add)
+    monkeypatch.setattr(RolloutWriter, "add", add)
     make_run(tmp_path / "run", write(tmp_path / "a.h5"), "model.name=Linear")
-    partial_of(tmp_path / "out.vtkhdf").write_text("of a rollout that was killed")
+    partial_path(tmp_path / "out.vtkhdf").write_text("of a rollout that was killed")
     ran = distegnn("rollout", "run", "--trajectory", 0, "--steps", 9, "--out", "out.vtkhdf")
     assert ran == (130, "out.vtkhdf: 3 of 10 frames\n", "interrupted\n")
     assert [frame.step for frame in Rollout(tmp_path / "out.vtkhdf")] == [0, 1, 2]
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.h5", "out.vtkhdf", "run"]
 
 
-def _dying(group: comm.Comm, job: Job) -> str:
+def _dying(group: comm.Comm, job: rollout.RolloutJob) -> str:
     plain, calls = rollout._predict, 0
 
     def predict(*args: Any) -> Any:
@@ -432,7 +432,7 @@ def _dying(group: comm.Comm, job: Job) -> str:
         return plain(*args)
 
     rollout._predict = predict
-    return rollout.roll(group, job)
+    return rollout.roll_out(group, job)
 
 
 def test_a_killed_process_leaves_the_frames_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,16 +444,16 @@ def test_a_killed_process_leaves_the_frames_before(tmp_path: Path, monkeypatch: 
     with pytest.raises(Failure, match="process 1 of 2 died"):
         rollout.run_rollout(run, parts=2, trajectory=0, steps=5, out=out)
     assert [frame.step for frame in Rollout(out)] == [0, 1, 2]
-    assert not partial_of(out).exists()
+    assert not partial_path(out).exists()
 
 
 KILLED = """
 import sys, numpy as np
 from pathlib import Path
-from dist_egnn.evaluate.vtkhdf import Writer
+from dist_egnn.evaluate.vtkhdf import RolloutWriter
 n, x = 5000, np.zeros((5000, 3), np.float32)
 meta = {"start": 0, "horizon": 1, "dt": 1.0, "true_frames": 10**6}
-out = Writer(Path(sys.argv[1]), 100_000, n, meta, {}, None, 2, np.dtype(np.float32))
+out = RolloutWriter(Path(sys.argv[1]), 100_000, n, meta, {}, None, 2, np.dtype(np.float32))
 k = 0
 while True:
     out.add(x + k, x - k, np.full(n, k), x + k, np.full((2, 3), k))
@@ -475,7 +475,7 @@ def test_a_killed_writer_leaves_its_whole_frames(tmp_path: Path, delay: float) -
         writer.wait()
     with pytest.raises(Failure, match=r"no such file; .*out\.vtkhdf\.partial was left"):
         Rollout(out)
-    with Rollout(partial_of(out)) as found:
+    with Rollout(partial_path(out)) as found:
         count = len(found)
         assert count >= 5
         for k in (0, 1, count // 2, count - 1):
@@ -564,7 +564,7 @@ def test_mistakes_are_told_before_any_work(tmp_path: Path) -> None:
 def test_too_little_memory_is_told_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path / "run", write(tmp_path / "a.h5"))
     monkeypatch.setattr(memory, "available_memory", lambda *_: 0.3e9)
-    with pytest.raises(Failure, match=r"a\.h5: a step .* takes about .* GB, 0\.3 GB are free; name more processes"):
+    with pytest.raises(Failure, match=r"a\.h5: a step .* takes about .* GB, 0\.3 GB are free; raise --parts"):
         rollout.run_rollout(run, trajectory=0, steps=1, out=tmp_path / "o.vtkhdf")
     assert sorted(f.name for f in tmp_path.iterdir()) == ["a.h5", "run"]
 
@@ -573,12 +573,12 @@ def test_two_rollouts_to_one_file(tmp_path: Path) -> None:
     """The second is refused and harms nothing; a lock that a killed one left holds nobody up."""
     run, out = make_run(tmp_path / "run", write(tmp_path / "a.h5")), tmp_path / "new" / "out.vtkhdf"
     with filesystem.lock_output(out, "busy"):
-        partial_of(out).write_text("of the first")
+        partial_path(out).write_text("of the first")
         with pytest.raises(
             Failure, match=r"out\.vtkhdf: another rollout is writing it; wait for it, or choose another"
         ):
             rollout.run_rollout(run, trajectory=0, steps=1, out=out)
-        assert partial_of(out).read_text() == "of the first"
+        assert partial_path(out).read_text() == "of the first"
     out.with_name("out.vtkhdf.lock").touch()
     rollout.run_rollout(run, trajectory=0, steps=1, out=out)
     assert sorted(f.name for f in out.parent.iterdir()) == ["out.csv", "out.vtkhdf"]
@@ -595,11 +595,11 @@ def test_damaged_rollouts_are_refused(tmp_path: Path) -> None:
         Rollout(path)
     meta = {"start": 0, "horizon": 1, "dt": 1.0, "true_frames": 1}
     with pytest.raises(Failure, match="attribute 'part'"):
-        FrameWriter(path, 1, 2, meta, {"part": np.zeros(2)}, None, 0, np.dtype(np.float32))
-    with h5py.File(partial_of(path), "r+") as file:
+        RolloutWriter(path, 1, 2, meta, {"part": np.zeros(2)}, None, 0, np.dtype(np.float32))
+    with h5py.File(partial_path(path), "r+") as file:
         del file["VTKHDF/NumberOfPoints"]
     with pytest.raises(Failure, match="damaged"):
-        Rollout(partial_of(path))
+        Rollout(partial_path(path))
 
 
 @pytest.mark.parametrize("parts", [1, 2])

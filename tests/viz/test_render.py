@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dist_egnn.errors import Failure
-from dist_egnn.evaluate.vtkhdf import Frame, Rollout, Writer, finish
+from dist_egnn.evaluate.vtkhdf import Frame, Rollout, RolloutWriter, finish
 from dist_egnn.viz import render
 from dist_egnn.viz.render import Shots, ranges, run_render
 
@@ -29,7 +29,7 @@ def write(path: Path, *, nodes: int = 60, frames: int = 7, known: int = 8, virtu
     draw = np.random.default_rng(1)
     x0 = draw.uniform(-0.8, 0.8, (nodes, 3))
     meta = {"start": 0, "horizon": HORIZON, "dt": DT, "true_frames": known, "velocity": "stored"}
-    out = Writer(path, frames, nodes, meta, {}, BOX, virtual, np.dtype(np.float64))
+    out = RolloutWriter(path, frames, nodes, meta, {}, BOX, virtual, np.dtype(np.float64))
     for step in range(frames):
         y = true_position(x0, HORIZON * step)
         error = 0.05 * step * draw.normal(size=(nodes, 3))
