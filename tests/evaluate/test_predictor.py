@@ -128,7 +128,7 @@ def test_periodic_box(tmp_path):
         "needs a box": None,
         r"box: shape \(3,\), expected \(2, 3\)": box[1],
         "box: NaN": box + np.nan,
-        "half its shortest side": box / 2,
+        "shortest side": box / 2,
     }
     for says, one in wrong.items():
         with pytest.raises(Failure, match=says):
