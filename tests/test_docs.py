@@ -33,82 +33,61 @@ def code(text: str) -> tuple[list[str], list[str]]:
 
 
 def commands(text: str) -> Iterator[list[str]]:
-    """Command lines in words: a block's lines, and code between backticks, up to where the shell takes over."""
+    """Commands as lists of words: the lines of code blocks and the code between backticks, split at shell operators."""
     blocks, spans = code(text)
     for line in [*"\n".join(blocks).replace("\\\n", " ").splitlines(), *spans]:
         try:
             words = shlex.split(line.removeprefix("$ "), comments=True)
         except ValueError:  # not a command
             continue
-        piece: list[str] = []
+        command: list[str] = []
         for word in [*words, ";"]:
-            if word in SHELL_ENDS:
-                if piece:
-                    yield piece
-                piece = []
-            else:
-                piece.append(word)
+            if word not in SHELL_ENDS:
+                command.append(word)
+            elif command:
+                yield command
+                command = []
+
+
+KEYS = set(config.keys())
+TARGETS = set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.M))
+PROGRAM: Any = typer.main.get_command(cli.app)
+OPTIONS = {name: {o for p in command.params for o in p.opts} for name, command in PROGRAM.commands.items()}
+OPTIONS[""] = {o for p in PROGRAM.params for o in p.opts}
 
 
 @functools.cache
-def subcommands() -> dict[str, set[str]]:
-    """Subcommand → its options; one of a group has a name of two words: "bench step"."""
-    found: dict[str, set[str]] = {}
-
-    def add(command: Any, name: str) -> None:
-        found[name] = {o for p in command.params for o in p.opts if o.startswith("-")} | {"--help"}
-        for more, inside in getattr(command, "commands", {}).items():
-            add(inside, f"{name} {more}".strip())
-
-    add(typer.main.get_command(cli.app), "")
-    return found
-
-
-@functools.cache
-def keys() -> set[str]:
-    return set(config.keys())
-
-
-@functools.cache
-def targets() -> set[str]:
-    return set(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.M))
-
-
-@functools.cache
-def names_of_files() -> set[str]:
-    found = {file.name for folder in FOLDERS for file in (ROOT / folder).rglob("*") if file.is_file()}
-    return found | {file.name for file in ROOT.iterdir() if file.is_file()}
+def file_names() -> set[str]:
+    files = [*ROOT.iterdir(), *(file for folder in FOLDERS for file in (ROOT / folder).rglob("*"))]
+    return {file.name for file in files if file.is_file()}
 
 
 def wrong_distegnn(words: list[str]) -> Iterator[str]:
-    name, rest = "", [w for w in words if w != "--debug"]
-    groups = {n.rpartition(" ")[0] for n in subcommands() if n}
-    while rest and name in groups and re.fullmatch(r"[a-z][a-z-]*", rest[0]):  # not COMMAND, nor --help
-        name = f"{name} {rest.pop(0)}".strip()
-        if name not in subcommands():
-            yield f"distegnn {name}: no such command"
-            return
-    shown = f"distegnn {name}".strip()
+    rest = [w for w in words if w != "--debug"]
+    name = rest.pop(0) if rest and re.fullmatch(r"[a-z][a-z-]*", rest[0]) else ""  # not COMMAND, nor --help
+    if name not in OPTIONS:
+        yield f"distegnn {name}: no such command"
+        return
     for word in rest:
         option, key = word.split("=")[0], word.partition("=")
-        if word.startswith("-") and option not in subcommands()[name]:
-            yield f"{shown} {option}: no such option"
-        if not word.startswith("-") and key[1] and key[0] not in {"key", *keys()}:
+        if word.startswith("-") and option not in OPTIONS[name] | {"--help"}:
+            yield f"distegnn {name}".strip() + f" {option}: no such option"
+        if not word.startswith("-") and key[1] and key[0] not in {"key", *KEYS}:
             yield f"{word}: no such config key"
 
 
 def wrong_commands(text: str) -> Iterator[str]:
-    """Commands that do not exist, as far as they are ours."""
+    """Commands, options, make targets and tests that do not exist."""
     for words in commands(text):
         program, rest = Path(words[0]).name, words[1:]
         if program == "distegnn":
             yield from wrong_distegnn(rest)
         elif program == "make":
             # `make PYTHON=… setup`
-            yield from (f"make {w}: no such target" for w in rest if "=" not in w and w not in targets())
+            yield from (f"make {w}: no such target" for w in rest if "=" not in w and w not in TARGETS)
         elif program.startswith("python") and rest and rest[0].endswith(".py") and (ROOT / rest[0]).is_file():
-            shared = (ROOT / "dist_egnn" / name for name in ("data/prepare.py", "commands/recipe.py"))
-            known = "".join(file.read_text() for file in (ROOT / rest[0], *shared))
+            sources = (rest[0], "dist_egnn/data/prepare.py", "dist_egnn/commands/recipe.py")
+            known = "".join((ROOT / source).read_text() for source in sources)
             options = [w.split("=")[0] for w in rest[1:] if w.startswith("--")]
             yield from (f"{rest[0]} {o}: no such option" for o in options if f'"{o}"' not in known)
         elif program == "pytest":
@@ -116,7 +95,7 @@ def wrong_commands(text: str) -> Iterator[str]:
 
 
 def wrong_selection(words: list[str]) -> Iterator[str]:
-    """`pytest PATHS -k WORDS` must select a test by its name, on one of the paths."""
+    """`pytest PATHS -k WORDS` must select a test by its name in one of the paths."""
     picked = words[words.index("-k") + 1] if "-k" in words else ""
     paths = [w for w in words if not w.startswith("-") and w != picked]
     files = [f for p in paths for f in ([ROOT / p] if p.endswith(".py") else sorted((ROOT / p).rglob("test_*.py")))]
@@ -127,14 +106,14 @@ def wrong_selection(words: list[str]) -> Iterator[str]:
 
 
 def wrong_paths(text: str, page: Path) -> Iterator[str]:
-    """Files and folders of the repository that are not there, and links to nothing."""
+    """Files, folders and link targets that do not exist."""
     blocks, spans = code(text)
     for word in re.findall(r"[\w./*-]+", "\n".join([*blocks, *spans])):
         path = word.rstrip(".").removeprefix("./")
         if path.split("/")[0] in FOLDERS and "/" in path and not list(ROOT.glob(path.rstrip("/"))):
             yield f"{path}: no such file"
     for span in spans:
-        if re.fullmatch(r"[\w.]+\.(py|md|sh|toml)|Makefile", span) and span not in names_of_files():
+        if re.fullmatch(r"[\w.]+\.(py|md|sh|toml)|Makefile", span) and span not in file_names():
             yield f"{span}: no file of this name"
     for link in re.findall(r"\]\(([^)\s]+)\)", text):
         target, _, anchor = link.partition("#")
@@ -148,7 +127,7 @@ def wrong_paths(text: str, page: Path) -> Iterator[str]:
 
 
 def anchors(text: str) -> set[str]:
-    """What GitHub makes of a page's headings."""
+    """The anchors that GitHub makes of the headings."""
     headings = re.findall(r"^#+ (.+)$", text, re.M)
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 
@@ -157,8 +136,8 @@ def wrong_keys(text: str) -> Iterator[str]:
     """Config keys between backticks that do not exist: `train.epoch`, `model.name=EGNN`."""
     sections = "|".join(config.SECTIONS)
     for span in code(text)[1]:
-        found = re.fullmatch(rf"((?:{sections})\.\w+)(=.*)?", span)
-        if found and found[1] not in keys() and span not in names_of_files():
+        key = re.fullmatch(rf"((?:{sections})\.\w+)(=.*)?", span)
+        if key and key[1] not in KEYS and span not in file_names():
             yield f"{span}: no such config key"
 
 
@@ -167,7 +146,7 @@ def mistakes(text: str, page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_what_a_page_names_exists(page):
+def test_names_on_a_page_exist(page):
     assert mistakes(page.read_text(), page) == []
 
 
@@ -197,46 +176,56 @@ BAD = {
 }
 
 
-def test_the_check_lets_pass_what_exists():
+def test_correct_names_pass():
     assert mistakes(GOOD, ROOT / "README.md") == []
 
 
 @pytest.mark.parametrize("text", BAD)
-def test_the_check_finds_mistakes(text):
+def test_mistakes_are_found(text):
     assert mistakes(text, ROOT / "README.md") == [BAD[text]]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_are_short(page):
+    """At most 150 lines in the README, 200 elsewhere, 120 columns outside tables, three levels of headings."""
+    lines = page.read_text().splitlines()
+    assert len(lines) <= (150 if page == ROOT / "README.md" else 200)
+    assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
+    assert not any(line.startswith("####") for line in lines)
 
 
 def test_every_command_and_target_is_documented():
     """docs/commands.md has every command with every option."""
     text = (ROOT / "docs" / "commands.md").read_text()
-    for name, options in subcommands().items():
+    for name, options in OPTIONS.items():
         assert f"distegnn {name}" in text
-        for option in options - {"--help"} if " " not in name else ():
-            assert option in text, f"distegnn {name} {option}"
-    for target in targets():
+        for option in options if name else ():
+            assert not option.startswith("-") or option in text, f"distegnn {name} {option}"
+    for target in TARGETS:
         assert f"make {target}" in text
 
 
 def test_table_of_fields():
     row = re.compile(r"^\| `(\w+)` \| (\w+) \| \(.*\) \| (\w+) \| (\w+) \| (\S+) \| (.*) \|$", re.M)
-    told = row.findall((ROOT / "docs" / "conventions.md").read_text())
-    needed = {True: "yes", False: "no"}
-    wanted = [(f.name, f.on, f.kind, needed[f.required], f.unit.replace("-", "–"), f.meaning) for f in fields.TABLE]
-    assert told == wanted
+    documented = row.findall((ROOT / "docs" / "conventions.md").read_text())
+    required = {True: "yes", False: "no"}
+    assert documented == [
+        (f.name, f.on, f.kind, required[f.required], f.unit.replace("-", "–"), f.meaning) for f in fields.TABLE
+    ]
 
 
 def test_every_dependency_has_its_reason(monkeypatch):
-    told: dict = {}
-    monkeypatch.setattr("setuptools.setup", lambda **given: told.update(given))
+    metadata: dict = {}
+    monkeypatch.setattr("setuptools.setup", lambda **keywords: metadata.update(keywords))
     runpy.run_path(str(ROOT / "setup.py"))
     page = (ROOT / "docs" / "dependencies.md").read_text()
 
     def names(requirements: list[str]) -> set[str]:
         return {re.split(r"[^\w-]", r)[0] for r in requirements}
 
-    for name in names(told["install_requires"]):
+    for name in names(metadata["install_requires"]):
         assert re.search(rf"^\| {name} \| \w", page, re.M), name
-    for extra, requirements in told["extras_require"].items():
+    for extra, requirements in metadata["extras_require"].items():
         row = re.search(rf"^\| {extra} \| (.*?) \| \S", page, re.M)
         assert row, extra
         assert names(requirements) == set(row[1].split(", ")), extra
