@@ -20,6 +20,7 @@ from typing import NamedTuple
 import dgl
 import numpy as np
 import torch
+from numpy import ndarray as Array
 from scipy import sparse
 from scipy.spatial import KDTree
 
@@ -33,29 +34,28 @@ M_PERTURB = -6  # <malloc.h>: fill memory on malloc (with the value's complement
 LANDMARKS = 2000  # nodes that spectral clustering sees; its eigenvectors cost far more than the rest
 
 
+Weights = Sequence[float] | None  # (parts,) in any unit; None: equal parts
+
+
 class Problem(NamedTuple):
     """The input of a method."""
 
-    x: np.ndarray
-    src: np.ndarray
-    dst: np.ndarray
+    x: Array
+    src: Array
+    dst: Array
     parts: int
     seed: int
-    sizes: np.ndarray | None  # nodes of each part (parts,); None: equal parts, or a method that does not force balance
+    sizes: Array | None  # nodes of each part (parts,); None: equal parts, or a method that does not force balance
 
 
 class Method(NamedTuple):
-    function: Callable[[Problem], np.ndarray]
+    function: Callable[[Problem], Array]
     balanced: bool  # the size of parts is forced
     needs_edges: bool = False  # otherwise src and dst may be empty
 
 
-def check_method(method: str, parts: int, weights: Sequence[float] | None = None) -> None:
-    """Check what can be checked without positions.
-
-    Raises Failure for an unknown method, parts < 1, and weights that the method cannot follow; weights of None mean equal
-    parts.
-    """
+def check_method(method: str, parts: int, weights: Weights = None) -> None:
+    """Raise Failure for an unknown method, parts < 1, and weights (not all equal) that the method cannot follow."""
     if method not in METHODS:
         closest = difflib.get_close_matches(method, METHODS, n=1, cutoff=0.0)[0]
         raise Failure(f"partition method={method!r}: unknown; did you mean {closest}? (one of {', '.join(METHODS)})")
@@ -70,7 +70,7 @@ def check_method(method: str, parts: int, weights: Sequence[float] | None = None
         raise Failure("partition method=metis: weights need pymetis; pip install pymetis, or use bisection")
 
 
-def check_size(nodes: int, parts: int, weights: Sequence[float] | None = None) -> None:
+def check_size(nodes: int, parts: int, weights: Weights = None) -> None:
     """Raise Failure for more parts than nodes, and for a weight whose share is less than one node."""
     if nodes < parts:
         raise Failure(f"parts={parts}: more parts than the {nodes} nodes; use parts={nodes} or fewer")
@@ -78,15 +78,7 @@ def check_size(nodes: int, parts: int, weights: Sequence[float] | None = None) -
         part_weights.sizes(nodes, weights)
 
 
-def assign(
-    method: str,
-    x: np.ndarray,
-    src: np.ndarray,
-    dst: np.ndarray,
-    parts: int,
-    seed: int = 0,
-    weights: Sequence[float] | None = None,
-) -> np.ndarray:
+def assign(method: str, x: Array, src: Array, dst: Array, parts: int, seed: int = 0, weights: Weights = None) -> Array:
     """The part of every node, (N,) int64. No part is empty, and equal arguments give equal results.
 
     METIS repeats its result only with GLIBC_TUNABLES=glibc.malloc.tcache_count=0, which `distegnn` sets.
@@ -116,7 +108,7 @@ def assign(
     return part
 
 
-def fill_empty_parts(x: np.ndarray, part: np.ndarray, parts: int) -> None:
+def fill_empty_parts(x: Array, part: Array, parts: int) -> None:
     """Give each empty part half of the currently largest part, cut across its longest axis; in place."""
     counts = np.bincount(part, minlength=parts)
     for empty in np.flatnonzero(counts == 0):
@@ -127,7 +119,7 @@ def fill_empty_parts(x: np.ndarray, part: np.ndarray, parts: int) -> None:
         counts[empty] = len(moved)
 
 
-def rebalance(x: np.ndarray, part: np.ndarray, capacity: np.ndarray) -> None:
+def rebalance(x: Array, part: Array, capacity: Array) -> None:
     """Move nodes, in place, until no part exceeds its capacity (parts,). Requires Σ capacity ≥ N and no empty part.
 
     Each round takes the part furthest above its capacity and moves its nodes nearest to the centroid of the nearest part
@@ -147,7 +139,7 @@ def rebalance(x: np.ndarray, part: np.ndarray, capacity: np.ndarray) -> None:
         counts[to] += moved
 
 
-def split_longest_axis(x: np.ndarray, nodes: np.ndarray, first: int) -> tuple[np.ndarray, np.ndarray]:
+def split_longest_axis(x: Array, nodes: Array, first: int) -> tuple[Array, Array]:
     """Split nodes (n,) across their longest axis into the first ``first`` along it and the rest.
 
     Nodes on the cut itself (a lattice plane) are ordered by the other axes, then by id, so that the cut stays straight and
@@ -164,7 +156,7 @@ def split_longest_axis(x: np.ndarray, nodes: np.ndarray, first: int) -> tuple[np
     return nodes[left], nodes[~left]
 
 
-def _bisection(problem: Problem) -> np.ndarray:
+def _bisection(problem: Problem) -> Array:
     """Recursive coordinate bisection; equal parts differ by at most one node."""
     x, sizes = problem.x, problem.sizes
     part = np.empty(len(x), np.int64)
@@ -181,7 +173,7 @@ def _bisection(problem: Problem) -> np.ndarray:
     return part
 
 
-def _metis(problem: Problem) -> np.ndarray:
+def _metis(problem: Problem) -> Array:
     """METIS recursive bisection of the graph with the least edge cut; it takes no seed.
 
     Without edges (edge dropping p = 1) METIS would scatter the nodes, so coordinate bisection replaces it.
@@ -201,7 +193,7 @@ def _metis(problem: Problem) -> np.ndarray:
         raise Failure(f"METIS could not partition {len(x)} nodes into {parts} ({reason}); use bisection") from error
 
 
-def _pymetis(nodes: int, src: np.ndarray, dst: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def _pymetis(nodes: int, src: Array, dst: Array, sizes: Array) -> Array:
     """METIS recursive bisection into parts of these sizes, which DGL's binding does not take."""
     import pymetis
 
@@ -245,14 +237,14 @@ def _suppressed_output() -> Iterator[None]:
         os.close(stderr)
 
 
-def _random(problem: Problem) -> np.ndarray:
+def _random(problem: Problem) -> Array:
     """Random parts: the worst case, cuts nearly every edge."""
     x, _, _, parts, seed, sizes = problem
     labels = np.arange(len(x)) % parts if sizes is None else np.repeat(np.arange(parts), sizes)
     return np.random.default_rng(seed).permutation(labels)
 
 
-def _morton(problem: Problem) -> np.ndarray:
+def _morton(problem: Problem) -> Array:
     """Ranges along a Z-order curve."""
     x, _, _, parts, _, sizes = problem
     part = np.empty(len(x), np.int64)
@@ -260,7 +252,7 @@ def _morton(problem: Problem) -> np.ndarray:
     return part
 
 
-def _kmeans(problem: Problem) -> np.ndarray:
+def _kmeans(problem: Problem) -> Array:
     """Lloyd's k-means; mini-batches would be slower and worse at 10⁵ to 10⁶ nodes in 8 parts."""
     from sklearn.cluster import KMeans
 
@@ -268,7 +260,7 @@ def _kmeans(problem: Problem) -> np.ndarray:
         return KMeans(problem.parts, n_init=1, max_iter=50, random_state=problem.seed).fit_predict(problem.x)
 
 
-def _spectral(problem: Problem) -> np.ndarray:
+def _spectral(problem: Problem) -> Array:
     """Spectral clustering of landmarks (all nodes, or a random sample); other nodes join their nearest landmark."""
     from sklearn.cluster import SpectralClustering
 
@@ -319,9 +311,7 @@ class Quality:
     halo_share: float  # halo / N
 
 
-def quality(
-    part: np.ndarray, src: np.ndarray, dst: np.ndarray, parts: int, weights: Sequence[float] | None = None
-) -> Quality:
+def quality(part: Array, src: Array, dst: Array, parts: int, weights: Weights = None) -> Quality:
     """Edge cut, balance and halo of an assignment (N,) under the edges src→dst (E,)."""
     n = len(part)
     cut = part[src] != part[dst]

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from dist_egnn.partition.assign import split_longest_axis
+from numpy import ndarray as Array
 from scipy.spatial import KDTree
 
 from dist_egnn.data import graphs
@@ -22,9 +23,7 @@ def index_dtype(count: int) -> type[np.signedinteger]:
     return np.int32 if count < 2**31 else np.int64
 
 
-def in_neighbors(
-    x: np.ndarray, radius: float, nodes: np.ndarray, side: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def in_neighbors(x: Array, radius: float, nodes: Array, side: Array | None = None) -> tuple[Array, Array]:
     """The in-edges of ``nodes`` (n,) in the radius graph of x (N, 3), as ``graphs.radius_edges`` gives and orders them.
 
     side: (3,) sides of a periodic box, in which x must lie.
@@ -49,7 +48,7 @@ def in_neighbors(
     return indptr, sources
 
 
-def _boxes(x: np.ndarray) -> Iterator[np.ndarray]:
+def _boxes(x: Array) -> Iterator[Array]:
     """The rows of x (n, 3), halved across the longest axis until no box has more than BOX."""
     pending = [np.arange(len(x))]
     while pending:
@@ -60,7 +59,7 @@ def _boxes(x: np.ndarray) -> Iterator[np.ndarray]:
             pending += split_longest_axis(x, rows, len(rows) // 2)
 
 
-def candidates(x: np.ndarray, box: np.ndarray, radius: float, side: np.ndarray | None = None) -> np.ndarray:
+def candidates(x: Array, box: Array, radius: float, side: Array | None = None) -> Array:
     """The nodes (m,) of x (N, 3), in order, within the radius of the bounding box of the points ``box`` (n, 3).
 
     May include a few nodes slightly further away.
@@ -68,7 +67,7 @@ def candidates(x: np.ndarray, box: np.ndarray, radius: float, side: np.ndarray |
     low, high = box.min(0).astype(np.float64), box.max(0).astype(np.float64)
     # bounds are compared in the precision of x; a few additional nodes do no harm
     reach = radius + 1e-6 * (radius + np.abs([low, high]).max())
-    nodes: np.ndarray | slice = slice(None)
+    nodes: Array | slice = slice(None)
     for axis, (a, b) in enumerate(zip((low - reach).tolist(), (high + reach).tolist(), strict=True)):
         along = x[nodes, axis]
         inside = (along >= a) & (along <= b)
@@ -80,7 +79,7 @@ def candidates(x: np.ndarray, box: np.ndarray, radius: float, side: np.ndarray |
     return nodes
 
 
-def mean_degree(x: np.ndarray, radius: float, side: np.ndarray | None = None) -> float:
+def mean_degree(x: Array, radius: float, side: Array | None = None) -> float:
     """An estimate of the in-edges of a node: the mean over a thousand nodes of x (N, 3)."""
     if np.isinf(radius):
         return len(x) - 1

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from dist_egnn.partition import assign, neighbors
+from numpy import ndarray as Array
 
 from dist_egnn.data import graphs
 from dist_egnn.data.samples import SampleSpec, Snapshot, node_fields
@@ -62,9 +63,7 @@ class Inputs:
         return json.loads(json.dumps(asdict(self)))
 
 
-def node_arrays(
-    data: Trajectories, snapshot: Snapshot, inputs: Inputs
-) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray | None]:
+def node_arrays(data: Trajectories, snapshot: Snapshot, inputs: Inputs) -> tuple[dict[str, Array], Array, Array | None]:
     """Node fields of a snapshot, the positions (N, 3) to partition by, and the sides (3,) of its periodic box or None.
 
     In a periodic box these positions are wrapped into it, so that neighbours across the boundary can share a part.
@@ -84,7 +83,7 @@ def memory_needed(method: str, nodes: float, edges: float) -> float:
     return 0.4e9 + 200 * nodes + (METIS_EDGE_BYTES if assign.METHODS[method].needs_edges else EDGE_BYTES) * edges
 
 
-def check_memory(x: np.ndarray, inputs: Inputs, side: np.ndarray | None, where: str) -> None:
+def check_memory(x: Array, inputs: Inputs, side: Array | None, where: str) -> None:
     """Raise Failure, prefixed with ``where``, if all edges of a snapshot at x (N, 3) do not fit into memory."""
     edges = len(x) * neighbors.mean_degree(x, inputs.radius, side)
     settings = f"method {inputs.method} with edge_drop={inputs.edge_drop:g}"
@@ -96,13 +95,13 @@ def check_memory(x: np.ndarray, inputs: Inputs, side: np.ndarray | None, where: 
     )
 
 
-def all_edges(x: np.ndarray, inputs: Inputs, side: np.ndarray | None, where: str) -> tuple[np.ndarray, np.ndarray]:
+def all_edges(x: Array, inputs: Inputs, side: Array | None, where: str) -> tuple[Array, Array]:
     """Source and destination (E,) of all edges of a snapshot at x (N, 3); checks memory first (`check_memory`)."""
     check_memory(x, inputs, side, where)
     return graphs.sample_edges(x, inputs.radius, inputs.edge_drop, side)
 
 
-def assign_ranks(method: str, x: np.ndarray, src: np.ndarray, dst: np.ndarray, inputs: Inputs) -> np.ndarray:
+def assign_ranks(method: str, x: Array, src: Array, dst: Array, inputs: Inputs) -> Array:
     """The rank (N,) that owns each node: nodes are assigned to parts, then each part's subgraph to its trainers.
 
     The weight of a part is the sum of its trainers'. Raises Failure where a part has fewer nodes than trainers.
@@ -125,12 +124,12 @@ def assign_ranks(method: str, x: np.ndarray, src: np.ndarray, dst: np.ndarray, i
     return rank
 
 
-InNeighbors = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # nodes (n,) → indptr (n + 1,), sources (E,)
+InNeighbors = Callable[[Array], tuple[Array, Array]]  # nodes (n,) → indptr (n + 1,), sources (E,)
 
 
 def _ranks_and_edges(
-    x: np.ndarray, wrapped: np.ndarray, inputs: Inputs, side: np.ndarray | None, where: str
-) -> tuple[np.ndarray, InNeighbors]:
+    x: Array, wrapped: Array, inputs: Inputs, side: Array | None, where: str
+) -> tuple[Array, InNeighbors]:
     """The rank (N,) of each node, and a function that gives the in-edges of nodes."""
     if not needs_all_edges(inputs):
         rank = assign_ranks(inputs.method, wrapped, NO_EDGES, NO_EDGES, inputs)
@@ -139,7 +138,7 @@ def _ranks_and_edges(
     rank = assign_ranks(inputs.method, wrapped, src, dst, inputs)
     indptr = np.concatenate([[0], np.cumsum(np.bincount(dst, minlength=len(x)))])
 
-    def in_neighbors(nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def in_neighbors(nodes: Array) -> tuple[Array, Array]:
         ends, edges = graphs.in_edges(indptr, nodes)
         return ends, src[edges]
 

@@ -27,6 +27,7 @@ import torch
 import yaml
 from dist_egnn.partition import assign, snapshot
 from dist_egnn.partition.snapshot import Inputs
+from numpy import ndarray as Array
 
 from dist_egnn import __version__
 from dist_egnn.data.samples import Snapshot, select_snapshots
@@ -40,16 +41,8 @@ if TYPE_CHECKING:
     from dist_egnn.config import Data
 
 SHARD_NODES = 262_144  # loading a part of a shard costs little beside a training step, and files are few
-NODE_FIELDS = (
-    "x",
-    "v",
-    "f",
-    "a",
-    "y",
-    "gid",
-    "snapshot",
-    "trainer_id",
-)  # trainer_id: with several trainers a part only
+# trainer_id only if a part has several trainers
+NODE_FIELDS = ("x", "v", "f", "a", "y", "gid", "snapshot", "trainer_id")
 
 
 def build_inputs(
@@ -135,13 +128,13 @@ def _shards(data: Trajectories, selected: list[Snapshot], limit: int) -> Iterato
     yield range(first, len(selected))
 
 
-def _starts(counts: np.ndarray, axis: int = 0) -> np.ndarray:
+def _starts(counts: Array, axis: int = 0) -> Array:
     """Where each of consecutive runs of these lengths begins, and the end of the last."""
     zero = np.zeros_like(counts.take([0], axis))
     return np.concatenate([zero, np.cumsum(counts, axis)], axis)
 
 
-def _write_shard(folder: Path, spool: Path, indices: range, counts: np.ndarray) -> None:
+def _write_shard(folder: Path, spool: Path, indices: range, counts: Array) -> None:
     """Join the spooled parts of a shard's snapshots into DistDGL partitions. counts: (snapshots, parts, 2) nodes, edges."""
     # global ids: part after part, within a part snapshot after snapshot
     node_lo, edge_lo = _starts(counts[..., 0].sum(0)), _starts(counts[..., 1].sum(0))
@@ -165,7 +158,7 @@ def _write_shard(folder: Path, spool: Path, indices: range, counts: np.ndarray) 
         src, dst = np.empty(edges, np.int64), np.empty(edges, np.int64)
         edges_done, halo_done = 0, 0
         halo_ids = []
-        rows: dict[str, list[np.ndarray]] = defaultdict(list)
+        rows: dict[str, list[Array]] = defaultdict(list)
         for s, index in enumerate(indices):
             with np.load(spool / f"{index:06d}-{p}.npz") as arrays:
                 n, halo, own_src = counts[s, p, 0], arrays["halo"], arrays["src"]
