@@ -1,4 +1,4 @@
-"""DGL's own graph server and client take a store as it is. Run as a script, this file is either of them."""
+"""DGL's own graph server and client load a store. This file is also the script of both processes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 from dist_egnn.data.store import Store
 
-LIMIT_S = 40.0
+LIMIT_S = 300.0
 SHARED = Path("/dev/shm")
 
 
@@ -35,15 +35,14 @@ def role(kind: str, ip_config: str, result: str) -> None:
     dgl.distributed.exit_client()
 
 
-def ours() -> set[Path]:
-    """What DGL's server shares: its graph, its partition book, its node fields. Those of graph_server.py start with dist_egnn~,
-    and may be another test's of this moment."""
+def shared_files() -> set[Path]:
+    """Files of DGL's server in /dev/shm: graph, partition book, node fields. graph_server.py's start with dist_egnn~."""
     return {f for pattern in ("dist_egnn[!~]*", "dist_egnn", "node~_N~*-kvdata-") for f in SHARED.glob(pattern)}
 
 
 @pytest.fixture
 def alone() -> Iterator[None]:
-    """One such server a machine: DGL names what it puts in /dev/shm after the fields alone."""
+    """One such server per machine: DGL names its files in /dev/shm after the fields alone."""
     with open("/tmp/dist_egnn-test-server.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -71,44 +70,41 @@ def test_dgl_serves_a_store(make_store: Callable[..., Path], alone: None, tmp_pa
         "DGL_NUM_SERVER": "1",
         "DGL_NUM_CLIENT": "1",
         "DGL_NUM_SAMPLER": "0",
-        "DGL_DIST_MAX_TRY_TIMES": "8",
+        "DGL_DIST_MAX_TRY_TIMES": "60",
     }
-    before = ours()
+    before = shared_files()
     running = []
     until = time.monotonic() + LIMIT_S
     try:
         for kind in ("server", "client"):
             with open(tmp_path / f"{kind}.log", "w") as log:
                 command = [sys.executable, __file__, kind, str(ip_config), str(result)]
-                running.append(
-                    subprocess.Popen(
-                        command, env={**environment, "DGL_ROLE": kind}, stdout=log, stderr=log, stdin=subprocess.DEVNULL
-                    )
-                )
+                env = {**environment, "DGL_ROLE": kind}
+                running.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL))
         codes = [process.wait(max(until - time.monotonic(), 0.1)) for process in reversed(running)]
         logs = "".join((tmp_path / f"{kind}.log").read_text() for kind in ("server", "client"))
         assert codes == [0, 0], logs
-        left = ours() - before
+        left = shared_files() - before
     finally:
         for process in running:
             process.kill()
             process.wait()
-        for file in ours() - before:
+        for file in shared_files() - before:
             file.unlink()
     assert not left
 
     pulled = np.load(result)
     store = Store(path)
-    pieces = [store.read(k, 0) for k in range(len(store.snapshots))]
-    assert pulled["num_nodes"] == sum(g.num_nodes() for g in pieces)
+    graphs = [store.read(k, 0) for k in range(len(store.snapshots))]
+    assert pulled["num_nodes"] == sum(g.num_nodes() for g in graphs)
     for name in ("x", "v", "f", "a", "y", "gid"):
-        whole = np.concatenate([g.ndata[name] for g in pieces])
+        whole = np.concatenate([g.ndata[name] for g in graphs])
         np.testing.assert_array_equal(pulled[name], whole[pulled["nodes"]])
-    snapshot = np.repeat(np.arange(len(pieces)), [g.num_nodes() for g in pieces])
+    snapshot = np.repeat(np.arange(len(graphs)), [g.num_nodes() for g in graphs])
     np.testing.assert_array_equal(pulled["snapshot"], snapshot[pulled["nodes"]])
-    starts = np.cumsum([0, *(g.num_nodes() for g in pieces)])
+    starts = np.cumsum([0, *(g.num_nodes() for g in graphs)])
     for k, name in enumerate(("src", "dst")):
-        edges = [g.edges(order="eid")[k].numpy() + start for g, start in zip(pieces, starts, strict=False)]
+        edges = [g.edges(order="eid")[k].numpy() + start for g, start in zip(graphs, starts, strict=False)]
         np.testing.assert_array_equal(pulled[name], np.concatenate(edges))
 
 

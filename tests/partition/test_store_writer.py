@@ -1,4 +1,4 @@
-"""The store: written, read, accepted by DGL, resumed, refused; and what `verify` finds in a damaged one."""
+"""A store is written, read, loaded by DGL, resumed and refused; `verify_store` finds errors in a damaged one."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ MakeStore = Callable[..., Path]
 
 
 def silent(*_: object) -> None:
-    """No progress."""
+    """A progress callback without effect."""
 
 
 def edge_list(src: Tensor, dst: Tensor, n: int) -> Tensor:
-    """Edges as sorted numbers, so that lists of them can be compared."""
+    """Edges as sorted numbers that can be compared."""
     return (src * n + dst).sort().values
 
 
@@ -58,7 +58,7 @@ def copy(make_store: MakeStore, tmp_path: Path) -> Path:
 LAYOUTS = [
     (1, "metis", 0, {}),
     (2, "metis", 1500, {}),
-    (5, "random", 300, {}),  # a snapshot a shard
+    (5, "random", 300, {}),  # one snapshot in each shard
     (5, "bisection", 0, {"edge_drop": 0.3, "frames": 1}),
     (3, "kmeans", 1500, {"radius": float("inf"), "frames": 1}),
     (2, "metis", 1500, {"trainers": 2}),
@@ -70,40 +70,40 @@ LAYOUTS = [
 
 @pytest.mark.parametrize(("parts", "method", "shard_nodes", "settings"), LAYOUTS)
 def test_round_trip(make_store, make_inputs, small, parts, method, shard_nodes, settings):
-    """The parts of a snapshot are the sample that its frame makes, cut; `whole` is the same in one piece."""
+    """The parts of a snapshot are the partitioned sample of its frame; `whole` joins them again."""
     store = Store(make_store(parts, method, shard_nodes, **settings))
     inputs = make_inputs(parts, method, shard_nodes, **settings)
     data = Trajectories(small)
-    listed = store_writer.list_snapshots(data, inputs)
+    selected = store_writer.list_snapshots(data, inputs)
     assert (store.machines, store.trainers) == (parts, settings.get("trainers", 1))
     parts = store.parts
-    assert len(store.snapshots) == len(listed) == 4 * len({s.frame for s in listed if s.trajectory == 0})
-    for k, snapshot in enumerate(listed):
+    assert len(store.snapshots) == len(selected) == 4 * len({s.frame for s in selected if s.trajectory == 0})
+    for k, snapshot in enumerate(selected):
         full = read_sample(data, snapshot, inputs.sample)
         n, (src, dst) = full.num_nodes(), full.edges()
-        pieces = [store.read(k, p) for p in range(parts)]
-        gid = torch.cat([g.ndata["gid"] for g in pieces])
+        graphs = [store.read(k, p) for p in range(parts)]
+        gid = torch.cat([g.ndata["gid"] for g in graphs])
         assert sorted(gid.tolist()) == list(range(n))
         part = torch.empty(n, dtype=torch.int64)
-        for p, piece in enumerate(pieces):
-            assert piece.num_nodes() > 0
-            part[piece.ndata["gid"]] = p
+        for p, graph in enumerate(graphs):
+            assert graph.num_nodes() > 0
+            part[graph.ndata["gid"]] = p
             for name in FIELDS:
-                assert torch.equal(piece.ndata[name], full.ndata[name][piece.ndata["gid"]]), name
-            assert (piece.ndata["total"] == n).all()
-            centroid = full.ndata["x"].double().mean(0).expand(piece.num_nodes(), 3)
-            torch.testing.assert_close(piece.ndata["centroid"], centroid, rtol=1e-12, atol=1e-12)
-            ends = piece.ndata["x"][torch.stack(piece.edges())]
+                assert torch.equal(graph.ndata[name], full.ndata[name][graph.ndata["gid"]]), name
+            assert (graph.ndata["total"] == n).all()
+            centroid = full.ndata["x"].double().mean(0).expand(graph.num_nodes(), 3)
+            torch.testing.assert_close(graph.ndata["centroid"], centroid, rtol=1e-12, atol=1e-12)
+            ends = graph.ndata["x"][torch.stack(graph.edges())]
             length = torch.linalg.vector_norm(ends[0] - ends[1], dim=1)
-            assert torch.equal(piece.edata["e"], length[:, None].expand(-1, 2))
+            assert torch.equal(graph.edata["e"], length[:, None].expand(-1, 2))
         cut = part[src] != part[dst]
-        kept = edge_list(src[~cut], dst[~cut], n)
-        joined = map(torch.cat, zip(*map(inner_edges, pieces), strict=True))
-        assert torch.equal(edge_list(*joined, n), kept)
+        local = edge_list(src[~cut], dst[~cut], n)
+        joined = map(torch.cat, zip(*map(inner_edges, graphs), strict=True))
+        assert torch.equal(edge_list(*joined, n), local)
         whole = store.whole(k)
         for name in FIELDS:
             assert torch.equal(whole.ndata[name], full.ndata[name]), name
-        assert torch.equal(edge_list(*whole.edges(), n), kept)
+        assert torch.equal(edge_list(*whole.edges(), n), local)
         row, table = store.snapshots.loc[k], store.parts_table[store.parts_table["snapshot"] == k]
         assert (row["split"], row["trajectory"], row["frame"]) == (snapshot.split, snapshot.trajectory, snapshot.frame)
         assert (row["target_frame"], row["nodes"], row["edges"]) == (snapshot.frame + inputs.horizon, n, len(src))
@@ -116,22 +116,22 @@ def test_round_trip(make_store, make_inputs, small, parts, method, shard_nodes, 
 @pytest.mark.parametrize(("parts", "method", "shard_nodes", "settings"), LAYOUTS)
 def test_verify_passes(make_store, parts, method, shard_nodes, settings):
     store = Store(make_store(parts, method, shard_nodes, **settings))
-    told: list[tuple[int, int]] = []
-    counted = verify_store(store, lambda *step: told.append(step))
+    calls: list[tuple[int, int]] = []
+    counted = verify_store(store, lambda *call: calls.append(call))
     assert counted["snapshots"] == len(store.snapshots)
     assert (counted["nodes"], counted["edges"]) == tuple(store.snapshots[["nodes", "edges"]].sum())
-    assert told == [(k + 1, len(store.snapshots)) for k in range(len(store.snapshots))]
+    assert calls == [(k + 1, len(store.snapshots)) for k in range(len(store.snapshots))]
 
 
-def test_parts_are_cut_among_their_trainers(make_store):
-    """Machines hold what they hold with one trainer each; a trainer's nodes and edges of a snapshot lie side by side there."""
+def test_parts_are_divided_among_their_trainers(make_store):
+    """A part holds the same nodes with one or two trainers; each trainer's nodes of a snapshot are contiguous."""
     one, two = Store(make_store(2)), Store(make_store(2, trainers=2))
     for k in range(len(one.snapshots)):
         for machine in range(2):
-            pieces = [two.read(k, 2 * machine + t) for t in range(2)]
-            gid = torch.cat([g.ndata["gid"] for g in pieces])
+            graphs = [two.read(k, 2 * machine + t) for t in range(2)]
+            gid = torch.cat([g.ndata["gid"] for g in graphs])
             assert sorted(gid.tolist()) == sorted(one.read(k, machine).ndata["gid"].tolist())
-            assert min(g.num_nodes() for g in pieces) > 0.4 * len(gid)  # by the method, and not by chance
+            assert min(g.num_nodes() for g in graphs) > 0.4 * len(gid)
         rows = [store.parts_table[store.parts_table["snapshot"] == k].reset_index() for store in (one, two)]
         pairs = rows[1].groupby(rows[1]["part"] // 2)[["nodes", "edges"]].sum()
         assert (pairs.to_numpy() == rows[0][["nodes", "edges"]].to_numpy()).all()
@@ -144,7 +144,7 @@ def test_parts_are_cut_among_their_trainers(make_store):
     assert "_N/trainer_id" not in load_tensors(str(one.path / SHARD / "part0" / "node_feat.dgl"))
 
 
-def test_a_store_from_before_there_were_trainers(copy):
+def test_an_old_store_without_trainers(copy):
     manifest = yaml.safe_load((copy / "manifest.yaml").read_text())
     del manifest["inputs"]["trainers"]
     (copy / "manifest.yaml").write_text(yaml.safe_dump(manifest))
@@ -154,22 +154,22 @@ def test_a_store_from_before_there_were_trainers(copy):
 def test_splits_and_summary(make_store):
     store = Store(make_store(2))
     assert [store.split(name) for name in ("train", "valid", "test")] == [[*range(6)], [6, 7, 8], [9, 10, 11]]
-    table, found = store.parts_table, store.summary()
+    table, summary = store.parts_table, store.summary()
     rows = [table[table["snapshot"] == k] for k in range(12)]
-    assert found["edge_cut"] == pytest.approx(np.mean([r["cut_edges"].sum() / r["edges"].sum() for r in rows]))
-    assert found["balance"] == pytest.approx(np.mean([r["nodes"].max() / r["nodes"].mean() for r in rows]))
-    assert found["halo"] == pytest.approx(np.mean([r["halo"].sum() / r["nodes"].sum() for r in rows]))
-    assert 0 < found["edge_cut"] < 0.3
+    assert summary["edge_cut"] == pytest.approx(np.mean([r["cut_edges"].sum() / r["edges"].sum() for r in rows]))
+    assert summary["balance"] == pytest.approx(np.mean([r["nodes"].max() / r["nodes"].mean() for r in rows]))
+    assert summary["halo"] == pytest.approx(np.mean([r["halo"].sum() / r["nodes"].sum() for r in rows]))
+    assert 0 < summary["edge_cut"] < 0.3
 
 
 @pytest.mark.parametrize("parts", [1, 2, 5])
 @pytest.mark.parametrize("shard_nodes", [0, 300, 1500])
 def test_dgl_loads_it(make_store, make_inputs, small, monkeypatch, parts, shard_nodes):
-    """DGL's own checks pass, and its partition book and global ids lead to the edges of every snapshot."""
+    """DGL's own checks pass; its partition book and global ids give the edges of every snapshot."""
     monkeypatch.setenv("DGL_DIST_DEBUG", "1")
     path, data = make_store(parts, "metis", shard_nodes), Trajectories(small)
     inputs = make_inputs(parts, "metis", shard_nodes)
-    listed, seen = store_writer.list_snapshots(data, inputs), []
+    selected, seen = store_writer.list_snapshots(data, inputs), []
     shards = sorted(path.glob("shard-*"))
     assert len(shards) == {0: 1, 300: 12, 1500: 2}[shard_nodes]
     for shard in shards:
@@ -191,12 +191,12 @@ def test_dgl_loads_it(make_store, make_inputs, small, monkeypatch, parts, shard_
             edges += zip(ids[src].tolist(), ids[dst].tolist(), strict=True)
         assert sorted(node) == list(range(len(node)))
         for k in sorted({snapshot for snapshot, _ in node.values()}):
-            full = read_sample(data, listed[k], inputs.sample)
+            full = read_sample(data, selected[k], inputs.sample)
             assert sorted(gid for snapshot, gid in node.values() if snapshot == k) == list(range(full.num_nodes()))
-            found = [(node[i][1], node[j]) for i, j in edges if node[i][0] == k]
-            assert {to[0] for _, to in found} == {k}
-            wanted = zip(*(t.tolist() for t in full.edges()), strict=True)
-            assert sorted((i, to[1]) for i, to in found) == sorted(wanted)
+            pairs = [(node[i][1], node[j]) for i, j in edges if node[i][0] == k]
+            assert {to[0] for _, to in pairs} == {k}
+            expected = zip(*(t.tolist() for t in full.edges()), strict=True)
+            assert sorted((i, to[1]) for i, to in pairs) == sorted(expected)
             seen.append(k)
     assert seen == list(range(12))
 
@@ -210,25 +210,21 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-FILES = ["graph.dgl", "node_feat.dgl", "edge_feat.dgl"]
-FILES = [*(f"{SHARD}/part1/{name}" for name in FILES), f"{SHARD}/dist_egnn.json", "snapshots.csv", "parts.csv"]
+FILES = [f"{SHARD}/part1/{name}.dgl" for name in ("graph", "node_feat", "edge_feat")]
+FILES += [f"{SHARD}/dist_egnn.json", "snapshots.csv", "parts.csv"]
 
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", [flip, Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-1])])
 def test_damaged_file_is_named(copy, name, damage):
     damage(copy / name)
-    wanted = "missing from the store" if damage is Path.unlink else "sha256 is not the manifest's"
-    for look in (
-        lambda: Store(copy).read(0, 1),
-        lambda: Store(copy).whole(0),
-        lambda: verify_store(Store(copy), silent),
-    ):
-        with pytest.raises(Failure, match=wanted) as caught:
-            look()
+    message = "missing" if damage is Path.unlink else "sha256"
+    for read in (lambda s: s.read(0, 1), lambda s: s.whole(0), lambda s: verify_store(s, silent)):
+        with pytest.raises(Failure, match=message) as caught:
+            read(Store(copy))
         assert str(caught.value).startswith(f"{copy / name}: ")
-    if name.startswith(SHARD) and "part1" in name:
-        assert Store(copy).read(0, 0).num_nodes() > 0  # the other part is whole
+    if "part1" in name:
+        assert Store(copy).read(0, 0).num_nodes() > 0  # the other part is complete
 
 
 def test_verify_names_an_extra_file(copy):
@@ -249,37 +245,30 @@ def test_truncated_manifest(copy):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "says"),
+    ("change", "message"),
     [
-        ("version", 2, r"dist_egnn\.store version 2, this program reads dist_egnn\.store 1"),
-        ("format", "other", "other version 1"),
-        ("inputs", None, "damaged"),
-        ("files", None, "damaged"),
+        ({"version": 2}, r"dist_egnn\.store version 2, "),
+        ({"format": "other"}, "other version 1"),
+        ({"inputs": None}, "damaged"),
+        ({"files": None}, "damaged"),
+        *((content, "damaged") for content in (b"\xff\xfe\x00", b"a: [", b"", b"- 1", b"text")),
     ],
 )
-def test_manifest_of_another_program(copy, key, value, says):
+def test_invalid_manifest(copy, change, message):
     manifest = copy / "manifest.yaml"
-    content = yaml.safe_load(manifest.read_text())
-    content[key] = value
-    manifest.write_text(yaml.safe_dump(content))
-    with pytest.raises(Failure, match=says) as caught:
+    if isinstance(change, dict):
+        change = yaml.safe_dump(yaml.safe_load(manifest.read_text()) | change).encode()
+    manifest.write_bytes(change)
+    with pytest.raises(Failure, match=message) as caught:
         Store(copy)
     assert str(manifest) in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"a: [", b"", b"- 1", b"text"])
-def test_manifest_that_is_none(copy, content):
-    (copy / "manifest.yaml").write_bytes(content)
-    with pytest.raises(Failure, match=r"manifest\.yaml: damaged"):
-        Store(copy)
-
-
-def test_half_written_and_missing_stores(copy, tmp_path):
-    with pytest.raises(Failure, match="nowhere: not a store"):
-        Store(tmp_path / "nowhere")
+def test_unfinished_and_missing_stores(copy, tmp_path):
     (tmp_path / "folder").mkdir()
-    with pytest.raises(Failure, match="folder: not a store"):
-        Store(tmp_path / "folder")
+    for name in ("nowhere", "folder"):
+        with pytest.raises(Failure, match=f"{name}: not a store"):
+            Store(tmp_path / name)
     copy.rename(tmp_path / "store.partial")
     (tmp_path / "store.partial" / "manifest.yaml").unlink()
     for path in (copy, tmp_path / "store.partial"):
@@ -287,18 +276,18 @@ def test_half_written_and_missing_stores(copy, tmp_path):
             Store(path)
 
 
-# content that is wrong although every hash is right
+# wrong content with correct hashes
 
 
 def rehash(store: Path, name: str) -> None:
-    """Make the manifest agree with a changed file."""
+    """Update the hash of a changed file in the manifest."""
     manifest = yaml.safe_load((store / "manifest.yaml").read_text())
     manifest["files"][name] = hashlib.sha256((store / name).read_bytes()).hexdigest()
     (store / "manifest.yaml").write_text(yaml.safe_dump(manifest))
 
 
 def change_fields(store: Path, change: Callable[[dict[str, Tensor], Tensor], None]) -> None:
-    """Change the node fields of part 1; ``change`` gets them and the rows of snapshot 2."""
+    """Change the node fields of part 1; ``change`` takes them and the rows of snapshot 2."""
     name = f"{SHARD}/part1/node_feat.dgl"
     fields = load_tensors(str(store / name))
     change(fields, (fields["_N/snapshot"] == 2).nonzero()[:, 0])
@@ -307,16 +296,16 @@ def change_fields(store: Path, change: Callable[[dict[str, Tensor], Tensor], Non
 
 
 def change_edges(store: Path, change: Callable[[Tensor, Tensor, Tensor], None]) -> None:
-    """Change the edges of part 1 in place; ``change`` gets source, destination and the edges within snapshot 2."""
+    """Change the edges of part 1 in place; ``change`` takes source, destination and the edges within snapshot 2."""
     name = f"{SHARD}/part1/graph.dgl"
     (graph,), _ = dgl.load_graphs(str(store / name))
     snapshot = load_tensors(str(store / SHARD / "part1" / "node_feat.dgl"))["_N/snapshot"]
     src, dst = (t.clone() for t in graph.edges(order="eid"))
     change(src, dst, ((snapshot[dst] == 2) & (src < len(snapshot))).nonzero()[:, 0])
-    fresh = dgl.graph((src, dst), num_nodes=graph.num_nodes())
-    fresh.ndata.update(graph.ndata)
-    fresh.edata.update(graph.edata)
-    dgl.save_graphs(str(store / name), [fresh], formats=["coo"])
+    changed = dgl.graph((src, dst), num_nodes=graph.num_nodes())
+    changed.ndata.update(graph.ndata)
+    changed.edata.update(graph.edata)
+    dgl.save_graphs(str(store / name), [changed], formats=["coo"])
     rehash(store, name)
 
 
@@ -332,38 +321,21 @@ def twice(fields, rows):
     fields["_N/gid"][rows[3]] = fields["_N/gid"][rows[4]]
 
 
-def far(fields, rows):
+def out_of_range(fields, rows):
     fields["_N/gid"][rows[3]] = 10**6
 
 
-def elsewhere(fields, rows):
+def other_snapshot(fields, rows):
     fields["_N/snapshot"][rows[-1]] = 3
 
 
-def another_trainer(fields, rows):
+def other_trainer(fields, rows):
     fields["_N/trainer_id"][rows[-1]] = 2
 
 
 def trainers_exchanged(fields, rows):
-    of = fields["_N/trainer_id"]
-    of[rows[0]], of[rows[-1]] = 3, 2
-
-
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (nan, "snapshot 2: node field 'v' is NaN"),
-        (moved, "snapshot 2: its edges are not those of its positions"),
-        (twice, "snapshot 2: its 200 nodes are not each in exactly one part"),
-        (far, "snapshot 2: its 200 nodes are not each in exactly one part"),
-        (elsewhere, "snapshot 2: part 1 holds .*, parts.csv lists"),
-    ],
-)
-def test_verify_finds_wrong_fields(copy, change, says):
-    change_fields(copy, change)
-    with pytest.raises(Failure, match=says) as caught:
-        verify_store(Store(copy), silent)
-    assert str(caught.value).startswith(f"{copy}: ")
+    trainer = fields["_N/trainer_id"]
+    trainer[rows[0]], trainer[rows[-1]] = 3, 2
 
 
 @pytest.mark.parametrize("field", [*FIELDS, "snapshot"])
@@ -371,7 +343,7 @@ def test_missing_field_is_named(copy, field):
     change_fields(copy, lambda fields, rows: fields.pop(f"_N/{field}"))
     with pytest.raises(Failure, match=f"'{field}'"):
         verify_store(Store(copy), silent)
-    if field != "snapshot":  # which `verify` alone needs
+    if field != "snapshot":  # verify_store alone reads it
         with pytest.raises(Failure, match=f"node field '{field}' is missing"):
             Store(copy).read(2, 1)
 
@@ -391,26 +363,34 @@ def doubled(src, dst, own):
     src[own[0]], dst[own[0]] = src[own[1]], dst[own[1]]
 
 
-def across(src, dst, own):
+def joins_snapshots(src, dst, own):
     src[own[0]] = dst[0]  # of snapshot 0
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("trainers", "change_content", "change", "message"),
     [
-        (redirected, "snapshot 2: its edges are not those of its positions, each once"),
-        (doubled, "snapshot 2: its edges are not those of its positions, each once"),
-        (across, "snapshot 2: an edge joins two snapshots"),
+        (1, change_fields, nan, "node field 'v' is NaN"),
+        (1, change_fields, moved, "its edges are not those of its positions"),
+        (1, change_fields, twice, "its 200 nodes are not each in exactly one part"),
+        (1, change_fields, out_of_range, "its 200 nodes are not each in exactly one part"),
+        (1, change_fields, other_snapshot, r"part 1 holds \d+ .* parts\.csv lists \d+;"),
+        (2, change_fields, other_trainer, r"part 2 holds \d+ .* parts\.csv lists \d+;"),
+        (2, change_fields, trainers_exchanged, r"part 2 holds \d+ .* parts\.csv lists \d+, others;"),
+        (1, change_edges, redirected, "its edges are not those of its positions"),
+        (1, change_edges, doubled, "its edges are not those of its positions"),
+        (1, change_edges, joins_snapshots, "an edge joins two snapshots"),
     ],
 )
-def test_verify_finds_wrong_edges(copy, change, says):
-    change_edges(copy, change)
-    with pytest.raises(Failure, match=says) as caught:
-        verify_store(Store(copy), silent)
-    assert str(caught.value).startswith(f"{copy}: ")
+def test_verify_finds_wrong_content(make_store, tmp_path, trainers, change_content, change, message):
+    path = Path(shutil.copytree(make_store(2, trainers=trainers), tmp_path / "store"))
+    change_content(path, change)
+    with pytest.raises(Failure, match=f"snapshot 2: {message}") as caught:
+        verify_store(Store(path), silent)
+    assert str(caught.value).startswith(f"{path}: ")
 
 
-def test_verify_finds_what_dgl_refuses(copy):
+def test_verify_reports_a_failed_check_of_dgl(copy):
     """An inner node whose global id is another part's."""
     name = f"{SHARD}/part1/graph.dgl"
     (graph,), _ = dgl.load_graphs(str(copy / name))
@@ -421,8 +401,8 @@ def test_verify_finds_what_dgl_refuses(copy):
         verify_store(Store(copy), silent)
 
 
-def test_verify_finds_a_row_that_is_gone(copy):
-    """Tables that leave out a snapshot that the parts hold."""
+def test_verify_finds_a_missing_row(copy):
+    """The tables lack a snapshot that the parts hold."""
     for name, rows in (("snapshots.csv", 11), ("parts.csv", 22)):
         pd.read_csv(copy / name).head(rows).to_csv(copy / name, index=False)
         rehash(copy, name)
@@ -430,41 +410,26 @@ def test_verify_finds_a_row_that_is_gone(copy):
         verify_store(Store(copy), silent)
 
 
-@pytest.mark.parametrize(
-    ("change", "says"),
-    [
-        (another_trainer, "snapshot 2: part 2 holds .*, parts.csv lists [0-9]+; partition again"),
-        (trainers_exchanged, "snapshot 2: part 2 holds .*, parts.csv lists [0-9]+, others; partition again"),
-    ],
-)
-def test_verify_finds_wrong_trainers(make_store, tmp_path, change, says):
-    path = Path(shutil.copytree(make_store(2, trainers=2), tmp_path / "store"))
-    change_fields(path, change)
-    with pytest.raises(Failure, match=says):
-        verify_store(Store(path), silent)
-
-
-# what is refused before anything is written
+# errors before anything is written
 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
 
 
-def test_fewer_nodes_than_parts(small, make_inputs, tmp_path):
-    with pytest.raises(Failure, match="trajectory 0 has 200 nodes, fewer than 201 parts") as caught:
-        store_writer.write_store(Trajectories(small), tmp_path / "store", make_inputs(201), silent)
-    assert str(small) in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_fewer_nodes_than_trainers(small, make_inputs, tmp_path):
-    with pytest.raises(Failure, match="trajectory 0 has 200 nodes, fewer than 41 parts of 5 trainers"):
-        store_writer.write_store(Trajectories(small), tmp_path / "store", make_inputs(41, trainers=5), silent)
-    with pytest.raises(Failure, match=r"part [0-9]+ of 40 has [1-4] nodes, fewer than its trainers; lower --trainers"):
-        store_writer.write_store(Trajectories(small), tmp_path / "store", make_inputs(40, "kmeans", trainers=5), silent)
-    with pytest.raises(Failure, match=r"trainers=0: must be at least 1"):
-        make_inputs(2, trainers=0)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"parts": 201}, "trajectory 0 has 200 nodes, fewer than 201 parts"),
+        ({"parts": 41, "trainers": 5}, "trajectory 0 has 200 nodes, fewer than 41 parts of 5 trainers"),
+        ({"parts": 40, "trainers": 5, "method": "kmeans"}, r"part \d+ of 40 has [1-4] nodes, .* --trainers"),
+        ({"parts": 2, "trainers": 0}, "trainers=0: must be at least 1"),
+    ],
+)
+def test_fewer_nodes_than_processes(small, make_inputs, tmp_path, arguments, message):
+    with pytest.raises(Failure, match=message):
+        store_writer.write_store(Trajectories(small), tmp_path / "store", make_inputs(**arguments), silent)
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize("parts", [1, 6])
@@ -485,28 +450,24 @@ def test_as_many_parts_as_nodes(tmp_path, parts):
     assert store.whole(7).num_edges() == (30 if parts == 1 else 0)
 
 
-@pytest.mark.parametrize("manifest", [None, "a: [", "text", "inputs: {parts: 3}\n"])
-def test_a_folder_of_another_kind_is_left_alone(small, make_inputs, tmp_path, manifest):
+@pytest.mark.parametrize("manifest", [None, "a: [", "text", "inputs: {parts: 3}\n", "no folder"])
+def test_other_content_at_out_is_not_touched(small, make_inputs, tmp_path, manifest):
     out = tmp_path / "store"
-    out.mkdir()
-    (out / "thesis.tex").write_text("years of work")
-    if manifest is not None:
-        (out / "manifest.yaml").write_text(manifest)
+    if manifest == "no folder":
+        out.write_text("mine")
+    else:
+        out.mkdir()
+        (out / "thesis.tex").write_text("years of work")
+        if manifest is not None:
+            (out / "manifest.yaml").write_text(manifest)
     before = files(tmp_path)
     with pytest.raises(Failure, match="exists and is not a store of these settings"):
         store_writer.write_store(Trajectories(small), out, make_inputs(2), silent)
     assert files(tmp_path) == before
 
 
-def test_a_file_in_the_way_is_left_alone(small, make_inputs, tmp_path):
-    (tmp_path / "store").write_text("mine")
-    with pytest.raises(Failure, match="exists and is not a store"):
-        store_writer.write_store(Trajectories(small), tmp_path / "store", make_inputs(2), silent)
-    assert files(tmp_path) == {"store": b"mine"}
-
-
 @pytest.mark.parametrize("other", [{"parts": 3}, {"trainers": 2}, {"method": "random"}, {"radius": 0.2}, {"frames": 2}])
-def test_a_store_of_other_settings_is_left_alone(small, make_inputs, copy, other):
+def test_a_store_of_other_settings_is_not_touched(small, make_inputs, copy, other):
     before = files(copy)
     with pytest.raises(Failure, match="exists and is not a store of these settings"):
         store_writer.write_store(Trajectories(small), copy, make_inputs(**{"parts": 2, **other}), silent)
@@ -516,16 +477,8 @@ def test_a_store_of_other_settings_is_left_alone(small, make_inputs, copy, other
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("radius", 0.3),
-        ("horizon", 4),
-        ("features", ["mass"]),
-        ("node_attributes", []),
-        ("edge_drop", 0.1),
-        ("periodic", True),
-        ("frames", 4),
-        ("first_frame", 1),
-        ("last_frame", 5),
-        ("frame_seed", 1),
+        *[("radius", 0.3), ("horizon", 4), ("features", ["mass"]), ("node_attributes", []), ("edge_drop", 0.1)],
+        *[("periodic", True), ("frames", 4), ("first_frame", 1), ("last_frame", 5), ("frame_seed", 1)],
     ],
 )
 def test_config_that_disagrees(make_store, make_inputs, name, value):
@@ -543,7 +496,7 @@ def test_config_that_disagrees(make_store, make_inputs, name, value):
 
 
 class Killed(Exception):
-    """Stands for whatever ends a run."""
+    """Represents anything that ends a run."""
 
 
 def killed_after(calls: int) -> Callable[[int, int], None]:
@@ -557,15 +510,15 @@ def killed_after(calls: int) -> Callable[[int, int], None]:
 
 
 def content(store: Path) -> dict[str, object]:
-    """All that a store says. DGL writes addresses of its own memory into graph.dgl: that one is compared by content."""
-    said: dict[str, object] = dict(files(store))
-    manifest = yaml.safe_load(said.pop("manifest.yaml"))  # type: ignore[arg-type]
-    for name in [n for n in said if n.endswith("graph.dgl")]:
+    """The content of a store. graph.dgl is compared by its tensors, because DGL writes memory addresses into it."""
+    result: dict[str, object] = dict(files(store))
+    manifest = yaml.safe_load(result.pop("manifest.yaml"))  # type: ignore[arg-type]
+    for name in [n for n in result if n.endswith("graph.dgl")]:
         (graph,), _ = dgl.load_graphs(str(store / name))
         fields = {**graph.ndata, **{f"edge {k}": t for k, t in graph.edata.items()}}
-        said[name] = [t.tolist() for t in graph.edges(order="eid")], {k: t.tolist() for k, t in fields.items()}
+        result[name] = [t.tolist() for t in graph.edges(order="eid")], {k: t.tolist() for k, t in fields.items()}
         del manifest["files"][name]
-    return {**said, "manifest.yaml": manifest}
+    return {**result, "manifest.yaml": manifest}
 
 
 @pytest.mark.parametrize("calls", [0, 1, 6, 7, 13])  # 12 snapshots and 2 shards: 14 calls
@@ -577,7 +530,7 @@ def test_resumed_equals_uninterrupted(make_store, make_inputs, small, tmp_path, 
     with pytest.raises(Failure, match=r"store\.partial: an unfinished partition"):
         Store(out)
     partial = tmp_path / "store.partial"
-    # what a kill in the middle of a write leaves
+    # add what a kill in the middle of a write leaves
     done, spooled = {0: (1, 1), 1: (2, 2), 6: (6, 0), 7: (7, 1), 13: (12, 0)}[calls]
     assert len(list((partial / "spool").glob("*.json"))) == spooled
     if done < 12:
@@ -585,17 +538,17 @@ def test_resumed_equals_uninterrupted(make_store, make_inputs, small, tmp_path, 
         (partial / "shard-00001" / "part0").mkdir(parents=True)
         (partial / "shard-00001" / "part0" / "graph.dgl").write_bytes(b"half")
         (partial / "shard-00001" / "stray").write_bytes(b"half")
-    told: list[int] = []
-    assert store_writer.write_store(data, out, inputs, lambda done, total: told.append(done)) is True
-    assert told == sorted(told)
-    assert told[-1] == 12
+    progress: list[int] = []
+    assert store_writer.write_store(data, out, inputs, lambda done, total: progress.append(done)) is True
+    assert progress == sorted(progress)
+    assert progress[-1] == 12
     assert list(tmp_path.iterdir()) == [out]
     assert content(out) == content(make_store(2))
     verify_store(Store(out), silent)
 
 
 def test_a_resumed_run_repeats_no_snapshot(make_inputs, small, tmp_path):
-    """Snapshot 3's mark is older than the second run, and 4's is not."""
+    """The second run does not write the parts of finished snapshots again."""
     out, data, inputs = tmp_path / "store", Trajectories(small), make_inputs(2, shard_nodes=0)
     with pytest.raises(Killed):
         store_writer.write_store(data, out, inputs, killed_after(3))
@@ -615,32 +568,27 @@ def test_complete_store_is_not_written_again(make_inputs, small, copy):
     assert not copy.with_name("store.partial").exists()
 
 
-@pytest.mark.parametrize("other", [{"parts": 3}, {"radius": 0.2}])
-def test_partial_of_other_settings_is_left_alone(make_inputs, small, tmp_path, other):
-    out, data = tmp_path / "store", Trajectories(small)
-    with pytest.raises(Killed):
-        store_writer.write_store(data, out, make_inputs(2), killed_after(3))
-    before = files(tmp_path)
-    with pytest.raises(Failure, match=r"store\.partial: left by an unfinished run with other settings"):
-        store_writer.write_store(data, out, make_inputs(**{"parts": 2, **other}), silent)
-    assert files(tmp_path) == before
-
-
-@pytest.mark.parametrize("stamp", [None, "{", json.dumps([])])
-def test_foreign_partial_folder_is_left_alone(make_inputs, small, tmp_path, stamp):
-    partial = tmp_path / "store.partial"
-    partial.mkdir()
-    (partial / "thesis.tex").write_text("years of work")
-    if stamp is not None:
-        (partial / "inputs.json").write_text(stamp)
+@pytest.mark.parametrize("content", [{"parts": 3}, {"radius": 0.2}, None, "{", json.dumps([])])
+def test_a_partial_folder_of_another_run_is_not_touched(make_inputs, small, tmp_path, content):
+    """content: the inputs of the other run, or the text of inputs.json in a foreign folder."""
+    out, data, inputs = tmp_path / "store", Trajectories(small), make_inputs(2)
+    if isinstance(content, dict):
+        with pytest.raises(Killed):
+            store_writer.write_store(data, out, make_inputs(**{"parts": 2, **content}), killed_after(3))
+    else:
+        partial = tmp_path / "store.partial"
+        partial.mkdir()
+        (partial / "thesis.tex").write_text("years of work")
+        if content is not None:
+            (partial / "inputs.json").write_text(content)
     before = files(tmp_path)
     with pytest.raises(Failure, match=r"store\.partial: left by an unfinished run"):
-        store_writer.write_store(Trajectories(small), tmp_path / "store", make_inputs(2), silent)
+        store_writer.write_store(data, out, inputs, silent)
     assert files(tmp_path) == before
 
 
 def test_killed_before_the_last_rename(make_store, make_inputs, small, tmp_path):
-    """Something appears at --out while the store is written: the work is not lost."""
+    """Another folder appears at --out while the store is written; the next run finishes the store."""
     out, data, inputs = tmp_path / "store", Trajectories(small), make_inputs(2)
 
     def intrude(done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""Weights from the command line and the config to a store's tables; what disagrees or cannot be is refused before the work."""
+"""Weights from the command line and the config reach the tables of a store; invalid ones fail before any work."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from dist_egnn.errors import Failure
 
 
 def content(path: Path) -> dict[str, str]:
-    """All that a store says: DGL writes addresses of its own memory into graph.dgl, so that one is compared by content."""
+    """The content of a store. graph.dgl is compared by its edges, because DGL writes memory addresses into it."""
     store = Store(path)
-    said = {name: digest for name, digest in store.manifest["files"].items() if not name.endswith("graph.dgl")}
+    hashes = {name: digest for name, digest in store.manifest["files"].items() if not name.endswith("graph.dgl")}
     graphs = {
         str(file.relative_to(path)): repr([tensor.tolist() for tensor in load_graphs(str(file))[0][0].edges()])
         for file in path.rglob("graph.dgl")
     }
-    return said | graphs | {"inputs": repr(store.inputs)}
+    return hashes | graphs | {"inputs": repr(store.inputs)}
 
 
 def owned(store: Store) -> np.ndarray:
@@ -42,8 +42,8 @@ def owned(store: Store) -> np.ndarray:
 @pytest.mark.parametrize(
     ("parts", "trainers", "weights"), [(3, 1, [2, 1, 1]), (2, 2, [3, 1, 2, 2]), (2, 2, [2, 2, 1, 1])]
 )
-def test_every_snapshot_follows(make_store, method, parts, trainers, weights):
-    """With trainers a machine has what its trainers have together."""
+def test_every_snapshot_follows_the_weights(make_store, method, parts, trainers, weights):
+    """The share of a part is the sum of its trainers' shares."""
     if method == "metis":
         pytest.importorskip("pymetis", reason="METIS follows weights through pymetis, which is not installed")
     store = Store(make_store(parts, method, trainers=trainers, weights=weights))
@@ -62,8 +62,8 @@ def test_equal_weights_write_the_same_store(small, make_store, make_inputs, tmp_
     assert content(tmp_path / "store") == content(plain)
 
 
-def test_a_store_from_before_there_were_weights(make_store, make_inputs, small, tmp_path):
-    """It is read, and taken for complete by the same command."""
+def test_an_old_store_without_weights(make_store, make_inputs, small, tmp_path):
+    """It is read, and the same command finds it complete."""
     path = Path(shutil.copytree(make_store(2), tmp_path / "store"))
     manifest = yaml.safe_load((path / "manifest.yaml").read_text())
     del manifest["inputs"]["weights"]
@@ -75,7 +75,7 @@ def test_a_store_from_before_there_were_weights(make_store, make_inputs, small, 
 
 
 def test_config_and_store(make_store):
-    """Null takes any store; weights must mean the store's, in whatever unit."""
+    """Null accepts any store; other weights must equal the store's up to a factor."""
     weighted, equal = make_store(2, "morton", weights=[2, 1]), make_store(2, "morton")
 
     def parts(path: Path, *more: str) -> int:
@@ -102,13 +102,7 @@ def test_more_weights_than_processes(small):
         load(None, ["partition.weights=[2,.nan]"])
 
 
-def test_the_config_of_a_run_with_weights_loads_again(tmp_path):
-    config = load(None, ["partition.parts=2", "partition.weights=[2,1]"])
-    (tmp_path / "my.yaml").write_text(to_yaml(config))
-    assert load(tmp_path / "my.yaml") == config
-
-
-def test_weights_that_cannot_be_met_write_nothing(small, make_inputs, tmp_path):
+def test_invalid_weights_write_nothing(small, make_inputs, tmp_path):
     inputs = make_inputs(2, "morton", weights=[1000, 1])
     with pytest.raises(Failure, match=r"weights=\[1000,1\]: process 1 would get 0\.2 of 200 nodes; raise its weight"):
         store_writer.write_store(Trajectories(small), tmp_path / "store", inputs, lambda *_: None)
@@ -117,7 +111,7 @@ def test_weights_that_cannot_be_met_write_nothing(small, make_inputs, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_from_a_file_partitions_by_its_weights(small, tmp_path, capsys):
+def test_a_run_from_a_file_partitions_by_its_weights(small, tmp_path):
     from small import DATA
 
     config = Config()
@@ -130,8 +124,8 @@ def test_a_run_from_a_file_partitions_by_its_weights(small, tmp_path, capsys):
     assert dataset.part_count(config) == 2
 
 
-def test_a_resume_on_other_parts_leaves_the_weights(tmp_path, monkeypatch):
-    """They were those of the old parts."""
+def test_a_resume_on_other_parts_drops_the_weights(tmp_path, monkeypatch):
+    """Weights are dropped when a resumed run changes the number of parts."""
     monkeypatch.setattr("dist_egnn.train.run_dir.check_is_run", lambda run: None)
     (tmp_path / "config.yaml").write_text(to_yaml(load(None, ["partition.parts=2", "partition.weights=[2,1]"])))
 
@@ -145,8 +139,8 @@ def test_a_resume_on_other_parts_leaves_the_weights(tmp_path, monkeypatch):
 
 def test_command_line(small, tmp_path):
     def ran(*words: str) -> tuple[int, str, BaseException | None]:
-        found = CliRunner().invoke(cli.app, ["partition", str(small), "--radius", "0.27", *words])
-        return found.exit_code, found.output, found.exception
+        result = CliRunner().invoke(cli.app, ["partition", str(small), "--radius", "0.27", *words])
+        return result.exit_code, result.output, result.exception
 
     out = str(tmp_path / "store")
     code, text, _ = ran("--parts", "3", "--method", "morton", "--weights", "2,1,1", "data.horizon=3", "--out", out)
@@ -156,8 +150,8 @@ def test_command_line(small, tmp_path):
     assert code == 0, text
     assert "bisection" in text
     assert "kmeans" not in text
-    for wrong, says in (("2,one", "--weights 2,one"), ("2,1", "2 weights for 3 processes")):
+    for wrong, message in (("2,one", "--weights 2,one"), ("2,1", "2 weights for 3 processes")):
         *_, error = ran("--parts", "3", "--method", "morton", "--weights", wrong, "--out", str(tmp_path / "other"))
         assert isinstance(error, Failure)
-        assert says in str(error)
+        assert message in str(error)
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
