@@ -35,7 +35,8 @@ from dist_egnn.data.store import FORMAT, GRAPH, VERSION
 from dist_egnn.data.store_inputs import DEFAULT_INPUTS
 from dist_egnn.data.trajectories import Trajectories
 from dist_egnn.errors import Failure
-from dist_egnn.utils import filesystem, part_weights
+from dist_egnn.utils import part_weights
+from dist_egnn.utils.filesystem import describe_os_error, replace_file, save_verified, sha256
 
 if TYPE_CHECKING:
     from dist_egnn.config import Data
@@ -75,7 +76,7 @@ def build_inputs(
         values[name] = float(values[name])
     return Inputs(
         source=data.path.name,
-        source_sha256=filesystem.sha256(data.path),
+        source_sha256=sha256(data.path),
         parts=parts,
         trainers=trainers,
         weights=weights,
@@ -189,15 +190,11 @@ def _save_part(folder: Path, graph: dgl.DGLGraph, features: dict[str, torch.Tens
     folder.mkdir(parents=True, exist_ok=True)
     # int64: both ends and the number of an edge, the number of a node; one byte: inner or not
     size = 25 * graph.num_edges() + 9 * graph.num_nodes()
-    filesystem.save_verified(
-        folder / "graph.dgl", size, functools.partial(dgl.save_graphs, g_list=[graph], formats=["coo"])
-    )
+    save_verified(folder / "graph.dgl", size, functools.partial(dgl.save_graphs, g_list=[graph], formats=["coo"]))
     tables: dict[str, dict[str, torch.Tensor]] = {"node_feat": features, "edge_feat": {}}
     for name, tensors in tables.items():
         size = sum(tensor.nbytes for tensor in tensors.values())
-        filesystem.save_verified(
-            folder / f"{name}.dgl", size, functools.partial(dgl.data.utils.save_tensors, tensor_dict=tensors)
-        )
+        save_verified(folder / f"{name}.dgl", size, functools.partial(dgl.data.utils.save_tensors, tensor_dict=tensors))
 
 
 def _names_inputs(file: Path, inputs: Inputs) -> bool:
@@ -227,7 +224,7 @@ def _open_folder(out: Path, inputs: Inputs) -> Path | None:
     created = not work.exists()
     work.mkdir(parents=True, exist_ok=True)
     try:
-        filesystem.replace_file(stamp, json.dumps(inputs.plain()).encode())
+        replace_file(stamp, json.dumps(inputs.plain()).encode())
     except OSError:
         if created:  # without its stamp the folder would be refused as another run's
             shutil.rmtree(work)
@@ -248,9 +245,7 @@ def write_store(data: Trajectories, out: Path, inputs: Inputs, progress: Callabl
             shards = _write_shards(data, work, inputs, selected, progress)
             _finish(work, out, inputs, shards)
     except OSError as error:
-        raise Failure(
-            f"{filesystem.describe_os_error(error, out)}; correct this and run the same command to continue"
-        ) from error
+        raise Failure(f"{describe_os_error(error, out)}; correct this and run the same command to continue") from error
     return work is not None
 
 
@@ -270,17 +265,15 @@ def _write_shards(
                 mark = spool / f"{index:06d}.json"
                 if not mark.is_file():
                     row = snapshot.write_parts(data, selected[index], index, inputs, spool)
-                    filesystem.replace_file(mark, json.dumps(row).encode())
+                    replace_file(mark, json.dumps(row).encode())
                 rows.append(json.loads(mark.read_text()))
                 progress(index + 1, len(selected))
             shutil.rmtree(work / shard, ignore_errors=True)
             counts = np.array([r["parts"] for r in rows])[:, :, :2]
             counts = counts.reshape(len(rows), inputs.parts, inputs.trainers, 2).sum(2)
             _write_shard(work / shard, spool, indices, counts)
-            files = {
-                str(f.relative_to(work)): filesystem.sha256(f) for f in sorted((work / shard).rglob("*")) if f.is_file()
-            }
-            filesystem.replace_file(complete, json.dumps({"rows": rows, "files": files, "shard": shard}).encode())
+            files = {str(f.relative_to(work)): sha256(f) for f in sorted((work / shard).rglob("*")) if f.is_file()}
+            replace_file(complete, json.dumps({"rows": rows, "files": files, "shard": shard}).encode())
             for index in indices:
                 for file in spool.glob(f"{index:06d}*"):
                     file.unlink()
@@ -302,7 +295,7 @@ def _finish(work: Path, out: Path, inputs: Inputs, shards: list[dict[str, Any]])
     columns = ["snapshot", "part", "nodes", "edges", "cut_edges", "halo"]
     pd.DataFrame(parts, columns=columns).to_csv(work / "parts.csv", index=False)
     files = {name: digest for shard in shards for name, digest in shard["files"].items()}
-    files.update({name: filesystem.sha256(work / name) for name in ("snapshots.csv", "parts.csv")})
+    files.update({name: sha256(work / name) for name in ("snapshots.csv", "parts.csv")})
     packages = {"dgl": dgl.__version__, "torch": str(torch.__version__), "numpy": np.__version__}
     manifest = {
         "format": FORMAT,
