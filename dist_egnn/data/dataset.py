@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,42 +42,38 @@ def cached_bytes(nodes: int, edges: int) -> int:
     return 64 * edges + 256 * nodes
 
 
+@dataclass
 class Dataset:
     """Samples by number, read on demand; the most recently used ones stay in memory.
 
-    splits: name → numbers; widths: F and K of the fields f and a; frames: trajectory and frame of each number; budget: bytes
-    of the cache; sizes: bytes of each sample. Ranks of halo mode need the same sizes, so that they evict the same samples:
-    all must link a halo at the same time. By default a sample's own size counts.
+    sizes: bytes that each sample counts for in the cache, by default its own. In halo mode all ranks must use the same sizes,
+    so that they evict the same samples: they must link a halo at the same time.
     """
 
-    def __init__(
-        self,
-        read: Callable[[int], DGLGraph],
-        splits: dict[str, list[int]],
-        widths: tuple[int, int],
-        budget: int,
-        frames: list[tuple[int, int]],
-        sizes: list[int] | None = None,
-    ) -> None:
-        self._read, self.splits, self.widths, self.frames, self._sizes = read, splits, widths, frames, sizes
-        self._budget, self._used = budget, 0
-        self._cache: OrderedDict[int, tuple[DGLGraph, int]] = OrderedDict()
+    read: Callable[[int], DGLGraph]
+    splits: dict[str, list[int]]  # name → numbers of the samples
+    widths: tuple[int, int]  # F and K of the fields f and a
+    budget: int  # bytes of the cache
+    frames: list[tuple[int, int]]  # trajectory and frame of each sample
+    sizes: list[int] | None = None
+    _cache: OrderedDict[int, tuple[DGLGraph, int]] = field(default_factory=OrderedDict)
+    _used: int = 0
 
     def __getitem__(self, number: int) -> DGLGraph:
         if number in self._cache:
             self._cache.move_to_end(number)
             return self._cache[number][0]
-        graph = self._read(number)
+        graph = self.read(number)
         size = self.size(number, graph)
         self._cache[number] = graph, size
         self._used += size
-        while self._used > self._budget and len(self._cache) > 1:
+        while self._used > self.budget and len(self._cache) > 1:
             self._used -= self._cache.popitem(last=False)[1][1]
         return graph
 
     def size(self, number: int, graph: DGLGraph) -> int:
         """The bytes that a sample counts for in the cache."""
-        return self._sizes[number] if self._sizes else cached_bytes(graph.num_nodes(), graph.num_edges())
+        return self.sizes[number] if self.sizes else cached_bytes(graph.num_nodes(), graph.num_edges())
 
 
 def is_store(path: str) -> bool:

@@ -7,6 +7,7 @@ server has names that begin with its address; dgl_compat.py patches DGL 1.1.3 to
 from __future__ import annotations
 
 import argparse
+import functools
 import ipaddress
 import json
 import os
@@ -17,7 +18,7 @@ import struct
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -180,13 +181,11 @@ class ServerSource:
 
     def __init__(self, graph: DistGraph, machine: int, servers: list[Address], timeout_s: float) -> None:
         self.graph, self.machine, self.servers, self.timeout_s = graph, machine, servers, timeout_s
-        self._latest: tuple[int, Part] | None = None
+        self.part: Callable[[str, int], Part] = functools.lru_cache(1)(self._load)
 
-    def part(self, shard: str, part: int) -> Part:
-        if self._latest is None or self._latest[0] != part:
-            with _exit_after(self.timeout_s, f"{self.servers[part]}: part {part} did not arrive"):
-                self._latest = part, self._local() if part == self.machine else self._pull(part)
-        return self._latest[1]
+    def _load(self, shard: str, part: int) -> Part:
+        with _exit_after(self.timeout_s, f"{self.servers[part]}: part {part} did not arrive"):
+            return self._local() if part == self.machine else self._pull(part)
 
     def _local(self) -> Part:
         graph = self.graph.local_partition

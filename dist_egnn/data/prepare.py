@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 from ..distributed.spawn import exit_with_parent
 from ..errors import Failure
 from ..utils import filesystem, progress
-from .trajectories import Writer, join_files
+from .trajectories import Writer
 
 SCALES = ("tiny", "small", "full")
 POLL_S = 0.5
@@ -125,8 +125,11 @@ def write(
         folder = _prepare_folder(out, settings)
         paths = [folder / f"{k:06d}.h5" for k in range(parts)]
         _make_missing(out, functools.partial(_write_part, make, folder), paths, workers, threads, unit, steps)
-        with progress.progress_bar(f"{out.name} (joining)", parts) as tick:
-            join_files(paths, out, settings, tick)
+        filesystem.check_free_space(out, sum(path.stat().st_size for path in paths))
+        with progress.progress_bar(f"{out.name} (joining)", parts) as tick, Writer(out, settings) as joined:
+            for path in paths:
+                joined.copy(path)
+                tick()
         manifest = {
             "command": shlex.join(["python", *sys.argv]),
             "seconds": round(time.monotonic() - started, 1),

@@ -6,9 +6,9 @@ machine's part of a shard, from disk (``DiskSource``) or from a DistDGL server (
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,27 +45,24 @@ class Part:
 class Source(Protocol):
     """Where a store's parts come from."""
 
-    def part(self, shard: str, part: int) -> Part: ...
+    part: Callable[[str, int], Part]  # of a shard
 
 
 class DiskSource:
-    """Load parts with DGL's loader and verify each file's sha256 once; the latest ``cached`` parts stay in memory."""
+    """Load parts with DGL's loader and verify each file's sha256 once; the last two parts stay in memory."""
 
-    def __init__(self, folder: Path, hashes: dict[str, str], cached: int = 2) -> None:
-        self.folder, self.hashes, self.cached = folder, hashes, cached
-        self._cache: OrderedDict[tuple[str, int], Part] = OrderedDict()
-        self._verified: set[str] = set()
+    def __init__(self, folder: Path, hashes: dict[str, str]) -> None:
+        self.folder, self.hashes = folder, hashes
+        self.verify = functools.cache(self._verify)
+        self.part: Callable[[str, int], Part] = functools.lru_cache(2)(self._load)
 
-    def verify(self, name: str) -> None:
+    def _verify(self, name: str) -> None:
         """Raise Failure unless the file has the sha256 that the manifest lists."""
-        if name in self._verified:
-            return
         path = self.folder / name
         if not path.is_file():
             raise Failure(f"{path}: missing from the store; partition again")
         if sha256(path) != self.hashes.get(name):
             raise Failure(f"{path}: its sha256 is not the manifest's: damaged or changed; partition again")
-        self._verified.add(name)
 
     def config(self, shard: str, part: int) -> Path:
         """DGL's partition config of a shard, after verifying it and the part's files."""
@@ -73,18 +70,12 @@ class DiskSource:
             self.verify(f"{shard}/{name}")
         return self.folder / shard / f"{GRAPH}.json"
 
-    def part(self, shard: str, part: int) -> Part:
-        key = (shard, part)
-        if key not in self._cache:
-            graph, node_feats, *_ = dgl.distributed.load_partition(str(self.config(shard, part)), part)
-            src, dst = graph.edges(order="eid")
-            inner = int(graph.ndata["inner_node"].sum())
-            nodes = {k.removeprefix("_N/"): t for k, t in node_feats.items()}
-            self._cache[key] = Part(src, dst, inner, nodes, graph.ndata[dgl.NID][inner:])
-            while len(self._cache) > self.cached:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(key)
-        return self._cache[key]
+    def _load(self, shard: str, part: int) -> Part:
+        graph, node_feats, *_ = dgl.distributed.load_partition(str(self.config(shard, part)), part)
+        src, dst = graph.edges(order="eid")
+        inner = int(graph.ndata["inner_node"].sum())
+        nodes = {k.removeprefix("_N/"): t for k, t in node_feats.items()}
+        return Part(src, dst, inner, nodes, graph.ndata[dgl.NID][inner:])
 
 
 _sources: dict[Path, Source] = {}
@@ -126,7 +117,7 @@ class Store:
         self.snapshots = pd.read_csv(self.path / "snapshots.csv", float_precision="round_trip")
         self.parts_table = pd.read_csv(self.path / "parts.csv")
 
-    @cached_property
+    @functools.cached_property
     def ranges(self) -> np.ndarray:
         """(snapshots, parts, 4): begin and end of the nodes, begin and end of the edges, in the machine's part of a shard."""
         shape = len(self.snapshots), self.machines, self.trainers
@@ -138,7 +129,7 @@ class Store:
             ranges[rows, ..., 0::2], ranges[rows, ..., 1::2] = ends - counts[rows], ends
         return ranges.reshape(len(self.snapshots), self.parts, 4)
 
-    @cached_property
+    @functools.cached_property
     def first_ids(self) -> np.ndarray:
         """(snapshots, parts): DistDGL's global id of each part's first inner node."""
         first = self.ranges[:, :, 0].copy()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import h5py
 import numpy as np
 
 from ..errors import Failure
-from ..utils.filesystem import DeferredErrorFile, check_free_space
+from ..utils.filesystem import DeferredErrorFile
 
 FORMAT, VERSION = "dist_egnn.trajectories", 1
 SPLITS = ("train", "valid", "test")
@@ -69,30 +69,28 @@ class Writer:
             raise Failure(f"{where}: position has shape {position.shape}, expected (T, N, 3)")
         if periodic and box is None:
             raise Failure(f"{where}: periodic, but there is no box; pass box=")
-        arrays: dict[str, tuple[np.ndarray | None, tuple[int, ...]]] = {
-            "position": (position, position.shape),
-            "velocity": (velocity, position.shape),
-            **{f"attributes/{key}": (value, position.shape[1:2]) for key, value in (attributes or {}).items()},
-            "box": (box, (2, 3)),
-        }
+        frames, nodes, _ = position.shape
+        arrays = {"position": position, "velocity": velocity}
+        arrays |= {f"attributes/{key}": value for key, value in (attributes or {}).items()} | {"box": box}
+        shapes = {"position": position.shape, "velocity": position.shape, "box": (2, 3)}
         group = self.group.create_group(name)
         group.attrs.update(split=split, dt=float(dt), source=source, periodic=bool(periodic))
-        for key, (array, shape) in arrays.items():
+        for key, array in arrays.items():
             if array is None:
                 continue
-            value = np.asarray(array, dtype=np.float32)
+            value, shape = np.asarray(array, dtype=np.float32), shapes.get(key, (nodes,))
             if value.shape != shape:
                 raise Failure(f"{where}: {key} has shape {value.shape}, expected {shape}")
             if not np.isfinite(value).all():
                 raise Failure(f"{where}: {key} holds NaN or infinite values")
             # Chunks of one axis and four frames compress a third better than whole frames, and cost little more to read:
             # forward differences need the next frame too.
-            chunks = (min(4, shape[0]), shape[1], 1) if len(shape) == 3 and shape[0] and shape[1] else None
-            compression = "gzip" if chunks else None
-            group.create_dataset(key, data=value, chunks=chunks, shuffle=bool(chunks), compression=compression)
+            large = value.ndim == 3 and value.size
+            storage = {"chunks": (min(4, frames), nodes, 1), "shuffle": True, "compression": "gzip"} if large else {}
+            group.create_dataset(key, data=value, **storage)
         if periodic and box is not None:
             side = box_sides(box)
-            for t in range(len(position) - 1):
+            for t in range(frames - 1):
                 check_displacement(position[t], position[t + 1], side, f"{where}, frame {t}")
         self.sink.check()
 
@@ -147,20 +145,6 @@ def check_displacement(before: np.ndarray, after: np.ndarray, side: np.ndarray, 
         )
 
 
-def join_files(
-    parts: Sequence[Path], path: str | Path, meta: Mapping[str, Any], tick: Callable[[], object] = lambda: None
-) -> None:
-    """Write the trajectories of several files, in this order, into one; calls tick() after each file.
-
-    Raises Failure if the disk has less room than the files take.
-    """
-    check_free_space(Path(path), sum(part.stat().st_size for part in parts))
-    with Writer(path, meta) as out:
-        for part in parts:
-            out.copy(part)
-            tick()
-
-
 @dataclass(frozen=True)
 class Trajectory:
     """Everything about one trajectory except its frames."""
@@ -188,9 +172,7 @@ class Trajectories(Sequence[Trajectory]):
         except OSError as error:
             raise Failure(f"{path}: not a readable HDF5 file ({error}); fetch or prepare it again") from error
         if self.file.attrs.get("format") != FORMAT:
-            raise Failure(
-                f"{path}: not a trajectories file (attribute 'format' is not '{FORMAT}'); see docs/formats.md"
-            )
+            raise Failure(f"{path}: not a trajectories file (attribute format is not '{FORMAT}'); see docs/formats.md")
         if (version := self.file.attrs.get("version")) != VERSION:
             raise Failure(f"{path}: format version {version}, this program reads {VERSION}; prepare it again")
         try:
@@ -261,10 +243,7 @@ class Trajectories(Sequence[Trajectory]):
             actual = "has no box" if box is None else "has a box with walls"
             raise Failure(f"{where} {actual}, and data.periodic needs a periodic one; set data.periodic=false")
         side = box_sides(box)
-        try:
-            graphs.check_side(radius, side)
-        except Failure as failure:
-            raise Failure(f"{where}: {failure}") from failure
+        graphs.check_side(radius, side, f"{where}: ")
         return side
 
     def close(self) -> None:

@@ -59,7 +59,7 @@ def _one(world: comm.Comm, settings: config.Config) -> Result:
     read = dataset.open_dataset(settings, group.rank, world.size)
     if world.size == 1 and dataset.is_store(settings.data.path):
         store = Store(settings.data.path)
-        read._read = lambda n: store.whole(n, settings.partition.halo == "exchange")
+        read.read = lambda n: store.whole(n, settings.partition.halo == "exchange")
     with doubled():
         model = trainer.build_model(settings, read.widths, group)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
