@@ -18,13 +18,13 @@ def run_plan(config: Config, as_json: bool = False, measure: bool = False) -> No
     """Run a trial of every rank and print what the run will take. measure: also speeds, and weights made from them."""
     if measure and dataset.part_count(config) == 1:
         raise Failure("--measure: weights are for several processes; name them, for example partition.parts=2")
-    plan = planning.make(config, lambda line: print(line, file=sys.stderr, flush=True))
+    plan = planning.make_plan(config, lambda line: print(line, file=sys.stderr, flush=True))
     _print_ranks(plan)
     _print_summary(plan)
     if measure:
         _print_weights(plan)
     if as_json:
-        print(json.dumps(plan.plain()))
+        print(json.dumps(plan.to_dict()))
 
 
 def _print_ranks(plan: Plan) -> None:

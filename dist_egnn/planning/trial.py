@@ -1,16 +1,16 @@
-"""What a short trial tells of a rank: real steps on its own part of real snapshots, alone, and the group's sums on their own.
+"""A short trial of one rank: training steps on its own part of real snapshots, without the other ranks.
 
-A rank is tried in a process of its own, forked as a rank of a run is, one rank after the other: memory and time are then
-those of training, however many ranks there are for the cores.
+Each rank is tried in a process of its own, started as a rank of a run is, one rank after the other: memory and time are
+those of training, even if the machine has fewer cores than the run has ranks. The group's calls are timed separately.
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -23,98 +23,23 @@ from ..config import Config
 from ..data import halo
 from ..data.dataset import open_dataset, prefetch
 from ..data.store import Store
-from ..distributed.comm import Comm, SingleProcess, sent_bytes
+from ..distributed.call_counter import PHASES, Call, SimulatedRank
+from ..distributed.comm import Comm
 from ..train import metrics, trainer
 from ..utils import devices, resources
 
-Told = dict[int, tuple[list[np.ndarray], np.ndarray]]  # snapshot → what a halo learns of the others: see Halo.complete
+# snapshot → what the other parts send when halos are linked: rows to send to each, positions of halo nodes (Halo.complete)
+HaloInputs = dict[int, tuple[list[np.ndarray], np.ndarray]]
 
-PHASES = ("forward", "backward", "gradients")
-# Timed batches at least; passes until so much processor time is spent, as the peak of a graph that runs whole grows over some
-# twenty steps; passes at most.
-LEAST, SECONDS, MOST = 3, 8.0, 20
-
-
-@dataclass(frozen=True)
-class Call:
-    """A sum over the group: when in a step, how many numbers of how many bytes. With give and take an exchange of rows of so
-    many numbers: give[r] of them to rank r, take[r] from it."""
-
-    phase: str
-    numbers: int
-    width: int
-    give: tuple[int, ...] = ()
-    take: tuple[int, ...] = ()
-
-    @property
-    def payload(self) -> int:
-        """Bytes that the rank hands over."""
-        return self.numbers * self.width * (sum(self.give) if self.give else 1)
-
-    def sent(self, size: int) -> float:
-        """Bytes that the rank sends, in a group of ``size``."""
-        return self.payload if self.give else sent_bytes(self.payload, size)
-
-
-class _Noted(torch.autograd.Function):
-    """The operand itself, where a group would sum; what would be sent in the backward pass is noted there."""
-
-    @staticmethod
-    def forward(ctx: Any, t: Tensor, note: Callable[[Tensor], None]) -> Tensor:
-        ctx.note = note
-        note(t)
-        return t.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.note(grad)
-        return grad, None
-
-
-class Lonely(SingleProcess):
-    """A rank of a group whose other ranks are not there: sums are its own share, rows that come are copies of those that go,
-    and ``calls`` is what it would send."""
-
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
-        self.calls: list[Call] = []
-        self._phase = PHASES[0]
-
-    def at(self, phase: str) -> None:
-        """What follows is of this phase; the first one begins a step."""
-        self._phase = phase
-        if phase == PHASES[0]:
-            self.calls = []
-
-    def _note(self, t: Tensor) -> None:
-        if self.size > 1:
-            self.calls.append(Call(self._phase, t.numel(), t.element_size()))
-
-    def sum(self, t: Tensor) -> Tensor:
-        return _Noted.apply(t, self._note)
-
-    def all_to_all(
-        self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
-    ) -> Callable[[], Tensor]:
-        self.calls.append(
-            Call(self._phase, math.prod(rows.shape[1:]), rows.element_size(), tuple(send_counts), tuple(receive_counts))
-        )
-        came = torch.arange(sum(receive_counts), device=rows.device) % max(len(rows), 1)
-        return lambda: rows.index_select(0, came) if len(rows) else rows.new_zeros(len(came), *rows.shape[1:])
-
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], extra: Tensor | None = None) -> Tensor | None:
-        found = list(parameters)
-        super().sum_gradients(found, extra)
-        more = [] if extra is None else [extra]
-        self.at("gradients")
-        self._note(torch.cat([*(p.grad.reshape(-1) for p in found if p.grad is not None), *more]))
-        return extra
+# Passes over the batches end after this processor time and this number of timed batches, at the latest after MAX_PASSES:
+# the peak memory of a graph without tiles grows over about twenty steps.
+MIN_BATCHES, MIN_SECONDS, MAX_PASSES = 3, 8.0, 20
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds, medians. batch: forward and backward of a batch; forward: forward alone, without gradients; finish: the optimiser's
-    step; fresh: reading a batch and cutting it into tiles; ready: the same when its samples are in memory."""
+    """Median seconds. batch: forward and backward pass of a batch; forward: forward pass without gradients; finish: sum of
+    gradients and optimizer step; fresh: read a batch and prepare it; ready: prepare a batch whose samples are in memory."""
 
     batch: float
     forward: float
@@ -125,12 +50,12 @@ class Times:
 
 @dataclass(frozen=True)
 class Trial:
-    """What one rank showed, by the clock on the wall and by the processor's, which runs only while the thread does: ``wall`` is
-    what it takes now, ``cpu`` what it would take on a machine with nothing else to do (CPU and one thread; else the same).
+    """Measurements of one rank.
 
-    peak: the process's largest memory in bytes, with the tried samples held; held_ratio: what a held sample takes for each byte
-    that it is counted as; calls: of one step on each batch; busy: processor seconds of a second of the steps; fastest:
-    processor seconds of a batch, each at its best (other programs only add to them), mean of the batches.
+    wall: times of the wall clock; cpu: of the thread's processor clock, which an otherwise idle machine would take (the same
+    as wall unless the rank computes on one CPU thread); busy: processor seconds per wall second; peak: largest memory of
+    the process in bytes, with the tried samples; held_ratio: bytes that a sample occupies per byte that the dataset counts
+    for it; calls: of one step on each batch; fastest: processor seconds of a batch, the mean over batches of the minimum.
     """
 
     wall: Times
@@ -142,158 +67,173 @@ class Trial:
     fastest: float
 
 
-def held_bytes(graph: DGLGraph) -> int:
-    """Bytes that a graph keeps: its fields, its structure as far as it is made, its tiles."""
-    found = sum(frame[name].nbytes for frame in (graph.ndata, graph.edata) for name in frame)
-    made = graph.formats()["created"]
+def graph_bytes(graph: DGLGraph) -> int:
+    """Bytes that a graph occupies: its fields, its sparse formats as far as they exist, its tiles and halos."""
+    total = sum(frame[name].nbytes for frame in (graph.ndata, graph.edata) for name in frame)
+    formats = graph.formats()["created"]
     n, e = graph.num_nodes(), graph.num_edges()
     width = 4 if graph.idtype == torch.int32 else 8
-    found += width * (2 * e * ("coo" in made) + (n + 2 * e) * sum(name in made for name in ("csc", "csr")))
+    total += width * (2 * e * ("coo" in formats) + (n + 2 * e) * sum(name in formats for name in ("csc", "csr")))
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(graph.__dict__)}
-    return found + sum(storages.values())
+    return total + sum(storages.values())
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors within dicts, sequences, dataclasses and halos."""
-    if isinstance(value, halo.Halos):
-        value = vars(value)
+    """The tensors in nested dicts, sequences, dataclasses and halos."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, dict):
-        for inner in value.values():
-            yield from _tensors(inner)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from _tensors(inner)
+        return
+    if isinstance(value, halo.Halos):
+        value = vars(value)
     elif is_dataclass(value):
-        for field in fields(value):
-            yield from _tensors(getattr(value, field.name))
+        value = [getattr(value, f.name) for f in fields(value)]
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
 
 
-def told(store: Store, snapshots: Iterable[int]) -> list[Told]:
-    """What the other parts would tell each part of snapshots in halo mode, where they are not there to be asked."""
-    found: list[Told] = [{} for _ in range(store.parts)]
+def halo_inputs(store: Store, snapshots: Iterable[int]) -> list[HaloInputs]:
+    """What the ranks of a run send each other to link the halos of snapshots, for each part."""
+    inputs: list[HaloInputs] = [{} for _ in range(store.parts)]
     for snapshot in snapshots:
-        wanted, x = [], []
+        recv_rows, x = [], []
         for part in range(store.parts):
             graph = store.read(snapshot, part, True)
             halos = halo.get(graph)
             assert halos is not None
-            wanted.append([rows.numpy() for rows in halos.parts[0].recv_rows])
-            x.append(graph.ndata["x"].numpy().copy())  # not a view, which would hold the whole part
-        for part, own in enumerate(found):
-            far = np.concatenate([x[r][rows] for r, rows in enumerate(wanted[part])])
-            own[snapshot] = [rows[part] for rows in wanted], far
-    return found
+            recv_rows.append([rows.numpy() for rows in halos.parts[0].recv_rows])
+            x.append(graph.ndata["x"].numpy().copy())  # a view would keep the whole part in memory
+        for part, own in enumerate(inputs):
+            halo_x = np.concatenate([x[r][rows] for r, rows in enumerate(recv_rows[part])])
+            own[snapshot] = [rows[part] for rows in recv_rows], halo_x
+    return inputs
 
 
-def _learn(graph: DGLGraph, heard: Told, snapshot: int) -> DGLGraph:
-    """The sample, its halo linked, if it has one."""
+def _link_halo(graph: DGLGraph, inputs: HaloInputs, snapshot: int) -> DGLGraph:
     if (halos := halo.get(graph)) and not halos.parts[0].send_rows:
-        given, far = heard[snapshot]
-        halos.parts[0].complete(graph.ndata["x"], [torch.from_numpy(rows) for rows in given], torch.from_numpy(far))
+        send_rows, halo_x = inputs[snapshot]
+        halos.parts[0].complete(graph.ndata["x"], [torch.from_numpy(r) for r in send_rows], torch.from_numpy(halo_x))
     return graph
 
 
-def rank(
-    _: Comm, config: Config, number: int, size: int, batches: Sequence[Sequence[int]], threads: int, heard: Told
+class _Stopwatch:
+    """Wall seconds and processor seconds of the calling thread, a pair for each run of a named block."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self.seconds = device, defaultdict[str, list[tuple[float, float]]](list)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        wall, cpu = time.perf_counter(), time.thread_time()
+        yield
+        devices.synchronize(self._device)
+        self.seconds[name].append((time.perf_counter() - wall, time.thread_time() - cpu))
+
+    def medians(self, clock: int) -> Times:
+        """clock: 0 wall, 1 processor."""
+        return Times(**{f.name: statistics.median(s[clock] for s in self.seconds[f.name]) for f in fields(Times)})
+
+
+def try_rank(
+    _: Comm,
+    config: Config,
+    rank: int,
+    size: int,
+    batches: Sequence[Sequence[int]],
+    threads: int,
+    inputs: HaloInputs,
 ) -> Trial:
-    """Try rank ``number`` of ``size`` on batches of snapshots, in passes as a run's epochs are: steps, then predictions."""
-    import torch.utils.tensorboard  # rank 0 of a run loads it: memory
+    """Train rank ``rank`` of ``size`` on batches of snapshots; after each pass over them it also predicts the first one."""
+    import torch.utils.tensorboard  # as rank 0 of a run: it takes memory
 
     torch.set_num_threads(threads)
-    group = Lonely(number, size)
-    device = trainer.resolve_device(config, number)
-    samples = open_dataset(config, number, size)
+    group = SimulatedRank(rank, size)
+    device = trainer.resolve_device(config, rank)
+    samples = open_dataset(config, rank, size)
     model = trainer.build_model(config, samples.widths, group).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.train.lr)
     prepare = getattr(model, "prepare", lambda graph: graph)
-    clocks = time.perf_counter, time.thread_time
-    seconds: dict[str, list[tuple[float, ...]]] = {"make": [], "batch": [], "finish": [], "forward": []}
+    watch = _Stopwatch(device)
+    calls: list[list[Call]] = []
 
-    @contextlib.contextmanager
-    def timed(what: str) -> Iterator[None]:
-        started = [clock() for clock in clocks]
-        yield
-        devices.synchronize(device)
-        seconds[what].append(tuple(clock() - then for clock, then in zip(clocks, started, strict=True)))
+    def load(snapshots: Sequence[int]) -> DGLGraph:
+        with watch("ready"):
+            return prepare(halo.batch([_link_halo(samples[n], inputs, n) for n in snapshots]))
 
-    def make(numbers: Sequence[int]) -> DGLGraph:
-        with timed("make"):
-            return prepare(halo.batch([_learn(samples[n], heard, n) for n in numbers]))
-
-    def one_pass() -> None:
+    def run_pass() -> None:
         model.train()
         calls.clear()
-        for graph in prefetch(make, batches):
-            group.at("forward")
+        for graph in prefetch(load, batches):
+            group.counter.enter("forward")
             optimizer.zero_grad(set_to_none=True)
-            with timed("batch"):
+            with watch("batch"):
                 loss, _ = trainer.compute_loss(config, model, graph, group, torch.Generator().manual_seed(0))
-                group.at("backward")
+                group.counter.enter("backward")
                 loss.backward()
-            with timed("finish"):
-                group.sum_gradients(model.parameters(), torch.zeros(3, device=device))  # as train.steps
+            with watch("finish"):
+                group.sum_gradients(model.parameters(), torch.zeros(3, device=device))  # as in trainer.steps
                 optimizer.step()
-            calls.append(list(group.calls))
+            calls.append(list(group.counter.calls))
         model.eval()
         with torch.no_grad():
-            for graph in prefetch(make, batches[:1]):
-                with timed("forward"):
+            for graph in prefetch(load, batches[:1]):
+                with watch("forward"):
                     model(graph)
 
-    calls: list[list[Call]] = []
-    one_pass()  # the first reads
-    seconds["fresh"] = seconds.pop("make")[: len(batches)]
-    seconds["make"] = []
-    for what in ("batch", "finish", "forward"):
-        seconds[what].clear()
-    spent = time.process_time()
-    for _pass in range(MOST):
-        one_pass()
-        if len(seconds["batch"]) >= LEAST and time.process_time() - spent > SECONDS:
+    run_pass()  # reads the samples
+    first, watch.seconds = watch.seconds, defaultdict(list)
+    watch.seconds["fresh"] = first["ready"][: len(batches)]
+    started = time.process_time()
+    for _pass in range(MAX_PASSES):
+        run_pass()
+        if len(watch.seconds["batch"]) >= MIN_BATCHES and time.process_time() - started > MIN_SECONDS:
             break
-    graphs = {n: samples[n] for numbers in batches for n in numbers}
+    graphs = {n: samples[n] for snapshots in batches for n in snapshots}
     counted = sum(samples.size(n, graph) for n, graph in graphs.items())
-    seconds["ready"] = seconds.pop("make")
-    wall, cpu = (
-        Times(**{what: statistics.median(one[k] for one in each) for what, each in seconds.items()}) for k in (0, 1)
+    one_thread = device.type == "cpu" and threads == 1  # otherwise other threads or the device do the work
+    wall, cpu = zip(*watch.seconds["batch"], strict=True)
+    seconds = cpu if one_thread else wall
+    return Trial(
+        wall=watch.medians(0),
+        cpu=watch.medians(1 if one_thread else 0),
+        busy=sum(cpu) / sum(wall) if one_thread else 1.0,
+        peak=metrics.peak_memory_gb(device) * 1e9,
+        held_ratio=sum(map(graph_bytes, graphs.values())) / max(counted, 1),
+        calls=calls,
+        fastest=statistics.mean(min(seconds[k :: len(batches)]) for k in range(len(batches))),
     )
-    plain = device.type == "cpu" and threads == 1  # else work is done elsewhere than in the thread that waits for it
-    busy = sum(one[1] for one in seconds["batch"]) / sum(one[0] for one in seconds["batch"])
-    peak = metrics.peak_memory_gb(device) * 1e9
-    ratio = sum(map(held_bytes, graphs.values())) / max(counted, 1)
-    took, each = [one[int(plain)] for one in seconds["batch"]], len(batches)
-    fastest = statistics.mean(min(took[k::each]) for k in range(each))
-    return Trial(wall, cpu if plain else wall, busy if plain else 1.0, peak, ratio, calls, fastest)
 
 
-def exchange(
-    group: Comm, ranks: Sequence[Sequence[Sequence[Call]]], between: float = 0.0, repeats: int = 10
+def time_calls(
+    group: Comm, ranks: Sequence[Sequence[Sequence[Call]]], work_s: float = 0.0, repeats: int = 10
 ) -> tuple[dict[str, float], float]:
-    """Seconds that the calls of a step take this group, by phase, medians over the batches in turn; and the bytes of memory that
-    being in a group costs a process. ranks: the calls of each, by batch; between: processor seconds that each process works from
-    one call to the next, not counted: processes that come from work wait for one another longer than those that only call."""
-    before = metrics.peak_memory_gb()
+    """Seconds that this rank spends in the calls of a step, by phase, and the bytes of memory that the group costs it.
+
+    ranks: the calls of each rank, by batch; the medians are over the batches in turn. work_s: processor seconds that each
+    rank works before each call, which are subtracted: ranks that come from work wait longer for each other.
+    """
+    memory_before = metrics.peak_memory_gb()
     seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
-    kinds, own = {4: torch.float32, 8: torch.float64}, ranks[group.rank]
-    shared = max(group.size / resources.available_cores(), 1.0)  # that work takes so many times as long
+    dtypes, own = {4: torch.float32, 8: torch.float64}, ranks[group.rank]
+    slowdown = max(group.size / resources.available_cores(), 1.0)  # of work, where ranks share cores
     for turn in range(repeats + 1):
         for phase in PHASES:
             calls = [c for c in own[turn % len(own)] if c.phase == phase]
-            tensors = [torch.zeros(c.payload // c.width, dtype=kinds[c.width]) for c in calls]
-            group.max(0.0)  # all start together
+            tensors = [torch.zeros(c.payload // c.width, dtype=dtypes[c.width]) for c in calls]
+            group.max(0.0)  # all ranks start together
             started, worked = time.perf_counter(), 0.0
             for c, tensor in zip(calls, tensors, strict=True):
-                begun, until = time.perf_counter(), time.thread_time() + between
+                work_started, until = time.perf_counter(), time.thread_time() + work_s
                 while time.thread_time() < until:
                     pass
-                worked += time.perf_counter() - begun
-                if c.give:
-                    group.all_to_all(tensor.view(-1, c.numbers), c.give, c.take)()
+                worked += time.perf_counter() - work_started
+                if c.send_counts:
+                    group.all_to_all(tensor.view(-1, c.numbers), c.send_counts, c.receive_counts)()
                 else:
                     group.sum(tensor)
             passed = time.perf_counter() - started
-            seconds[phase].append(max(passed - max(worked, between * len(calls) * shared), 0.0))
-    grown = (metrics.peak_memory_gb() - before) * 1e9
-    return {phase: statistics.median(each[1:]) for phase, each in seconds.items()}, grown
+            seconds[phase].append(max(passed - max(worked, work_s * len(calls) * slowdown), 0.0))
+    memory = (metrics.peak_memory_gb() - memory_before) * 1e9
+    return {phase: statistics.median(turns[1:]) for phase, turns in seconds.items()}, memory

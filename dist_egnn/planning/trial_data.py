@@ -1,12 +1,13 @@
-"""The data of a plan's trial: the run's own store or file, or a store of a few of its snapshots that is made for the trial.
+"""The data of a plan's trial: the run's own store or file, or a store of a few of its snapshots made for the trial.
 
-Legend: S snapshots of a split, P parts.
+Shapes: S snapshots of a split, P parts.
 """
 
 from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -23,29 +24,29 @@ from ..data.trajectories import Trajectories
 from ..errors import Failure
 
 Say = Callable[[str], None]
-TRIED = 3  # batches of snapshots that a rank is tried on at least
-SHARDS = 3  # of a store that is made for the trial: two are kept in memory while the next is read
+MIN_BATCHES = 3  # of snapshots, that each rank is tried on
+SHARDS = 3  # of a store made for the trial: two are in memory while the next is read
 COLUMNS = ["nodes", "edges", "cut_edges", "halo"]
 
 
 @dataclass
 class Source:
-    """What is tried and what is trained on.
+    """Data of the trial, and sizes of the run's data.
 
-    config: names the data of the trial; numbers: its train snapshots; tried (S, P, 2): nodes of each and the in-edges that it
-    computes on, in halo mode all; counts: the same of all snapshots of the run, by split; table (S, P, 4): COLUMNS;
-    partition_s: writing the run's store, 0 if there is one.
+    config: names the data of the trial; snapshots: its training snapshots; tried (S, P, 2): their nodes and the in-edges that
+    each part computes on, in halo mode all in-edges; counts: the same of all snapshots of the run, by split; table (S, P, 4):
+    COLUMNS; partition_s: seconds to write the run's store, 0 if it exists.
     """
 
     config: Config
-    numbers: list[int]
+    snapshots: list[int]
     tried: np.ndarray
     counts: dict[str, np.ndarray]
     table: np.ndarray
     partition_s: float = 0.0
 
 
-class _Few(Trajectories):
+class _Subset(Trajectories):
     """Some trajectories of a file."""
 
     def __init__(self, path: Path, chosen: Sequence[int]) -> None:
@@ -53,116 +54,118 @@ class _Few(Trajectories):
         self._all = [self._all[k] for k in chosen]
 
 
-def _own(table: np.ndarray, config: Config) -> np.ndarray:
-    """COLUMNS (…, 4) → nodes and edges (…, 2), in bridge mode those that are not cut."""
+def _computed(table: np.ndarray, config: Config) -> np.ndarray:
+    """COLUMNS (…, 4) → nodes and the edges that are computed on (…, 2): in bridge mode those that are not cut."""
     if config.partition.halo == "exchange":
         return table[..., :2]
     return np.stack([table[..., 0], table[..., 1] - table[..., 2]], -1)
 
 
-def _of_store(store: Store) -> np.ndarray:
+def _table(store: Store) -> np.ndarray:
     return store.parts_table[COLUMNS].to_numpy(float).reshape(len(store.snapshots), store.parts, 4)
 
 
-def stored(config: Config) -> Source:
-    """A store that is there."""
+def store_source(config: Config) -> Source:
+    """The source of a run on an existing store."""
     store = Store(config.data.path)
     check_settings(store.inputs, str(store.path), config.data)
-    table = _of_store(store)
-    splits = {name: store.split(name) for name in ("train", "valid")}
-    counts = {name: _own(table[numbers], config) for name, numbers in splits.items()}
-    return Source(config, splits["train"], counts["train"], counts, table)
+    table = _table(store)
+    counts = {name: _computed(table[store.split(name)], config) for name in ("train", "valid")}
+    return Source(config, store.split("train"), counts["train"], counts, table)
 
 
-def _listed(config: Config) -> tuple[Trajectories, list[Snapshot]]:
-    """A trajectories file and the snapshots that the config makes of it."""
+def _open_file(config: Config) -> tuple[Trajectories, list[Snapshot]]:
+    """A trajectories file and the snapshots that the config selects."""
     d = config.data
     file = Trajectories(d.path)
-    return file, list(samples.select_snapshots(file, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed))
+    selected = list(samples.select_snapshots(file, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed))
+    if not any(s.split == "train" for s in selected):
+        raise Failure(f"{d.path}: no snapshot in split 'train'; prepare data with one")
+    return file, selected
 
 
-def _counts(file: Trajectories, listed: list[Snapshot], like: np.ndarray, complete: bool) -> dict[str, np.ndarray]:
-    """Nodes and own edges (S, P, 2) of all snapshots by split, in proportion to those of one (P, 2): like its nodes of each part,
-    and as many edges a node; in complete graphs edges go with the square."""
-    found = {}
+def _scaled_counts(
+    file: Trajectories, selected: list[Snapshot], sizes: np.ndarray, complete: bool
+) -> dict[str, np.ndarray]:
+    """Nodes and edges (S, P, 2) of all snapshots by split, scaled from those of one (P, 2) by the number of nodes.
+
+    complete: the graphs are complete, so that edges grow with the square.
+    """
+    counts = {}
     for split in ("train", "valid"):
-        nodes = np.array([file[s.trajectory].nodes for s in listed if s.split == split], float).reshape(-1, 1)
-        scale = nodes / like[:, 0].sum()
-        found[split] = np.stack([scale * like[:, 0], (scale**2 if complete else scale) * like[:, 1]], -1)
-    return found
+        nodes = np.array([file[s.trajectory].nodes for s in selected if s.split == split], float).reshape(-1, 1)
+        scale = nodes / sizes[:, 0].sum()
+        counts[split] = np.stack([scale * sizes[:, 0], (scale**2 if complete else scale) * sizes[:, 1]], -1)
+    return counts
 
 
-def whole(config: Config) -> Source:
-    """A trajectories file that one process trains from."""
-    file, listed = _listed(config)
-    numbers = [k for k, s in enumerate(listed) if s.split == "train"]
-    if not numbers:
-        raise Failure(f"{config.data.path}: no snapshot in split 'train'; prepare data with one")
-    largest = max(numbers, key=lambda k: file[listed[k].trajectory].nodes)
+def whole_source(config: Config) -> Source:
+    """The source of a run of one process on a trajectories file."""
+    file, selected = _open_file(config)
+    train = [k for k, s in enumerate(selected) if s.split == "train"]
+    largest = max(train, key=lambda k: file[selected[k].trajectory].nodes)
     graph = dataset.open_dataset(config, 0, 1)[largest]
-    like = np.array([[graph.num_nodes(), graph.num_edges()]], float)
-    counts = _counts(file, listed, like, math.isinf(config.data.radius))
-    table = np.pad(np.concatenate([*counts.values()]), ((0, 0), (0, 0), (0, 2)))  # nothing is cut
-    return Source(config, numbers, counts["train"], counts, table)
+    sizes = np.array([[graph.num_nodes(), graph.num_edges()]], float)
+    counts = _scaled_counts(file, selected, sizes, math.isinf(config.data.radius))
+    table = np.pad(np.concatenate([*counts.values()]), ((0, 0), (0, 0), (0, 2)))  # no edge is cut
+    return Source(config, train, counts["train"], counts, table)
 
 
-def cut(config: Config, parts: int, folder: Path, say: Say) -> Source:
-    """A trajectories file that P processes will share: a few of its snapshots are partitioned into ``folder``.
+def partitioned_source(config: Config, parts: int, folder: Path, say: Say) -> Source:
+    """The source of a run of P processes on a trajectories file: some of its snapshots are partitioned into ``folder``.
 
-    As many as fill the shards that a rank holds at a time, or all: a shard's size is part of the memory.
+    As many as fill the shards that a rank has in memory at a time, or all: the size of a shard is part of the memory.
     """
     from ..partition import store_writer
 
-    file, listed = _listed(config)
-    train_ones = [s for s in listed if s.split == "train"]
-    if not train_ones:
-        raise Failure(f"{config.data.path}: no snapshot in split 'train'; prepare data with one")
-    per = {k: sum(s.trajectory == k for s in train_ones) for k in dict.fromkeys(s.trajectory for s in train_ones)}
-    order = sorted(per, key=lambda k: -file[k].nodes)
-    wanted = SHARDS * max(store_writer.SHARD_NODES, file[order[0]].nodes)
-    frames = min(per[order[0]], -(-wanted // file[order[0]].nodes))
+    file, selected = _open_file(config)
+    frames_of = Counter(s.trajectory for s in selected if s.split == "train")
+    order = sorted(frames_of, key=lambda k: -file[k].nodes)
+    largest = file[order[0]].nodes
+    target = SHARDS * max(store_writer.SHARD_NODES, largest)
+    frames = min(frames_of[order[0]], -(-target // largest))
     chosen: list[int] = []
     nodes = 0
     for k in order:
-        if nodes < wanted or len(chosen) * frames < TRIED * config.train.batch_size:
+        if nodes < target or len(chosen) * frames < MIN_BATCHES * config.train.batch_size:
             chosen.append(k)
-            nodes += file[k].nodes * min(frames, per[k])
-    few = _Few(file.path, chosen)
-    trial = deepcopy(config)
-    if frames < max(per.values()):
+            nodes += file[k].nodes * min(frames, frames_of[k])
+    subset, trial = _Subset(file.path, chosen), deepcopy(config)
+    if frames < max(frames_of.values()):
         trial.data.frames = frames
     inputs = store_writer.build_inputs(
-        few,
+        subset,
         parts=parts,
         weights=config.partition.weights,
         method=config.partition.method,
         method_seed=config.partition.seed,
         settings=trial.data,
     )
-    say(f"partitioning {len(store_writer.list_snapshots(few, inputs))} of {len(listed)} snapshots into {parts} parts")
+    say(
+        f"partitioning {len(store_writer.list_snapshots(subset, inputs))} of {len(selected)} snapshots into {parts} parts"
+    )
     started = time.perf_counter()
-    store_writer.write_store(few, folder / "store", inputs, lambda done, _all: None)
+    store_writer.write_store(subset, folder / "store", inputs, lambda done, _all: None)
     seconds = time.perf_counter() - started
     trial.data.path = str(folder / "store")
-    store = Store(trial.data.path)
-    table = _of_store(store)
-    nodes_of_run = sum(file[s.trajectory].nodes for s in listed)
-    largest = int(table[:, :, 0].sum(1).argmax())
-    alike = np.isclose(table[:, :, 0].sum(1), table[largest, :, 0].sum())
-    counts = _counts(file, listed, _own(table[alike].mean(0), config), math.isinf(config.data.radius))
-    seconds *= nodes_of_run / table[:, :, 0].sum()
-    return Source(trial, list(range(len(table))), _own(table, config), counts, table, seconds)
+    table = _table(Store(trial.data.path))
+    nodes_of_snapshots = table[:, :, 0].sum(1)
+    largest_ones = np.isclose(nodes_of_snapshots, nodes_of_snapshots.max())
+    sizes = _computed(table[largest_ones].mean(0), config)
+    counts = _scaled_counts(file, selected, sizes, math.isinf(config.data.radius))
+    seconds *= sum(file[s.trajectory].nodes for s in selected) / table[:, :, 0].sum()
+    return Source(trial, list(range(len(table))), _computed(table, config), counts, table, seconds)
 
 
-def of(config: Config, parts: int, folder: Path, say: Say) -> Source:
+def open_source(config: Config, parts: int, folder: Path, say: Say) -> Source:
     """The source of a config's run on ``parts`` processes; what has to be made is made in ``folder``.
 
     Raises Failure for data that `train` would refuse.
     """
     if dataset.is_store(config.data.path):
-        source = stored(config)
+        source = store_source(config)
     else:
-        source = whole(config) if parts == 1 else cut(config, parts, folder, say)
+        source = whole_source(config) if parts == 1 else partitioned_source(config, parts, folder, say)
     for split, counts in source.counts.items():
         if not len(counts):
             raise Failure(f"{config.data.path}: no snapshot in split '{split}'; prepare data with one")

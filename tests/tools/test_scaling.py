@@ -18,47 +18,50 @@ from torch import Tensor
 from dist_egnn.data import halo
 from dist_egnn.data.store import Store
 from dist_egnn.distributed import comm, spawn
+from dist_egnn.distributed.call_counter import simulated_group
 
 PARTS = 3  # the gradients then take two trips
 
 
-class Listener:
-    """torch.distributed, and what came on each trip."""
-
-    def __init__(self, plain: Any) -> None:
-        self.plain, self.heard = plain, list[Tensor]()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.plain, name)
-
-    def all_to_all_single(self, taken: Tensor, *others: Any, group: Any = None, async_op: bool = False) -> Any:
-        self.plain.all_to_all_single(taken, *others, group=group)
-        self.heard.append(taken.clone())
-        return SimpleNamespace(wait=lambda: None)
-
-
-def after(config: Any, graph: Any, other: Any) -> list[Tensor]:
+def step_result(config: Any, graph: Any, group: comm.Comm) -> list[Tensor]:
     """Gradients, summed, and parameters after a step."""
     learner = scaling.learner(config)
-    with scaling.standing_in(other) as group:
-        scaling.step(config, learner, graph, group)
+    scaling.step(config, learner, graph, group)
     return [t.detach() for p in learner[0].parameters() for t in (p.grad, p)]
 
 
+def real_step(config: Any, graph: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """The result of a step in the real group, and what each of its calls received."""
+    answers: list[Tensor] = []
+    call = torch.distributed.all_to_all_single
+
+    def all_to_all_single(received: Tensor, *args: Any, group: Any = None, async_op: bool = False) -> Any:
+        call(received, *args, group=group)
+        answers.append(received.clone())
+        return SimpleNamespace(wait=lambda: None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, "all_to_all_single", all_to_all_single)
+        return step_result(config, graph, comm.ProcessGroup(60.0)), answers
+
+
 def among(group: comm.Comm, config: Any) -> list[dict[str, Any]]:
-    found = []
+    results = []
     for mode in scaling.MODES:
         graph = Store(config.data.path).read(0, group.rank, mode == "exchange")
         if halos := halo.get(graph):
             halos.link(graph.ndata["x"], group)
-        real = after(config, graph, listener := Listener(comm.dist))
-        alone = after(config, graph, stand_in := scaling.StandIn(group.rank, group.size, iter(listener.heard)))
-        lonely = after(config, graph, scaling.StandIn(group.rank, group.size))
-        differ = [[not torch.equal(a, b) for a, b in zip(real, others, strict=True)] for others in (alone, lonely)]
+        real, answers = real_step(config, graph)
+        with simulated_group(group.rank, group.size, iter(answers)) as (simulated, counter):
+            same = step_result(config, graph, simulated)
+        with simulated_group(group.rank, group.size) as (simulated, _):
+            other = step_result(config, graph, simulated)
+        differ = [sum(not torch.equal(a, b) for a, b in zip(real, one, strict=True)) for one in (same, other)]
+        sent = [max(call.payload, call.received) for call in counter.calls]
         link = [t.numpy() for part in (halos.parts if halos else ()) for t in (*part.send_rows, *part.edge.values())]
         about = scaling.about(scaling.learner(config)[0], graph)
-        found.append({"differ": list(map(sum, differ)), "sent": stand_in.sent, "link": link, "about": about})
-    return found
+        results.append({"differ": differ, "sent": sent, "link": link, "about": about})
+    return results
 
 
 def test_a_rank_alone_is_the_rank_among_others(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import bench_data
 import numpy as np
 import torch
 from dgl import DGLGraph
-from torch import Tensor
 
 from dist_egnn.config import Config, Data
 from dist_egnn.config import load as load_config
@@ -22,14 +21,10 @@ from dist_egnn.data.dataset import open_dataset
 from dist_egnn.data.store import Store
 from dist_egnn.data.trajectories import Trajectories
 from dist_egnn.distributed import comm, spawn
+from dist_egnn.distributed.call_counter import PHASES, Call, counted_collectives
 from dist_egnn.ops import message_passing, tiling
 from dist_egnn.train import trainer
 
-COLLECTIVES = (
-    *("all_reduce", "reduce", "broadcast", "all_gather", "all_gather_into_tensor", "gather", "scatter"),
-    *("reduce_scatter", "reduce_scatter_tensor", "all_to_all", "all_to_all_single", "barrier", "send", "recv"),
-    *("isend", "irecv", "batch_isend_irecv", "all_gather_object", "broadcast_object_list", "gather_object"),
-)
 Say = Callable[[str], None]
 
 
@@ -103,57 +98,37 @@ def partition(nodes: int, degree: float, parts: int, say: Say) -> dict[str, Any]
 # comm
 
 
-def _count(group: comm.Comm, config: Config, number: int | None = None) -> dict[str, list[tuple[str, int, int]]]:
-    """What this process sends in one training step: (collective, numbers, bytes) of each call, by phase of the step.
+def count_calls(group: comm.Comm, config: Config, snapshot: int | None = None) -> dict[str, list[Call]]:
+    """The collectives that this process calls in one training step, by phase.
 
-    number: of the snapshot, the first of the training split unless told otherwise."""
-    calls: list[tuple[str, int, int]] = []
-
-    def counted(name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            tensors = [t for t in (*args, *options.values()) if isinstance(t, Tensor)]
-            sent = tensors[1:2] if name.startswith("all_to_all") else tensors[:1]
-            calls.append((name, sum(t.numel() for t in sent), sum(t.numel() * t.element_size() for t in sent)))
-            return plain(*args, **options)
-
-        return call
-
+    snapshot: its number, by default that of the first training snapshot."""
     samples = open_dataset(config, group.rank, group.size)
     model = trainer.build_model(config, samples.widths, group)
-    graph = samples[samples.splits["train"][0] if number is None else number]
+    graph = samples[samples.splits["train"][0] if snapshot is None else snapshot]
     if halos := halo.get(graph):
-        halos.link(graph.ndata["x"], group)  # once a snapshot, so of no step
-    before = {name: getattr(comm.dist, name) for name in COLLECTIVES}
-    try:
-        for name, plain in before.items():
-            setattr(comm.dist, name, counted(name, plain))
-        ends = [0]
+        halos.link(graph.ndata["x"], group)  # once per snapshot, not per step
+    with counted_collectives() as counter:
         loss, _ = trainer.compute_loss(config, model, graph, group, torch.Generator().manual_seed(0))
-        ends.append(len(calls))
+        counter.enter("backward")
         loss.backward()
-        ends.append(len(calls))
+        counter.enter("gradients")
         group.sum_gradients(model.parameters(), torch.zeros(3))
-        ends.append(len(calls))
-    finally:
-        for name, plain in before.items():
-            setattr(comm.dist, name, plain)
-    phases = ("forward", "backward", "gradients")
-    return {phase: calls[a:b] for phase, a, b in zip(phases, ends[:-1], ends[1:], strict=True)}
+    return {phase: [call for call in counter.calls if call.phase == phase] for phase in PHASES}
 
 
 def communication(nodes: int, degree: float, parts: int, model: dict[str, Any], mode: str = "bridge") -> dict[str, Any]:
     """Calls, numbers a call and bytes of each phase of a training step on ``parts`` processes, beside 3 + 3C + HC."""
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
         config = _config(Path(folder), nodes, degree, parts, 1, model, mode)
-        ranks = spawn.run_ranks(_count, parts, config)
-    alike = all(rank == ranks[0] for rank in ranks)
+        ranks = spawn.run_ranks(count_calls, parts, config)
+    sizes = [[(call.phase, call.name, call.payload) for calls in rank.values() for call in calls] for rank in ranks]
     hidden, count = config.model.hidden, config.model.virtual_nodes
     phases = {
         phase: {
             "calls": len(calls),
-            "collectives": sorted({name for name, _, _ in calls}),
-            "floats": [numbers for _, numbers, _ in calls],
-            "bytes": sum(size for _, _, size in calls),
+            "collectives": sorted({call.name for call in calls}),
+            "floats": [call.payload // call.width for call in calls],
+            "bytes": sum(call.payload for call in calls),
         }
         for phase, calls in ranks[0].items()
     }
@@ -161,7 +136,7 @@ def communication(nodes: int, degree: float, parts: int, model: dict[str, Any], 
         "parts": parts,
         "layers": config.model.layers,
         "formula": (parts - 1) * (3 + 3 * count + hidden * count),
-        "alike": alike,
+        "alike": all(rank == sizes[0] for rank in sizes),
         "phases": phases,
     }
 

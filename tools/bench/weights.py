@@ -71,14 +71,14 @@ class Slowed:
 
 
 def tried(group: comm.Comm, config: Config, number: int, *more: Any) -> Trial:
-    """`calibrate.rank`, of a slow process where it is one."""
-    plain = trial.Lonely
+    """`trial.try_rank`, of a slow process where it is one."""
+    plain = trial.SimulatedRank
     if number == SLOW:
-        trial.Lonely = lambda rank, size: _slow(plain(rank, size))  # type: ignore[assignment,misc,return-value]
+        trial.SimulatedRank = lambda rank, size: _slow(plain(rank, size))  # type: ignore[assignment,misc,return-value]
     return rank_of(group, config, number, *more)
 
 
-rank_of = trial.rank
+rank_of = trial.try_rank
 
 
 def _slow(group: Any) -> Slowed:
@@ -114,14 +114,14 @@ def steps(group: comm.Comm, config: Config, slow: bool) -> list[float]:
 
 def main(nodes: int) -> None:
     """Partition, plan, partition again; then all three kinds of steps in turn."""
-    trial.rank = tried  # type: ignore[assignment]
+    trial.try_rank = tried  # type: ignore[assignment]
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as name:
         folder = Path(name)
         radius = bench_data.write_data(folder / "block.h5", nodes, 3, 14.6)
         equal = bench_data.config_of(folder / "block.h5", radius, PARTS, MODEL)
         weighted = deepcopy(equal)
         run_partition(equal, folder / "equal")
-        planned = plan.make(equal)
+        planned = plan.make_plan(equal)
         print(
             f"speeds {[round(rank.speed) for rank in planned.ranks]}, weights {part_weights.to_text(planned.weights)}"
         )

@@ -12,9 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported
@@ -27,13 +25,13 @@ import torch
 import typer
 from dgl import DGLGraph
 from model import NODE
-from torch import Tensor
 
 from dist_egnn import config as configs
 from dist_egnn.commands.partition import run_partition
 from dist_egnn.data import halo
 from dist_egnn.data.store import Store
 from dist_egnn.distributed import comm, spawn
+from dist_egnn.distributed.call_counter import simulated_group
 from dist_egnn.errors import Failure
 from dist_egnn.models import network
 from dist_egnn.train import trainer
@@ -58,42 +56,6 @@ Out = Annotated[Path, typer.Option("--out", help="folder of the CSV files")]
 def say(line: str) -> None:
     """Progress, away from the result."""
     print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
-
-
-class StandIn:
-    """torch.distributed as comm.py sees it, where no other rank is there: everything comes at once.
-
-    sent: bytes of each trip, taken ones if they are more. answers: what comes, a tensor a trip; by default the first rows of what
-    was sent, and zeros.
-    """
-
-    def __init__(self, rank: int, size: int, answers: Iterator[Tensor] | None = None) -> None:
-        self.rank, self.size, self.answers, self.sent = rank, size, answers, list[int]()
-
-    def get_rank(self, group: Any = None) -> int:
-        return self.rank
-
-    def get_world_size(self, group: Any = None) -> int:
-        return self.size
-
-    def all_to_all_single(self, taken: Tensor, sent: Tensor, *_: Any, **__: Any) -> Any:
-        self.sent.append(max(sent.nbytes, taken.nbytes))
-        if self.answers:
-            taken.copy_(next(self.answers))
-        else:
-            taken[: len(sent)] = sent[: len(taken)]
-            taken[len(sent) :] = 0
-        return SimpleNamespace(wait=lambda: None)
-
-
-@contextlib.contextmanager
-def standing_in(other: Any) -> Iterator[comm.Comm]:
-    """A group whose every line is comm.py's, but for torch.distributed."""
-    plain, comm.dist = comm.dist, other
-    try:
-        yield comm.ProcessGroup(60.0)
-    finally:
-        comm.dist = plain
 
 
 def linked(parts: list[DGLGraph]) -> list[DGLGraph]:
@@ -186,9 +148,12 @@ def alone(
             for turn in range(repeats + 1):
                 one = step(config, ours, single, comm.SingleProcess())["cpu_s"]
                 for mode, rank, graph, shape in works:
-                    with standing_in(stand_in := StandIn(rank, size)) as group:
+                    with simulated_group(rank, size) as (group, counter):
                         took = step(config, ours, graph, group)
-                    sent = {"calls": len(stand_in.sent), "bytes": sum(stand_in.sent)}
+                    sent = {
+                        "calls": len(counter.calls),
+                        "bytes": sum(max(c.payload, c.received) for c in counter.calls),
+                    }
                     setting = {"nodes": nodes, "method": method, "parts": size, "mode": mode, "rank": rank}
                     rows.append({**setting, "turn": turn, **shape, **sent, **took, "one_s": one})
                 slowest = [max(row["cpu_s"] for row in rows[-len(works) :] if row["mode"] == mode) for mode in MODES]
