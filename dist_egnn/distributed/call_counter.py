@@ -14,10 +14,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from .comm import ProcessGroup, SingleProcess, sent_bytes
+from .comm import ProcessGroup, SingleProcess, dist, sent_bytes
 
 PHASES = ("forward", "backward", "gradients")  # of a training step
 COLLECTIVES = (
