@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Argument, Option, Typer
 
 from . import config as configs
 from .errors import Failure
@@ -18,25 +18,27 @@ from .utils.console import example
 # one thread per process unless the user sets another number: DGL's kernels slow down when threads outnumber cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-app = typer.Typer(
+app = Typer(
     help="Train equivariant graph networks on geometric graphs too large for one device.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-Overrides = Annotated[list[str] | None, typer.Argument(help="config keys to set, as key=value", show_default=False)]
-Config = Annotated[Path, typer.Argument(help="the config that `distegnn train` will be given")]
-OptionalConfig = Annotated[
-    str | None,
-    typer.Argument(help="a config, as `distegnn config` prints; needed without --resume", show_default=False),
-]
-Run = Annotated[Path, typer.Argument(help="folder of a run")]
-Resume = Annotated[Path | None, typer.Option(metavar="RUN", help="continue the run in this folder with its own config")]
-Radius = Annotated[
-    float | None, typer.Option(help="data.radius: edges join nodes up to this distance (inf: all nodes)")
-]
-Json = Annotated[bool, typer.Option("--json", help="print the results again, as JSON on the last line")]
+METHODS = (
+    "metis; random; kmeans; spectral (on a sample of 2,000 nodes, the others follow the nearest); bisection "
+    "(recursive, by coordinates); morton (ranges of a Z-order curve)"
+)
+HOST_LINE = "[user@]host [port=22] [trainers=2] [interface=eth0] [python=/path]"
+
+Overrides = Annotated[list[str] | None, Argument(help="config keys to set, as key=value", show_default=False)]
+Config = Annotated[Path, Argument(help="the config that `distegnn train` will be given")]
+TrainConfig = Annotated[str | None, Argument(help="a config file; needed without --resume", show_default=False)]
+DataConfig = Annotated[Path | None, Option(help="config with the data section; --radius and KEY=VALUE win over it")]
+Radius = Annotated[float | None, Option(help="data.radius: edges join nodes up to this distance (inf: all nodes)")]
+Resume = Annotated[Path | None, Option(metavar="RUN", help="continue the run in this folder with its own config")]
+Run = Annotated[Path, Argument(help="folder of a run")]
+Json = Annotated[bool, Option("--json", help="print the results again, as JSON on the last line")]
 
 
 def command(words: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -45,9 +47,7 @@ def command(words: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 
 @app.callback()
-def main_options(
-    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of a failure")] = False,
-) -> None:
+def main_options(debug: Annotated[bool, Option("--debug", help="show the traceback of a failure")] = False) -> None:
     """Options that stand before the subcommand."""
 
 
@@ -61,36 +61,20 @@ def data_config(config: Path | None, radius: float | None, overrides: list[str] 
 
 @command("partition recipes/fluid113k/sample.h5 --config recipes/fluid113k/config.yaml --parts 2 --out store")
 def partition(
-    data: Annotated[Path, typer.Argument(help="trajectories.h5, as a recipe's prepare.py writes it")],
+    data: Annotated[Path, Argument(help="trajectories.h5, as a recipe's prepare.py writes it")],
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="folder of the store (needed unless --compare)")] = None,
-    parts: Annotated[int, typer.Option(help="parts of each graph; training runs one process per part")] = 2,
-    trainers: Annotated[
-        int, typer.Option(help="pieces of each part: then a part belongs to a machine, a piece to a process on it")
-    ] = 1,
-    weights: Annotated[
-        str | None, typer.Option(help="share of the nodes for each process, in any unit, comma-separated: 2,1,1")
-    ] = None,
-    method: Annotated[
-        str,
-        typer.Option(
-            help="metis; random; kmeans; spectral (on a sample of 2,000 nodes, the others follow the nearest); "
-            "bisection (recursive, by coordinates); morton (ranges of a Z-order curve)"
-        ),
-    ] = "metis",
-    config: Annotated[
-        Path | None, typer.Option(help="config that sets the data section; --radius and KEY=VALUE win over it")
-    ] = None,
+    out: Annotated[Path | None, Option(help="folder of the store (needed unless --compare)")] = None,
+    parts: Annotated[int, Option(help="parts of each graph; training runs one process per part")] = 2,
+    trainers: Annotated[int, Option(help="pieces of each part: one part per machine, one piece per process on it")] = 1,
+    weights: Annotated[str | None, Option(help="share of the nodes for each process, in any unit: 2,1,1")] = None,
+    method: Annotated[str, Option(help=METHODS)] = "metis",
+    config: DataConfig = None,
     radius: Radius = None,
-    seed: Annotated[int, typer.Option(help="seed of random, kmeans and spectral")] = 0,
+    seed: Annotated[int, Option(help="seed of random, kmeans and spectral")] = 0,
     shard_nodes: Annotated[
-        int | None,
-        typer.Option(
-            help="nodes per DistDGL graph; 0: all snapshots in one graph, which `distegnn launch` needs",
-            show_default="262,144",
-        ),
+        int | None, Option(help="nodes per DistDGL graph; 0: one graph, for `distegnn launch`", show_default="262,144")
     ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="only compare all methods on the first snapshot")] = False,
+    compare: Annotated[bool, Option("--compare", help="only compare all methods on the first snapshot")] = False,
 ) -> None:
     """Partition every snapshot and write a store.
 
@@ -99,9 +83,7 @@ def partition(
     """
     for word in overrides or ():
         if "=" in word and not word.startswith("data."):
-            raise Failure(
-                f"override '{word}': only data.* keys apply here; partition.* keys are options: --parts, --method …"
-            )
+            raise Failure(f"override '{word}': only data.* keys can be set here; the partition has options: --parts …")
     settings = data_config(config, radius, overrides).data
     try:
         shares = None if weights is None else [float(word) for word in weights.split(",")]
@@ -132,17 +114,13 @@ def partition(
 
 @command("verify store --model recipes/fluid113k/config.yaml")
 def verify(
-    store: Annotated[Path, typer.Argument(help="folder of a store")],
-    model: Annotated[
-        Path | None, typer.Option(help="config whose model is compared, P processes with one process, in float64")
-    ] = None,
+    store: Annotated[Path, Argument(help="folder of a store")],
+    model: Annotated[Path | None, Option(help="config of a model to compare on P processes and on one")] = None,
     overrides: Overrides = None,
-    snapshot: Annotated[
-        int | None, typer.Option(help="snapshot that the model is compared on", show_default="the middle one")
-    ] = None,
+    snapshot: Annotated[int | None, Option(help="snapshot to compare on", show_default="the middle one")] = None,
     halo: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="bridge: compare with one process on the cut graph; exchange: on the full graph",
             show_default="partition.halo",
         ),
@@ -151,7 +129,7 @@ def verify(
     """Check that a store is whole and correct.
 
     Checks the hashes, and that it holds every node and edge exactly once. With --model, also compares predictions and
-    gradients of the model on P processes with those on one process.
+    gradients of the model on P processes with those on one process, in float64.
     """
     overrides = [*(overrides or ()), *([] if halo is None else [f"partition.halo={halo}"])]
     if model is None and (overrides or snapshot is not None):
@@ -178,9 +156,7 @@ def plan(
     config: Config,
     overrides: Overrides = None,
     as_json: Json = False,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="also measure the speed of each device, and propose weights of the parts")
-    ] = False,
+    measure: Annotated[bool, Option("--measure", help="also measure devices and propose partition.weights")] = False,
 ) -> None:
     """Estimate memory, communication and time.
 
@@ -191,21 +167,8 @@ def plan(
     run_plan(configs.load(config, overrides or ()), as_json, measure)
 
 
-@command("train recipes/fluid113k/config.yaml data.path=store train.epochs=10 run.dir=runs/fluid")
-def train(config: OptionalConfig = None, overrides: Overrides = None, resume: Resume = None) -> None:
-    """Train a model, or resume a run.
-
-    Training runs one process per part of the graph. Continue a run that was killed or stopped with
-    `distegnn train --resume RUN`; add train.epochs=N for more epochs. SIGTERM and Ctrl-C write a checkpoint
-    before the exit, with code 75.
-    """
-    from .commands.train import run_training
-
-    run_training(training_config("train", config, overrides, resume), resume is not None)
-
-
 def training_config(name: str, config: str | None, overrides: list[str] | None, resume: Path | None) -> configs.Config:
-    """The config of a new run, or of the run to resume. Raises Failure where both or neither are named."""
+    """The config of a new run, or of the run to resume. Raises Failure if both or neither are named."""
     words = [*([config] if config is not None else []), *(overrides or ())]
     if resume is not None:
         from .commands.train import resumed_config
@@ -218,33 +181,31 @@ def training_config(name: str, config: str | None, overrides: list[str] | None, 
     return configs.load(config, overrides or ())
 
 
+@command("train recipes/fluid113k/config.yaml data.path=store train.epochs=10 run.dir=runs/fluid")
+def train(config: TrainConfig = None, overrides: Overrides = None, resume: Resume = None) -> None:
+    """Train a model, or resume a run.
+
+    Training runs one process per part of the graph. Continue a run that was killed or stopped with
+    `distegnn train --resume RUN`; add train.epochs=N for more epochs. SIGTERM and Ctrl-C write a checkpoint
+    before the exit, with code 75.
+    """
+    from .commands.train import run_training
+
+    run_training(training_config("train", config, overrides, resume), resume is not None)
+
+
 @command("launch recipes/fluid113k/config.yaml data.path=served run.dir=runs/served --local --dry-run")
 def launch(
-    config: OptionalConfig = None,
+    config: TrainConfig = None,
     overrides: Overrides = None,
-    hosts: Annotated[
-        Path | None,
-        typer.Option(
-            help="file, one host per line: [user@]host [port=22] [trainers=2] [interface=eth0] [python=/path]"
-        ),
-    ] = None,
-    local: Annotated[bool, typer.Option("--local", help="only this machine, over its loopback interface")] = False,
+    hosts: Annotated[Path | None, Option(help=f"file, one host per line: {HOST_LINE}")] = None,
+    local: Annotated[bool, Option("--local", help="only this machine, over its loopback interface")] = False,
     resume: Resume = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="check every host and print the plan; start nothing")
-    ] = False,
-    dispatch: Annotated[
-        bool, typer.Option("--dispatch", help="first copy to each host its part of the store, by rsync over ssh")
-    ] = False,
-    max_restarts: Annotated[
-        int, typer.Option(min=0, help="how often a failure may be followed by a restart from the last checkpoint")
-    ] = 3,
-    port: Annotated[
-        int, typer.Option(min=0, max=65000, help="port of the servers, the next ones for the rendezvous; 0: free ports")
-    ] = 0,
-    ssh: Annotated[
-        str | None, typer.Option(help="program that runs a command on a host", show_default="ssh, keys only")
-    ] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="check every host and print the plan; start nothing")] = False,
+    dispatch: Annotated[bool, Option("--dispatch", help="first copy the store to the hosts by rsync")] = False,
+    max_restarts: Annotated[int, Option(min=0, help="restarts from the last checkpoint after failures")] = 3,
+    port: Annotated[int, Option(min=0, max=65000, help="port of servers; next ones: rendezvous; 0: free ports")] = 0,
+    ssh: Annotated[str | None, Option(help="program that reaches a host", show_default="ssh, keys only")] = None,
 ) -> None:
     """Train a model on several machines.
 
@@ -270,7 +231,7 @@ def launch(
 
 
 @command("evaluate runs/fluid")
-def evaluate(run: Run, split: Annotated[str, typer.Option(help="train, valid or test")] = "test") -> None:
+def evaluate(run: Run, split: Annotated[str, Option(help="train, valid or test")] = "test") -> None:
     """Print the error of a run's best checkpoint.
 
     Beside it stand the errors of two baselines: static (x) and linear (x + t·v, t fitted on the training split).
@@ -285,21 +246,15 @@ def evaluate(run: Run, split: Annotated[str, typer.Option(help="train, valid or 
 )
 def rollout(
     run: Run,
-    trajectory: Annotated[int, typer.Option(help="number of the trajectory in the data, from 0")],
-    steps: Annotated[int, typer.Option(help="number of steps, of data.horizon frames each")],
-    out: Annotated[Path, typer.Option(help=".vtkhdf file to write; the errors by step go to the .csv file beside it")],
-    start: Annotated[int | None, typer.Option(help="first frame", show_default="data.first_frame of the run")] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="trajectories.h5; needed if the run was trained on a store, or for other data")
-    ] = None,
-    parts: Annotated[int | None, typer.Option(help="number of processes", show_default="as in training")] = None,
-    repartition: Annotated[int, typer.Option(help="with several processes: partition again every so many steps")] = 1,
-    bounds: Annotated[
-        str, typer.Option(help="at the walls of the data's box: none, reflect, or clamp (stop at the wall)")
-    ] = "none",
-    fixed: Annotated[
-        str | None, typer.Option(help="nodes that do not move, as ATTRIBUTE=VALUE, for example type=3")
-    ] = None,
+    trajectory: Annotated[int, Option(help="number of the trajectory in the data, from 0")],
+    steps: Annotated[int, Option(help="number of steps, of data.horizon frames each")],
+    out: Annotated[Path, Option(help=".vtkhdf file to write; the errors by step go to the .csv file beside it")],
+    start: Annotated[int | None, Option(help="first frame", show_default="data.first_frame of the run")] = None,
+    data: Annotated[Path | None, Option(help="trajectories.h5; needed for a run that was trained on a store")] = None,
+    parts: Annotated[int | None, Option(help="number of processes", show_default="as in training")] = None,
+    repartition: Annotated[int, Option(help="with several processes: partition again every so many steps")] = 1,
+    bounds: Annotated[str, Option(help="at the walls of the data's box: none, reflect, or clamp")] = "none",
+    fixed: Annotated[str | None, Option(help="nodes that do not move, as ATTRIBUTE=VALUE, like type=3")] = None,
 ) -> None:
     """Feed a model with its own predictions.
 
@@ -324,14 +279,8 @@ def rollout(
 @command("report runs/fluid --rollout runs/fluid/rollout.vtkhdf")
 def report(
     run: Run,
-    rollout: Annotated[
-        Path | None,
-        typer.Option(help="file that `distegnn rollout` wrote", show_default="the newest .vtkhdf in the run's folder"),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help=".html file to write; an existing one is replaced", show_default="RUN/report.html"),
-    ] = None,
+    rollout: Annotated[Path | None, Option(help="a rollout's .vtkhdf", show_default="the newest in RUN")] = None,
+    out: Annotated[Path | None, Option(help=".html file to write or replace", show_default="RUN/report.html")] = None,
 ) -> None:
     """Write an HTML report of a run.
 
@@ -344,16 +293,13 @@ def report(
 
 @command("render runs/fluid/rollout.vtkhdf --out runs/fluid/rollout.gif --fps 4")
 def render(
-    rollout: Annotated[Path, typer.Argument(help="file that `distegnn rollout` wrote")],
+    rollout: Annotated[Path, Argument(help="file that `distegnn rollout` wrote")],
     out: Annotated[
-        Path | None,
-        typer.Option(help="new .mp4 (needs ffmpeg), .gif, or folder of PNG files", show_default="ROLLOUT with .mp4"),
+        Path | None, Option(help=".mp4 (needs ffmpeg), .gif, or folder of PNG", show_default="ROLLOUT with .mp4")
     ] = None,
-    fps: Annotated[float, typer.Option(help="frames per second")] = 5.0,
-    every: Annotated[int, typer.Option(help="draw every n-th frame")] = 1,
-    colour: Annotated[
-        str, typer.Option(help="colour of the nodes: speed, error (with ground truth) or part")
-    ] = "speed",
+    fps: Annotated[float, Option(help="frames per second")] = 5.0,
+    every: Annotated[int, Option(help="draw every n-th frame")] = 1,
+    colour: Annotated[str, Option(help="colour of the nodes: speed, error (with ground truth) or part")] = "speed",
 ) -> None:
     """Render a rollout as a video.
 
@@ -366,12 +312,10 @@ def render(
 
 @command("import-checkpoint best.pth --config recipes/fluid113k/config.yaml --out runs/published")
 def import_checkpoint(
-    file: Annotated[Path, typer.Argument(help=".pt or .pth file with a FastEGNN state dict of the authors' code")],
+    file: Annotated[Path, Argument(help=".pt or .pth file with a FastEGNN state dict of the authors' code")],
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="folder of the run to make (needed)")] = None,
-    config: Annotated[
-        Path | None, typer.Option(help="config of the data that the weights were trained on; KEY=VALUE wins over it")
-    ] = None,
+    out: Annotated[Path | None, Option(help="folder of the run to make (needed)")] = None,
+    config: DataConfig = None,
     radius: Radius = None,
 ) -> None:
     """Make a run of published FastEGNN weights.
@@ -389,12 +333,10 @@ def import_checkpoint(
 
 @command("sweep recipes/nbody/sweep.yaml --jobs 2 --minutes 60")
 def sweep(
-    file: Annotated[Path, typer.Argument(help="the sweep file, as above")],
-    jobs: Annotated[int, typer.Option(min=1, help="runs at a time; their processes have one thread each")] = 1,
-    minutes: Annotated[float | None, typer.Option(min=0, help="start no run after this many minutes")] = None,
-    table: Annotated[
-        bool, typer.Option("--table", help="start no run; only write table and plot of finished runs")
-    ] = False,
+    file: Annotated[Path, Argument(help="the sweep file, as above")],
+    jobs: Annotated[int, Option(min=1, help="runs at a time; their processes have one thread each")] = 1,
+    minutes: Annotated[float | None, Option(min=0, help="start no run after this many minutes")] = None,
+    table: Annotated[bool, Option("--table", help="start no run; write table and plot of finished runs")] = False,
 ) -> None:
     """Train a grid of settings and seeds.
 
@@ -429,7 +371,7 @@ def config(overrides: Overrides = None) -> None:
 
 
 def console(commands: Callable[..., Any] = app) -> None:
-    """Run `main` in a process whose malloc has no cache of small blocks: else METIS's result varies (partition/assign.py).
+    """Run `main` without malloc's cache of small blocks, with which METIS's result varies (partition/assign.py).
 
     glibc reads this setting when a process starts: this process replaces itself once. Training is as fast without it.
     """

@@ -1,4 +1,4 @@
-"""A recipe from its source to a table, in one command: what every recipe's run.py calls."""
+"""A recipe in one command, from its data to a table of errors: what every recipe's run.py calls."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pandas as pd
+
 from .. import config as configs
 from ..config import Config
-from ..data import prepare
+from ..data import dataset, prepare
 from ..errors import Failure
+from ..models import network
 from ..train import resume, run_dir
 from .evaluate import run_evaluation
 from .partition import run_partition
@@ -21,103 +24,95 @@ from .train import run_training
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as cli.py does
 
 MODELS = ("Linear", "EGNN", "FastEGNN")
+OPTIONS = {"run.dir": "--out", "model.name": "--models", "partition.parts": "--parts"}  # keys that options set
 
 
 def parse(recipe: Path, scales: Mapping[str, Sequence[str]], arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options of a run.py; Failure for what cannot be."""
-    set_by = "\n".join(f"  {scale:6} {' '.join(keys) or 'config.yaml as it is'}" for scale, keys in scales.items())
+    """Parse the options of a run.py. Raises Failure for invalid values."""
+    keys_set = "\n".join(f"  {scale:6} {' '.join(keys) or 'config.yaml as it is'}" for scale, keys in scales.items())
     parser = prepare.Parser(
         prog=f"{recipe.name}/run.py",
-        description=f"{recipe.name} in one command: prepare the data, partition, train, evaluate, and print one table.\n"
-        "The same command goes on where it was interrupted.",
-        epilog=f"config keys that a scale sets:\n{set_by}\n\nHow long the data takes: prepare.py --help\n\n"
+        description=f"{recipe.name} in one command: prepare the data, partition, train, evaluate, print one table.\n"
+        "Repeat the command to continue after an interruption.",
+        epilog=f"config keys that a scale sets:\n{keys_set}\n\nprepare.py --help shows how long the data takes.\n\n"
         f"example:\n  python recipes/{recipe.name}/run.py --scale tiny --models EGNN FastEGNN train.lr=1e-3\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     option = parser.add_argument
-    option(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="config keys to set; data.path: your data, none is prepared"
-    )
-    option("--scale", choices=prepare.SCALES, default="tiny", help="how much data (default tiny; full: as published)")
-    option("--out", type=Path, help=f"folder of everything (default runs/{recipe.name}-SCALE)")
+    option("overrides", nargs="*", metavar="KEY=VALUE", help="config keys to set; data.path names data of your own")
+    option("--scale", choices=prepare.SCALES, default="tiny", help="amount of data (default tiny; full: as published)")
+    option("--out", type=Path, help=f"folder of all results (default runs/{recipe.name}-SCALE)")
     option("--models", nargs="+", default=MODELS, metavar="MODEL", help=f"default {' '.join(MODELS)}")
     option("--parts", type=int, default=1, help="processes that share each graph, cut by METIS (default 1)")
-    option("--epochs", type=int, help="default: as the scale sets it, see below")
-    option("--debug", action="store_true", help="show a traceback when something fails")
+    option("--epochs", type=int, help="number of epochs (default: set by the scale, see below)")
+    option("--debug", action="store_true", help="print a traceback after an error")
     options = parser.parse_intermixed_args(arguments)
-    options.overrides += [word for word in options.models if "=" in word]  # what follows --models
+    options.overrides += [word for word in options.models if "=" in word]  # overrides that follow --models
     options.models = list(dict.fromkeys(word for word in options.models if "=" not in word)) or MODELS
     options.out = options.out or Path("runs") / f"{recipe.name}-{options.scale}"
     if options.parts < 1:
         raise Failure(f"--parts {options.parts}: must be at least 1")
-    given = {word.partition("=")[0] for word in options.overrides}
-    for key, flag in (("run.dir", "--out"), ("model.name", "--models"), ("partition.parts", "--parts")):
-        if key in given:
-            raise Failure(f"override '{key}': use {flag} instead")
+    for word in options.overrides:
+        if flag := OPTIONS.get(word.partition("=")[0]):
+            raise Failure(f"override '{word}': use {flag} instead")
     return options
 
 
-def data_of(recipe: Path, scale: str, path: Path) -> None:
-    """Prepare the data of a scale if they are not there."""
+def prepare_data(recipe: Path, scale: str, path: Path) -> None:
+    """Run the recipe's prepare.py unless its file exists."""
     if path.exists():
         return
     done = subprocess.run([sys.executable, str(recipe / "prepare.py"), "--scale", scale, "--out", str(path)])
     if done.returncode < 0:
-        raise Failure(f"{recipe / 'prepare.py'}: killed by signal {-done.returncode}; memory?")
+        raise Failure(f"{recipe / 'prepare.py'}: killed by signal {-done.returncode}; was memory short?")
     if done.returncode:
-        raise SystemExit(done.returncode)  # it has said why
+        raise SystemExit(done.returncode)  # prepare.py has printed the error
 
 
-def finished(config: Config) -> bool:
-    """Whether the run of a config is over. Failure where its folder holds a run of another config."""
+def is_finished(config: Config) -> bool:
+    """Whether the run of a config is finished. Raises Failure if its folder holds a run of another config."""
     folder = Path(config.run.dir)
     if not run_dir.can_resume(folder):
         return False
-    for key, was, now in configs.differences(configs.load(folder / "config.yaml"), config):
+    for key, old, new in configs.differences(configs.load(folder / "config.yaml"), config):
         raise Failure(
-            f"{folder / 'config.yaml'}: {key} is {was} there and {now} now; delete that folder, or choose another --out"
+            f"{folder / 'config.yaml'}: {key} is {old} there and {new} now; delete that folder, or choose another --out"
         )
     return resume.finished(folder, config.train)
 
 
-def run(recipe: Path, scales: Mapping[str, Sequence[str]], arguments: Sequence[str] | None = None) -> None:
-    """Source → partition → train → evaluate → a table, printed and in OUT/results.csv; what is there is kept.
+def run_recipe(recipe: Path, scales: Mapping[str, Sequence[str]], arguments: Sequence[str] | None = None) -> None:
+    """Prepare, partition, train and evaluate what is missing; print a table and write it to OUT/results.csv.
 
-    recipe: its folder; scales: the config keys, as key=value, that tiny, small and full set beside its config.yaml.
+    recipe: its folder; scales: for tiny, small and full, the key=value words that change its config.yaml.
     """
-    import pandas as pd
-
     options = parse(recipe, scales, arguments)
-    data = options.out / f"{recipe.name}-{options.scale}.h5"
-    epochs = [f"train.epochs={options.epochs}"] if options.epochs is not None else []
-    given = [f"data.path={data}", f"partition.parts={options.parts}", *scales[options.scale], *epochs]
-    base = configs.load(recipe / "config.yaml", [*given, *options.overrides])
-    from ..data import dataset
-    from ..models import network
-
     for name in options.models:
         network.model_class(name)
+    data = options.out / f"{recipe.name}-{options.scale}.h5"
+    words = [f"data.path={data}", f"partition.parts={options.parts}", *scales[options.scale]]
+    words += [f"train.epochs={options.epochs}"] if options.epochs is not None else []
+    words += options.overrides
+    base = configs.load(recipe / "config.yaml", words)
     if Path(base.data.path) == data:
-        data_of(recipe, options.scale, data)
+        prepare_data(recipe, options.scale, data)
     base.data.path = str(Path(base.data.path).absolute())
     if options.parts > 1 and not dataset.is_store(base.data.path):
         run_partition(base, options.out / f"store-{options.parts}")
     errors: dict[str, float] = {}
     for name in options.models:
-        config = configs.load(
-            recipe / "config.yaml",
-            [*given, *options.overrides, f"model.name={name}", f"run.dir={(options.out / name).as_posix()}"],
-        )
+        folder = options.out / name
+        config = configs.load(recipe / "config.yaml", [*words, f"model.name={name}", f"run.dir={folder.as_posix()}"])
         config.data.path = base.data.path
-        if finished(config):
-            print(f"{config.run.dir}: trained already")
+        if is_finished(config):
+            print(f"{folder}: trained already")
         else:
-            run_training(config, resume=run_dir.can_resume(options.out / name))
-        errors |= run_evaluation(options.out / name)
+            run_training(config, resume=run_dir.can_resume(folder))
+        errors |= run_evaluation(folder)
     table = pd.DataFrame({"prediction": errors.keys(), "test MSE": errors.values()})
-    for reference in ("linear", "static"):
-        table[f"of {reference}"] = table["test MSE"] / errors[reference]
+    for baseline in ("linear", "static"):
+        table[f"of {baseline}"] = table["test MSE"] / errors[baseline]
     table.to_csv(options.out / "results.csv", index=False)
-    print(f"{options.out / 'results.csv'}: linear is x + t v, t fitted on the training split; static is x")
+    print(f"{options.out / 'results.csv'}: linear is x + t·v, t fitted on the training split; static is x")
     formats = {"test MSE": "{:.4e}".format, "of linear": "{:.3f}".format, "of static": "{:.3f}".format}
     print(table.to_string(index=False, formatters=formats))

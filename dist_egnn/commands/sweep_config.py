@@ -1,4 +1,4 @@
-"""A sweep file → its runs: the grids of settings times the seeds, all checked. docs/formats.md describes the file."""
+"""Read a sweep file: its runs are grids of settings times seeds. docs/formats.md describes the file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,17 @@ from ..train.trainer import resolve_device
 from ..utils import part_weights
 
 KEYS = configs.keys()
-KINDS: dict[type, str] = {dict: "a mapping", list: "a list that is not empty", str: "text"}
+TYPES: dict[type, str] = {dict: "a mapping", list: "a list that is not empty", str: "text"}
 FILE = {"config": str, "out": str, "set": dict, "grids": list, "seeds": list, "baseline": dict, "plot": dict}
 GRID = {"keys": dict, "set": dict, "partition": dict}
-OWN = {"train.seed": "seeds", "run.dir": "out"}  # config key → the key of the file that decides it
+RESERVED = {"train.seed": "seeds", "run.dir": "out"}  # config key → the key of the file that sets it
+SETTABLE = set(KEYS) - set(RESERVED)
 Settings = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training. setting: its name without the seed; given: what its grid sets; store: where its parts go, if any."""
+    """One training. setting: its name without the seed; given: keys that its grid sets; store: None for one part."""
 
     setting: str
     given: Settings
@@ -48,18 +49,18 @@ class Run:
         return Path(self.config.run.dir)
 
     def cell(self, key: str) -> str:
-        """A key's value in the table; empty where the run's grid does not name the key."""
-        return text(self.given[key]) if key in self.given else ""
+        """The value of a key in the table; empty if the run's grid does not set the key."""
+        return to_text(self.given[key]) if key in self.given else ""
 
     def result(self) -> dict[str, float] | None:
-        """What the finished run found."""
+        """The result of a finished run."""
         file = self.folder / "result.json"
         return json.loads(file.read_text()) if file.is_file() else None
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sweep:
-    """A sweep file. varying: the config keys whose values differ between runs; baseline, x, lines: cells and keys to show."""
+    """A sweep file. varying: config keys whose values differ between runs; x, lines: keys of axis and curves."""
 
     out: Path
     runs: list[Run]
@@ -72,133 +73,133 @@ class Sweep:
         return sum(run.result() is None for run in self.runs)
 
 
-def text(value: Any) -> str:
-    """A value as names and tables show it."""
+def to_text(value: Any) -> str:
+    """A value as it stands in names and tables."""
     if isinstance(value, float):
         return f"{value:g}"
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def short(key: str) -> str:
-    """A config key without its section where no other section has such a key."""
+    """A config key without its section, if no other section has a key of this name."""
     leaf = key.split(".")[-1]
     return leaf if sum(k.endswith(f".{leaf}") for k in KEYS) == 1 else key
 
 
-def _known(given: Any, known: Collection[str], where: str) -> Any:
-    """The mapping, or Failure naming the first key that is not among the known ones and the nearest that is."""
+def _check_keys(given: Any, known: Collection[str], where: str) -> Settings:
+    """Return the mapping. Raises Failure for a key that is not known, with the known key that is closest to it."""
     if not isinstance(given, dict):
         raise Failure(f"{where}: must be a mapping of keys to values")
     for key in given:
-        if key in OWN and key not in known:
-            raise Failure(f"{where}: {key} is the sweep's own; use the file's key '{OWN[key]}'")
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
-            if key in configs.SECTIONS:
-                hint = "this is a config, which a sweep names under its key 'config'"
-            raise Failure(f"{where}: unknown key '{key}'; {hint}")
+        if key in known:
+            continue
+        if key in RESERVED:
+            raise Failure(f"{where}: {key} is set by the sweep; use the file's key '{RESERVED[key]}'")
+        closest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
+        hint = f"did you mean {closest[0]}?" if closest else f"known: {', '.join(sorted(known))}"
+        if key in configs.SECTIONS:
+            hint = "this is a config; a sweep file names one under its key 'config'"
+        raise Failure(f"{where}: unknown key '{key}'; {hint}")
     return given
 
 
-def _typed(given: Any, kinds: Mapping[str, type], where: str, needed: Collection[str] = ()) -> Settings:
-    for key, value in _known(given, kinds, where).items():
-        if not isinstance(value, kinds[key]) or value == []:
-            raise Failure(f"{where}: {key} must be {KINDS[kinds[key]]}, not {value!r}")
-    for key in needed:
+def _check_types(given: Any, types: Mapping[str, type], where: str, required: Collection[str] = ()) -> Settings:
+    for key, value in _check_keys(given, types, where).items():
+        if not isinstance(value, types[key]) or value == []:
+            raise Failure(f"{where}: {key} must be {TYPES[types[key]]}, not {value!r}")
+    for key in required:
         if key not in given:
             raise Failure(f"{where}: key '{key}' is missing")
     return given
 
 
 def load(path: Path) -> Sweep:
-    """Read a sweep file. Raises Failure for anything that could be told before the first run."""
+    """Read a sweep file. Raises Failure for every error that can be found without the data."""
     if not path.is_file():
         raise Failure(f"{path}: no such sweep file; docs/formats.md shows one")
     try:
         given = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # whatever the YAML reader raises
+    except Exception as error:  # of the YAML reader
         raise Failure(f"{path}: not readable as YAML ({str(error).splitlines()[0]})") from error
-    given = _typed(given, FILE, str(path), ("config", "out", "grids"))
-    seeds = given.get("seeds", [0])
+    given = _check_types(given, FILE, str(path), ("config", "out", "grids"))
+    seeds, out = given.get("seeds", [0]), Path(given["out"])
     if not all(type(s) is int and s >= 0 for s in seeds) or len(set(seeds)) < len(seeds):
         raise Failure(f"{path}: seeds={seeds}: must be different whole numbers from 0")
-    found: dict[str, Run] = {}  # by all that decides it, so that two grids may share a run
+    unique: dict[str, Run] = {}  # by config: two grids may share a run
     for number, grid in enumerate(given["grids"]):
-        for run in _runs(path, given, grid, f"{path}: grids[{number}]"):
-            found.setdefault(configs.to_yaml(run.config), run).given.update(run.given)
-    settings, out = list(found.values()), Path(given["out"])
-    names = [run.setting for run in settings]
+        for run in _runs_of_grid(path, given, grid, f"{path}: grids[{number}]"):
+            unique.setdefault(configs.to_yaml(run.config), run).given.update(run.given)
+    runs = list(unique.values())
+    names = [run.setting for run in runs]
     for name in {n for n in names if names.count(n) > 1 or len(n) > 200}:
         raise Failure(f"{path}: {name[:60]}…: names of runs must differ and stay below 200 letters; use shorter values")
-    named = dict.fromkeys(k for run in settings for k in run.given)
-    varying = [k for k in named if len({run.cell(k) for run in settings}) > 1]
-    baseline = {
-        k: text(v) for k, v in _known(given.get("baseline", {}), varying, f"{path}: baseline, keys that vary").items()
-    }
-    if not any(all(run.cell(k) == v for k, v in baseline.items()) for run in settings):
+    keys = dict.fromkeys(k for run in runs for k in run.given)
+    varying = [k for k in keys if len({run.cell(k) for run in runs}) > 1]
+    baseline = _check_keys(given.get("baseline", {}), varying, f"{path}: baseline, keys that vary")
+    baseline = {k: to_text(v) for k, v in baseline.items()}
+    if not any(all(run.cell(k) == v for k, v in baseline.items()) for run in runs):
         raise Failure(f"{path}: baseline: no run has {', '.join(f'{k}={v}' for k, v in baseline.items())}")
-    plot = _typed(given.get("plot", {}), {"x": str, "lines": list}, f"{path}: plot", ("x",) if "plot" in given else ())
+    plot = _check_types(given.get("plot", {}), {"x": str, "lines": list}, f"{path}: plot", ["x"] * ("plot" in given))
     x, lines = plot.get("x", ""), plot.get("lines", [k for k in varying if k != plot.get("x")])
-    _known(dict.fromkeys([x, *lines] if x else []), varying, f"{path}: plot, keys that vary")
-    if x and len({tuple(run.cell(k) for k in (x, *lines)) for run in settings}) < len(settings):
+    _check_keys(dict.fromkeys([x, *lines] if x else []), varying, f"{path}: plot, keys that vary")
+    if x and len({tuple(run.cell(k) for k in (x, *lines)) for run in runs}) < len(runs):
         raise Failure(f"{path}: plot: runs differ in more than x and lines; name all of {', '.join(varying)}")
-    sweep = Sweep(out, [_seeded(r, s, out) for s in seeds for r in settings], varying, baseline, x, lines)
+    sweep = Sweep(out, [_with_seed(run, seed, out) for seed in seeds for run in runs], varying, baseline, x, lines)
     for run in sweep.runs:
-        _same(run)
+        _check_folder(run)
     return sweep
 
 
-def _runs(path: Path, given: Settings, grid: Any, where: str) -> Iterator[Run]:
-    """The settings of a grid, each once, without a seed yet."""
-    grid = _typed(grid, GRID, where)
-    settable = set(KEYS) - set(OWN)
-    keys, own = _known(grid.get("keys", {}), settable, f"{where}.keys"), grid.get("set", {})
-    fixed = _known(given.get("set", {}), settable, f"{path}: set") | _known(own, settable, f"{where}.set")
-    parts = _known(grid.get("partition", {}), {"parts", "method", "seed"}, f"{where}.partition")
+def _runs_of_grid(path: Path, given: Settings, grid: Any, where: str) -> Iterator[Run]:
+    """The settings of a grid, each once, without a seed."""
+    grid = _check_types(grid, GRID, where)
+    keys = _check_keys(grid.get("keys", {}), SETTABLE, f"{where}.keys")
+    own = _check_keys(grid.get("set", {}), SETTABLE, f"{where}.set")
+    fixed = _check_keys(given.get("set", {}), SETTABLE, f"{path}: set") | own
+    parts = _check_keys(grid.get("partition", {}), {"parts", "method", "seed"}, f"{where}.partition")
     partition = {f"partition.{k}": v for k, v in parts.items()}
     for key, values in keys.items():
         if not isinstance(values, list) or not values:
-            raise Failure(f"{where}.keys: {key} must be {KINDS[list]}, not {values!r}")
+            raise Failure(f"{where}.keys: {key} must be {TYPES[list]}, not {values!r}")
     for values in itertools.product(*keys.values()):
-        picked = dict(zip(keys, values, strict=True))
-        chosen = {**picked, **own, **partition, **picked}  # in the order of names and columns; what is picked wins
+        varied = dict(zip(keys, values, strict=True))
+        chosen = {**varied, **own, **partition, **varied}  # first for the order of names and columns, last to win
         try:
             config = configs.load(given["config"], [f"{k}={json.dumps(v)}" for k, v in (fixed | chosen).items()])
             network.model_class(config.model.name)
-            plain = config.partition.parts > 1 and not dataset.is_store(config.data.path)
+            needs_store = config.partition.parts > 1 and not dataset.is_store(config.data.path)
         except Failure as failure:
             raise Failure(f"{where}: {failure}") from failure
-        as_set = {k: configs.value_of(config, k) for k in chosen}
-        name = re.sub(r"[^\w.=,+-]+", "_", ",".join(f"{short(k)}={text(v)}" for k, v in as_set.items())) or "base"
-        store = None
-        if plain:
-            how = {k: v for k, v in asdict(config.partition).items() if (k, v) != ("weights", None)}
-            cut = json.dumps(
-                [asdict(config.data), how]
-            )  # without weights a store's name is what it was before they came
-            digest = hashlib.sha256(cut.encode()).hexdigest()[:10]
-            store = Path(given["out"]) / "stores" / f"{config.partition.method}-{config.partition.parts}-{digest}"
-        yield Run(name, as_set, config, store)
+        used = {k: configs.value_of(config, k) for k in chosen}
+        name = re.sub(r"[^\w.=,+-]+", "_", ",".join(f"{short(k)}={to_text(v)}" for k, v in used.items())) or "base"
+        yield Run(name, used, config, Path(given["out"]) / "stores" / _store_name(config) if needs_store else None)
 
 
-def _seeded(run: Run, seed: int, out: Path) -> Run:
+def _store_name(config: configs.Config) -> str:
+    """The same for all runs whose data are cut alike."""
+    # without weights, names are as in versions that had none
+    partition = {k: v for k, v in asdict(config.partition).items() if (k, v) != ("weights", None)}
+    digest = hashlib.sha256(json.dumps([asdict(config.data), partition]).encode()).hexdigest()[:10]
+    return f"{config.partition.method}-{config.partition.parts}-{digest}"
+
+
+def _with_seed(run: Run, seed: int, out: Path) -> Run:
     config = copy.deepcopy(run.config)
     config.train.seed, config.run.dir = seed, str(out / f"{run.setting},seed={seed}")
-    return Run(run.setting, run.given, config, run.store)
+    return replace(run, config=config)
 
 
-def _same(run: Run) -> None:
-    """Raise Failure if the run's folder holds a run of other settings."""
-    marked = run.folder / "wanted.yaml"
-    if not marked.is_file() or marked.read_text() == configs.to_yaml(run.config):
+def _check_folder(run: Run) -> None:
+    """Raise Failure if the folder holds a run with other settings."""
+    file = run.folder / "wanted.yaml"
+    if not file.is_file() or file.read_text() == configs.to_yaml(run.config):
         return
-    for key, was, now in configs.differences(configs.load(marked), run.config):
-        raise Failure(f"{run.folder}: holds a run with {key}={was}, now it would be {now}; remove it or change out")
+    for key, old, new in configs.differences(configs.load(file), run.config):
+        raise Failure(f"{run.folder}: holds a run with {key}={old}, not {new}; remove it or change out")
 
 
-def check(sweep: Sweep) -> None:
-    """Raise Failure for data or a device that is not there, and for a store made with other settings: before anything runs."""
+def check_data(sweep: Sweep) -> None:
+    """Raise Failure for data or a device that is missing, and for a store that was made with other settings."""
     for config in {run.setting: run.config for run in sweep.runs}.values():
         cut = config.partition
         assign.check_method(cut.method, 1, cut.weights and part_weights.validate(cut.weights, len(cut.weights)))

@@ -13,7 +13,7 @@ from ..utils import filesystem, signals
 
 
 def run_training(config: Config, resume: bool = False) -> dict[str, float]:
-    """Partition the data if needed, train on `dataset.process_count(config)` processes, and print where the results are.
+    """Partition the data if needed, train, one process per part and replica, and print where the results are.
 
     resume: continue the run in run.dir. Raises Stopped, after a checkpoint, if a signal asks this process to stop.
     """

@@ -14,4 +14,4 @@ SCALES = {  # config keys beside config.yaml
 }
 
 if __name__ == "__main__":
-    sys.exit(prepare.main(functools.partial(recipe.run, Path(__file__).parent, SCALES)))
+    sys.exit(prepare.main(functools.partial(recipe.run_recipe, Path(__file__).parent, SCALES)))

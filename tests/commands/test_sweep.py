@@ -85,7 +85,7 @@ def test_runs_of_a_file(write):
 EGNN = {"keys": {"model.name": ["EGNN", "FastEGNN"]}}
 MISTAKES = {
     "unknown key 'grid'; did you mean grids?": {"grid": [EGNN]},
-    "unknown key 'data'; this is a config, which a sweep names under its key 'config'": {"data": {"radius": 1}},
+    "unknown key 'data'; this is a config": {"data": {"radius": 1}},
     "key 'grids' is missing": {},
     "grids must be a list that is not empty": {"grids": []},
     "grids[0]: unknown key 'key'; did you mean keys?": {"grids": [{"key": {}}]},
@@ -94,7 +94,7 @@ MISTAKES = {
     "grids[0]: model.name=EGN: unknown; did you mean EGNN?": {"grids": [{"keys": {"model.name": ["EGN"]}}]},
     "grids[0]: data.edge_drop=2.0: must lie in": {"grids": [{"keys": {"data.edge_drop": [0, 2]}}]},
     "grids[0].set: unknown key 'train.epoch'; did you mean train.epochs?": {"grids": [{"set": {"train.epoch": 3}}]},
-    "set: train.seed is the sweep's own; use the file's key 'seeds'": {"grids": [EGNN], "set": {"train.seed": 1}},
+    "set: train.seed is set by the sweep; use the file's key 'seeds'": {"grids": [EGNN], "set": {"train.seed": 1}},
     "grids[0].partition: unknown key 'part'; did you mean parts?": {"grids": [{"partition": {"part": 3}}]},
     "seeds=[0, 0]": {"grids": [EGNN], "seeds": [0, 0]},
     "baseline, keys that vary: unknown key 'model.hidden'": {"grids": [EGNN], "baseline": {"model.hidden": 8}},
@@ -120,10 +120,10 @@ def test_a_mistake_is_told_before_anything_runs(write, says):
 
 def test_data_is_looked_at_before_anything_runs(write, make_store):
     with pytest.raises(Failure, match=r"absent\.h5"):
-        sweep_config.check(sweep_config.load(write(grids=[{"set": {"data.path": "absent.h5"}}])))
+        sweep_config.check_data(sweep_config.load(write(grids=[{"set": {"data.path": "absent.h5"}}])))
     store = str(make_store(2))  # made with other features
     with pytest.raises(Failure, match=r"data\.features=.* in the config"):
-        sweep_config.check(sweep_config.load(write(grids=[{"set": {"data.path": store, "data.frames": 3}}])))
+        sweep_config.check_data(sweep_config.load(write(grids=[{"set": {"data.path": store, "data.frames": 3}}])))
 
 
 def test_the_table(write):
@@ -143,7 +143,7 @@ def test_the_table(write):
         seeds = errors.get((run.cell("model.name"), run.cell("data.edge_drop")), [])
         if run.config.train.seed < len(seeds):
             pretend(run, seeds[run.config.train.seed], epochs=10 * (1 + run.config.train.seed))
-    found = sweep.table(plan)
+    found = sweep.write_table(plan)
     assert plan.missing() == 15 - 6
     assert found["model.name"].tolist() == ["EGNN", "EGNN", "FastEGNN", "Linear"]
     assert found["seeds"].tolist() == [2, 1, 2, 1]
@@ -166,7 +166,7 @@ def test_one_baseline_for_all(write):
     plan = sweep_config.load(write(grids=[{"keys": keys}, {"keys": {"model.name": ["Linear"]}}], baseline=one))
     for n, run in enumerate(plan.runs):
         pretend(run, 2.0 + n)
-    assert sweep.table(plan)["of_baseline"].tolist() == [1.0, 1.5, 2.0, 2.5, 3.0]
+    assert sweep.write_table(plan)["of_baseline"].tolist() == [1.0, 1.5, 2.0, 2.5, 3.0]
     assert not Path("out/plot.png").exists()
 
 
@@ -176,7 +176,7 @@ def test_other_settings_are_not_mixed(write):
     folder.mkdir(parents=True)
     (folder / "wanted.yaml").write_text(config.to_yaml(plan.runs[0].config))
     sweep_config.load(write(grids=[EGNN]))
-    with pytest.raises(Failure, match=r"name=EGNN,seed=0: holds a run with train\.epochs=100, now it would be 3"):
+    with pytest.raises(Failure, match=r"name=EGNN,seed=0: holds a run with train\.epochs=100, not 3"):
         sweep_config.load(write(grids=[EGNN], set={"train.epochs": 3}))
 
 
@@ -184,7 +184,7 @@ def test_no_time_begins_nothing(write):
     plan = sweep_config.load(write(grids=[EGNN]))
     assert sweep.execute(plan, minutes=0) == {}
     assert plan.missing() == 2
-    assert len(sweep.table(plan)) == 0
+    assert len(sweep.write_table(plan)) == 0
     with filesystem.lock_folder(plan.out, "busy"), pytest.raises(Failure, match="out: another sweep is at work there"):
         sweep.execute(plan)
 
@@ -196,7 +196,7 @@ def test_a_sweep_of_real_runs(write):
     file = write(grids=[good, bad], seeds=[0, 1], set={"train.epochs": 2})
     ran = distegnn("sweep", str(file), "--jobs", "2", "--minutes", "60")
     assert ran.returncode == 1, ran.stderr
-    assert "out: 2 of 4 runs are missing; the same command goes on with them\n" in ran.stdout
+    assert "out: 2 of 4 runs are missing; repeat the command to do them\n" in ran.stdout
     failed = [line for line in ran.stderr.splitlines() if line.startswith("failed: ")]
     assert len(failed) == 2
     assert all("'absent'" in line and "features=" in line for line in failed)
@@ -274,4 +274,4 @@ def test_sweeps_of_the_recipes(monkeypatch, file, settings):
     assert f" {3 * settings} runs." in path.read_text().split("config:")[0]
     assert plan.x
     if plan.runs[0].config.data.path.endswith("sample.h5"):
-        sweep_config.check(plan)
+        sweep_config.check_data(plan)

@@ -262,7 +262,7 @@ def test_road(data, tmp_path, capsys):
     out.mkdir()
     shutil.copy(data, out / "nbody-tiny.h5")
     arguments = ["--out", str(out), "--models", "Linear", "EGNN", "train.lr=1e-3"]
-    recipe.run(RECIPE, SCALES, arguments)
+    recipe.run_recipe(RECIPE, SCALES, arguments)
     found = table(out)
     assert list(found.index) == ["static", "linear", "Linear", "EGNN"]
     assert found.loc["static", "of static"] == found.loc["linear", "of linear"] == 1
@@ -271,15 +271,15 @@ def test_road(data, tmp_path, capsys):
     assert config.load(out / "EGNN" / "config.yaml").train.lr == 1e-3
     before = (out / "EGNN" / "best.pt").read_bytes()
     assert "trained already" not in capsys.readouterr().out
-    recipe.run(RECIPE, SCALES, arguments)
+    recipe.run_recipe(RECIPE, SCALES, arguments)
     assert capsys.readouterr().out.count("trained already") == 2
     assert (out / "EGNN" / "best.pt").read_bytes() == before
     pd.testing.assert_frame_equal(table(out), found)
     with pytest.raises(Failure, match=r"train\.lr is 0\.001 there and 0\.002 now"):
-        recipe.run(RECIPE, SCALES, [*arguments, "train.lr=2e-3"])
+        recipe.run_recipe(RECIPE, SCALES, [*arguments, "train.lr=2e-3"])
     shutil.copy(data, out / "nbody-small.h5")
     with pytest.raises(Failure, match=r"data\.path is .*nbody-tiny\.h5 there and .*nbody-small\.h5 now"):
-        recipe.run(RECIPE, {**SCALES, "small": SCALES["tiny"]}, [*arguments, "--scale", "small"])
+        recipe.run_recipe(RECIPE, {**SCALES, "small": SCALES["tiny"]}, [*arguments, "--scale", "small"])
 
 
 def test_road_goes_on_after_an_interruption(data, tmp_path, monkeypatch):
@@ -289,7 +289,7 @@ def test_road_goes_on_after_an_interruption(data, tmp_path, monkeypatch):
     from dist_egnn.train import trainer
 
     arguments = [f"data.path={data}", "--models", "EGNN", "--epochs", "4"]
-    recipe.run(RECIPE, SCALES, ["--out", str(tmp_path / "whole"), *arguments])
+    recipe.run_recipe(RECIPE, SCALES, ["--out", str(tmp_path / "whole"), *arguments])
     steps = trainer.steps
 
     def stopping(*given):
@@ -300,9 +300,9 @@ def test_road_goes_on_after_an_interruption(data, tmp_path, monkeypatch):
     stopped = ["--out", str(tmp_path / "stopped"), *arguments]
     monkeypatch.setattr(trainer, "steps", stopping)
     with pytest.raises(KeyboardInterrupt):
-        recipe.run(RECIPE, SCALES, stopped)
+        recipe.run_recipe(RECIPE, SCALES, stopped)
     monkeypatch.setattr(trainer, "steps", steps)
-    recipe.run(RECIPE, SCALES, stopped)
+    recipe.run_recipe(RECIPE, SCALES, stopped)
     whole, mended = (torch.load(tmp_path / name / "EGNN" / "last.pt")["model"] for name in ("whole", "stopped"))
     assert all(torch.equal(value, mended[key]) for key, value in whole.items())
     pd.testing.assert_frame_equal(table(tmp_path / "whole"), table(tmp_path / "stopped"))
@@ -310,7 +310,7 @@ def test_road_goes_on_after_an_interruption(data, tmp_path, monkeypatch):
 
 def test_road_on_two_parts(data, tmp_path):
     """One store; the static prediction's error is that of the data, whatever the cut."""
-    recipe.run(RECIPE, SCALES, ["--out", str(tmp_path), f"data.path={data}", "--models", "EGNN", "--parts", "2"])
+    recipe.run_recipe(RECIPE, SCALES, ["--out", str(tmp_path), f"data.path={data}", "--models", "EGNN", "--parts", "2"])
     assert (tmp_path / "store-2" / "manifest.yaml").exists()
     assert config.load(tmp_path / "EGNN" / "config.yaml").data.path == str(tmp_path / "store-2")
     file = Trajectories(data)
@@ -331,5 +331,5 @@ def test_road_on_two_parts(data, tmp_path):
 )
 def test_road_refuses_before_it_prepares(tmp_path, wrong, said):
     with pytest.raises(Failure, match=said):
-        recipe.run(RECIPE, SCALES, ["--out", str(tmp_path / "road"), *wrong])
+        recipe.run_recipe(RECIPE, SCALES, ["--out", str(tmp_path / "road"), *wrong])
     assert not (tmp_path / "road").exists()
