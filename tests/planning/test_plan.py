@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import bench_comm
 import bench_data
-import bench_pipeline
 import numpy as np
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_counts_of_one_process_and_of_complete_graphs(small: Path, tmp_path: Pat
 
 def collectives(group: Any, config: Config, snapshots: list[int]) -> list[list[tuple[str, int]]]:
     """Phase and bytes of torch's collectives in a real group, a step for each snapshot."""
-    steps = [bench_pipeline.count_calls(group, config, snapshot) for snapshot in snapshots]
+    steps = [bench_comm.count_calls(group, config, snapshot) for snapshot in snapshots]
     return [[(call.phase, call.payload) for calls in step.values() for call in calls] for step in steps]
 
 
@@ -288,7 +288,7 @@ def peak_gb(group: Any, config: Any) -> float:
 def test_planned_memory_is_that_of_the_run(tmp_path: Path, nodes: int, parts: int, halo: str) -> None:
     small = ["model.hidden=32", "model.layers=2", "train.epochs=2", f"partition.halo={halo}"]
     radius = bench_data.write_data(tmp_path / "block.h5", nodes, 5, 14.6)
-    config = bench_data.config_of(tmp_path / "block.h5", radius, parts, small)
+    config = bench_data.config_for(tmp_path / "block.h5", radius, parts, small)
     planned = plan.make_plan(config)
     config.run.dir = str(tmp_path / "run")
     if parts > 1:

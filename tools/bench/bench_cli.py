@@ -1,6 +1,6 @@
-"""`python tools/bench …`: what a step, a partition, the communication and the way into a step cost on this machine.
+"""`python tools/bench …` measures a training step, partitioning, communication and the data pipeline on this machine.
 
-The commands check their options, measure, and return a Report; the command line prints it.
+Each command checks its options, measures, and returns a Report, which the command line prints.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from dist_egnn.utils import memory
 from dist_egnn.utils.console import example, print_line, print_table
 
 Nodes = Annotated[int, typer.Option(help="nodes of the graph, particles on a jittered lattice")]
-Degree = Annotated[float, typer.Option(help="in-edges of a node on average; sets the radius")]
+Degree = Annotated[float, typer.Option(help="mean in-edges of a node; sets the radius")]
 Hidden = Annotated[int, typer.Option(help="width H")]
 Layers = Annotated[int, typer.Option(help="layers L")]
 Virtual = Annotated[int, typer.Option(help="virtual nodes C")]
-Halo = Annotated[str, typer.Option(help="bridge or exchange: whether edges between parts are kept, as partition.halo")]
-Json = Annotated[bool, typer.Option("--json", help="the numbers again, as JSON on the last line")]
+Halo = Annotated[str, typer.Option(help="bridge or exchange, as partition.halo: whether edges between parts are kept")]
+Json = Annotated[bool, typer.Option("--json", help="also print the numbers as JSON on the last line")]
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Table:
 
 @dataclass
 class Report:
-    """What a benchmark found: tables to read, lines below them, and the numbers; as_json: whether these are asked for."""
+    """The result of a benchmark: tables, lines below them, and the numbers, which are printed if as_json."""
 
     tables: list[Table]
     notes: list[str]
@@ -43,8 +43,8 @@ class Report:
 
 
 def show_report(report: Report | None, **_: Any) -> None:
-    """Print what a benchmark returned."""
-    if report is None:  # only help was asked for
+    """Print the report of a benchmark."""
+    if report is None:  # only the help was printed
         return
     for table in report.tables:
         print_table(table.title, table.header, table.rows)
@@ -55,13 +55,13 @@ def show_report(report: Report | None, **_: Any) -> None:
 
 
 app = typer.Typer(
-    help="Measure a step, a partition, the communication, the way from a store into a step.",
+    help="Measure a training step, partitioning, communication and the data pipeline.",
     result_callback=show_report,
 )
 
 
-def say(line: str) -> None:
-    """Progress, away from the result."""
+def log(line: str) -> None:
+    """Print progress to standard error."""
     print(line, file=sys.stderr, flush=True)
 
 
@@ -72,17 +72,17 @@ def options(context: typer.Context) -> None:
         print(context.get_help())
 
 
-def check(given: dict[str, float], degree: float) -> None:
-    """Raise Failure for sizes that are none. given: option → value; each is at least 1, nodes at least 2."""
-    for option, value in given.items():
+def check_sizes(sizes: dict[str, float], degree: float) -> None:
+    """Raise Failure for invalid sizes. sizes: option → value; each must be at least 1, --nodes at least 2."""
+    for option, value in sizes.items():
         if value < (low := 2 if option == "--nodes" else 1):
             raise Failure(f"{option} {value}: must be at least {low}")
     from bench_step import check_degree
 
-    nodes = int(given["--nodes"])
+    nodes = int(sizes["--nodes"])
     check_degree(nodes, degree)
-    if nodes < given.get("--parts", 1):
-        raise Failure(f"--parts {given['--parts']}: more parts than the {nodes} nodes; lower it")
+    if nodes < sizes.get("--parts", 1):
+        raise Failure(f"--parts {sizes['--parts']}: more parts than the {nodes} nodes; lower it")
 
 
 @app.command(epilog=example("python tools/bench step --nodes 113140 --threads 1 --peers --json"))
@@ -93,41 +93,41 @@ def step(
     layers: Layers = 4,
     virtual_nodes: Virtual = 3,
     threads: Annotated[int, typer.Option(help="threads of the process")] = 1,
-    engine: Annotated[str, typer.Option(help="auto, dgl or torch: what runs the messages")] = "auto",
+    engine: Annotated[str, typer.Option(help="auto, dgl or torch: library that runs message passing")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
     precision: Annotated[str, typer.Option(help="float32 or bf16-messages")] = "float32",
-    tile: Annotated[int | None, typer.Option(help="rows of a tile", show_default="the model's")] = None,
-    repeats: Annotated[int, typer.Option(help="timed repetitions after a warm-up; the median counts")] = 3,
+    tile: Annotated[int | None, typer.Option(help="edges of a tile", show_default="the model's")] = None,
+    repeats: Annotated[int, typer.Option(help="timed repetitions after a warm-up; the median is reported")] = 3,
     kept: Annotated[
         str | None,
         typer.Option(
-            help="folder where a step keeps its layers' inputs, as train.kept; '' for memory",
-            show_default="memory, or a temporary folder where there is too little",
+            help="folder for the inputs of layers that a step keeps, as train.kept; '' for memory",
+            show_default="memory, or a temporary folder if memory is too small",
         ),
     ] = None,
     peers: Annotated[
         bool,
         typer.Option(
             "--peers",
-            help="also time the same UDFs untiled, layers of dgl.nn.EGNNConv, and a page of plain PyTorch; with another "
-            "precision or more threads also ours in float32 or on one thread",
+            help="also time the model untiled, layers of dgl.nn.EGNNConv, and a plain PyTorch implementation; with another "
+            "precision or several threads also the model in float32 or on one thread",
         ),
     ] = False,
     as_json: Json = False,
 ) -> Report:
-    """Forward without gradients, then training step of one snapshot, each variant in a process of its own; peaks are its.
+    """Time a forward pass without gradients and a training step of one snapshot, each variant in its own process.
 
-    A pass of a minute or more counts by itself, without warm-up or repeats.
+    A pass of a minute or more is measured once, without warm-up or repeats.
     """
     import bench_step
 
     model = (hidden, layers, virtual_nodes)
-    chosen = bench_step.Options(nodes, degree, *model, threads, engine, device, precision, tile, repeats, kept=kept)
-    return _step_report(bench_step.run(chosen, peers, say), as_json)
+    settings = bench_step.Options(nodes, degree, *model, threads, engine, device, precision, tile, repeats, kept=kept)
+    return _step_report(bench_step.measure_step(settings, peers, log), as_json)
 
 
-def _step_report(found: dict[str, Any], as_json: bool) -> Report:
-    """The numbers of bench_step.run as a table."""
+def _step_report(result: dict[str, Any], as_json: bool) -> Report:
+    """The values of bench_step.measure_step as a table."""
     rows = [
         [
             name,
@@ -135,94 +135,98 @@ def _step_report(found: dict[str, Any], as_json: bool) -> Report:
             *(f"{row[key]:.2f}" if key in row else "" for key in ("forward_ratio", "step_ratio", "peak_ratio")),
             *(f"{row[key]:.0e}" if key in row else "" for key in ("difference", "equivariance_error")),
         ]
-        for name, row in {"ours": found, **found["peers"]}.items()
+        for name, row in {"ours": result, **result["peers"]}.items()
     ]
-    header = ["variant", "forward [s]", "its peak [GB]", "step [s]", "peak [GB]"]
+    header = ["variant", "forward [s]", "forward peak [GB]", "step [s]", "step peak [GB]"]
     header += ["forward/ours", "step/ours", "peak/ours"]
-    header += ["differs by", "not equivariant by"]
+    header += ["difference", "equivariance error"]
     shown = ("hidden", "layers", "virtual_nodes", "threads", "engine", "device", "precision", "tile", "repeats", "kept")
-    settings = ", ".join(f"{key}={found[key]}" for key in shown)
-    table = Table(f"{found['nodes']:,} nodes, {found['edges']:,} edges, {settings}", header, rows)
-    onednn = found.get("machine_gflops_onednn")
+    settings = ", ".join(f"{key}={result[key]}" for key in shown)
+    table = Table(f"{result['nodes']:,} nodes, {result['edges']:,} edges, {settings}", header, rows)
+    onednn = result.get("machine_gflops_onednn")
     note = (
-        f"forward: {found['gflops_forward']:.0f} GFLOP/s in products; 64-wide products alone reach "
-        f"{found['machine_gflops']:.0f} here" + (f", {onednn:.0f} by oneDNN" if onednn else "")
+        f"forward: {result['gflops_forward']:.0f} GFLOP/s in matrix products; 64-wide products alone reach "
+        f"{result['machine_gflops']:.0f} on this machine" + (f", {onednn:.0f} with oneDNN" if onednn else "")
     )
-    notes = [note, found["place"]] if found["place"] else [note]
-    if found["once"]:
+    notes = [note, result["place"]] if result["place"] else [note]
+    if result["once"]:
         notes.append(
-            f"{' and '.join(found['once'])}: one pass took a minute or more and counted by itself, without warm-up or repeats; "
-            f"its tiles were cut before, in {found['tiles_s']:.1f} s"
+            f"{' and '.join(result['once'])}: a pass took a minute or more and was measured once, without warm-up or repeats; "
+            f"its tiles were made before, in {result['tiles_s']:.1f} s"
         )
-    return Report([table], notes, found, as_json)
+    return Report([table], notes, result, as_json)
 
 
 @app.command(epilog=example("python tools/bench batch --graphs 100 --repeats 9 --json"))
 def batch(
-    graphs: Annotated[int, typer.Option(help="N-body graphs of a batch, fewer where untiled does not fit")] = 250,
-    nodes: Annotated[int, typer.Option(help="nodes of an N-body graph, which is complete")] = 100,
+    graphs: Annotated[
+        int, typer.Option(help="N-body graphs of a batch; fewer if they do not fit into memory untiled")
+    ] = 250,
+    nodes: Annotated[int, typer.Option(help="nodes of an N-body graph (complete)")] = 100,
     hidden: Hidden = 64,
     layers: Layers = 4,
     virtual_nodes: Virtual = 3,
     threads: Annotated[int, typer.Option(help="threads of each process")] = 1,
-    engine: Annotated[str, typer.Option(help="auto, dgl or torch: what runs the messages")] = "auto",
-    repeats: Annotated[int, typer.Option(help="timed repetitions at least, after a warm-up; small cases get more")] = 5,
+    engine: Annotated[str, typer.Option(help="auto, dgl or torch: library that runs message passing")] = "auto",
+    repeats: Annotated[
+        int, typer.Option(help="minimum of timed repetitions after a warm-up; small cases get more")
+    ] = 5,
     as_json: Json = False,
 ) -> Report:
-    """Small graphs, batched and single: tiles against untiled, taking turns in one process a case."""
-    check({"--graphs": graphs, "--nodes": nodes}, 1)
+    """Compare tiled with untiled message passing on small graphs, alternating in one process for each case."""
+    check_sizes({"--graphs": graphs, "--nodes": nodes}, 1)
     import bench_batch
     import bench_step
 
     model: dict[str, Any] = {"hidden": hidden, "layers": layers, "virtual_nodes": virtual_nodes}
     model |= {"threads": threads, "engine": engine}
-    chosen = bench_step.Options(**model, repeats=repeats)
-    found = bench_batch.run(graphs, nodes, chosen, say)
+    model_options = bench_step.Options(**model, repeats=repeats)
+    result = bench_batch.measure_batches(graphs, nodes, model_options, log)
     rows = [
         [
             *(row["case"], *(f"{row[key]:,}" for key in ("graphs", "nodes", "edges", "repeats"))),
-            *(f"{1e3 * row[way][key]:,.1f}" for key in ("forward_s", "step_s") for way in ("tiled", "untiled")),
+            *(f"{1e3 * row[kind][key]:,.1f}" for key in ("forward_s", "step_s") for kind in ("tiled", "untiled")),
             *(f"{row['forward_ratio']:.2f}", f"{row['step_ratio']:.2f}", f"{row['difference']:.0e}"),
         ]
-        for row in found["rows"]
+        for row in result["rows"]
     ]
-    times = ["forward [ms]", "untiled", "step [ms]", "untiled", "forward ratio", "step ratio", "differs by"]
-    settings = ", ".join(f"{key}={found[key]}" for key in model)
+    times = ["forward [ms]", "untiled", "step [ms]", "untiled", "forward ratio", "step ratio", "difference"]
+    settings = ", ".join(f"{key}={result[key]}" for key in model)
     table = Table(
-        f"median times, tiled and untiled; ratio: median of untiled/tiled, turn by turn; {settings}",
+        f"median times, tiled and untiled; ratio: median of untiled/tiled over repetitions; {settings}",
         ["case", "graphs", "nodes", "edges", "repeats", *times],
         rows,
     )
-    return Report([table], found["notes"], found, as_json)
+    return Report([table], result["notes"], result, as_json)
 
 
 @app.command(epilog=example("python tools/bench models --nodes 10000 --json"))
 def models(
     nodes: Annotated[int, typer.Option(help="nodes of the fluid, particles on a jittered lattice")] = 10_000,
-    degree: Annotated[float, typer.Option(help="in-edges of its nodes on average; sets the radius")] = 15,
+    degree: Annotated[float, typer.Option(help="mean in-edges of its nodes; sets the radius")] = 15,
     graphs: Annotated[int, typer.Option(help="N-body graphs of a batch, complete graphs of 100 nodes")] = 10,
     hidden: Hidden = 64,
     layers: Layers = 4,
     virtual_nodes: Virtual = 3,
     only: Annotated[
         list[str] | None,
-        typer.Option("--model", help="a model; may be given several times, also MODULE:CLASS", show_default="all"),
+        typer.Option("--model", help="a model or MODULE:CLASS; may be repeated", show_default="all"),
     ] = None,
-    repeats: Annotated[int, typer.Option(help="timed repetitions after a warm-up; the median counts")] = 3,
+    repeats: Annotated[int, typer.Option(help="timed repetitions after a warm-up; the median is reported")] = 3,
     as_json: Json = False,
 ) -> Report:
-    """Every model on a batch of N-body graphs and on a fluid: parameters, time, memory, equivariance error.
+    """Measure parameters, time, memory and equivariance error of every model on a batch of N-body graphs and on a fluid.
 
-    One thread, float32, a process for each. Equivariance errors are measured with last weights of full size, which start near
-    zero, and are in units of the farthest that the model moves a node.
+    One thread, float32, each model in its own process. The last weights start near zero; for equivariance errors they have
+    full size. Errors are relative to the largest displacement of a node by the model.
     """
-    check({"--nodes": nodes, "--graphs": graphs}, degree)
+    check_sizes({"--nodes": nodes, "--graphs": graphs}, degree)
     import bench_models
     import bench_step
 
     sizes: dict[str, Any] = {"hidden": hidden, "layers": layers, "virtual_nodes": virtual_nodes, "repeats": repeats}
-    found = bench_models.run(bench_step.Options(nodes, degree, **sizes), graphs, only, say)
-    header = ["model", "parameters", "forward [s]", "step [s]", "peak [GB]", "not equivariant by", "in float64"]
+    result = bench_models.measure_models(bench_step.Options(nodes, degree, **sizes), graphs, only, log)
+    header = ["model", "parameters", "forward [s]", "step [s]", "peak [GB]", "equivariance error", "in float64"]
     settings = ", ".join(f"{key}={value}" for key, value in sizes.items())
     tables = [
         Table(
@@ -237,35 +241,35 @@ def models(
                 for name, row in case["models"].items()
             ],
         )
-        for case in found["cases"]
+        for case in result["cases"]
     ]
-    return Report(tables, found["notes"], found, as_json)
+    return Report(tables, result["notes"], result, as_json)
 
 
 @app.command(epilog=example("python tools/bench partition --nodes 113140 --nodes 1000000 --parts 8"))
 def partition(
     nodes: Annotated[
         list[int] | None,
-        typer.Option(help="nodes of the graph; may be given several times", show_default="113140"),
+        typer.Option(help="nodes of the graph; may be repeated", show_default="113140"),
     ] = None,
     degree: Degree = 14.6,
-    parts: Annotated[int, typer.Option(help="parts")] = 8,
+    parts: Annotated[int, typer.Option(help="number of parts")] = 8,
     as_json: Json = False,
 ) -> Report:
-    """Every method's time and cut, and the time to write a store of one snapshot by METIS."""
+    """Measure the time and the edge cut of every method, and the time to write a store of one snapshot with METIS."""
     sizes = nodes or [113_140]
     for size in sizes:
-        check({"--nodes": size, "--parts": parts}, degree)
+        check_sizes({"--nodes": size, "--parts": parts}, degree)
     memory.require_memory(
         0.5e9 + max(sizes) * (degree * 150 + 500), "cpu", f"a graph of {max(sizes):,} nodes", "lower --nodes"
     )
-    import bench_pipeline
+    import bench_partition
 
-    found = [bench_pipeline.partition(size, degree, parts, say) for size in sizes]
+    results = [bench_partition.measure_methods(size, degree, parts, log) for size in sizes]
     header = ["method", "seconds", "edges cut", "largest/mean", "halo/nodes"]
     tables = [
         Table(
-            f"{one['nodes']:,} nodes, {one['edges']:,} edges, {parts} parts; store of this snapshot by METIS, "
+            f"{one['nodes']:,} nodes, {one['edges']:,} edges, {parts} parts; store of this snapshot with METIS, "
             f"from positions to the last file: {one['store_s']:.2f} s",
             header,
             [
@@ -273,13 +277,13 @@ def partition(
                 for name, q in one["methods"].items()
             ],
         )
-        for one in found
+        for one in results
     ]
-    return Report(tables, [], {"degree": degree, "sizes": found}, as_json)
+    return Report(tables, [], {"degree": degree, "sizes": results}, as_json)
 
 
-def _room(nodes: int, degree: float, hidden: int, layers: int, parts: int, halo: str) -> None:
-    """Raise Failure for an unknown mode, and where there is no memory for a step on so many processes."""
+def _check_processes(nodes: int, degree: float, hidden: int, layers: int, parts: int, halo: str) -> None:
+    """Raise Failure for an unknown halo mode, and if memory does not suffice for a step on all processes."""
     import bench_step
 
     from dist_egnn.config import HALOS
@@ -301,31 +305,31 @@ def comm(
     halo: Halo = "bridge",
     as_json: Json = False,
 ) -> Report:
-    """Count the collectives of one training step and what each carries."""
+    """Count the collective calls of one training step and the numbers that each sends."""
     model = {"hidden": hidden, "layers": layers, "virtual_nodes": virtual_nodes}
     sizes = {"--hidden": hidden, "--layers": layers, "--virtual-nodes": virtual_nodes}
-    check({"--nodes": nodes, "--parts": parts, **sizes}, degree)
+    check_sizes({"--nodes": nodes, "--parts": parts, **sizes}, degree)
     if parts < 2:
         raise Failure(f"--parts {parts}: must be at least 2: one process sends nothing")
-    _room(nodes, degree, hidden, layers, parts, halo)
-    import bench_pipeline
+    _check_processes(nodes, degree, hidden, layers, parts, halo)
+    import bench_comm
 
-    found = bench_pipeline.communication(nodes, degree, parts, model, halo)
+    result = bench_comm.measure_communication(nodes, degree, parts, model, halo)
     rows = [
-        [phase, one["calls"], " ".join(one["collectives"]), _runs(one["floats"]), f"{one['bytes']:,}"]
-        for phase, one in found["phases"].items()
+        [phase, one["calls"], " ".join(one["collectives"]), _distinct(one["floats"]), f"{one['bytes']:,}"]
+        for phase, one in result["phases"].items()
     ]
     header = ["phase", "calls", "collective", "numbers in each", "bytes"]
-    table = Table(f"one training step of one graph on {parts} processes, as each sends it", header, rows)
-    note = f"by the formula {layers} calls of (P - 1)(3 + 3C + HC) = {found['formula']} numbers, forward and backward"
+    table = Table(f"one training step of one graph on {parts} processes, as sent by each", header, rows)
+    note = f"formula: {layers} calls of (P - 1)(3 + 3C + HC) = {result['formula']} numbers, forward and backward"
     if halo == "exchange":
-        note += "; beside them an all-to-all of H + 3 numbers for each node that another process needs, and back, of H in the first"
-    others = [] if found["alike"] else ["processes differ in what they send: shown is the first"]
-    return Report([table], [note, *others], found, as_json)
+        note += "; also an all-to-all of H + 3 numbers for each halo node, and back, of H in the first layer"
+    others = [] if result["alike"] else ["processes send different amounts; this is the first process"]
+    return Report([table], [note, *others], result, as_json)
 
 
-def _runs(numbers: list[int]) -> str:
-    """Equal numbers once: 204 204 204 is 204."""
+def _distinct(numbers: list[int]) -> str:
+    """Each value once: 204 204 204 is 204."""
     return " ".join(f"{n:,}" for n in dict.fromkeys(numbers)) or "-"
 
 
@@ -338,25 +342,25 @@ def pipeline(
     layers: Layers = 4,
     virtual_nodes: Virtual = 3,
     halo: Halo = "bridge",
-    repeats: Annotated[int, typer.Option(help="timed steps, each on a snapshot of its own")] = 5,
+    repeats: Annotated[int, typer.Option(help="timed steps, each on a different snapshot")] = 5,
     as_json: Json = False,
 ) -> Report:
-    """Steps with a new stored snapshot each, against steps on one fixed graph."""
+    """Compare steps that each read a new snapshot from a store with steps on one fixed graph."""
     model = {"hidden": hidden, "layers": layers, "virtual_nodes": virtual_nodes}
     sizes = {"--hidden": hidden, "--layers": layers, "--virtual-nodes": virtual_nodes, "--repeats": repeats}
-    check({"--nodes": nodes, "--parts": parts, **sizes}, degree)
-    _room(nodes, degree, hidden, layers, parts, halo)
+    check_sizes({"--nodes": nodes, "--parts": parts, **sizes}, degree)
+    _check_processes(nodes, degree, hidden, layers, parts, halo)
     import bench_pipeline
 
-    found = bench_pipeline.pipeline(nodes, degree, parts, repeats, model, say, halo)
+    result = bench_pipeline.measure_pipeline(nodes, degree, parts, repeats, model, log, halo)
     labels = {
         "fixed_s": "step on a fixed graph",
-        "fresh_s": "step with a new snapshot each time",
-        "read_s": "  read from disk (checked), mean of a snapshot",
-        "graph_s": "  its graph and fields",
-        "tiles_s": "  its tiles",
-        "edges_s": "  its edges once more, from positions: what storing them saves",
+        "fresh_s": "step with a new snapshot",
+        "read_s": "  read from disk and verify",
+        "graph_s": "  make the graph and its fields",
+        "tiles_s": "  make its tiles",
+        "edges_s": "  (edges from positions, which the store saves)",
     }
-    rows = [[label, f"{found[key]:.3f}"] for key, label in labels.items()]
-    table = Table(f"{nodes:,} nodes, processes: {parts}, mean of {repeats} steps", ["what", "seconds"], rows)
-    return Report([table], [f"new snapshot / fixed graph: {found['ratio']:.3f}"], found, as_json)
+    rows = [[label, f"{result[key]:.3f}"] for key, label in labels.items()]
+    table = Table(f"{nodes:,} nodes, {parts} processes, mean of {repeats} steps", ["stage", "seconds"], rows)
+    return Report([table], [f"new snapshot / fixed graph: {result['ratio']:.3f}"], result, as_json)

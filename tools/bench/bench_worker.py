@@ -1,6 +1,6 @@
-"""A process of `distegnn bench step`, `batch` or `models`: times a variant, or several that take turns, and prints JSON.
+"""The process that times variants for `python tools/bench step`, `batch` and `models`, and prints JSON.
 
-Started as ``tools/bench/bench_worker.py FOLDER WANTED``: FOLDER holds graph.npz, WANTED is JSON, name → options.
+Arguments: FOLDER, which holds graph.npz, and JSON, name → options of each variant.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from dist_egnn.train.metrics import peak_memory_gb
 from dist_egnn.utils import devices
 from dist_egnn.utils.progress import progress_bar
 
-LONG = 60.0  # seconds of a pass from which one counts by itself, without warm-up or repeats
+LONG_S = 60.0  # a pass that takes longer is measured once, without warm-up or repeats
 
 
 def _graph(folder: Path) -> DGLGraph:
@@ -55,22 +55,22 @@ class _Variant:
     model: torch.nn.Module
     graph: DGLGraph
     predict: Callable[[], torch.Tensor]
-    tiles_s: float  # what cutting the graph's tiles took
+    tiles_s: float  # time to make the graph's tiles
 
 
 def _variant(name: str, options: Options, graph: DGLGraph) -> _Variant:
-    """A variant, ready to be run. All have the weights of ours where they can."""
+    """A variant, ready to run. Peers take the weights of our model if they can."""
     keys = ("hidden", "layers", "virtual_nodes", "engine", "precision", *(() if options.tile is None else ("tile",)))
     settings = {**asdict(Model()), "name": options.model, **{key: getattr(options, key) for key in keys}}
-    kind, chosen = network.resolve_model(settings, asdict(Model()), float(graph.edata["e"].max()))
+    cls, arguments = network.resolve_model(settings, asdict(Model()), float(graph.edata["e"].max()))
     torch.manual_seed(0)
     features, attributes, edge = graph.ndata["f"].shape[1], graph.ndata["a"].shape[1], graph.edata["e"].shape[1]
-    ours = kind(features=features, node_attributes=attributes, edge_attributes=edge, **chosen)
+    ours = cls(features=features, node_attributes=attributes, edge_attributes=edge, **arguments)
     if name in PEERS:
         model, predict = load_peer(name).peer(ours, graph, torch.device(options.device))
         return _Variant(model, graph, predict, 0.0)
     ours.to(options.device)
-    with contextlib.suppress(dgl.DGLError):  # no build for the device: the model takes the fields there itself
+    with contextlib.suppress(dgl.DGLError):  # DGL has no build for the device: the model moves the fields itself
         graph = graph.to(options.device)
     started = time.perf_counter()
     getattr(ours, "prepare", lambda graph: graph)(graph)
@@ -78,65 +78,70 @@ def _variant(name: str, options: Options, graph: DGLGraph) -> _Variant:
 
 
 def _times(
-    works: dict[str, Callable[[], Any]], repeats: int, device: str, told: Callable[[], Any] = contextlib.nullcontext
+    works: dict[str, Callable[[], Any]],
+    repeats: int,
+    device: str,
+    warm_up: Callable[[], Any] = contextlib.nullcontext,
 ) -> dict[str, list[float]]:
-    """Seconds of each repetition of each work, after a warm-up. They take turns, and to go first: a fair share of noise.
+    """Seconds of each repetition of each work after a warm-up. They alternate, also in who comes first.
 
-    A warm-up that takes LONG is all that is done, and counts. told: the context of the warm-up.
+    A warm-up that takes LONG_S is the only repetition, and counts. warm_up: the context of the warm-up.
     """
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(repeats + 1):
         for name in list(works)[:: -1 if turn % 2 else 1]:
-            with contextlib.nullcontext() if turn else told():
+            with contextlib.nullcontext() if turn else warm_up():
                 started = time.perf_counter()
                 works[name]()
                 devices.synchronize(torch.device(device))
                 seconds[name].append(time.perf_counter() - started)
-        if turn == 0 and max(each[0] for each in seconds.values()) >= LONG:
+        if turn == 0 and max(each[0] for each in seconds.values()) >= LONG_S:
             return seconds
     return {name: each[1:] for name, each in seconds.items()}
 
 
 def machine_rates(device: str) -> dict[str, float]:
-    """GFLOP/s of 64-wide float32 products here and now, by torch's own linear and, where there is one, by oneDNN's."""
+    """GFLOP/s of 64-wide float32 matrix products by torch's linear and, where available, by oneDNN's."""
     x, w, b = (torch.randn(shape, device=device) for shape in ((8192, 64), (64, 64), (64,)))
-    ways: dict[str, Callable[[], Any]] = {"machine_gflops": lambda: torch.nn.functional.linear(x, w, b)}
+    kernels: dict[str, Callable[[], Any]] = {"machine_gflops": lambda: torch.nn.functional.linear(x, w, b)}
     onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if device == "cpu" else None
     if onednn is not None:
-        ways["machine_gflops_onednn"] = lambda: onednn(x, w, b, "none", [], "")
+        kernels["machine_gflops_onednn"] = lambda: onednn(x, w, b, "none", [], "")
     work = 2 * 8192 * 64 * 64 / 1e9
     with torch.no_grad():
-        return {name: work / statistics.median(_times({"": way}, 100, device)[""]) for name, way in ways.items()}
+        return {
+            name: work / statistics.median(_times({"": kernel}, 100, device)[""]) for name, kernel in kernels.items()
+        }
 
 
-def _step(one: _Variant, folder: str) -> None:
+def _step(variant: _Variant, folder: str) -> None:
     """Forward and backward of the MSE; folder: as train.kept."""
-    one.model.zero_grad(set_to_none=True)
-    with activation_offload.offload_to_disk(folder, [one.graph.edata[name] for name in one.graph.edata]):
-        predicted = one.predict()
-    torch.nn.functional.mse_loss(predicted, one.graph.ndata["y"].to(predicted.device)).backward()
+    variant.model.zero_grad(set_to_none=True)
+    with activation_offload.offload_to_disk(folder, [variant.graph.edata[name] for name in variant.graph.edata]):
+        predicted = variant.predict()
+    torch.nn.functional.mse_loss(predicted, variant.graph.ndata["y"].to(predicted.device)).backward()
 
 
 def _equivariance_error(model: torch.nn.Module, graph: DGLGraph) -> float:
-    """max |f(Qx) − Q f(x)| for a random orthogonal Q, in units of the farthest that the model moves a node, if it does."""
+    """max |f(Qx) − Q f(x)| for a random orthogonal Q, relative to the largest displacement of a node if not zero."""
     q = torch.linalg.qr(torch.randn(3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
     dtype = next(model.parameters()).dtype
-    here, turned = graph.local_var(), graph.local_var()
+    plain, rotated = graph.local_var(), graph.local_var()
     for name in ("x", "v", "centroid"):
-        here.ndata[name] = graph.ndata[name].to(dtype)
-        turned.ndata[name] = (graph.ndata[name].double() @ q.t()).to(dtype)
-    x, there = (model(seen)[0].detach().double().cpu() for seen in (here, turned))
-    return float((there - x @ q.t()).abs().max()) / (float((x - graph.ndata["x"]).abs().max()) or 1.0)
+        plain.ndata[name] = graph.ndata[name].to(dtype)
+        rotated.ndata[name] = (graph.ndata[name].double() @ q.t()).to(dtype)
+    x, x_rotated = (model(g)[0].detach().double().cpu() for g in (plain, rotated))
+    return float((x_rotated - x @ q.t()).abs().max()) / (float((x - graph.ndata["x"]).abs().max()) or 1.0)
 
 
 @contextlib.contextmanager
-def _told(title: str, one: _Variant) -> Iterator[None]:
-    """Tell how far the pass within is, forward or a whole step, and how long it will take: a layer updates every tile once forward
-    and once more backward, in three times the time."""
-    if not isinstance(one.model, network.Network):
+def _progress(title: str, variant: _Variant) -> Iterator[None]:
+    """Show the progress of a forward pass or a step: each layer updates every tile once forward and once, in about three
+    times the time, backward."""
+    if not isinstance(variant.model, network.Network):
         yield
         return
-    forward = len(one.model.layers) * len(one.model.engine_and_tiles(one.graph)[1].tiles)
+    forward = len(variant.model.layers) * len(variant.model.engine_and_tiles(variant.graph)[1].tiles)
     done = 0
     with progress_bar(title, forward * (4 if torch.is_grad_enabled() else 1)) as tick:
 
@@ -146,7 +151,7 @@ def _told(title: str, one: _Variant) -> Iterator[None]:
             tick(completed=done)
             return update(nodes)
 
-        layers: list[Any] = list(one.model.layers)
+        layers: list[Any] = list(variant.model.layers)
         for layer in layers:
             layer.update = partial(counted, layer.update)
         try:
@@ -156,74 +161,76 @@ def _told(title: str, one: _Variant) -> Iterator[None]:
                 del layer.update
 
 
-def worker(folder: Path, wanted: dict[str, Options]) -> dict[str, dict[str, Any]]:
-    """Time variants: forward passes without gradients first, so that their peak is theirs, then training steps.
+def measure_variants(folder: Path, timed: dict[str, Options]) -> dict[str, dict[str, Any]]:
+    """Time forward passes without gradients, so that their peak memory is known, then training steps.
 
-    All have the repeats, threads and device of the first; each has a graph of its own, since a graph keeps one set of tiles.
-    Returns of each forward_s and step_s (medians, every repetition in …_all_s), forward_peak_gb and peak_gb of a step, ``once``,
-    which of "forward" and "step" took so long that one counted, machine_gflops…, and of ours tile, tiles_s (cutting them, before
-    the passes), parameters and, unless a forward pass takes long, equivariance_error, in units of the farthest that the model moves
-    a node.
+    All variants use the repeats, threads and device of the first. Each has its own graph, since a graph caches one set of
+    tiles. Returns for each: forward_s and step_s (medians; every repetition in …_all_s), forward_peak_gb and peak_gb of a
+    step, ``once`` (those of "forward" and "step" that were measured once because they are long), machine_gflops…, and for
+    our models tile, tiles_s (time to make the tiles), parameters and, unless a forward pass is long, equivariance_error
+    (`_equivariance_error`).
     """
-    first = next(iter(wanted.values()))
+    first = next(iter(timed.values()))
     torch.set_num_threads(first.threads)
     device = torch.device(first.device)
-    found = {name: _variant(name, options, _graph(folder)) for name, options in wanted.items()}
-    name, one = next(iter(found.items()))
+    variants = {name: _variant(name, options, _graph(folder)) for name, options in timed.items()}
+    name, variant = next(iter(variants.items()))
 
-    def timed(works: dict[str, Callable[[], Any]], kind: str) -> dict[str, list[float]]:
-        told = partial(_told, f"{name}, {kind}", one) if len(wanted) == 1 else contextlib.nullcontext
-        return _times(works, first.repeats, first.device, told)
+    def times(works: dict[str, Callable[[], Any]], kind: str) -> dict[str, list[float]]:
+        warm_up = partial(_progress, f"{name}, {kind}", variant) if len(timed) == 1 else contextlib.nullcontext
+        return _times(works, first.repeats, first.device, warm_up)
 
-    def predict(name: str, one: _Variant) -> None:
-        predicted = one.predict().cpu().numpy()
+    def predict(name: str, variant: _Variant) -> None:
+        predicted = variant.predict().cpu().numpy()
         if not (folder / f"{name}.npy").exists():
             np.save(folder / f"{name}.npy", predicted)
 
     with torch.no_grad():
-        forward_s = timed({name: partial(predict, name, one) for name, one in found.items()}, "forward")
+        forward = times({name: partial(predict, name, v) for name, v in variants.items()}, "forward")
     forward_peak = peak_memory_gb(device)
-    step_s = timed({name: partial(_step, one, wanted[name].kept or "") for name, one in found.items()}, "step")
+    step = times({name: partial(_step, v, timed[name].kept or "") for name, v in variants.items()}, "step")
     shared: dict[str, Any] = {"forward_peak_gb": forward_peak, "peak_gb": peak_memory_gb(device)}
-    every = {"forward": forward_s, "step": step_s}
-    once = [kind for kind, of in every.items() if any(len(each) == 1 and each[0] >= LONG for each in of.values())]
+    seconds = {"forward": forward, "step": step}
+    once = [kind for kind, of in seconds.items() if any(len(each) == 1 and each[0] >= LONG_S for each in of.values())]
     shared |= {"once": once, **machine_rates(first.device)}
     return {
         name: {
-            **{f"{kind}_s": statistics.median(of[name]) for kind, of in every.items()},
-            **{f"{kind}_all_s": of[name] for kind, of in every.items()},
+            **{f"{kind}_s": statistics.median(of[name]) for kind, of in seconds.items()},
+            **{f"{kind}_all_s": of[name] for kind, of in seconds.items()},
             **shared,
-            **(_about(one, wanted[name], "forward" not in once) if name not in PEERS else {}),
+            **(_model_values(v, timed[name], "forward" not in once) if name not in PEERS else {}),
         }
-        for name, one in found.items()
+        for name, v in variants.items()
     }
 
 
-def _about(one: _Variant, options: Options, exact: bool) -> dict[str, Any]:
-    """What is said of ours alone; exact: its equivariance too."""
-    parameters = sum(p.numel() for p in one.model.parameters())
-    found = {"tile": getattr(one.model, "tile", None), "tiles_s": one.tiles_s, "parameters": parameters}
-    if not exact:
-        return found
+def _model_values(variant: _Variant, options: Options, equivariance: bool) -> dict[str, Any]:
+    """The values of our own models; equivariance: measure its error too."""
+    model, graph = variant.model, variant.graph
+    parameters = sum(p.numel() for p in model.parameters())
+    values = {"tile": getattr(model, "tile", None), "tiles_s": variant.tiles_s, "parameters": parameters}
+    if not equivariance:
+        return values
     with torch.no_grad():
         if options.full_size:
-            parallel_check.randomize_output_weights(one.model)
-        found["equivariance_error"] = _equivariance_error(one.model, one.graph)
+            parallel_check.randomize_output_weights(model)
+        values["equivariance_error"] = _equivariance_error(model, graph)
         if options.full_size:
-            found["equivariance_error_float64"] = _equivariance_error(one.model.double(), one.graph)
-    return found
+            values["equivariance_error_float64"] = _equivariance_error(model.double(), graph)
+    return values
 
 
 def main() -> None:
-    """A worker: JSON on the last line of standard output, or one line on standard error and exit code 2."""
-    folder, wanted = sys.argv[1:]
-    exit_with_parent(os.getppid(), Path(folder))  # nobody is left to read what an orphan measures
+    """Print JSON on the last line of standard output, or one line on standard error with exit code 2."""
+    folder, arguments = sys.argv[1:]
+    exit_with_parent(os.getppid(), Path(folder))  # nobody reads the result of an orphan
     try:
-        found = worker(Path(folder), {name: Options(**given) for name, given in json.loads(wanted).items()})
+        timed = {name: Options(**options) for name, options in json.loads(arguments).items()}
+        result = measure_variants(Path(folder), timed)
     except Failure as failure:
         print(f"error: {failure}", file=sys.stderr)
         sys.exit(2)
-    print(json.dumps(found))
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

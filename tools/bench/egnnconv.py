@@ -1,4 +1,4 @@
-"""What DGL itself offers: layers of dgl.nn.EGNNConv after an embedding (EGNN without virtual nodes or velocities)."""
+"""DGL's own layer: dgl.nn.EGNNConv after an embedding (EGNN without virtual nodes or velocities)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dgl.nn import EGNNConv
 from torch import Tensor, nn
 
 
-class Convs(nn.Module):
-    """An embedding, then L times EGNNConv(H, H, H, A)."""
+class EGNNConvModel(nn.Module):
+    """An embedding, then L layers EGNNConv(H, H, H, A)."""
 
     def __init__(self, features: int, edge_attributes: int, hidden: int, layers: int) -> None:
         super().__init__()
@@ -26,11 +26,11 @@ class Convs(nn.Module):
 
 
 def peer(ours: nn.Module, graph: DGLGraph, device: torch.device) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """As many EGNNConv layers of our model's widths, and their prediction for the graph."""
+    """EGNNConv layers of the number and widths of our model, and a function that predicts for the graph."""
     state = ours.state_dict()
     hidden, features = state["embedding.weight"].shape
     layers = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("layers."))
     graph = graph.to(device)
     f, x, e = graph.ndata["f"], graph.ndata["x"], graph.edata["e"]
-    model = Convs(features, e.shape[1], hidden, layers).to(device)
+    model = EGNNConvModel(features, e.shape[1], hidden, layers).to(device)
     return model, lambda: model(graph, f, x, e)

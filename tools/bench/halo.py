@@ -1,20 +1,20 @@
-"""Steps in bridge and in halo mode, taking turns in the same processes.
+"""Time training steps with partition.halo=bridge and with exchange, alternating in the same processes.
 
     python tools/bench/halo.py STORE CONFIG    the first training snapshot of a store
-    python tools/bench/halo.py NODES PARTS     a block of particles, as `distegnn bench comm` makes it
+    python tools/bench/halo.py NODES PARTS     a block of particles, as in `python tools/bench comm`
 
-Prints, of the slowest process, medians of seconds by the clock and of the processor, and of seconds in collectives.
+Prints medians of the slowest process: wall time, processor time and time in collectives, in seconds.
 """
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-import bench_pipeline
+import bench_data
 import torch
 
 from dist_egnn import config as configs
@@ -27,39 +27,45 @@ MODES = ("bridge", "exchange")
 REPEATS = 5
 
 
-def steps(group: comm.Comm, path: str, store: str) -> dict[str, list[float]]:
+def step_times(group: comm.Comm, path: str, store: str) -> dict[str, list[float]]:
     """Mode → median seconds of a step: wall, processor, in collectives."""
-    works, found = {}, {}
+    cases = {}
     for mode in MODES:
         config = configs.load(path, [f"data.path={store}", f"partition.halo={mode}"])
-        samples = open_dataset(config, group.rank, group.size)
-        model = trainer.build_model(config, samples.widths, group)
-        works[mode] = config, model, samples[samples.splits["train"][0]]
-    taken: dict[str, list[list[float]]] = {mode: [] for mode in MODES}
+        dataset = open_dataset(config, group.rank, group.size)
+        model = trainer.build_model(config, dataset.widths, group)
+        cases[mode] = config, model, dataset[dataset.splits["train"][0]]
+    clocks = time.perf_counter, time.process_time, comm.collective_seconds
+    times: dict[str, list[list[float]]] = {mode: [] for mode in MODES}
     for turn in range(REPEATS + 1):
         for mode in MODES[:: -1 if turn % 2 else 1]:
-            config, model, graph = works[mode]
-            group.max(0.0)  # all begin together
-            clocks = [clock() for clock in (time.perf_counter, time.process_time, comm.collective_seconds)]
+            config, model, graph = cases[mode]
+            group.max(0.0)  # a barrier
+            started = [clock() for clock in clocks]
             loss, _ = trainer.compute_loss(config, model, graph, group, torch.Generator().manual_seed(0))
             loss.backward()
             group.sum_gradients(model.parameters())
-            ends = (time.perf_counter(), time.process_time(), comm.collective_seconds())
-            taken[mode].append([end - begun for end, begun in zip(ends, clocks, strict=True)])
-    for mode, each in taken.items():
-        found[mode] = [statistics.median(column) for column in zip(*each[1:], strict=True)]
-    return found
+            times[mode].append([clock() - start for clock, start in zip(clocks, started, strict=True)])
+    return {mode: [statistics.median(column) for column in zip(*rows[1:], strict=True)] for mode, rows in times.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("first", metavar="STORE|NODES")
+    parser.add_argument("second", metavar="CONFIG|PARTS")
+    options = parser.parse_args()
+    store, config = options.first, options.second
+    with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
+        if store.isdigit():
+            made = bench_data.config_with_store(Path(folder), int(store), 14.6, int(config), 1, {}, "bridge")
+            store, config = made.data.path, str(Path(folder) / "config.yaml")
+            Path(config).write_text(configs.to_yaml(made))
+        ranks = spawn.run_ranks(step_times, Store(store).parts, config, store)
+    print("mode        step [s]  processor [s]  collectives [s]")
+    for mode in MODES:
+        wall, cpu, collectives = (max(column) for column in zip(*(rank[mode] for rank in ranks), strict=True))
+        print(f"{mode:10} {wall:9.3f} {cpu:14.3f} {collectives:16.3f}")
 
 
 if __name__ == "__main__":
-    first, second = sys.argv[1:]
-    with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
-        if first.isdigit():
-            made = bench_pipeline._config(Path(folder), int(first), 14.6, int(second), 1, {}, "bridge")
-            first, second = made.data.path, str(Path(folder) / "config.yaml")
-            Path(second).write_text(configs.to_yaml(made))
-        ranks = spawn.run_ranks(steps, Store(first).parts, second, first)
-    print("mode        step [s]  processor [s]  collectives [s]")
-    for name in MODES:
-        wall, cpu, talk = (max(column) for column in zip(*(rank[name] for rank in ranks), strict=True))
-        print(f"{name:10} {wall:9.3f} {cpu:14.3f} {talk:16.3f}")
+    main()

@@ -1,15 +1,15 @@
-"""A synthetic trajectories.h5 of many particles, written slab by slab: a lattice with noise, its particles drifting a little.
+"""Write a synthetic trajectories.h5 of many particles, slab by slab: a jittered lattice of slowly drifting particles.
 
     python tools/bench/large.py NODES OUT.h5
 
-Two frames, one snapshot for training. Positions as of `distegnn bench` (bench_data.block); prints the radius that gives an inner
-particle 15 neighbours. Memory is that of one slab, whatever NODES.
+Two frames, which give one training snapshot; positions as in bench_data.block. Memory is that of one slab, for any NODES.
+Prints the radius at which an inner particle has 15 neighbours on average.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
-import sys
 from pathlib import Path
 
 import h5py
@@ -23,12 +23,12 @@ SLAB = 1 << 18  # particles drawn at once
 DEGREE = 15.0
 
 
-def radius() -> float:
-    """The radius at which particles far from any surface have DEGREE neighbours on average."""
+def inner_radius() -> float:
+    """The radius at which particles far from the surface have DEGREE neighbours on average."""
     x = block(30**3)
     inner = x[((x > 5 * SPACING) & (x < 25 * SPACING)).all(1)]
     pairs = KDTree(x).sparse_distance_matrix(KDTree(inner), 2 * SPACING, output_type="ndarray")
-    return float(np.sort(pairs["v"])[round((DEGREE + 1) * len(inner)) - 1])  # each has itself besides
+    return float(np.sort(pairs["v"])[round((DEGREE + 1) * len(inner)) - 1])  # + 1: the particle itself
 
 
 def slab(nodes: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -41,7 +41,7 @@ def slab(nodes: int, lo: int, hi: int) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def write(path: Path, nodes: int) -> None:
-    """The file, as trajectories.Writer would make it, in smaller chunks."""
+    """Write the file as trajectories.Writer does, in smaller chunks."""
     with Writer(path, {"command": f"tools/bench/large.py {nodes}", "kind": "synthetic"}) as out:
         group = out.group.create_group("000000")
         group.attrs.update(split="train", dt=1.0, source="synthetic: lattice with noise", periodic=False)
@@ -61,6 +61,11 @@ def write(path: Path, nodes: int) -> None:
 
 
 if __name__ == "__main__":
-    count, target = int(sys.argv[1]), Path(sys.argv[2])
-    write(target, count)
-    print(f"{target}: {count:,} particles (synthetic); 15 neighbours each at --radius {radius():.5f}")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("nodes", type=int)
+    parser.add_argument("out", type=Path)
+    options = parser.parse_args()
+    write(options.out, options.nodes)
+    print(
+        f"{options.out}: {options.nodes:,} particles (synthetic); 15 neighbours each at --radius {inner_radius():.5f}"
+    )

@@ -1,7 +1,7 @@
 """FastEGNN as a page of PyTorch: gather, concatenate, perceptron, scatter, all nodes and edges at once.
 
-Written from the equations of docs/paper-map.md, apart from dist_egnn's layers: `distegnn bench step --peers` times it, and
-tests/tools/test_bench.py holds it equal to dist_egnn.models.network.EGNN. One graph, one process, no options.
+Written from the equations of docs/paper-map.md, independently of dist_egnn's layers: `python tools/bench step --peers`
+times it, and tests/tools/test_bench.py compares it with dist_egnn.models.network. One graph, one process, no options.
 
 Legend: N nodes, E edges, C virtual nodes, H width, F input features, K node attributes, A edge attributes.
 """
@@ -29,7 +29,7 @@ def _mean(value: Tensor, dst: Tensor, n: int) -> Tensor:
 
 
 class PlainLayer(nn.Module):
-    """One FastEGNN layer (EGNN's if C = 0); right-hand sides are the layer's inputs throughout.
+    """One FastEGNN layer (EGNN's if C = 0); all right-hand sides are inputs of the layer.
 
     m_ij = φ_e([h_i, h_j, ‖x_i − x_j‖², e_ij]),  m_ic = φ_ev([h_i, s_c, ‖z_c − x_i‖, M_{:,c}])
     """
@@ -55,7 +55,7 @@ class PlainLayer(nn.Module):
         r_ij = x[dst] - x[src]
         m_ij = self.phi_e(torch.cat([h[dst], h[src], (r_ij**2).sum(1, keepdim=True), e], 1))
         x_next = x + _mean(r_ij * self.phi_x(m_ij), dst, n) + self.phi_v(h) * v
-        said = [h, _mean(m_ij, dst, n)]
+        inputs = [h, _mean(m_ij, dst, n)]
         if self.count:
             c = self.count
             r_ic = x.unsqueeze(1) - z  # (N, C, 3)
@@ -65,14 +65,14 @@ class PlainLayer(nn.Module):
             row = torch.cat([h.unsqueeze(1).expand(n, c, -1), s.expand(n, c, -1), distance, gram], 2)
             m_ic = self.phi_ev(row)  # (N, C, H)
             x_next = x_next + (r_ic * self.phi_xv(m_ic)).mean(1)
-            said.append(m_ic.mean(1))
+            inputs.append(m_ic.mean(1))
             z = z + (-r_ic * self.phi_z(m_ic)).mean(0)
             s = s + self.phi_s(torch.cat([s, m_ic.mean(0)], 1))
-        return h + self.phi_h(torch.cat([*said, a], 1)), x_next, s, z
+        return h + self.phi_h(torch.cat([*inputs, a], 1)), x_next, s, z
 
 
 class Plain(nn.Module):
-    """L plain layers after an embedding of the features."""
+    """An embedding of the features, then L plain layers."""
 
     def __init__(self, features: int, node_attributes: int, edge_attributes: int, hidden: int, layers: int, count: int):
         super().__init__()
@@ -90,14 +90,14 @@ class Plain(nn.Module):
         return x, z
 
 
-def load(model: Plain, state: Mapping[str, Tensor]) -> None:
-    """Give the plain model the weights of a dist_egnn model (its state_dict): only the virtual nodes' prefix differs."""
-    found = {name.replace(".virtual.", "."): value for name, value in state.items()}
-    model.load_state_dict({"s": model.s.detach(), **found})
+def load_weights(model: Plain, state: Mapping[str, Tensor]) -> None:
+    """Load the state_dict of a dist_egnn model; only the prefix of the virtual nodes' modules differs."""
+    renamed = {name.replace(".virtual.", "."): value for name, value in state.items()}
+    model.load_state_dict({"s": model.s.detach(), **renamed})
 
 
 def peer(ours: nn.Module, graph: DGLGraph, device: torch.device) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """The plain model with our model's weights, and its prediction for the graph; what `distegnn bench` asks for."""
+    """The plain model with our model's weights, and a function that predicts for the graph."""
     state = ours.state_dict()
     hidden, features = state["embedding.weight"].shape
     count = len(state["s"]) if "s" in state else 0
@@ -106,6 +106,6 @@ def peer(ours: nn.Module, graph: DGLGraph, device: torch.device) -> tuple[nn.Mod
     e = graph.edata["e"].to(device)
     src, dst = (t.to(device) for t in graph.edges())
     model = Plain(features, a.shape[1], e.shape[1], hidden, layers, count).to(state["embedding.weight"].dtype)
-    load(model, state)
+    load_weights(model, state)
     model.to(device)
     return model, lambda: model(x, v, f, a, src, dst, e)[0]

@@ -1,15 +1,15 @@
-"""Two processes, one slowed to half its speed: a step with equal parts, and with those that `distegnn plan --measure` proposes.
+"""Time a training step on two processes, one slowed to half its speed: equal parts and `distegnn plan --measure`'s.
 
-    python tools/bench/weights.py [NODES]    a block of particles, 8,000 unless told otherwise
+    python tools/bench/weights.py [NODES]    a block of particles; 8,000 by default
 
-The slow process burns as much processor time again as it uses, before it meets the others. Prints, of the slowest process, seconds
-of a step by the clock and of the processor (what the clock would say on an idle machine), the least of all steps: other programs
-only add to them. *ideal*: the work of a step with none slowed, spread over one and a half processes.
+The slow process spends as much additional processor time as it used since the last collective call. Prints wall and
+processor seconds of the slowest process, minima over all steps, because other programs only add to them. *ideal*: the work
+of a step without a slow process, divided by 1.5 processes.
 """
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 import time
 from collections.abc import Callable
@@ -36,7 +36,7 @@ Trial = trial.Trial
 
 
 class _Backward(torch.autograd.Function):
-    """The operand itself; what is to be done when its gradient passes."""
+    """The identity; calls ``then`` in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, then: Callable[[], None]) -> Tensor:
@@ -50,7 +50,7 @@ class _Backward(torch.autograd.Function):
 
 
 class Slowed:
-    """A group in whose process everything takes 1 / SPEED of its time, where it can be seen: whenever it meets the others."""
+    """A group whose process takes 1 / SPEED of its time: it waits before each collective call."""
 
     def __init__(self, group: Any) -> None:
         self.group, self.since = group, time.thread_time()
@@ -59,7 +59,7 @@ class Slowed:
         return getattr(self.group, name)
 
     def burn(self) -> None:
-        """Use the processor for as long as makes up for the speed since the last time."""
+        """Spend processor time in proportion to the time used since the last call."""
         until = self.since + (time.thread_time() - self.since) / SPEED
         while time.thread_time() < until:
             pass
@@ -70,55 +70,56 @@ class Slowed:
         return _Backward.apply(self.group.sum(t), self.burn)
 
 
-def tried(group: comm.Comm, config: Config, number: int, *more: Any) -> Trial:
-    """`trial.try_rank`, of a slow process where it is one."""
-    plain = trial.SimulatedRank
+measure_rank = trial.try_rank
+
+
+def slowed_rank(group: comm.Comm, config: Config, number: int, *args: Any) -> Trial:
+    """`trial.try_rank`, in a slowed process for rank SLOW."""
+    alone = trial.SimulatedRank
     if number == SLOW:
-        trial.SimulatedRank = lambda rank, size: _slow(plain(rank, size))  # type: ignore[assignment,misc,return-value]
-    return rank_of(group, config, number, *more)
-
-
-rank_of = trial.try_rank
+        trial.SimulatedRank = lambda rank, size: _slow(alone(rank, size))  # type: ignore[assignment,misc,return-value]
+    return measure_rank(group, config, number, *args)
 
 
 def _slow(group: Any) -> Slowed:
-    """Slow this process down: also what comes after the last sum of a backward pass."""
-    slowed, plain = Slowed(group), Tensor.backward
+    """Slow this process, including what follows the last sum of a backward pass."""
+    slowed, original = Slowed(group), Tensor.backward
 
     def backward(*args: Any, **kwargs: Any) -> None:
-        plain(*args, **kwargs)
+        original(*args, **kwargs)
         slowed.burn()
 
     Tensor.backward = backward  # type: ignore[method-assign]
     return slowed
 
 
-def steps(group: comm.Comm, config: Config, slow: bool) -> list[float]:
-    """Least seconds of a step: wall, processor."""
+def step_times(group: comm.Comm, config: Config, slow: bool) -> list[float]:
+    """Minimal seconds of a step: wall, processor."""
     own: Any = _slow(group) if slow and group.rank == SLOW else group
-    samples = open_dataset(config, group.rank, group.size)
-    model = trainer.build_model(config, samples.widths, own)
-    graph = samples[samples.splits["train"][0]]
-    taken = []
+    dataset = open_dataset(config, group.rank, group.size)
+    model = trainer.build_model(config, dataset.widths, own)
+    graph = dataset[dataset.splits["train"][0]]
+    clocks = time.perf_counter, time.thread_time
+    times = []
     for _ in range(REPEATS + 1):
-        group.max(0.0)  # all begin together
+        group.max(0.0)  # a barrier
         if own is not group:
             own.since = time.thread_time()
-        begun = time.perf_counter(), time.thread_time()
+        started = [clock() for clock in clocks]
         loss, _ = trainer.compute_loss(config, model, graph, own, torch.Generator().manual_seed(0))
         loss.backward()
         own.sum_gradients(model.parameters())
-        taken.append([time.perf_counter() - begun[0], time.thread_time() - begun[1]])
-    return [min(column) for column in zip(*taken[1:], strict=True)]
+        times.append([clock() - start for clock, start in zip(clocks, started, strict=True)])
+    return [min(column) for column in zip(*times[1:], strict=True)]
 
 
 def main(nodes: int) -> None:
-    """Partition, plan, partition again; then all three kinds of steps in turn."""
-    trial.try_rank = tried  # type: ignore[assignment]
+    """Partition, plan, partition by the proposed weights; then time all three cases in turn."""
+    trial.try_rank = slowed_rank  # type: ignore[assignment]
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as name:
         folder = Path(name)
         radius = bench_data.write_data(folder / "block.h5", nodes, 3, 14.6)
-        equal = bench_data.config_of(folder / "block.h5", radius, PARTS, MODEL)
+        equal = bench_data.config_for(folder / "block.h5", radius, PARTS, MODEL)
         weighted = deepcopy(equal)
         run_partition(equal, folder / "equal")
         planned = plan.make_plan(equal)
@@ -128,12 +129,12 @@ def main(nodes: int) -> None:
         weighted.partition.weights = planned.weights
         run_partition(weighted, folder / "weighted")
         cases = {"equal, none slow": (equal, False), "equal": (equal, True), "proposed": (weighted, True)}
-        found: dict[str, list[list[float]]] = {case: [] for case in cases}
+        times: dict[str, list[list[float]]] = {case: [] for case in cases}
         for _ in range(3):
             for case, args in cases.items():
-                ranks = spawn.run_ranks(steps, PARTS, *args)
-                found[case].append([max(column) for column in zip(*ranks, strict=True)])
-    best = {case: [min(column) for column in zip(*each, strict=True)] for case, each in found.items()}
+                ranks = spawn.run_ranks(step_times, PARTS, *args)
+                times[case].append([max(column) for column in zip(*ranks, strict=True)])
+    best = {case: [min(column) for column in zip(*rows, strict=True)] for case, rows in times.items()}
     ideal = [seconds * PARTS / (PARTS - 1 + SPEED) for seconds in best["equal, none slow"]]
     print("weights             step [s]  processor [s]  over ideal  processor over ideal")
     for case, (wall, cpu) in {**best, "ideal": ideal}.items():
@@ -141,4 +142,6 @@ def main(nodes: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 8_000)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("nodes", nargs="?", type=int, default=8_000)
+    main(parser.parse_args().nodes)

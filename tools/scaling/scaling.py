@@ -72,7 +72,7 @@ def store(folder: Path, nodes: int, method: str, parts: int) -> configs.Config:
     if not (file := folder / "block.h5").exists():
         (folder / "radius").write_text(repr(bench_data.write_data(file, nodes, 1, 14.6)))
     radius = float((folder / "radius").read_text())
-    config = bench_data.config_of(file, radius, parts, [f"partition.method={method}"])
+    config = bench_data.config_for(file, radius, parts, [f"partition.method={method}"])
     with contextlib.redirect_stdout(sys.stderr):
         run_partition(config, folder / f"{method}-{parts}")
     return config
