@@ -1,4 +1,4 @@
-"""Read a sweep file: its runs are grids of settings times seeds. docs/formats.md describes the file."""
+"""Read a sweep file: its runs are grids of settings times seeds. docs/outputs.md describes the file."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _check_types(given: Any, types: Mapping[str, type], where: str, required: Co
 def load(path: Path) -> Sweep:
     """Read a sweep file. Raises Failure for every error that can be found without the data."""
     if not path.is_file():
-        raise Failure(f"{path}: no such sweep file; docs/formats.md shows one")
+        raise Failure(f"{path}: no such sweep file; docs/outputs.md shows one")
     try:
         given = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # of the YAML reader

@@ -1,4 +1,4 @@
-"""The file of a rollout: VTKHDF, which ParaView opens, written and read frame by frame. See docs/formats.md.
+"""The file of a rollout: VTKHDF, which ParaView opens, written and read frame by frame. See docs/outputs.md.
 
 /VTKHDF contains what VTK reads: one UnstructuredGrid of N vertices whose points and point data change over time. /dist_egnn,
 which VTK ignores, contains the rest. Until it is complete the file is called PATH.partial. Arrays have their final size from

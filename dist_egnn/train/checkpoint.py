@@ -1,7 +1,7 @@
 """Checkpoints: what they contain, and files that are written completely or not at all and read without running code.
 
 Keys: `model` and `config` (YAML) in all; in those of a training also `optimizer`, `rng`, `samples` (the fingerprint of
-the data, see resume.py) and the fields of `TrainingState`. docs/formats.md describes the format.
+the data, see resume.py) and the fields of `TrainingState`. docs/outputs.md describes the format.
 """
 
 from __future__ import annotations

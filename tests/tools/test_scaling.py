@@ -81,7 +81,7 @@ def test_a_rank_alone_is_the_rank_among_others(tmp_path: Path) -> None:
 
 
 def test_trips_are_those_of_a_step() -> None:
-    """docs/halo.md has the bytes, counted by `distegnn bench comm`."""
+    """docs/halo.md has the bytes, counted by `python tools/bench comm`."""
     bridge = Model().trips(2)
     assert (len(bridge), sum(size for _, size in bridge)) == (9, 2 * 3_264 + 1_141_532)
     forward = [size for phase, size in Model().trips(2, 2_714) if phase == "forward"]

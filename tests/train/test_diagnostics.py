@@ -32,8 +32,8 @@ def test_what_is_recorded(small: Path, make_store: Callable[..., Path], tmp_path
     run_training(settings(path, run, "train.epochs=2"))
     resume_training(run, ["train.epochs=12"])
     rows = pd.read_csv(run / "metrics.csv")
-    page = (ROOT / "docs" / "formats.md").read_text()
-    (table,) = re.findall(r"^`metrics\.csv`:\n\n(.*?)\n\n", page, re.M | re.S)
+    page = (ROOT / "docs" / "outputs.md").read_text()
+    (table,) = re.findall(r"^### metrics\.csv\n\n(.*?)\n\n", page, re.M | re.S)
     told = [name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split("|")[1])]
     assert list(rows) == told
     assert rows["epoch"].tolist() == list(range(12))

@@ -19,7 +19,7 @@ from scipy.optimize import nnls
 from dist_egnn.distributed import comm
 
 NODE = 4  # a node is as much work as so many edges: docs/plan.md
-FORWARD = 0.25  # of a step's work: docs/performance.md, "The count"
+FORWARD = 0.25  # of a step's work: docs/performance.md
 TOLD = 3  # numbers that travel with the gradients
 
 

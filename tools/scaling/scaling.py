@@ -41,7 +41,7 @@ MODES = ("bridge", "exchange")
 RESULTS = Path(__file__).parents[1] / "docs" / "results"
 BYTES = (4, 1 << 14, 1 << 17, 1 << 20)  # of a trip
 PORT = 29_556
-RENO = 'echo reno > /proc/sys/net/ipv4/tcp_congestion_control && exec "$@"'  # a host's own: see docs/scaling.md
+RENO = 'echo reno > /proc/sys/net/ipv4/tcp_congestion_control && exec "$@"'  # set in each host
 app = typer.Typer(help=__doc__, pretty_exceptions_enable=False)
 
 Parts = Annotated[list[int], typer.Option("--parts", min=2, help="processes P; may be given several times")]
