@@ -1,67 +1,82 @@
-"""The configuration: typed, commented, strict. Every key's comment is its help; unknown keys and wrong types are errors."""
+"""The configuration: typed keys, each with a comment (its help) and its valid values. Unknown keys are errors."""
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .errors import Failure
+from .utils import devices
 
 KERNELS = ("laplacian", "gaussian")  # of the MMD
 SCHEDULES = ("constant", "cosine", "plateau")
 HALOS = ("bridge", "exchange")
 
 
-def _key(default: Any, comment: str) -> Any:
+class Rule(NamedTuple):
+    """The values that a key accepts: a test, and the text of the error for a value that fails it."""
+
+    accepts: Callable[[Any], bool]
+    text: str
+
+
+def _least(minimum: float) -> Rule:
+    return Rule(lambda value: value >= minimum, f"must be at least {minimum}")
+
+
+def _choice(*names: str) -> Rule:
+    return Rule(lambda value: value in names, f"unknown; use {', '.join(names[:-1])} or {names[-1]}")
+
+
+def _key(default: Any, comment: str, rule: Rule | None = None) -> Any:
+    metadata = {"comment": comment, "rule": rule}
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"comment": comment})
-    return field(default=default, metadata={"comment": comment})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+POSITIVE = Rule(lambda value: value > 0, "must be positive")
+RADIUS = Rule(lambda value: value > 0, "must be positive (.inf for the complete graph)")
+CUTOFF = Rule(lambda value: value is None or 0 < value < math.inf, "must be positive and finite, or null")
+VECTOR = Rule(lambda value: value is None or len(value) == 3, "must be a vector of 3 numbers, or null")
+FRACTION = Rule(lambda value: 0 <= value <= 1, "must lie in 0 … 1")
+FACTOR = Rule(lambda value: 0 < value < 1, "must lie between 0 and 1")
 
 
 @dataclass
 class Data:
-    """How frames become samples. A store was made with such settings; a config that names others is refused."""
+    """Samples, made from the frames of trajectories. A store fixes these settings; a config with others is refused."""
 
     path: str = _key("", "trajectories.h5, or a store that `distegnn partition` wrote")
-    radius: float = _key(math.inf, "edges join nodes up to this distance; .inf for the complete graph")
-    horizon: int = _key(10, "frames from input to target (Δt)")
-    features: list[str] | None = _key(
-        None, "node attributes by name, 'speed', 'NAME/max'; null: all attributes and speed"
-    )
+    radius: float = _key(math.inf, "edges join nodes up to this distance; .inf for the complete graph", RADIUS)
+    horizon: int = _key(10, "frames from input to target (Δt)", _least(1))
+    features: list[str] | None = _key(None, "node attributes, 'speed' or 'NAME/max'; null: all attributes and speed")
     node_attributes: list[str] = _key([], "node attributes that every layer reads (a)")
-    edge_drop: float = _key(0.0, "share p of the longest edges to drop, 0 … 1")
-    periodic: bool = _key(False, "edges also across the boundary of the trajectory's periodic box, to nearest images")
-    frames: int = _key(0, "random input frames per trajectory; 0: all")
-    first_frame: int = _key(0, "first frame that may be an input")
-    last_frame: int = _key(-1, "last frame that may be an input; -1: as far as targets exist")
+    edge_drop: float = _key(0.0, "fraction p of the longest edges to drop, 0 … 1", FRACTION)
+    periodic: bool = _key(False, "also join nodes across the boundary of a periodic box, by the nearest image")
+    frames: int = _key(0, "random input frames per trajectory; 0: all", _least(0))
+    first_frame: int = _key(0, "first frame that may be an input", _least(0))
+    last_frame: int = _key(-1, "last frame that may be an input; -1: the last one that has a target", _least(-1))
     frame_seed: int = _key(0, "seed of the choice of frames")
 
 
 @dataclass
 class Partition:
-    """How one graph is shared by several processes."""
+    """How several processes share a graph."""
 
-    parts: int = _key(0, "processes that share each graph; 0: as many as the store has parts, 1 for trajectories.h5")
-    method: str = _key(
-        "metis", "metis, random, kmeans, spectral, bisection or morton (used when data.path is no store)"
-    )
-    seed: int = _key(0, "seed of the methods that draw")
-    weights: list[float] | None = _key(
-        None,
-        "what each process is to own of a graph, one number a process, as [2, 1, 1]; null: equal, or as the store's",
-    )
-    halo: str = _key(
-        "bridge",
-        "bridge: edges between parts are left out, virtual nodes carry what crosses; exchange: they are kept, which costs messages",
-    )
+    parts: int = _key(0, "processes that share a graph; 0: the parts of the store, 1 for trajectories.h5", _least(0))
+    method: str = _key("metis", "metis, random, kmeans, spectral, bisection, morton; unused if data.path is a store")
+    seed: int = _key(0, "seed of the random methods")
+    weights: list[float] | None = _key(None, "shares of the processes, as [2, 1, 1]; null: equal, or the store's")
+    halo: str = _key("bridge", "edges between parts; bridge: drop them; exchange: send halo nodes", _choice(*HALOS))
 
 
 @dataclass
@@ -70,63 +85,55 @@ class Model:
 
     name: str = _key(
         "FastEGNN",
-        "Linear; EGNN, RF, SchNet or TFN; with virtual nodes FastEGNN, FastRF, FastSchNet or FastTFN (on several parts: Dist…); "
-        "or MODULE:CLASS of your own",
+        "Linear; EGNN, RF, SchNet or TFN; with virtual nodes FastEGNN, FastRF, FastSchNet or FastTFN (on several parts: "
+        "Dist…); or MODULE:CLASS of your own",
     )
-    hidden: int = _key(64, "width H of the hidden features")
-    layers: int = _key(4, "layers L")
-    virtual_nodes: int = _key(3, "virtual nodes C, where the model has them")
+    hidden: int = _key(64, "width H of the hidden features", _least(1))
+    layers: int = _key(4, "layers L", _least(1))
+    virtual_nodes: int = _key(3, "virtual nodes C, for models that have them", _least(1))
     normalize: bool = _key(False, "divide x_i - x_j by its length")
-    attention: bool = _key(False, "weigh messages by a learned gate")
+    attention: bool = _key(False, "weight messages by a learned gate")
     tanh: bool = _key(False, "bound φ_x by tanh")
-    basis: int = _key(20, "radial functions of the distance, in SchNet's filters and TFN's weights")
-    cutoff: float | None = _key(
-        None, "distance up to which they reach; null: data.radius, or 10 for the complete graph"
-    )
-    channels: int = _key(16, "features of degree 1 (vectors) of a node, in TFN")
-    gravity: list[float] | None = _key(None, "a constant vector g; adds φ_g(h) g: equivariance then holds about g only")
-    precision: str = _key(
-        "float32", "float32, or bf16-messages: products of messages in bfloat16, positions as they are"
-    )
-    engine: str = _key("auto", "dgl, torch or auto (torch, the faster): what runs the messages")
-    tile: int = _key(8192, "edges of a block, rows of the largest arrays; smaller takes less memory")
+    basis: int = _key(20, "SchNet, TFN: radial basis functions of the distance", _least(1))
+    cutoff: float | None = _key(None, "SchNet, TFN: cutoff of the basis; null: data.radius, 10 if .inf", CUTOFF)
+    channels: int = _key(16, "TFN: vector features (degree 1) per node", _least(1))
+    gravity: list[float] | None = _key(None, "constant vector g: adds φ_g(h) g, equivariant about g only", VECTOR)
+    precision: str = _key("float32", "float32, or bf16-messages: messages in bfloat16, positions in float32")
+    engine: str = _key("auto", "message passing: dgl, torch or auto (torch, the faster one)")
+    tile: int = _key(8192, "edges per tile, rows of the largest arrays; less takes less memory", _least(1))
 
 
 @dataclass
 class Loss:
     """MSE + mmd · MMD."""
 
-    mmd: float = _key(0.01, "weight λ of the MMD of virtual nodes and targets; 0: none")
-    sigma: float = _key(1.5, "its kernel's width σ")
-    samples: int = _key(3, "targets sampled for it, per virtual node")
-    kernel: str = _key("laplacian", "laplacian (the authors' runs) or gaussian (the paper's formula)")
+    mmd: float = _key(0.01, "weight λ of the MMD between virtual nodes and targets; 0: none", _least(0))
+    sigma: float = _key(1.5, "width σ of the kernel", POSITIVE)
+    samples: int = _key(3, "targets sampled per virtual node", _least(1))
+    kernel: str = _key("laplacian", "laplacian (the authors' code) or gaussian (the paper)", _choice(*KERNELS))
 
 
 @dataclass
 class Train:
-    """The optimisation."""
+    """The optimization."""
 
-    epochs: int = _key(100, "passes over the training split")
-    batch_size: int = _key(1, "snapshots a batch")
-    accumulate: int = _key(1, "batches a step of the optimiser")
-    replicas: int = _key(
-        1, "groups of processes, each with the whole graph, that share the batches of a step: at most train.accumulate"
-    )
-    lr: float = _key(5e-4, "learning rate of Adam")
-    schedule: str = _key(
-        "constant", "of the rate: constant; cosine (to zero over the epochs); plateau (falls when stuck)"
-    )
-    warmup: float = _key(0.0, "epochs, or a part of one, over which the rate rises to lr, step by step")
-    plateau_epochs: int = _key(10, "plateau: epochs without a better validation MSE after which the rate falls")
-    plateau_factor: float = _key(0.5, "plateau: what it is multiplied by")
-    weight_decay: float = _key(1e-12, "Adam's weight decay")
-    clip: float = _key(0.0, "largest norm of the gradient; 0: no clipping")
-    patience: int = _key(0, "epochs without a better validation MSE before training stops; 0: never")
+    epochs: int = _key(100, "passes over the training split", _least(1))
+    batch_size: int = _key(1, "snapshots per batch", _least(1))
+    accumulate: int = _key(1, "batches per optimizer step", _least(1))
+    replicas: int = _key(1, "process groups, each with whole graphs, that share the batches of a step", _least(1))
+    lr: float = _key(5e-4, "learning rate of Adam", _least(0))
+    schedule: str = _key("constant", "learning rate: constant, cosine (to zero), plateau", _choice(*SCHEDULES))
+    warmup: float = _key(0.0, "epochs, possibly a fraction, over which the learning rate rises to lr", _least(0))
+    plateau_epochs: int = _key(10, "plateau: epochs without a better validation MSE before lr is reduced", _least(1))
+    plateau_factor: float = _key(0.5, "plateau: factor of the reduction", FACTOR)
+    weight_decay: float = _key(1e-12, "weight decay of Adam", _least(0))
+    clip: float = _key(0.0, "maximum norm of the gradient; 0: no clipping", _least(0))
+    patience: int = _key(0, "epochs without a better validation MSE before training stops; 0: never", _least(0))
     seed: int = _key(0, "seed of weights, order and sampling")
-    device: str = _key("cpu", "cpu, cuda:N, cuda (each process the next one), or auto: cuda if there is one")
-    timeout_s: float = _key(60.0, "how long a process waits for the others before it gives up")
-    kept: str = _key("", "folder where what a forward pass keeps for the backward pass lies; empty: in memory")
-    checkpoint_minutes: float = _key(10.0, "time between checkpoints inside an epoch; 0: one after every step")
+    device: str = _key("cpu", "cpu, cuda:N, cuda (one device per process, in turn), or auto: cuda if available")
+    timeout_s: float = _key(60.0, "seconds that a process waits for the others before it fails", _least(1))
+    kept: str = _key("", "folder for activations that the backward pass needs; empty: keep them in memory")
+    checkpoint_minutes: float = _key(10.0, "minutes between checkpoints in an epoch; 0: after every step", _least(0))
 
 
 @dataclass
@@ -138,7 +145,7 @@ class Run:
 
 @dataclass
 class Config:
-    """All of it."""
+    """All sections."""
 
     data: Data = field(default_factory=Data)
     partition: Partition = field(default_factory=Partition)
@@ -156,175 +163,126 @@ def keys() -> list[str]:
     return [f"{section}.{f.name}" for section, kind in SECTIONS.items() for f in fields(kind)]
 
 
-def _unknown(key: str, where: str) -> Failure:
-    known = keys()
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    leaf = key.rsplit(".", 1)[-1]
-    near = near or [k for k in known if k.rsplit(".", 1)[-1] == leaf]
-    hint = f"did you mean {near[0]}?" if near else "see `distegnn config` for all keys"
-    return Failure(f"{where}: unknown key '{key}'; {hint}")
+def check(config: Config) -> None:
+    """Raise Failure for a value that its key does not accept, and for keys that contradict each other."""
+    for section in SECTIONS:
+        for f in fields(SECTIONS[section]):
+            value, rule = getattr(getattr(config, section), f.name), f.metadata["rule"]
+            if rule and not rule.accepts(value):
+                raise Failure(f"{section}.{f.name}={value}: {rule.text}")
+    data, partition, train = config.data, config.partition, config.train
+    devices.check_name(train.device, "train.device=", "auto")
+    if partition.weights is not None:
+        from .utils import part_weights  # here: it imports numpy
+
+        part_weights.validate(partition.weights, partition.parts or len(partition.weights))
+    if 0 <= data.last_frame < data.first_frame:
+        raise Failure(f"data.last_frame={data.last_frame}: lies before data.first_frame={data.first_frame}")
+    if train.replicas > train.accumulate:
+        raise Failure(
+            f"train.replicas={train.replicas}: replicas split the batches of a step, and train.accumulate="
+            f"{train.accumulate} is fewer; set train.accumulate={train.replicas} and a smaller train.batch_size"
+        )
+    if train.warmup >= train.epochs:
+        raise Failure(f"train.warmup={train.warmup}: must be shorter than train.epochs={train.epochs}")
+    if train.schedule == "plateau" and 0 < train.patience <= train.plateau_epochs:
+        raise Failure(
+            f"train.patience={train.patience}: training would stop before the learning rate is reduced; set it above "
+            f"train.plateau_epochs={train.plateau_epochs}"
+        )
 
 
-def _merge(config: Any, given: Any, where: str) -> Any:
-    """Merge one layer in, key by key, so that an error names the key."""
+def _unknown_key(key: str, source: str) -> Failure:
+    known, leaf = keys(), key.rsplit(".", 1)[-1]
+    similar = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    similar = similar or [k for k in known if k.rsplit(".", 1)[-1] == leaf]
+    hint = f"did you mean {similar[0]}?" if similar else "see `distegnn config` for all keys"
+    return Failure(f"{source}: unknown key '{key}'; {hint}")
+
+
+def _merge(config: DictConfig, given: Any, source: str) -> None:
+    """Merge the keys of ``given``, one by one so that an error names the key. source: a file or an override."""
     try:
         plain = OmegaConf.to_container(given, resolve=True)
     except OmegaConfBaseException as error:
-        raise Failure(f"{where}: {str(error).splitlines()[0]}") from error
+        raise Failure(f"{source}: {str(error).splitlines()[0]}") from error
     if not isinstance(plain, dict):
-        raise Failure(f"{where}: a config is a mapping of sections, see `distegnn config`")
+        raise Failure(f"{source}: a config is a mapping of sections, see `distegnn config`")
     known = set(keys())
     for section, entries in plain.items():
         if section not in SECTIONS:
-            raise _unknown(str(section), where)
+            raise _unknown_key(str(section), source)
         if not isinstance(entries, dict):
-            raise Failure(f"{where}: '{section}' is a section; name a key in it: {section}.KEY=VALUE")
+            raise Failure(f"{source}: '{section}' is a section; name a key in it: {section}.KEY=VALUE")
         for name, value in entries.items():
             key = f"{section}.{name}"
             if key not in known:
-                raise _unknown(key, where)
+                raise _unknown_key(key, source)
             try:
                 OmegaConf.update(config, key, value)
             except OmegaConfBaseException as error:
-                reason = str(error).splitlines()[0]
-                raise Failure(f"{where}: {key}={value!r}: {reason}") from error
-    return config
+                raise Failure(f"{source}: {key}={value!r}: {str(error).splitlines()[0]}") from error
 
 
-def _layers(path: Path, above: tuple[Path, ...] = ()) -> list[tuple[Any, str]]:
-    """A file's contents with its name, after those of the file it includes, and so on: later ones win."""
+def _read_yaml(read: Callable[[Any], Any], content: Any, source: str) -> Any:
+    try:
+        return read(content)
+    except Exception as error:  # the YAML reader raises many types
+        raise Failure(f"{source}: not readable as YAML ({str(error).splitlines()[0]})") from error
+
+
+def _read_files(path: Path, including: tuple[Path, ...] = ()) -> list[tuple[Any, str]]:
+    """The contents of a config file and of the files that it includes, with their names; later ones take precedence."""
     if path.suffix == ".h5" or (path / "manifest.yaml").is_file():
         raise Failure(f"{path}: data, not a config; name a config first, and then data.path={path}")
     if (path / "config.yaml").is_file():
         raise Failure(f"{path}: the folder of a run, not a config; its config is {path / 'config.yaml'}")
     if not path.is_file():
-        by = f" (include of {above[-1]})" if above else ""
-        raise Failure(f"{path}: no such config file{by}; `distegnn config > my.yaml` writes one to start from")
-    if path.resolve() in [file.resolve() for file in above]:
-        raise Failure(f"{above[-1]}: include: {path}: the files include each other in a circle; take one include out")
-    try:
-        given = OmegaConf.load(path)
-    except Exception as error:  # whatever the YAML reader raises
-        raise Failure(f"{path}: not readable as YAML ({str(error).splitlines()[0]})") from error
+        included = f" (include of {including[-1]})" if including else ""
+        raise Failure(f"{path}: no such config file{included}; `distegnn config > my.yaml` writes one to start from")
+    if path.resolve() in [file.resolve() for file in including]:
+        raise Failure(f"{including[-1]}: include: {path}: the files include each other in a cycle; remove one include")
+    given = _read_yaml(OmegaConf.load, path, str(path))
     if not isinstance(given, DictConfig) or "include" not in given:
         return [(given, str(path))]
     base = given.pop("include")
     if not isinstance(base, str) or not base:
         raise Failure(f"{path}: include: must name one config file, relative to this one, not {base!r}")
-    return [*_layers(path.parent / base, (*above, path)), (given, str(path))]
+    return [*_read_files(path.parent / base, (*including, path)), (given, str(path))]
+
+
+def _build(layers: Sequence[tuple[Any, str]]) -> Config:
+    """The defaults updated by the layers in turn, checked."""
+    merged = OmegaConf.structured(Config)
+    for given, source in layers:
+        _merge(merged, given, source)
+    config = OmegaConf.to_object(merged)
+    assert isinstance(config, Config)
+    check(config)
+    return config
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """The defaults, then the YAML file (after the one it includes), then key=value overrides, the last of a key winning.
+    """The config of a YAML file (on top of the file that it includes and the defaults), updated by key=value overrides.
 
-    Raises Failure naming the file or override and the key.
+    path: None for the defaults. The last override of a key takes precedence. Raises Failure that names the file or the
+    override, and the key.
     """
-    config = OmegaConf.structured(Config)
-    for given, where in _layers(Path(path)) if path is not None else ():
-        config = _merge(config, given, where)
+    layers = _read_files(Path(path)) if path is not None else []
     for override in overrides:
-        if "=" not in override:
+        key, equals, value = override.partition("=")
+        if not equals:
             raise Failure(f"override '{override}': write key=value, for example train.epochs=10")
-        where = f"override '{override}'"
-        key, _, value = override.partition("=")
         if not value and key in keys() and isinstance(value_of(Config(), key), str):
-            override = f"{key}=''"  # nothing is null in YAML
-        try:
-            given = OmegaConf.from_dotlist([override])
-        except Exception as error:  # the value is YAML too
-            raise Failure(f"{where}: not readable as YAML ({str(error).splitlines()[0]})") from error
-        config = _merge(config, given, where)
-    result = OmegaConf.to_object(config)
-    assert isinstance(result, Config)
-    _check(result)
-    return result
+            value = "''"  # YAML reads nothing as null
+        source = f"override '{override}'"
+        layers.append((_read_yaml(OmegaConf.from_dotlist, [f"{key}={value}"], source), source))
+    return _build(layers)
 
 
-def parse(text: str, where: str) -> Config:
-    """The config that ``to_yaml`` wrote, as a checkpoint holds it. Raises Failure naming ``where`` and the key."""
-    try:
-        given = OmegaConf.create(text)
-    except Exception as error:  # whatever the YAML reader raises
-        raise Failure(f"{where}: not readable as YAML ({str(error).splitlines()[0]})") from error
-    result = OmegaConf.to_object(_merge(OmegaConf.structured(Config), given, where))
-    assert isinstance(result, Config)
-    _check(result)
-    return result
-
-
-def _check(config: Config) -> None:
-    """Ranges, and what cannot be together; what a config alone cannot know is checked where it is used."""
-    from .utils import devices, part_weights
-
-    if config.loss.kernel not in KERNELS:
-        raise Failure(f"loss.kernel={config.loss.kernel}: unknown; use {' or '.join(KERNELS)}")
-    if not config.loss.sigma > 0:
-        raise Failure(f"loss.sigma={config.loss.sigma}: must be positive")
-    low = {
-        "data.horizon": 1,
-        "data.edge_drop": 0,
-        "data.frames": 0,
-        "data.first_frame": 0,
-        "data.last_frame": -1,
-        "partition.parts": 0,
-        "model.hidden": 1,
-        "model.layers": 1,
-        "model.virtual_nodes": 1,
-        "model.basis": 1,
-        "model.channels": 1,
-        "model.tile": 1,
-        "loss.mmd": 0,
-        "loss.samples": 1,
-        "train.epochs": 1,
-        "train.batch_size": 1,
-        "train.accumulate": 1,
-        "train.replicas": 1,
-        "train.lr": 0,
-        "train.warmup": 0,
-        "train.plateau_epochs": 1,
-        "train.weight_decay": 0,
-        "train.clip": 0,
-        "train.patience": 0,
-        "train.timeout_s": 1,
-        "train.checkpoint_minutes": 0,
-    }
-    for key, least in low.items():
-        value = value_of(config, key)
-        if not value >= least:
-            raise Failure(f"{key}={value}: must be at least {least}")
-    if config.partition.halo not in HALOS:
-        raise Failure(f"partition.halo={config.partition.halo}: unknown; use {' or '.join(HALOS)}")
-    if config.partition.weights is not None:
-        part_weights.validate(config.partition.weights, config.partition.parts or len(config.partition.weights))
-    data, train = config.data, config.train
-    if not data.radius > 0:
-        raise Failure(f"data.radius={data.radius}: must be positive (.inf for the complete graph)")
-    cutoff = config.model.cutoff
-    if cutoff is not None and not 0 < cutoff < math.inf:
-        raise Failure(f"model.cutoff={cutoff}: must be positive and finite, or null: data.radius")
-    if data.edge_drop > 1:
-        raise Failure(f"data.edge_drop={data.edge_drop}: must lie in 0 … 1")
-    if 0 <= data.last_frame < data.first_frame:
-        raise Failure(f"data.last_frame={data.last_frame}: lies before data.first_frame={data.first_frame}")
-    if train.replicas > train.accumulate:
-        raise Failure(
-            f"train.replicas={train.replicas}: groups share the batches of a step, and train.accumulate={train.accumulate} of "
-            f"them leave some without any; set train.accumulate={train.replicas}, and a smaller train.batch_size to match"
-        )
-    if train.schedule not in SCHEDULES:
-        raise Failure(f"train.schedule={train.schedule}: unknown; use {', '.join(SCHEDULES[:-1])} or {SCHEDULES[-1]}")
-    if not 0 < train.plateau_factor < 1:
-        raise Failure(f"train.plateau_factor={train.plateau_factor}: must lie between 0 and 1")
-    if train.warmup >= train.epochs:
-        raise Failure(f"train.warmup={train.warmup}: must be shorter than train.epochs={train.epochs}")
-    if train.schedule == "plateau" and 0 < train.patience <= train.plateau_epochs:
-        raise Failure(
-            f"train.patience={train.patience}: training would stop before the rate falls, after "
-            f"train.plateau_epochs={train.plateau_epochs}; raise the one or lower the other"
-        )
-    devices.check_name(train.device, "train.device=", "auto")
-    if config.model.gravity is not None and len(config.model.gravity) != 3:
-        raise Failure(f"model.gravity={config.model.gravity}: must be a vector of 3 numbers, or null")
+def parse(text: str, source: str) -> Config:
+    """The config in a text that `to_yaml` wrote. Raises Failure that names ``source`` and the key."""
+    return _build([(_read_yaml(OmegaConf.create, text, source), source)])
 
 
 def value_of(config: Config, key: str) -> Any:
@@ -333,14 +291,14 @@ def value_of(config: Config, key: str) -> Any:
     return getattr(getattr(config, section), name)
 
 
-def differences(there: Config, wanted: Config, but: Collection[str] = ()) -> list[tuple[str, Any, Any]]:
-    """(key, value there, value wanted) of each key, except ``but``, in which two configs differ."""
-    pairs = ((key, value_of(there, key), value_of(wanted, key)) for key in keys() if key not in but)
+def differences(before: Config, after: Config, ignore: Collection[str] = ()) -> list[tuple[str, Any, Any]]:
+    """(key, value before, value after) of each key whose value differs, except those in ``ignore``."""
+    pairs = ((key, value_of(before, key), value_of(after, key)) for key in keys() if key not in ignore)
     return [(key, was, now) for key, was, now in pairs if was != now]
 
 
 def to_yaml(config: Config) -> str:
-    """The configuration as YAML, every key with its comment."""
+    """The config as YAML, every key with its comment."""
     lines = []
     for section, kind in SECTIONS.items():
         lines.append(f"{section}:  # {(kind.__doc__ or '').splitlines()[0]}")

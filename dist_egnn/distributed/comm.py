@@ -12,7 +12,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,42 +20,55 @@ from torch import Tensor
 
 from ..errors import Failure
 
+Counts = Sequence[int]  # numbers of rows, one per rank
 
-class Comm(Protocol):
-    """Communication of one rank with the ranks that share its graphs."""
 
-    rank: int
-    size: int
+class Comm:
+    """Communication of one rank with the ranks that share its graphs. This base class is a group of one rank."""
+
+    rank, size = 0, 1
+    _world: Comm | None = None
 
     @property
     def world(self) -> Comm:
         """All processes of the run. There are more than ``size`` if several replica groups train one model."""
+        return self._world or self
 
     def split(self, groups: int) -> Comm:
         """This rank's group after a split into ``groups`` groups of consecutive ranks; its ``world`` is this Comm."""
+        assert groups == 1
+        return self
 
     def sum(self, t: Tensor) -> Tensor:
         """All-reduce: Σ_p t_p on every rank, of any shape, added in the order of ranks. Differentiable."""
+        return t
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], extra: Tensor | None = None) -> Tensor | None:
         """Replace every gradient by its sum over the ranks, in one all-reduce; a missing gradient counts as zeros.
 
         extra (n,): numbers to sum in the same all-reduce; returns their sum.
         """
+        _gradients(parameters)
+        return extra
 
     def max(self, value: float) -> float:
         """The largest value of all ranks."""
+        return value
 
     def broadcast(self, content: bytes) -> bytes:
         """The content of rank 0, on every rank; the argument of other ranks is ignored."""
+        return content
 
-    def all_to_all(
-        self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
-    ) -> Callable[[], Tensor]:
+    def all_to_all(self, rows: Tensor, send_counts: Counts, receive_counts: Counts) -> Callable[[], Tensor]:
         """Start to send rows (Σ send_counts, …): the first send_counts[0] to rank 0, and so on. Not differentiable.
 
         Returns a function that waits for the received rows (Σ receive_counts, …), in the order of their ranks.
         """
+        return lambda: rows
+
+
+class SingleProcess(Comm):
+    """A group of one rank: every sum is its operand."""
 
 
 def _gradients(parameters: Iterable[torch.nn.Parameter]) -> list[Tensor]:
@@ -66,39 +79,6 @@ def _gradients(parameters: Iterable[torch.nn.Parameter]) -> list[Tensor]:
             parameter.grad = torch.zeros_like(parameter)
         gradients.append(parameter.grad)
     return gradients
-
-
-class SingleProcess:
-    """A group of one rank: every sum is its operand."""
-
-    rank, size = 0, 1
-    _world: Comm | None = None
-
-    @property
-    def world(self) -> Comm:
-        return self._world or self
-
-    def split(self, groups: int) -> Comm:
-        assert groups == 1
-        return self
-
-    def sum(self, t: Tensor) -> Tensor:
-        return t
-
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], extra: Tensor | None = None) -> Tensor | None:
-        _gradients(parameters)
-        return extra
-
-    def max(self, value: float) -> float:
-        return value
-
-    def broadcast(self, content: bytes) -> bytes:
-        return content
-
-    def all_to_all(
-        self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
-    ) -> Callable[[], Tensor]:
-        return lambda: rows
 
 
 _collective_seconds = 0.0
@@ -180,16 +160,12 @@ class _Sum(torch.autograd.Function):
         return _ordered_sum(grad, ctx.group), None
 
 
-class ProcessGroup:
-    """The processes of a torch process group, by default all of them. See `Comm` for the methods."""
+class ProcessGroup(Comm):
+    """The processes of a torch process group, by default all of them."""
 
     def __init__(self, timeout_s: float, group: dist.ProcessGroup | None = None, world: Comm | None = None) -> None:
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._timeout_s, self._group, self._world = timeout_s, group, world
-
-    @property
-    def world(self) -> Comm:
-        return self._world or self
 
     def split(self, groups: int) -> Comm:
         assert self._group is None
@@ -229,9 +205,7 @@ class ProcessGroup:
         dist.broadcast(t, group=self._group, group_src=0)
         return t.numpy().tobytes()
 
-    def all_to_all(
-        self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
-    ) -> Callable[[], Tensor]:
+    def all_to_all(self, rows: Tensor, send_counts: Counts, receive_counts: Counts) -> Callable[[], Tensor]:
         sent, received = rows.contiguous(), rows.new_empty(sum(receive_counts), *rows.shape[1:])
         counts = list(receive_counts), list(send_counts)
         with _timed():

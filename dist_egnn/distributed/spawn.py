@@ -42,14 +42,7 @@ def _stop_file(rendezvous: str) -> Path:
 
 
 def _rank_main(
-    function: Callable[..., Any],
-    rank: int,
-    size: int,
-    rendezvous: str,
-    timeout_s: float,
-    parent: int,
-    pipe: Connection,
-    args: tuple,
+    function: Callable[..., Any], args: tuple, rank: int, size: int, rendezvous: str, timeout_s: float, pipe: Connection
 ) -> None:
     import torch
 
@@ -57,7 +50,10 @@ def _rank_main(
 
     signals.watch_stop_file(_stop_file(rendezvous))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which stops the ranks
-    exit_with_parent(parent, Path(rendezvous).parent)
+    parent = multiprocessing.parent_process()  # the process that called run_ranks, not the fork server
+    assert parent is not None
+    assert parent.pid is not None
+    exit_with_parent(parent.pid, Path(rendezvous).parent)
     torch.set_num_threads(1)
     try:
         result = function(comm.join_local(rank, size, rendezvous, timeout_s), *args)
@@ -110,7 +106,7 @@ def run_ranks(
         pipes, processes = [], []
         for rank in range(size):
             receiver, sender = context.Pipe(duplex=False)
-            rank_args = (function, rank, size, rendezvous, timeout_s, os.getpid(), sender, args)
+            rank_args = (function, args, rank, size, rendezvous, timeout_s, sender)
             processes.append(context.Process(target=_rank_main, args=rank_args, daemon=True))
             processes[-1].start()
             sender.close()

@@ -142,24 +142,30 @@ class DeferredErrorFile(io.FileIO):
 
 
 @contextmanager
+def _locked(lock: Path, path: Path, busy: str, *operations: int) -> Iterator[None]:
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a")  # "a" keeps the modification time of the content
+    except OSError as error:
+        raise Failure(f"{path}: cannot be written ({error.strerror}); choose another path") from error
+    with file:
+        try:
+            for operation in operations:
+                fcntl.flock(file, operation | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Failure(f"{path}: {busy}") from error
+        yield
+
+
+@contextmanager
 def lock_folder(folder: Path, busy: str, *, join: bool = False) -> Iterator[None]:
     """Lock a folder, created if missing, until the block ends or all processes that share the lock have exited.
 
     join: share the lock of the process that locked the folder for the same run. Raises Failure(busy) if another run
     holds the lock.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / "lock", "a")  # noqa: SIM115 (closed below; "a" keeps the modification time)
-    except OSError as error:
-        raise Failure(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
-    with file:
-        try:
-            if not join:  # exclude every other run, then share the lock with the processes of this one
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Failure(f"{folder}: {busy}") from error
+    exclusive = () if join else (fcntl.LOCK_EX,)  # excludes every other run before this one shares the lock
+    with _locked(folder / "lock", folder, busy, *exclusive, fcntl.LOCK_SH):
         yield
 
 
@@ -170,16 +176,7 @@ def lock_output(path: Path, busy: str) -> Iterator[None]:
     The lock of a killed process is released with the process.
     """
     lock = path.with_name(path.name + ".lock")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(lock, "a")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise Failure(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Failure(f"{path}: {busy}") from error
+    with _locked(lock, path, busy, fcntl.LOCK_EX):
         try:
             yield
         finally:
