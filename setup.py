@@ -1,8 +1,12 @@
 """Package metadata; `make setup` installs it (torch first and alone, see Makefile)."""
 
+import re
 from pathlib import Path
 
 from setuptools import setup
+
+ROOT = Path(__file__).parent
+(VERSION,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "dist_egnn" / "__init__.py").read_text(), re.M)
 
 VIZ = ["matplotlib>=3.8,<4"]
 TFN = ["e3nn>=0.5.9,<0.6"]  # 0.5.9 is what was tried: nn/tfn.py sets its jit_mode
@@ -18,15 +22,16 @@ PACKAGES = [
 
 setup(
     name="dist_egnn",
-    version="0.1.0",
+    version=VERSION,
     description="Equivariant graph networks on geometric graphs too large for one device",
-    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.12",  # hashlib.file_digest came with 3.11; DGL 1.1.3 has no wheel for 3.12
     packages=["dist_egnn", *(f"dist_egnn.{name}" for name in PACKAGES)],
     package_dir={"dist_egnn.partition": "partition"},
+    package_data={"dist_egnn": ["py.typed"]},
     install_requires=[
         "torch>=2.1,<2.14",
         "dgl==1.1.3",

@@ -1,29 +1,71 @@
 """Equivariant graph networks with virtual nodes on geometric graphs too large for one device.
 
-Importing this package imports nothing heavy: torch and DGL come with the module that needs them.
+`__all__` lists the public names. Each is imported on its first use: importing the package loads neither torch nor DGL.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
+    from .config import Config
+    from .data.store import Store
+    from .data.trajectories import Trajectories, Writer, unwrap
+    from .errors import Failure
     from .evaluate.predictor import Predictor
+    from .evaluate.vtkhdf import Rollout
+    from .models.base import Layer, direction, displacement
+    from .models.mlp import coordinate_mlp
+    from .models.network import EGNN, RF, TFN, FastEGNN, FastRF, FastSchNet, FastTFN, Linear, Network, SchNet
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+__all__ = ["Config", "Failure", "Predictor", "Rollout", "Store", "Trajectories", "Writer"]
+__all__ += ["load", "load_config", "unwrap"]
+__all__ += ["EGNN", "RF", "TFN", "FastEGNN", "FastRF", "FastSchNet", "FastTFN", "Linear", "SchNet"]
+__all__ += ["Layer", "Network", "coordinate_mlp", "direction", "displacement"]  # for models of your own
 
-# DGL asks for its backend on standard output unless it is told; this must stand before its first import.
-os.environ.setdefault("DGLBACKEND", "pytorch")
+_MODULES = {
+    "config": ["Config"],
+    "data.store": ["Store"],
+    "data.trajectories": ["Trajectories", "Writer", "unwrap"],
+    "errors": ["Failure"],
+    "evaluate.predictor": ["Predictor"],
+    "evaluate.vtkhdf": ["Rollout"],
+    "models.base": ["Layer", "direction", "displacement"],
+    "models.mlp": ["coordinate_mlp"],
+}
+
+os.environ.setdefault("DGLBACKEND", "pytorch")  # before the first import of DGL, which prints a question otherwise
 
 
 def load(run_or_checkpoint: str | Path, device: str = "cpu") -> Predictor:
-    """The model of a run (its best.pt) or of a checkpoint, as a function of arrays; docs/inference.md shows its use.
+    """The model of a run (its best.pt) or of a checkpoint, as a function of arrays, see docs/inference.md.
 
-    device: cpu, cuda, cuda:N or auto. Raises dist_egnn.errors.Failure for what cannot be read.
+    device: cpu, cuda, cuda:N or auto. Raises Failure for a file that cannot be read.
     """
     from .evaluate.predictor import Predictor
 
     return Predictor(run_or_checkpoint, device)
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
+    """The config of a YAML file, or the defaults, updated by key=value overrides. Raises Failure."""
+    from . import config
+
+    return config.load(path, overrides)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'dist_egnn' has no attribute '{name}'")
+    module = next((module for module, names in _MODULES.items() if name in names), "models.network")
+    return getattr(importlib.import_module(f".{module}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,96 +1,61 @@
-"""Import direction between the folders of dist_egnn, and the three places that are the only ones to do what they do."""
+"""Imports: their direction between the folders of dist_egnn, and modules that only one place may import."""
 
 from __future__ import annotations
 
 import ast
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# a folder imports from itself and from folders before it
-ORDER = [
-    "errors",
-    "utils",
-    "config",
-    "distributed",
-    "data",
-    "partition",
-    "ops",
-    "models",
-    "train",
-    "evaluate",
-    "planning",
-]
-ORDER += ["viz", "commands", "launch", "cli"]
-FILES = [file for folder in ("dist_egnn", "partition", "recipes", "tools") for file in (ROOT / folder).rglob("*.py")]
-SOURCES = {
-    "numba",
-    "pysplishsplash",
-    "MDAnalysis",
-    "MDAnalysisData",
-    "MDAnalysisTests",
-}  # libraries of the recipes alone
+# a folder imports from itself and from the folders before it
+ORDER = [*("errors", "utils", "config", "distributed", "data", "partition", "ops", "models", "train", "evaluate")]
+ORDER += ["planning", "viz", "commands", "launch", "cli"]
+TOPS = ("dist_egnn", "partition", "recipes", "tools")
+FILES = {str(file.relative_to(ROOT)): file for top in TOPS for file in (ROOT / top).rglob("*.py")}
+PACKAGE = [path for path in FILES if path.startswith(("dist_egnn/", "partition/")) and path != "dist_egnn/__init__.py"]
+RECIPE_LIBRARIES = {"numba", "pysplishsplash", "MDAnalysis", "MDAnalysisData", "MDAnalysisTests"}
+COLLECTIVES = ("dist_egnn/distributed/comm.py", "tools/emulated_hosts/sums.py")
 
 
-def package_of(file: Path) -> tuple[str, ...]:
-    parts = file.relative_to(ROOT).parts[:-1]
-    return ("dist_egnn", *parts) if parts[:1] == ("partition",) else parts
-
-
-def imports(source: str, package: tuple[str, ...]) -> set[str]:
-    """Full names of what a source imports, inside functions too; ``from a import b`` gives a.b."""
+def imports(source: str, path: str) -> set[str]:
+    """Full names of all imports of a source file, also inside functions; ``from a import b`` gives a.b."""
+    package = ("dist_egnn/" * path.startswith("partition/") + path).split("/")[:-1]
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            stem = package[: len(package) - node.level + 1] if node.level else ()
-            names |= {".".join([*stem, *filter(None, [node.module]), alias.name]) for alias in node.names}
+            parents = package[: len(package) - node.level + 1] if node.level else []
+            names |= {".".join([*parents, *filter(None, [node.module]), alias.name]) for alias in node.names}
     return names
 
 
-def wrong(source: str, package: tuple[str, ...], own: str) -> set[str]:
-    used = {name.split(".")[1] for name in imports(source, package) if name.startswith("dist_egnn.")} & set(ORDER)
-    return {folder for folder in used if ORDER.index(folder) > ORDER.index(own)}
+def later_folders(source: str, path: str) -> set[str]:
+    """Folders after that of the file which it imports from."""
+    own = path.removeprefix("dist_egnn/").removesuffix(".py").split("/")[0]
+    folders = {name.split(".")[1] for name in imports(source, path) if name.startswith("dist_egnn.")}
+    return folders & {*ORDER[ORDER.index(own) + 1 :]}
 
 
-@pytest.mark.parametrize(
-    "file", [f for f in FILES if package_of(f)[:1] == ("dist_egnn",)], ids=lambda f: f"{f.parent.name}/{f.name}"
-)
-def test_imports_follow_the_order_of_folders(file):
-    if file != ROOT / "dist_egnn" / "__init__.py":  # the public API, loaded on demand
-        own = [*package_of(file)[1:], file.stem][0]
-        assert not wrong(file.read_text(), package_of(file), own)
+@pytest.mark.parametrize("path", PACKAGE)
+def test_imports_follow_the_order_of_folders(path: str) -> None:
+    assert not later_folders(FILES[path].read_text(), path)
 
 
-def test_the_order_is_checked():
-    for line in (
-        "from ..train import trainer",
-        "import dist_egnn.train.trainer",
-        "from dist_egnn.train.trainer import f",
-    ):
-        assert wrong(f"def f():\n    {line}\n", ("dist_egnn", "models"), "models") == {"train"}
+@pytest.mark.parametrize("line", ["from ..train import x", "import dist_egnn.train.x", "from dist_egnn.train import x"])
+def test_an_import_against_the_order_is_found(line: str) -> None:
+    assert later_folders(f"def f():\n    {line}\n", "dist_egnn/models/x.py") == {"train"}
 
 
-def test_collectives_sources_and_scripts_stay_in_their_places():
-    outside = {file.stem for file in FILES if file.relative_to(ROOT).parts[0] in ("recipes", "tools")} - {"__main__"}
-    for file in FILES:
-        source, place = file.read_text(), str(file.relative_to(ROOT))
-        names = imports(source, package_of(file))
-        firsts = {name.split(".")[0] for name in names}
-        if place not in ("dist_egnn/distributed/comm.py", "tools/emulated_hosts/sums.py"):
-            assert not any(name.startswith("torch.distributed") for name in names), place
-            assert not re.search(r"\btorch\.distributed\.\w+\(", source), place
-        assert place.startswith("recipes/") or not firsts & SOURCES, place
-        assert place.startswith(("recipes/", "tools/")) or not firsts & outside, place
-
-
-def test_a_command_line_needs_no_torch():
-    code = "import sys; from dist_egnn import cli, config; from dist_egnn.launch import main; config.load(None, []); "
-    code += "print(*sorted({'torch', 'dgl', 'pandas'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.split() == []
+def test_modules_that_only_one_place_imports() -> None:
+    scripts = {file.stem for path, file in FILES.items() if path.startswith(("recipes/", "tools/"))} - {"__main__"}
+    for path, file in FILES.items():
+        names = imports(file.read_text(), path)
+        if path not in COLLECTIVES:
+            assert not any(name.startswith("torch.distributed") for name in names), path
+            assert not re.search(r"\btorch\.distributed\.\w+\(", file.read_text()), path
+        roots = {name.split(".")[0] for name in names}
+        assert path.startswith("recipes/") or not roots & RECIPE_LIBRARIES, path
+        assert path.startswith(("recipes/", "tools/")) or not roots & scripts, path
