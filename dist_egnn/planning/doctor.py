@@ -122,18 +122,16 @@ def check_threads(environ: Mapping[str, str] = os.environ, cores: float | None =
         return [problem("threads", f"OMP_NUM_THREADS={threads} is not a number of threads", remedy)]
     if threads and int(threads) > max(cores, 1):
         return [problem("threads", f"OMP_NUM_THREADS={threads} on {cores:g} cores makes DGL and torch slow", remedy)]
-    limit = "" if math.isinf(resources.cpu_quota()) else " (limit of the control group)"
-    return [
-        ok("threads", f"{threads or 'all cores'} per process; {cores:g} of {os.cpu_count()} cores available{limit}")
-    ]
+    limit = "" if math.isinf(resources.cpu_quota()) else " (control group)"
+    text = f"{threads or 'all cores'} per process; {cores:g} of {os.cpu_count()} cores available{limit}"
+    return [ok("threads", text)]
 
 
 def check_memory(free: float | None = None) -> list[Finding]:
     """free: bytes that new processes can take; by default measured."""
     free, limit = memory.available_memory() if free is None else free, memory.cgroup_limit()
-    text = f"{free / 1e9:.1f} GB are free" + f"; limit of the control group: {limit / 1e9:.1f} GB" * math.isfinite(
-        limit
-    )
+    text = f"{free / 1e9:.1f} GB are free"
+    text += "" if math.isinf(limit) else f"; limit of the control group: {limit / 1e9:.1f} GB"
     if free < MIN_MEMORY:
         return [problem("memory", text, "end other programs, or raise the limit of the container")]
     return [ok("memory", text)]

@@ -141,9 +141,8 @@ def partitioned_source(config: Config, parts: int, folder: Path, say: Say) -> So
         method_seed=config.partition.seed,
         settings=trial.data,
     )
-    say(
-        f"partitioning {len(store_writer.list_snapshots(subset, inputs))} of {len(selected)} snapshots into {parts} parts"
-    )
+    count = len(store_writer.list_snapshots(subset, inputs))
+    say(f"partitioning {count} of {len(selected)} snapshots into {parts} parts")
     started = time.perf_counter()
     store_writer.write_store(subset, folder / "store", inputs, lambda done, _all: None)
     seconds = time.perf_counter() - started

@@ -52,14 +52,13 @@ def _text(value: object) -> str:
     return html.escape(str(value))
 
 
-def _figure(alt: str, caption: str, panel: Callable[..., None], *arguments: object) -> str:
-    """A panel of figures.py with its caption; arguments: the panel's."""
+def _figure(caption: str, panel: Callable[..., None], *arguments: object) -> str:
+    """A panel of figures.py; arguments: the panel's. The first sentence of the caption describes the picture."""
     data = base64.b64encode(figures.png(panel, *arguments)).decode()
     width, height = (round(side * figures.DPI) for side in figures.SIZE)
-    return (
-        f'<figure><img src="data:image/png;base64,{data}" width="{width}" height="{height}" alt="{_text(alt)}">'
-        f"<figcaption>{_text(caption)}</figcaption></figure>"
-    )
+    alt = _text(caption.partition(". ")[0])
+    image = f'<img src="data:image/png;base64,{data}" width="{width}" height="{height}" alt="{alt}">'
+    return f"<figure>{image}<figcaption>{_text(caption)}</figcaption></figure>"
 
 
 def _pictures(*shown: str) -> str:
@@ -135,8 +134,8 @@ class Report:
         tables = []
         for split, scores in self.scores().items():
             linear = scores.get("linear", np.nan)
-            ratios = {name: "" if np.isnan(linear) else f"{mse / linear:.3f}" for name, mse in scores.items()}
-            rows = [[name, f"{mse:.4e}", ratios[name]] for name, mse in scores.items()]
+            ratios = ["" if np.isnan(linear) else f"{mse / linear:.3f}" for mse in scores.values()]
+            rows = [[name, f"{mse:.4e}", ratio] for (name, mse), ratio in zip(scores.items(), ratios, strict=True)]
             tables.append(_table([f"split {split}", "MSE", "relative to linear"], rows))
         return "".join(tables)
 
@@ -147,15 +146,14 @@ class Report:
         except Failure:
             scores = {}
         levels = {f"{name}, validation": scores[name] for name in ("static", "linear") if name in scores}
-        hint = "" if levels else f" Static and linear for comparison: distegnn evaluate {self.run} --split valid"
-        epochs, alt = table["epoch"].tolist(), "Curves of training and validation error over the epochs"
-        caption = "Training error: mean over an epoch, while weights change. Validation error: after the epoch." + hint
-        lines = {"training": table["train_mse"], "validation": table["valid_mse"]}
-        shown = [_figure(alt, caption, figures.curves, epochs, lines, levels, "epoch", "mean squared error")]
+        caption = "Training and validation error by epoch. Training error is the mean while weights change."
+        caption += "" if levels else f" To add static and linear: distegnn evaluate {self.run} --split valid"
+        epochs, lines = table["epoch"].tolist(), {"training": table["train_mse"], "validation": table["valid_mse"]}
+        shown = [_figure(caption, figures.curves, epochs, lines, levels, "epoch", "mean squared error")]
         if "lr" in table and "grad_norm" in table:
             lines = {"gradient norm before clipping": table["grad_norm"], "learning rate": table["lr"]}
-            alt, caption = "Curves of gradient norm and learning rate", "Gradient norm and learning rate."
-            shown.append(_figure(alt, caption, figures.curves, epochs, lines, {}, "epoch", "norm, rate"))
+            caption = "Gradient norm and learning rate by epoch."
+            shown.append(_figure(caption, figures.curves, epochs, lines, {}, "epoch", "norm, rate"))
         return _pictures(*shown)
 
     def timing(self) -> str:
@@ -164,12 +162,9 @@ class Report:
         table = table.dropna(subset=[name for name in columns if name in table])  # epochs of an older version
         if not set(columns) <= set(table) or not len(table):
             raise Failure("recorded by an older version, without seconds by phase; train again to have them")
-        seconds = {name: table[name].tolist() for name in PHASES}
-        alt = "Bars of the seconds of a step by phase, for each epoch"
-        caption = "Mean seconds of an optimiser step on rank 0. Communication includes waiting for other processes."
-        return _pictures(
-            _figure(alt, caption, figures.timing, table["epoch"].tolist(), seconds, table["step_s"].tolist())
-        )
+        seconds, step = {name: table[name].tolist() for name in PHASES}, table["step_s"].tolist()
+        caption = "Mean seconds of a step on rank 0 by phase. Communication includes waiting for other processes."
+        return _pictures(_figure(caption, figures.timing, table["epoch"].tolist(), seconds, step))
 
     def sample(self) -> str:
         """A test sample: its partition, and the prediction of the best checkpoint."""
@@ -190,23 +185,20 @@ class Report:
             predicted, z = model(graph)
         x, y, guess = graph.ndata["x"].numpy(), graph.ndata["y"].numpy(), predicted.numpy()
         mse = float(np.square(guess.astype(np.float64) - y).mean())
-        what = f"{split} sample: trajectory {trajectory}, frame {frame}, {len(x):,} nodes"
+        what = f"A {split} sample: trajectory {trajectory}, frame {frame}, {len(x):,} nodes"
         shown, note = [], ""
         if store and store.parts > 1:
             part = node_parts(store, number)
             sizes = ", ".join(f"{n:,}" for n in np.bincount(part, minlength=store.parts))
-            alt = f"Nodes in space, coloured by {store.parts} parts"
-            caption = f"Input of a {what}, coloured by part; nodes in the {store.parts} parts: {sizes}."
-            shown.append(_figure(alt, caption, figures.parts, x, part))
+            caption = f"Nodes of the input, coloured by part. {what}; in the {store.parts} parts: {sizes}."
+            shown.append(_figure(caption, figures.parts, x, part))
         else:
             note = "No partition to show: the run trains on whole graphs (partition.parts=P, or a store, divides them)."
             note = f'<p class="left-out">{note}</p>'
-        caption = f"Predicted over true displacement, each node of a {what}; MSE {mse:.3e}."
-        predictions = {self.config.model.name: guess}
-        shown.append(_figure("Predicted over true displacement", caption, figures.displacement, x, y, predictions))
-        caption = "The same sample in space." + " Stars: virtual nodes after the last layer." * bool(z.shape[1])
-        alt = "True and predicted positions in space"
-        shown.append(_figure(alt, caption, figures.positions, y, guess, z[0].numpy()))
+        caption = f"Predicted over true displacement of each node. {what}; MSE {mse:.3e}."
+        shown.append(_figure(caption, figures.displacement, x, y, {self.config.model.name: guess}))
+        caption = "True and predicted positions." + " Stars: virtual nodes after the last layer." * bool(z.shape[1])
+        shown.append(_figure(caption, figures.positions, y, guess, z[0].numpy()))
         return _pictures(*shown) + note
 
     def rollout(self) -> str:
@@ -219,36 +211,28 @@ class Report:
         with Rollout(path) as file:
             start, steps, meta = file[0].position, len(file) - 1, file.meta
             virtual = [frame.virtual for frame in file if frame.virtual is not None and len(frame.virtual)]
-        shown, notes = (
-            [],
-            [
-                f"{path.name}: trajectory {meta['trajectory']} from frame {meta['start']} on, {steps} steps of "
-                f"{meta['horizon']} frames. To render a video: distegnn render {path}."
-            ],
-        )
+        text = f"{path.name}: trajectory {meta['trajectory']} from frame {meta['start']} on, {steps} steps of "
+        text += f"{meta['horizon']} frames. To render a video: distegnn render {path}."
+        shown = []
         known = table[table["mse"].notna() & (table["step"] > 0)]
         if len(known):
             lines = {"rollout": known["mse"], "static": known["static_mse"], "linear": known["linear_mse"]}
-            alt = "Curves of the rollout's error over the steps"
-            caption = "Error by step. Static: the first frame; linear: the first frame moved on by its own velocity."
+            caption = "Error of the rollout by step. Static: the first frame; linear: moved on by its own velocity."
             x = known["step"].tolist()
-            shown.append(_figure(alt, caption, figures.curves, x, lines, {}, "step", "mean squared error"))
+            shown.append(_figure(caption, figures.curves, x, lines, {}, "step", "mean squared error"))
             if len(known) < steps:
-                notes.append(f"The data end after step {int(known['step'].max())} of {steps}.")
+                text += f" The data end after step {int(known['step'].max())} of {steps}."
         else:
-            notes.append("The data have no frame to compare with: errors by step need an earlier start (--start).")
+            text += " The data have no frame to compare with: errors by step need an earlier start (--start)."
         lines = {"rollout": table["kinetic_energy"], "truth": table["true_kinetic_energy"]}
-        alt, caption = "Curves of kinetic energy over the steps", "Kinetic energy, mean over each step."
-        shown.append(_figure(alt, caption, figures.curves, table["step"].tolist(), lines, {}, "step", "kinetic energy"))
+        caption, x = "Kinetic energy by step, each a mean over the step.", table["step"].tolist()
+        shown.append(_figure(caption, figures.curves, x, lines, {}, "step", "kinetic energy"))
         if virtual:
-            alt, caption = (
-                "Paths of the virtual nodes in space",
-                "The virtual nodes after the last layer, step by step.",
-            )
-            shown.append(_figure(alt, caption, figures.virtual_node_paths, start, np.stack(virtual)))
+            caption = "Paths of the virtual nodes after the last layer."
+            shown.append(_figure(caption, figures.virtual_node_paths, start, np.stack(virtual)))
         else:
-            notes.append("No paths of virtual nodes: the model has none.")
-        return f"<p>{_text(' '.join(notes))}</p>" + _pictures(*shown)
+            text += " No paths of virtual nodes: the model has none."
+        return f"<p>{_text(text)}</p>" + _pictures(*shown)
 
     def about(self) -> str:
         path = self.run / "about.yaml"

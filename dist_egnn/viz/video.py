@@ -1,128 +1,90 @@
-"""Films of pictures that come one by one: MP4, GIF, or a folder of PNG; none is kept, and no half film is left."""
+"""Write pictures, one at a time, as MP4, GIF or a folder of PNG."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from ..errors import Failure
 from ..utils.filesystem import lock_output
 
-
-class Sink(Protocol):
-    """Takes pictures, all of one size."""
-
-    def add(self, picture: np.ndarray) -> None: ...
-
-    def close(self) -> None: ...
+Pictures = Iterator[np.ndarray]  # (height, width, 3) bytes, all of one size
 
 
-class Folder:
-    """frame-0000.png and so on."""
+def _write_folder(path: Path, pictures: Pictures, fps: float) -> None:
+    from PIL import Image
 
-    def __init__(self, path: Path, fps: float) -> None:
-        self.path, self.count = path, 0
-        path.mkdir()
-
-    def add(self, picture: np.ndarray) -> None:
-        from PIL import Image
-
-        Image.fromarray(picture).save(self.path / f"frame-{self.count:04d}.png", optimize=True)
-        self.count += 1
-
-    def close(self) -> None:
-        pass
+    path.mkdir()
+    for k, picture in enumerate(pictures):
+        Image.fromarray(picture).save(path / f"frame-{k:04d}.png", optimize=True)
 
 
-class Gif:
-    """Frame by frame: Pillow's own way to write a GIF keeps all of them."""
+def _write_gif(path: Path, pictures: Pictures, fps: float) -> None:
+    from PIL import GifImagePlugin, Image
 
-    def __init__(self, path: Path, fps: float) -> None:
-        self.file, self.begun = open(path, "wb"), False  # noqa: SIM115 (closed below)
-        self.ms = max(round(1000 / fps), 20)  # browsers slow down what is faster
-
-    def add(self, picture: np.ndarray) -> None:
-        from PIL import GifImagePlugin, Image
-
-        image = Image.fromarray(picture).quantize(128, dither=Image.Dither.NONE)
-        if not self.begun:
-            self.file.writelines(GifImagePlugin.getheader(image.copy(), info={"loop": 0})[0])
-            self.begun = True
-        self.file.writelines(GifImagePlugin.getdata(image, duration=self.ms, include_color_table=True))
-
-    def close(self) -> None:
-        if self.begun:
-            self.file.write(b";")
-        self.file.close()
+    duration_ms = max(round(1000 / fps), 20)  # browsers slow down faster GIFs
+    with open(path, "wb") as file:
+        for picture in pictures:  # Pillow's own writer keeps all pictures in memory
+            image = Image.fromarray(picture).quantize(128, dither=Image.Dither.NONE)
+            if not file.tell():
+                file.writelines(GifImagePlugin.getheader(image.copy(), info={"loop": 0})[0])
+            file.writelines(GifImagePlugin.getdata(image, duration=duration_ms, include_color_table=True))
+        file.write(b";")
 
 
-class Mp4:
+def _write_mp4(path: Path, pictures: Pictures, fps: float) -> None:
     """H.264 by ffmpeg, which gets raw pictures through a pipe."""
-
-    def __init__(self, path: Path, fps: float) -> None:
-        self.path, self.fps = path, fps
-        self.process: subprocess.Popen[bytes] | None = None
-        self.log = open(path.with_name(path.name + ".log"), "w+b")  # noqa: SIM115 (closed below)
-
-    def add(self, picture: np.ndarray) -> None:
-        even = picture[: picture.shape[0] // 2 * 2, : picture.shape[1] // 2 * 2]  # H.264 wants even sides
-        if self.process is None:
-            size = f"{even.shape[1]}x{even.shape[0]}"
-            source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(self.fps), "-i", "-"]
-            coded = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-movflags", "+faststart", str(self.path)]
-            command = ["ffmpeg", "-loglevel", "error", "-y", *source, *coded]
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=self.log, stderr=self.log)
-        assert self.process.stdin is not None
+    first = next(pictures)
+    height, width = (side // 2 * 2 for side in first.shape[:2])  # H.264 needs even sides
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
+    target = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-movflags", "+faststart", str(path)]
+    command = ["ffmpeg", "-loglevel", "error", "-y", *source, *target]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+        assert process.stdin is not None
         try:
-            self.process.stdin.write(np.ascontiguousarray(even).tobytes())
-        except BrokenPipeError:
-            self.close()
-
-    def close(self) -> None:
-        process, self.process = self.process, None
-        try:
-            if process is not None:
-                process.communicate()
-                if process.returncode:
-                    self.log.seek(0)
-                    said = (self.log.read().decode(errors="replace").strip().splitlines() or ["nothing said"])[-1]
-                    raise Failure(f"{self.path}: ffmpeg failed ({said}); write a .gif, or a folder of PNG")
+            with suppress(BrokenPipeError), process.stdin:  # broken if ffmpeg ends early
+                for picture in itertools.chain([first], pictures):
+                    process.stdin.write(np.ascontiguousarray(picture[:height, :width]).tobytes())
         finally:
-            self.log.close()
-            Path(self.log.name).unlink(missing_ok=True)
+            process.wait()
+        if process.returncode:
+            log.seek(0)
+            reason = (log.read().decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+            raise Failure(f"{path}: ffmpeg failed ({reason}); write a .gif, or a folder of PNG")
 
 
-SINKS: dict[str, type[Folder] | type[Gif] | type[Mp4]] = {"": Folder, ".gif": Gif, ".mp4": Mp4}
+WRITERS: dict[str, Callable[[Path, Pictures, float], None]] = {
+    "": _write_folder,
+    ".gif": _write_gif,
+    ".mp4": _write_mp4,
+}
 
 
-@contextmanager
-def whole(path: Path, fps: float) -> Iterator[Sink]:
-    """A sink whose file or folder gets its name at the end; whatever goes wrong before leaves nothing."""
-    fresh = path.with_name(f"{path.stem}.partial{path.suffix}")
+def write_video(path: Path, pictures: Pictures, fps: float) -> None:
+    """Write at least one picture in the format of the suffix of ``path``. An error or interruption leaves no file."""
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
 
     def remove() -> None:
-        shutil.rmtree(fresh) if fresh.is_dir() else fresh.unlink(missing_ok=True)
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
 
-    with lock_output(path, "another one is writing it; wait for it, or choose another --out"):
+    with lock_output(path, "another process is writing it; wait for it, or choose another --out"):
         try:
-            remove()  # of one that was killed
-            sink = SINKS[path.suffix](fresh, fps)
-            try:
-                yield sink
-            finally:
-                sink.close()
-            os.replace(fresh, path)
+            remove()  # left by a killed process
+            WRITERS[path.suffix](partial, pictures, fps)
+            os.replace(partial, path)
         except OSError as error:
             remove()
             raise Failure(
-                f"{path}: cannot be written ({error.strerror}); make room or rights, or choose --out"
+                f"{path}: cannot be written ({error.strerror}); free space, or choose another --out"
             ) from error
         except BaseException:
             remove()

@@ -1,4 +1,4 @@
-"""Films of rollouts: what a picture shows, the three kinds of film, and what leaves nothing behind."""
+"""Videos of rollouts: the pictures, the three formats, and no files left after errors."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from PIL import Image
 from dist_egnn.errors import Failure
 from dist_egnn.evaluate.vtkhdf import Frame, Rollout, RolloutWriter, finish
 from dist_egnn.viz import render
-from dist_egnn.viz.render import Shots, ranges, run_render
+from dist_egnn.viz.render import DrawnFrames, run_render, shared_limits
 
+needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg")
 BOX = np.array([[-1.0, -1, -1], [1.0, 3, 1]])
 HORIZON, DT = 2, 0.5
 
@@ -25,7 +26,7 @@ def true_position(x0: np.ndarray, frame: int) -> np.ndarray:
 
 
 def write(path: Path, *, nodes: int = 60, frames: int = 7, known: int = 8, virtual: int = 2) -> Path:
-    """A rollout that drifts off from a truth known up to frame ``known`` - 1, stored velocities, two parts."""
+    """A rollout that drifts off from a truth known before frame ``known``, with stored velocities, in two parts."""
     draw = np.random.default_rng(1)
     x0 = draw.uniform(-0.8, 0.8, (nodes, 3))
     meta = {"start": 0, "horizon": HORIZON, "dt": DT, "true_frames": known, "velocity": "stored"}
@@ -51,33 +52,40 @@ def rolled(tmp_path) -> Path:
     return write(tmp_path / "a.vtkhdf")
 
 
-def film(path: Path, out: str, every: int = 1, colour: str = "speed", fps: float = 5.0) -> Path:
-    target = path.parent / out
-    run_render(path, target, fps, every, colour)
-    return target
+def video(path: Path, out: str, every: int = 1, colour: str = "speed", fps: float = 5.0) -> Path:
+    run_render(path, path.parent / out, fps, every, colour)
+    return path.parent / out
 
 
 def read(path: Path) -> np.ndarray:
     return np.asarray(Image.open(path).convert("RGB")).astype(int)
 
 
+def coloured(picture: np.ndarray) -> np.ndarray:
+    """Pixels of nodes: axes and text are grey."""
+    return np.ptp(picture, axis=2) > 60
+
+
+def names(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
+
+
 @pytest.mark.parametrize("every", [1, 2, 3])
-def test_shots_by_their_definition(rolled, every):
+def test_drawn_frames_by_their_definition(rolled, every):
     with Rollout(rolled) as rollout:
-        shots = {c: list(Shots(rollout, every, c)) for c in render.COLOURS}
+        drawn = {c: list(DrawnFrames(rollout, every, c)) for c in render.COLOURS}
         frames = list(rollout)
-    assert [s.frame.step for s in shots["speed"]] == list(range(0, 7, every))
-    assert len(Shots(rollout, every, "part")) == len(shots["part"])
-    for speed, error, part in zip(*shots.values(), strict=True):
+    assert [s.frame.step for s in drawn["speed"]] == list(range(0, 7, every))
+    assert len(DrawnFrames(rollout, every, "part")) == len(drawn["part"])
+    for speed, error, part in zip(*drawn.values(), strict=True):
         frame = frames[speed.frame.step]
         np.testing.assert_allclose(speed.colour, np.linalg.norm(frame.velocity, axis=1))
         np.testing.assert_array_equal(part.colour, frame.part)
-        if frame.frame >= 8:  # the data end
+        if frame.frame >= 8:  # after the end of the data
             assert (speed.true, speed.true_colour, speed.mse) == (None, None, None)
             assert np.isnan(error.colour).all()
             continue
-        y = frame.position - frame.error
-        np.testing.assert_allclose(speed.true, y)
+        np.testing.assert_allclose(speed.true, frame.position - frame.error)
         np.testing.assert_allclose(error.colour, np.linalg.norm(frame.error, axis=1))
         assert speed.mse == pytest.approx((frame.error**2).mean())
         if frame.step:  # a difference over one step, however many frames are skipped
@@ -85,152 +93,143 @@ def test_shots_by_their_definition(rolled, every):
             np.testing.assert_allclose(speed.true_colour, expected, rtol=1e-6)
 
 
-def test_the_view_holds_what_is_drawn(tmp_path):
-    for name, virtual in (("a", 0), ("b", 2)):
-        with Rollout(write(tmp_path / f"{name}.vtkhdf", virtual=virtual)) as rollout:
-            low, high, top = ranges(Shots(rollout, 1, "speed"), BOX)
-            assert (low <= BOX[0]).all()
-            assert (high[[0, 2]] >= BOX[1, [0, 2]]).all()
-            assert high[1] < BOX[1, 1]  # no empty air
-            assert np.linalg.norm(low - BOX[0]) < 0.3 * np.linalg.norm(BOX[1] - BOX[0])
-            assert top >= 0.6 * np.sqrt(3) * 0.99
-            low, high, _ = ranges(Shots(rollout, 1, "speed"), None)
-            lost = [((f.position < low) | (f.position > high)).any(1).sum() for f in rollout]
-            assert max(lost) <= 2
+@pytest.mark.parametrize("virtual", [0, 2])
+def test_the_view_contains_what_is_drawn(tmp_path, virtual):
+    with Rollout(write(tmp_path / "a.vtkhdf", virtual=virtual)) as rollout:
+        low, high, top = shared_limits(DrawnFrames(rollout, 1, "speed"), BOX)
+        assert (low <= BOX[0]).all()
+        assert (high[[0, 2]] >= BOX[1, [0, 2]]).all()
+        assert high[1] < BOX[1, 1]  # no empty space above
+        assert np.linalg.norm(low - BOX[0]) < 0.3 * np.linalg.norm(BOX[1] - BOX[0])
+        assert top >= 0.6 * np.sqrt(3) * 0.99
+        low, high, _ = shared_limits(DrawnFrames(rollout, 1, "speed"), None)
+        assert max(((f.position < low) | (f.position > high)).any(1).sum() for f in rollout) <= 2
 
 
 def test_folder_of_png(rolled, capsys):
-    out = film(rolled, "frames", every=2)
-    assert sorted(f.name for f in out.iterdir()) == [f"frame-{k:04d}.png" for k in range(4)]
+    out = video(rolled, "frames", every=2)
+    assert names(out) == {f"frame-{k:04d}.png" for k in range(4)}
     assert f"{out}: 4 pictures, coloured by speed" in capsys.readouterr().out
     shown = [read(f) for f in sorted(out.iterdir())]
     assert len({p.shape for p in shown}) == 1
-    coloured = [np.ptp(p, axis=2) > 60 for p in shown]  # nodes: neither axes nor text
-    middle = shown[0].shape[1] // 2 - 20
-    left, right = (
-        [c[:, s].sum() for c in coloured] for s in (slice(0, middle), slice(middle, int(0.86 * shown[0].shape[1])))
-    )
+    middle, end = shown[0].shape[1] // 2 - 20, int(0.86 * shown[0].shape[1])
+    left, right = ([coloured(p)[:, s].sum() for p in shown] for s in (slice(0, middle), slice(middle, end)))
     assert min(left) > 300
     assert min(right[:2]) > 300
     assert max(right[2:]) == 0  # the data end after step 3
     assert all((shown[k] != shown[k + 1]).any() for k in range(3))
-    assert [f.name for f in rolled.parent.iterdir() if "partial" in f.name] == []
+    assert names(rolled.parent) == {"a.vtkhdf", "frames"}
 
 
 def test_without_a_truth_there_is_one_view(tmp_path):
     path = write(tmp_path / "a.vtkhdf", known=1, virtual=0)
-    shape = read(film(path, "one", every=6) / "frame-0000.png").shape
-    both = read(film(write(tmp_path / "b.vtkhdf"), "two", every=6) / "frame-0000.png").shape
-    assert shape[1] < 0.6 * both[1]
-    with pytest.raises(Failure, match="no true frame"):
-        film(path, "three", colour="error")
+    one = read(video(path, "one", every=6) / "frame-0000.png").shape
+    two = read(video(write(tmp_path / "b.vtkhdf"), "two", every=6) / "frame-0000.png").shape
+    assert one[1] < 0.6 * two[1]
+    with pytest.raises(Failure, match="--colour error"):
+        video(path, "three", colour="error")
 
 
 @pytest.mark.parametrize("colour", ["error", "part"])
 def test_colours(rolled, colour):
-    out = film(rolled, "frames", every=3, colour=colour)
-    first, last = read(out / "frame-0001.png"), read(out / "frame-0002.png")
-    half = first.shape[1] // 2 - 20
-    seen = [int((np.ptp(p[:, :half], axis=2) > 60).sum()) for p in (first, last)]
-    # without a truth the nodes are grey, but parts are known
-    assert seen[0] > 300
-    assert (seen[1] > 300) == (colour == "part")
+    out = video(rolled, "frames", every=3, colour=colour)
+    pictures = [read(out / f"frame-000{k}.png") for k in (1, 2)]
+    half = pictures[0].shape[1] // 2 - 20
+    first, last = (coloured(p[:, :half]).sum() for p in pictures)
+    # without a truth, errors are grey, but parts are known
+    assert first > 300
+    assert (last > 300) == (colour == "part")
 
 
-def test_gif_holds_the_same_pictures(rolled):
-    gif = Image.open(film(rolled, "a.gif", every=2, fps=4))
+def test_gif_has_the_same_pictures(rolled):
+    gif = Image.open(video(rolled, "a.gif", every=2, fps=4))
     assert (gif.n_frames, gif.info["loop"]) == (4, 0)
-    for k, file in enumerate(sorted(film(rolled, "frames", every=2).iterdir())):
+    for k, file in enumerate(sorted(video(rolled, "frames", every=2).iterdir())):
         gif.seek(k)
         assert gif.info["duration"] == 250
         assert np.abs(np.asarray(gif.convert("RGB")).astype(int) - read(file)).mean() < 1
 
 
-@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg here")
-def test_mp4_holds_the_same_pictures(rolled):
-    out = film(rolled, "a.mp4", every=2)
-    raw = subprocess.run(
-        ["ffmpeg", "-loglevel", "error", "-i", str(out), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"],
-        capture_output=True,
-        check=True,
-    ).stdout
-    files = sorted(film(rolled, "frames", every=2).iterdir())
-    height, width = (side // 2 * 2 for side in read(files[0]).shape[:2])
-    shown = np.frombuffer(raw, np.uint8).reshape(-1, height, width, 3)
+@needs_ffmpeg
+def test_mp4_has_the_same_pictures(rolled):
+    out = video(rolled, "a.mp4", every=2)
+    command = ["ffmpeg", "-loglevel", "error", "-i", str(out), "-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+    raw = subprocess.run(command, capture_output=True, check=True).stdout
+    pictures = [read(file) for file in sorted(video(rolled, "frames", every=2).iterdir())]
+    height, width = (side // 2 * 2 for side in pictures[0].shape[:2])
+    shown = np.frombuffer(raw, np.uint8).reshape(-1, height, width, 3).astype(int)
     assert len(shown) == 4
-    for picture, file in zip(shown, files, strict=True):
-        assert np.abs(picture.astype(int) - read(file)[:height, :width]).mean() < 4
-    assert [f.name for f in rolled.parent.iterdir() if "partial" in f.name] == []
+    for picture, expected in zip(shown, pictures, strict=True):
+        assert np.abs(picture - expected[:height, :width]).mean() < 4
+    assert names(rolled.parent) == {"a.vtkhdf", "a.mp4", "frames"}
 
 
-def test_many_nodes_are_thinned_and_it_is_said(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(render, "SHOWN", 50)
+def test_some_of_many_nodes_are_drawn(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(render, "MAX_POINTS", 50)
     path = write(tmp_path / "a.vtkhdf", nodes=200, frames=2)
-    film(path, "frames", every=2)
+    video(path, "frames", every=2)
     assert "50 of 200 nodes drawn" in capsys.readouterr().out
     with Rollout(path) as rollout:
-        shots = Shots(rollout, 1, "speed")
-        assert len(set(shots.rows)) == 50
-        assert all(len(s.position) == len(s.colour) == 50 for s in shots)
+        frames = DrawnFrames(rollout, 1, "speed")
+        assert len(set(frames.rows)) == 50
+        assert all(len(s.position) == len(s.colour) == 50 for s in frames)
 
 
-def test_frames_come_one_by_one(rolled, monkeypatch):
+def test_frames_are_read_one_by_one(rolled, monkeypatch):
     alive = []
 
-    def draw(self, shot):
+    def draw(self, drawn):
         alive.append(sum(isinstance(o, Frame) for o in gc.get_objects()))
         return np.zeros((4, 6, 3), np.uint8)
 
     monkeypatch.setattr(render.Camera, "draw", draw)
-    film(rolled, "frames")
+    video(rolled, "frames")
     assert len(alive) == 7
     assert max(alive) <= 2
 
 
-def test_mistakes(rolled, monkeypatch):
+def test_bad_arguments(rolled, monkeypatch):
     (rolled.parent / "there.gif").write_text("mine")
-    before = {f.name for f in rolled.parent.iterdir()}
-    for given, says in (
-        ({"out": "there.gif"}, "exists; remove it"),
-        ({"out": "a.avi"}, r"must end in \.mp4 or \.gif"),
-        ({"out": "a.gif", "colour": "red"}, "use one of speed, error, part"),
-        ({"out": "a.gif", "every": 0}, "at least 1"),
-        ({"out": "a.gif", "fps": 0}, "above 0"),
+    before = names(rolled.parent)
+    for given, match in (
+        ({"out": "there.gif"}, "there.gif: exists"),
+        ({"out": "a.avi"}, r"\.mp4 or \.gif"),
+        ({"out": "a.gif", "colour": "red"}, "--colour red: use one of speed, error, part"),
+        ({"out": "a.gif", "every": 0}, "--every 0"),
+        ({"out": "a.gif", "fps": 0}, "--fps 0"),
     ):
-        with pytest.raises(Failure, match=says):
-            film(rolled, **given)
+        with pytest.raises(Failure, match=match):
+            video(rolled, **given)
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(Failure, match=r"needs the program ffmpeg, which is not here; --out .*/a\.gif needs none"):
+    with pytest.raises(Failure, match=r"ffmpeg.* --out .*/a\.gif"):
         run_render(rolled, None, 5, 1, "speed")
-    assert {f.name for f in rolled.parent.iterdir()} == before
+    assert names(rolled.parent) == before
     assert (rolled.parent / "there.gif").read_text() == "mine"
 
 
-def test_ffmpeg_that_fails_is_told_of(rolled, monkeypatch, tmp_path):
+def test_an_error_of_ffmpeg_is_shown(rolled, monkeypatch, tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "ffmpeg").write_text("#!/bin/sh\necho no such encoder >&2\nexit 3\n")
     (tmp_path / "bin" / "ffmpeg").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
-    before = {f.name for f in tmp_path.iterdir()}
+    before = names(tmp_path)
     with pytest.raises(Failure, match=r"ffmpeg failed \(no such encoder\); write a \.gif"):
-        film(rolled, "a.mp4")
-    assert {f.name for f in tmp_path.iterdir()} == before
+        video(rolled, "a.mp4")
+    assert names(tmp_path) == before
 
 
-@pytest.mark.parametrize("out", ["a.gif", "a.mp4", "a"])
-def test_what_is_interrupted_leaves_nothing(rolled, monkeypatch, out):
-    if out.endswith("mp4") and shutil.which("ffmpeg") is None:
-        pytest.skip("no ffmpeg here")
+@pytest.mark.parametrize("out", ["a.gif", pytest.param("a.mp4", marks=needs_ffmpeg), "a"])
+def test_an_interruption_leaves_nothing(rolled, monkeypatch, out):
     drawn = iter([np.zeros((4, 6, 3), np.uint8)] * 2)
 
-    def draw(self, shot):
+    def draw(self, frame):
         try:
             return next(drawn)
         except StopIteration:
             raise KeyboardInterrupt from None
 
     monkeypatch.setattr(render.Camera, "draw", draw)
-    before = {f.name for f in rolled.parent.iterdir()}
+    before = names(rolled.parent)
     with pytest.raises(KeyboardInterrupt):
-        film(rolled, out)
-    assert {f.name for f in rolled.parent.iterdir()} == before
+        video(rolled, out)
+    assert names(rolled.parent) == before
