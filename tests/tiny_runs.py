@@ -1,7 +1,8 @@
-"""What the tests of training share: runs of milliseconds a step, and what must be equal of two runs that are one."""
+"""Runs with steps of milliseconds for the tests of training, and the comparison of two runs."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,32 +13,30 @@ from small import DATA
 from dist_egnn import config
 from dist_egnn.train import checkpoint, trainer
 
-PLAIN_STEPS, PLAIN_TRAIN = trainer.steps, trainer.train
+PLAIN_STEPS, PLAIN_TRAIN = trainer.Trainer.steps, trainer.train
 # 6 training samples, so 3 steps an epoch; the rate changes in the first epoch from step to step, then from epoch to epoch
 SETTINGS = ["model.hidden=4", "model.layers=1", "train.accumulate=2", "train.clip=0.5", "train.lr=1e-2"]
 SETTINGS += ["train.schedule=cosine", "train.warmup=0.9", "train.checkpoint_minutes=0"]
 
 
 def settings(data: Path, run: Path, *more: str) -> config.Config:
-    given = [f"data.{k}={v}" for k, v in DATA.items()]
-    given = [g.replace("'", "") for g in given]
+    given = [f"data.{key}={value}".replace("'", "") for key, value in DATA.items()]
     return config.load(None, [*given, *SETTINGS, f"data.path={data}", f"run.dir={run}", *more])
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """All of a run that does not tell the time: rows as text, tensors, where the checkpoints stand."""
+    """Everything in a run that does not depend on time: rows as text, tensors, training state."""
     rows = pd.read_csv(run / "metrics.csv", dtype=str)
-    found: dict[str, Any] = {"rows": rows[[c for c in rows if c != "peak_gb" and not c.endswith("_s")]].values.tolist()}
+    result: dict[str, Any] = {
+        "rows": rows[[c for c in rows if c != "peak_gb" and not c.endswith("_s")]].values.tolist()
+    }
     for name in ("last.pt", "best.pt"):
-        state = checkpoint.load(run / name)
-        tensors = {
-            **state["model"],
-            **{f"{k}.{n}": t for k, s in state["optimizer"]["state"].items() for n, t in s.items()},
-        }
-        found |= {f"{name} {key}": value for key, value in tensors.items()}
-        found[f"{name} stand"] = [state[key] for key in ("epoch", "step", "best", "waited", "scale")]
-        found[f"{name} rng"] = state["rng"]
-    return found
+        saved = checkpoint.load(run / name)
+        result |= {f"{name} {key}": value for key, value in saved["model"].items()}
+        for number, values in saved["optimizer"]["state"].items():
+            result |= {f"{name} {number}.{key}": value for key, value in values.items()}
+        result |= {f"{name} {key}": saved[key] for key in ("rng", "epoch", "step", "best", "waited", "scale")}
+    return result
 
 
 def assert_same(run: Path, other: Path) -> None:
@@ -48,25 +47,25 @@ def assert_same(run: Path, other: Path) -> None:
         assert same, (key, value, b[key])
 
 
-class At:
-    """Stands in for train.train: does something after the n-th step of a rank (None: of all); picklable, so ranks have it."""
+class ActAfterStep:
+    """Replaces trainer.train: calls ``act`` after the n-th step of a rank (None: of all). Picklable, to be run by ranks."""
 
-    def __init__(self, step: int, rank: int | None, act: Any, *args: Any) -> None:
+    def __init__(self, step: int, rank: int | None, act: Callable[..., object], *args: Any) -> None:
         self.step, self.rank, self.act, self.args = step, rank, act, args
 
     def __call__(self, comm: Any, *given: Any) -> Any:
-        made = 0
+        count = 0
 
-        def steps(*arguments: Any) -> Any:
-            nonlocal made
-            for stop in PLAIN_STEPS(*arguments):
-                made += 1
-                if made == self.step and self.rank in (None, comm.rank):
+        def steps(training: trainer.Trainer) -> Any:
+            nonlocal count
+            for stop in PLAIN_STEPS(training):
+                count += 1
+                if count == self.step and self.rank in (None, comm.rank):
                     self.act(*self.args)
                 yield stop
 
-        trainer.steps = steps
+        trainer.Trainer.steps = steps  # type: ignore[method-assign]
         try:
             return PLAIN_TRAIN(comm, *given)
         finally:
-            trainer.steps = PLAIN_STEPS
+            trainer.Trainer.steps = PLAIN_STEPS  # type: ignore[method-assign]

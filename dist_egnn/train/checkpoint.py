@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import Module
+from torch.optim import Optimizer
 
 from .. import config as configs
 from ..config import Config
@@ -30,17 +32,13 @@ class Damaged(Failure):
     """A checkpoint whose content is not what was written."""
 
 
-def weights_only(model: torch.nn.Module, config: Config) -> Checkpoint:
+def weights_only(model: Module, config: Config) -> Checkpoint:
     """A checkpoint for prediction and evaluation, which no training resumes from."""
     return {"model": model.state_dict(), "config": configs.to_yaml(config)}
 
 
 def of_training(
-    model: torch.nn.Module,
-    config: Config,
-    optimizer: torch.optim.Optimizer,
-    state: TrainingState,
-    samples: dict[str, Any],
+    model: Module, config: Config, optimizer: Optimizer, state: TrainingState, samples: dict[str, Any]
 ) -> Checkpoint:
     """A checkpoint to resume from. samples: `resume.fingerprint` of the data."""
     return {
@@ -58,7 +56,7 @@ def training_state(checkpoint: Checkpoint) -> TrainingState:
     return TrainingState(**values | {"sums": defaultdict(float, values.get("sums", {}))})
 
 
-def load_weights(model: torch.nn.Module, checkpoint: Checkpoint, path: Path) -> None:
+def load_weights(model: Module, checkpoint: Checkpoint, path: Path) -> None:
     """Load a checkpoint's weights into a model. Raises Failure naming the first parameter that does not fit."""
     try:
         model.load_state_dict(checkpoint["model"])
@@ -67,9 +65,7 @@ def load_weights(model: torch.nn.Module, checkpoint: Checkpoint, path: Path) -> 
         raise Failure(f"{path}: its weights do not fit this model: {reason}") from error
 
 
-def restore(
-    checkpoint: Checkpoint, model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path
-) -> TrainingState:
+def restore(checkpoint: Checkpoint, model: Module, optimizer: Optimizer, path: Path) -> TrainingState:
     """Load model, optimizer and random state from a checkpoint of a training; returns the training state."""
     load_weights(model, checkpoint, path)
     optimizer.load_state_dict(checkpoint["optimizer"])

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 
 from ..config import Config
 from ..data.dataset import Dataset
@@ -34,13 +35,13 @@ def _kind(value: Tensor) -> str:
     return "NaN" if bool(value.isnan().any()) else "infinite" if not bool(value.isfinite().all()) else ""
 
 
-def nonfinite_parameter(model: torch.nn.Module) -> str:
+def nonfinite_parameter(model: Module) -> str:
     """Describes the first parameter that is not finite; empty if all are."""
     kinds = ((name, _kind(parameter.detach())) for name, parameter in model.named_parameters())
     return next((f"parameter {name} is {kind}" for name, kind in kinds if kind), "")
 
 
-def nonfinite_cause(model: torch.nn.Module, samples: Dataset, numbers: list[int], group: Comm) -> str:
+def nonfinite_cause(model: Module, samples: Dataset, numbers: list[int], group: Comm) -> str:
     """Describes the first value of a step that is not finite, in the order of computation; the same on all ranks.
 
     A collective call. numbers: the samples of the step, which are computed again one by one to name the sample.

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import Module
+from torch.optim import Optimizer
 
 from .. import config as configs
 from ..config import Config, Train
@@ -56,7 +58,7 @@ def _load_on_all_ranks(comm: Comm, folder: Path) -> tuple[checkpoint.Checkpoint,
 
 
 def restore(
-    comm: Comm, config: Config, model: torch.nn.Module, optimizer: torch.optim.Optimizer, samples: dict[str, Any]
+    comm: Comm, config: Config, model: Module, optimizer: Optimizer, samples: dict[str, Any]
 ) -> tuple[TrainingState, str]:
     """Restore a run from its last checkpoint; also returns why an older one was used instead of last.pt, if so.
 

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
 
 from .. import config as configs
 from ..config import Config
@@ -25,12 +27,7 @@ class RunWriter:
     """
 
     def __init__(
-        self,
-        config: Config,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        state: TrainingState,
-        samples: dict[str, Any],
+        self, config: Config, model: Module, optimizer: Optimizer, state: TrainingState, samples: dict[str, Any]
     ) -> None:
         self.config, self.model, self.optimizer, self.state, self.samples = config, model, optimizer, state, samples
         self.folder = Path(config.run.dir)

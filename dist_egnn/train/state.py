@@ -1,4 +1,4 @@
-"""The progress of a training run: what steps change besides the weights and the optimizer."""
+"""The progress of a training: what steps change besides the weights and the optimizer, and the learning rate."""
 
 from __future__ import annotations
 
@@ -7,15 +7,14 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 from ..config import Train
-from . import optim
 
 
 @dataclass
 class TrainingState:
     """The same on every rank; the field names are keys of a checkpoint.
 
-    epoch: the current epoch; step: its completed optimizer steps; sums: totals over these steps, see `trainer.steps`;
-    best: lowest validation MSE; waited: epochs since then; scale: factor of the learning rate, see optim.py.
+    epoch: the current epoch; step: its completed optimizer steps; sums: totals over these steps, see `Trainer.steps`;
+    best: lowest validation MSE; waited: epochs since then; scale: factor of the learning rate due to plateaus.
     """
 
     epoch: int = 0
@@ -31,10 +30,28 @@ class TrainingState:
             return True
         return bool(settings.patience and self.step == 0 and self.waited >= settings.patience)
 
+    def learning_rate(self, settings: Train, steps: int) -> float:
+        """The rate of the next step, of ``steps`` in an epoch. It depends on the state alone, so a resume needs no scheduler.
+
+        It rises linearly over the first `train.warmup` epochs, step by step. Then "cosine" falls to zero at `train.epochs`,
+        epoch by epoch; "plateau" falls as `end_epoch` defines; "constant" stays.
+        """
+        rate, elapsed = settings.lr * self.scale, self.epoch + (self.step + 1) / steps
+        if elapsed < settings.warmup:
+            return rate * elapsed / settings.warmup
+        if settings.schedule == "cosine":
+            fraction = max(self.epoch - settings.warmup, 0.0) / (settings.epochs - settings.warmup)
+            rate *= 0.5 * (1 + math.cos(math.pi * fraction))
+        return rate
+
     def end_epoch(self, valid_mse: float, settings: Train) -> bool:
-        """Move to the start of the next epoch; returns whether the validation MSE improved."""
+        """Move to the start of the next epoch; returns whether the validation MSE improved.
+
+        With "plateau" the scale falls by `train.plateau_factor` after every `train.plateau_epochs` epochs without improvement.
+        """
         improved = valid_mse < self.best
         self.best, self.waited = (valid_mse, 0) if improved else (self.best, self.waited + 1)
-        self.scale = optim.plateau_scale(settings, self.waited, self.scale)
+        if settings.schedule == "plateau" and self.waited and self.waited % settings.plateau_epochs == 0:
+            self.scale *= settings.plateau_factor
         self.epoch, self.step, self.sums = self.epoch + 1, 0, defaultdict(float)
         return improved

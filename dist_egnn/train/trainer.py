@@ -6,15 +6,17 @@ import math
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from dgl import DGLGraph
 from torch import Tensor
+from torch.nn import Module
+from torch.optim import Optimizer
 
-from ..config import Config, Model, Train
+from ..config import Config, Model
 from ..data import halo
 from ..data.dataset import Dataset, open_dataset, prefetch
 from ..distributed.comm import Comm
@@ -23,7 +25,7 @@ from ..models import network
 from ..ops import activation_offload, message_passing
 from ..utils import devices, filesystem, signals
 from ..utils.progress import progress_bar
-from . import checkpoint, diagnostics, losses, metrics, optim
+from . import checkpoint, diagnostics, losses, metrics
 from .resume import fingerprint, restore
 from .run_writer import RunWriter
 from .state import TrainingState
@@ -39,7 +41,7 @@ def resolve_device(config: Config, rank: int = 0) -> torch.device:
     return device
 
 
-def build_model(config: Config, widths: tuple[int, int], comm: Comm) -> torch.nn.Module:
+def build_model(config: Config, widths: tuple[int, int], comm: Comm) -> Module:
     """The model for widths (F, K) of features and node attributes, on the CPU; all ranks draw the same weights."""
     kind, options = network.resolve_model(asdict(config.model), asdict(Model()), config.data.radius)
     exchange = config.partition.halo == "exchange" and comm.size > 1
@@ -57,7 +59,7 @@ def build_model(config: Config, widths: tuple[int, int], comm: Comm) -> torch.nn
 
 
 def compute_loss(
-    config: Config, model: torch.nn.Module, graph: DGLGraph, comm: Comm, generator: torch.Generator
+    config: Config, model: Module, graph: DGLGraph, comm: Comm, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """This rank's shares of the loss and of the MSE of a batch: their sums over ranks are those of the whole graphs."""
     with activation_offload.offload_to_disk(config.train.kept, [graph.edata[name] for name in graph.edata]):
@@ -78,9 +80,7 @@ def _own(items: list[Item], comm: Comm) -> list[Item]:
     return items[comm.world.rank // comm.size :: comm.world.size // comm.size]
 
 
-def prepared_batches(
-    model: torch.nn.Module, samples: Dataset, batches: list[list[int]]
-) -> Generator[DGLGraph, None, None]:
+def prepared_batches(model: Module, samples: Dataset, batches: list[list[int]]) -> Generator[DGLGraph, None, None]:
     """The batches in order; a thread reads and tiles the next one while one is in use."""
 
     def make(numbers: list[int]) -> DGLGraph:
@@ -99,12 +99,7 @@ def _seeded(*seed: int) -> torch.Generator:
 
 
 def evaluate_split(
-    model: torch.nn.Module,
-    samples: Dataset,
-    split: str,
-    config: Config,
-    comm: Comm,
-    virtual: list[Tensor] | None = None,
+    model: Module, samples: Dataset, split: str, config: Config, comm: Comm, virtual: list[Tensor] | None = None
 ) -> float:
     """The model's MSE over all samples of a split. Appends this group's virtual node positions (n, 3) to ``virtual``."""
     model.eval()
@@ -121,6 +116,156 @@ def evaluate_split(
         return metrics.mean_squared_error(pairs(), comm.world)
 
 
+def clip_gradients(model: Module, max_norm: float) -> float:
+    """Clip the gradient's norm (0: do not clip); returns the norm before. NaN, and no clipping, if it is not finite."""
+    try:  # clipping by infinity only measures
+        return float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf, error_if_nonfinite=True))
+    except RuntimeError:
+        return math.nan
+
+
+@dataclass
+class Trainer:
+    """A training on one process of the group ``comm``, from ``state`` on."""
+
+    comm: Comm
+    config: Config
+    model: Module
+    optimizer: Optimizer
+    samples: Dataset
+    state: TrainingState
+
+    def train(self, writer: RunWriter | None) -> dict[str, float]:
+        """Train the remaining epochs; returns what `train` does. writer: on rank 0 only."""
+        settings, state, row = self.config.train, self.state, dict[str, float]()
+        count = math.ceil(math.ceil(len(self.samples.splits["train"]) / settings.batch_size) / settings.accumulate)
+        total, done = settings.epochs * count, state.epoch * count + state.step
+        with progress_bar("training", total, enabled=writer is not None, initial=done) as tick:
+            while not state.finished(settings):
+                mark = time.perf_counter()
+                for stop in self.steps():
+                    mark = self._add_epoch_time(mark)
+                    tick(self._progress_note(row))
+                    if writer and (stop or writer.checkpoint_due()):
+                        writer.save()
+                    if stop:
+                        return self._stopped()
+                virtual: list[Tensor] | None = [] if state.epoch % HISTOGRAM_EVERY == 0 else None
+                valid = evaluate_split(self.model, self.samples, "valid", self.config, self.comm, virtual)
+                if not math.isfinite(valid):
+                    raise self._divergence(self.samples.splits["valid"], None)
+                stop, memory = self._stop_and_memory()
+                self._add_epoch_time(mark)
+                row = self._metrics_row(count, valid, max(memory))
+                epoch, improved = state.epoch, state.end_epoch(valid, settings)
+                if writer:
+                    writer.end_epoch(epoch, row, memory, torch.cat(virtual) if virtual else None, improved)
+                if stop:
+                    return self._stopped()
+        return {**row, "best_valid_mse": state.best}
+
+    def steps(self) -> Iterator[bool]:
+        """The remaining optimizer steps of the epoch; yields after each whether any rank received a signal to stop.
+
+        Adds to state.sums the loss and MSE of each batch (summed over partitions and groups), the number of batches, the
+        gradient norm before clipping, and seconds. Raises Failure, before weights change, if loss or gradient is not finite.
+        """
+        settings, state, sums, model = self.config.train, self.state, self.state.sums, self.model
+        device, generator = self._device(), _seeded(settings.seed, state.epoch)
+        train = self.samples.splits["train"]
+        order = torch.randperm(len(train), generator=generator, device=generator.device).tolist()
+        batches = _chunks([train[i] for i in order], settings.batch_size)
+        batches_of_steps = _chunks(range(len(batches)), settings.accumulate)
+        remaining = batches_of_steps[state.step :]
+        own = [batches[index] for step in remaining for index in _own(step, self.comm)]
+        graphs = prepared_batches(model, self.samples, own)
+        for step in remaining:
+            model.train()
+            started = time.perf_counter()
+            self.optimizer.zero_grad(set_to_none=True)
+            totals = torch.zeros(3, device=device)  # loss, MSE, signal to stop: summed along with the gradients
+            for index in _own(step, self.comm):
+                with diagnostics.phase("data_s", sums, device):
+                    graph = next(graphs)
+                with diagnostics.phase("forward_s", sums, device):
+                    draws = _seeded(settings.seed, state.epoch, index)
+                    loss, mse = compute_loss(self.config, model, graph, self.comm, draws)
+                with diagnostics.phase("backward_s", sums, device):
+                    (loss / len(step)).backward()
+                totals[:2] += torch.stack([loss.detach(), mse])
+            totals[2] = float(signals.stop_requested())
+            with diagnostics.phase("backward_s", sums, device):
+                summed = self.comm.world.sum_gradients(model.parameters(), totals)
+            assert summed is not None
+            loss_sum, mse_sum, stop = summed.tolist()
+            norm = clip_gradients(model, settings.clip)
+            if not (math.isfinite(loss_sum) and math.isfinite(norm)):
+                graphs.close()  # ends the thread that reads samples
+                raise self._divergence([number for index in step for number in batches[index]], state.step)
+            for options in self.optimizer.param_groups:
+                options["lr"] = state.learning_rate(settings, len(batches_of_steps))
+            self.optimizer.step()
+            devices.synchronize(device)
+            state.step += 1
+            for name, value in (("loss", loss_sum), ("mse", mse_sum), ("batches", len(step)), ("grad_norm", norm)):
+                sums[name] += value
+            sums["step_s"] += time.perf_counter() - started
+            yield stop > 0
+
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def _add_epoch_time(self, mark: float) -> float:
+        """Add the time since ``mark`` to the epoch's; returns now."""
+        now = time.perf_counter()
+        self.state.sums["epoch_s"] += now - mark
+        return now
+
+    def _divergence(self, numbers: list[int], step: int | None) -> Failure:
+        cause = diagnostics.nonfinite_cause(self.model, self.samples, numbers, self.comm.world)
+        return diagnostics.divergence(self.config, self.state.epoch, step, cause)
+
+    def _stop_and_memory(self) -> tuple[bool, list[float]]:
+        """Whether any rank received a signal to stop, and every rank's peak memory in GB."""
+        world = self.comm.world
+        values = torch.zeros(world.size + 1, dtype=torch.float64, device="cpu")
+        values[world.rank], values[-1] = metrics.peak_memory_gb(self._device()), float(signals.stop_requested())
+        *memory, stop = world.sum(values).tolist()
+        return stop > 0, memory
+
+    def _stopped(self) -> dict[str, float]:
+        return {"best_valid_mse": self.state.best, "stopped": 1.0, "epoch": self.state.epoch, "step": self.state.step}
+
+    def _progress_note(self, row: dict[str, float]) -> str:
+        """The most important numbers first, because a narrow terminal cuts the end off."""
+        sums = self.state.sums
+        valid = f"  valid {row['valid_mse']:.1e}" if row else ""
+        loss, seconds = sums["loss"] / sums["batches"], sums["step_s"] / self.state.step
+        return f"loss {loss:.1e}  {seconds:.2g} s/step  epoch {self.state.epoch + 1}/{self.config.train.epochs}{valid}"
+
+    def _metrics_row(self, steps: int, valid: float, peak_gb: float) -> dict[str, float]:
+        sums = self.state.sums
+        return {
+            "train_loss": sums["loss"] / sums["batches"],
+            "train_mse": sums["mse"] / sums["batches"],
+            "lr": self.optimizer.param_groups[0]["lr"],
+            **{name: sums[name] / steps for name in ("step_s", *diagnostics.PHASES, "grad_norm")},
+            "valid_mse": valid,
+            "peak_gb": peak_gb,
+            "epoch_s": sums["epoch_s"],
+        }
+
+
+def _open(world: Comm, config: Config, *splits: str) -> tuple[torch.device, Comm, Dataset]:
+    """Device, group and samples of this process. Raises Failure if one of the splits is empty."""
+    device, comm = resolve_device(config, world.rank), world.split(config.train.replicas)
+    samples = open_dataset(config, comm.rank, world.size)
+    for split in splits:
+        if not samples.splits[split]:
+            raise Failure(f"{config.data.path}: no snapshot in split '{split}'; prepare data with one")
+    return device, comm, samples
+
+
 def train(world: Comm, config: Config, resume: bool = False) -> dict[str, float]:
     """Train a model, or resume the run in run.dir; returns the last row of metrics.csv and `best_valid_mse`.
 
@@ -128,11 +273,7 @@ def train(world: Comm, config: Config, resume: bool = False) -> dict[str, float]
     world: `train.replicas` groups, each of as many ranks as a graph has parts; the groups share the batches.
     Parameters, losses and sums are on `train.device`; graphs stay on the CPU (DGL from PyPI supports no other device).
     """
-    device, comm = resolve_device(config, world.rank), world.split(config.train.replicas)
-    samples = open_dataset(config, comm.rank, world.size)
-    for split in ("train", "valid"):
-        if not samples.splits[split]:
-            raise Failure(f"{config.data.path}: no snapshot in split '{split}'; prepare data with one")
+    device, comm, samples = _open(world, config, "train", "valid")
     batches = len(_chunks(samples.splits["train"], config.train.batch_size))
     if config.train.replicas > batches:
         raise Failure(
@@ -148,164 +289,16 @@ def train(world: Comm, config: Config, resume: bool = False) -> dict[str, float]
         if world.size > 1:  # rank processes receive signals, too
             stack.enter_context(signals.catch_stop_signals())
         if world.rank == 0:
-            # shared with the launching process, and exclusive against other runs
+            # shared with the launching process, exclusive against other runs
             stack.enter_context(filesystem.lock_folder(Path(config.run.dir), "another run is at work there", join=True))
             writer = RunWriter(config, model, optimizer, state, data).open(world.size, resume, warning)
             stack.enter_context(writer)
-        return _train_epochs(comm, config, model, optimizer, samples, state, writer)
-
-
-def _train_epochs(
-    comm: Comm,
-    config: Config,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    samples: Dataset,
-    state: TrainingState,
-    writer: RunWriter | None,
-) -> dict[str, float]:
-    """The loop over epochs. writer: on rank 0 only."""
-    settings, row = config.train, dict[str, float]()
-    device = next(model.parameters()).device
-    count = math.ceil(math.ceil(len(samples.splits["train"]) / settings.batch_size) / settings.accumulate)
-    total, done = settings.epochs * count, state.epoch * count + state.step
-    with progress_bar("training", total, enabled=writer is not None, initial=done) as tick:
-        while not state.finished(settings):
-            mark = time.perf_counter()
-            for stop in steps(comm, config, model, optimizer, samples, state):
-                mark = _add_epoch_time(state, mark)
-                tick(_progress_note(state, settings, row))
-                if writer and (stop or writer.checkpoint_due()):
-                    writer.save()
-                if stop:
-                    return _stopped(state)
-            virtual: list[Tensor] | None = [] if state.epoch % HISTOGRAM_EVERY == 0 else None
-            valid = evaluate_split(model, samples, "valid", config, comm, virtual)
-            if not math.isfinite(valid):
-                cause = diagnostics.nonfinite_cause(model, samples, samples.splits["valid"], comm.world)
-                raise diagnostics.divergence(config, state.epoch, None, cause)
-            stop, memory = _stop_and_memory(comm.world, device)
-            _add_epoch_time(state, mark)
-            row = _metrics_row(state, count, optimizer.param_groups[0]["lr"], valid, max(memory))
-            epoch, improved = state.epoch, state.end_epoch(valid, settings)
-            if writer:
-                writer.end_epoch(epoch, row, memory, torch.cat(virtual) if virtual else None, improved)
-            if stop:
-                return _stopped(state)
-    return {**row, "best_valid_mse": state.best}
-
-
-def _add_epoch_time(state: TrainingState, mark: float) -> float:
-    """Add the time since ``mark`` to the epoch's; returns now."""
-    now = time.perf_counter()
-    state.sums["epoch_s"] += now - mark
-    return now
-
-
-def _stopped(state: TrainingState) -> dict[str, float]:
-    return {"best_valid_mse": state.best, "stopped": 1.0, "epoch": state.epoch, "step": state.step}
-
-
-def _progress_note(state: TrainingState, settings: Train, row: dict[str, float]) -> str:
-    """The most important numbers first, because a narrow terminal cuts the end off."""
-    sums = state.sums
-    valid = f"  valid {row['valid_mse']:.1e}" if row else ""
-    loss, seconds = sums["loss"] / sums["batches"], sums["step_s"] / state.step
-    return f"loss {loss:.1e}  {seconds:.2g} s/step  epoch {state.epoch + 1}/{settings.epochs}{valid}"
-
-
-def _stop_and_memory(comm: Comm, device: torch.device) -> tuple[bool, list[float]]:
-    """Whether any rank received a signal to stop, and every rank's peak memory in GB."""
-    values = torch.zeros(comm.size + 1, dtype=torch.float64, device="cpu")
-    values[comm.rank], values[-1] = metrics.peak_memory_gb(device), float(signals.stop_requested())
-    *memory, stop = comm.sum(values).tolist()
-    return stop > 0, memory
-
-
-def _metrics_row(state: TrainingState, count: int, lr: float, valid: float, peak_gb: float) -> dict[str, float]:
-    """An epoch's row of metrics.csv, after its ``count`` steps."""
-    sums = state.sums
-    return {
-        "train_loss": sums["loss"] / sums["batches"],
-        "train_mse": sums["mse"] / sums["batches"],
-        "lr": lr,
-        **{name: sums[name] / count for name in ("step_s", *diagnostics.PHASES, "grad_norm")},
-        "valid_mse": valid,
-        "peak_gb": peak_gb,
-        "epoch_s": sums["epoch_s"],
-    }
-
-
-def clip_gradients(model: torch.nn.Module, max_norm: float) -> float:
-    """Clip the gradient's norm (0: do not clip); returns the norm before. NaN, and no clipping, if it is not finite."""
-    try:  # clipping by infinity only measures
-        return float(torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or math.inf, error_if_nonfinite=True))
-    except RuntimeError:
-        return math.nan
-
-
-def steps(
-    comm: Comm,
-    config: Config,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    samples: Dataset,
-    state: TrainingState,
-) -> Iterator[bool]:
-    """The optimizer steps of an epoch from state.step on; yields after each whether any rank received a signal to stop.
-
-    Adds to state.sums the loss and MSE of each batch (summed over partitions and groups), the number of batches, the
-    gradient norm before clipping, and seconds. Raises Failure, before weights change, if loss or gradient is not finite.
-    """
-    settings, sums, epoch = config.train, state.sums, state.epoch
-    device, generator = next(model.parameters()).device, _seeded(settings.seed, epoch)
-    order = torch.randperm(len(samples.splits["train"]), generator=generator, device=generator.device).tolist()
-    batches = _chunks([samples.splits["train"][i] for i in order], settings.batch_size)
-    batches_of_steps = _chunks(range(len(batches)), settings.accumulate)
-    remaining = batches_of_steps[state.step :]
-    graphs = prepared_batches(model, samples, [batches[index] for step in remaining for index in _own(step, comm)])
-    for step in remaining:
-        model.train()
-        started = time.perf_counter()
-        optimizer.zero_grad(set_to_none=True)
-        totals = torch.zeros(3, device=device)  # loss, MSE, signal to stop: summed along with the gradients
-        for index in _own(step, comm):
-            with diagnostics.phase("data_s", sums, device):
-                graph = next(graphs)
-            with diagnostics.phase("forward_s", sums, device):
-                loss, mse = compute_loss(config, model, graph, comm, _seeded(settings.seed, epoch, index))
-            with diagnostics.phase("backward_s", sums, device):
-                (loss / len(step)).backward()
-            totals[:2] += torch.stack([loss.detach(), mse])
-        totals[2] = float(signals.stop_requested())
-        with diagnostics.phase("backward_s", sums, device):
-            summed = comm.world.sum_gradients(model.parameters(), totals)
-        assert summed is not None
-        loss_sum, mse_sum, stop = summed.tolist()
-        norm = clip_gradients(model, settings.clip)
-        if not (math.isfinite(loss_sum) and math.isfinite(norm)):
-            graphs.close()  # ends the thread that reads samples
-            numbers = [number for index in step for number in batches[index]]
-            cause = diagnostics.nonfinite_cause(model, samples, numbers, comm.world)
-            raise diagnostics.divergence(config, epoch, state.step, cause)
-        for options in optimizer.param_groups:
-            fraction = (state.step + 1) / len(batches_of_steps)
-            options["lr"] = optim.learning_rate(settings, epoch, fraction, state.scale)
-        optimizer.step()
-        devices.synchronize(device)
-        state.step += 1
-        for name, value in (("loss", loss_sum), ("mse", mse_sum), ("batches", len(step)), ("grad_norm", norm)):
-            sums[name] += value
-        sums["step_s"] += time.perf_counter() - started
-        yield stop > 0
+        return Trainer(comm, config, model, optimizer, samples, state).train(writer)
 
 
 def evaluate(world: Comm, config: Config, weights: Path | None, split: str = "test") -> dict[str, float]:
     """MSE on a split by name: static (y = x), linear (x + t v, t fitted on the training split), and the model's."""
-    device, comm = resolve_device(config, world.rank), world.split(config.train.replicas)
-    samples = open_dataset(config, comm.rank, world.size)
-    if not samples.splits[split]:
-        raise Failure(f"{config.data.path}: no snapshot in split '{split}'")
+    device, comm, samples = _open(world, config, split)
     result: dict[str, float] = {}
     fitted = metrics.fitted_time((samples[n] for n in _own(samples.splits["train"], comm)), world)
     own = _own(samples.splits[split], comm)

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import PLAIN_TRAIN, At, assert_same, outcome, settings
+from tiny_runs import PLAIN_TRAIN, ActAfterStep, assert_same, outcome, settings
 
 from dist_egnn import config
 from dist_egnn.commands.evaluate import run_evaluation
@@ -66,7 +66,7 @@ def _one(world: comm.Comm, settings: config.Config) -> Result:
     found: Result = {"steps": 0, "calls": []}
     state = TrainingState()
     for epoch in range(2):
-        for _ in trainer.steps(group, settings, model, optimizer, read, state):
+        for _ in trainer.Trainer(group, settings, model, optimizer, read, state).steps():
             found["steps"] += 1
             for name, p in model.named_parameters():
                 found[f"gradient {found['steps']} {name}"] = p.grad.numpy().copy()
@@ -115,8 +115,8 @@ def test_groups_train_what_one_process_does(small: Path, make_store: Callable[..
             _same(found, one)
 
 
-class DoubleAt(At):
-    """At, in float64."""
+class DoubleActAfterStep(ActAfterStep):
+    """ActAfterStep in float64."""
 
     def __call__(self, *given: Any) -> Any:
         with doubled():
@@ -139,7 +139,7 @@ def test_a_run_that_ends_early_goes_on_with_another_number_of_groups(
     ended = (
         pytest.raises(Failure, match="process 1 of 2 died") if how == signal.SIGKILL else pytest.raises(signals.Stopped)
     )
-    monkeypatch.setattr(trainer, "train", DoubleAt(4, 1, _signal, how))
+    monkeypatch.setattr(trainer, "train", DoubleActAfterStep(4, 1, _signal, how))
     with ended:
         run_training(settings(small, tmp_path / "two", *more, "train.replicas=2"))
     monkeypatch.setattr(trainer, "train", _double)

@@ -290,18 +290,18 @@ def test_road_goes_on_after_an_interruption(data, tmp_path, monkeypatch):
 
     arguments = [f"data.path={data}", "--models", "EGNN", "--epochs", "4"]
     recipe.run_recipe(RECIPE, SCALES, ["--out", str(tmp_path / "whole"), *arguments])
-    steps = trainer.steps
+    steps = trainer.Trainer.steps
 
-    def stopping(*given):
-        if given[-1].epoch == 2:
+    def stopping(self):
+        if self.state.epoch == 2:
             raise KeyboardInterrupt
-        return steps(*given)
+        return steps(self)
 
     stopped = ["--out", str(tmp_path / "stopped"), *arguments]
-    monkeypatch.setattr(trainer, "steps", stopping)
+    monkeypatch.setattr(trainer.Trainer, "steps", stopping)
     with pytest.raises(KeyboardInterrupt):
         recipe.run_recipe(RECIPE, SCALES, stopped)
-    monkeypatch.setattr(trainer, "steps", steps)
+    monkeypatch.setattr(trainer.Trainer, "steps", steps)
     recipe.run_recipe(RECIPE, SCALES, stopped)
     whole, mended = (torch.load(tmp_path / name / "EGNN" / "last.pt")["model"] for name in ("whole", "stopped"))
     assert all(torch.equal(value, mended[key]) for key, value in whole.items())

@@ -139,7 +139,7 @@ def test_an_epoch_makes_no_tensor_on_a_default_device(small: Path, monkeypatch: 
     def epoch() -> dict[str, float]:
         """The sums of an epoch, but for seconds."""
         state = TrainingState()
-        for _ in trainer.steps(SingleProcess(), chosen, model, optimizer, read, state):
+        for _ in trainer.Trainer(SingleProcess(), chosen, model, optimizer, read, state).steps():
             pass
         return {name: value for name, value in state.sums.items() if not name.endswith("_s")}
 
