@@ -64,49 +64,36 @@ def _silu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten.silu_backward.grad_input(grad, x, grad_input=grad)
 
 
-def _first_layer(
-    bf16: bool, pre: Tensor, scalars: Tensor, w_s: Tensor, weights: Sequence[Tensor]
-) -> tuple[Tensor, Sequence[Tensor]]:
-    """a₁, written over ``pre``, and the weights of the other layers; both in bfloat16 if ``bf16``."""
+def _forward(
+    inplace: bool, bf16: bool, pre: Tensor, distance: Tensor, e: Tensor | None, w_s: Tensor, *weights: Tensor
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The outputs of ``message_mlp``, and what its gradient needs. inplace: write each array over the one before."""
+    scalars = distance if e is None else torch.cat([distance, e], 1)
     a_1 = pre.addmm_(scalars, w_s.t())
-    return (_to_bf16(a_1), [t.bfloat16() for t in weights]) if bf16 else (a_1, weights)
-
-
-def _outputs(m: Tensor, s_3: Tensor, w: Tensor, like: Tensor) -> tuple[Tensor, ...]:
-    """m (E, H), and w_k · s_3 (E, 1) of each coordinate MLP, without padding and in the dtype of ``like`` (E, H)."""
+    if bf16:
+        a_1, weights = _to_bf16(a_1), tuple(t.bfloat16() for t in weights)
+    w_2, b_2, w_x, b_x, w = weights
+    s_1 = functional.silu(a_1, inplace)
+    a_2 = fast_linear(s_1, w_2, b_2)
+    m = functional.silu(a_2, inplace)
+    a_3 = fast_linear(m, w_x, b_x)
+    s_3 = functional.silu(a_3, inplace)
     per_mlp = s_3.view(len(m), *w.shape)
     scales = ((per_mlp[:, k] @ w[k]).unsqueeze(1) for k in range(len(w)))
-    return tuple(t[: len(like)].to(like.dtype) for t in (m, *scales))
-
-
-def _inference(
-    bf16: bool, pre: Tensor, distance: Tensor, e: Tensor | None, w_s: Tensor, *weights: Tensor
-) -> tuple[Tensor, ...]:
-    """The forward pass alone, each array written over the one before."""
-    scalars = distance if e is None else torch.cat([distance, e], 1)
-    a_1, (w_2, b_2, w_x, b_x, w) = _first_layer(bf16, pre, scalars, w_s, weights)
-    m = functional.silu(fast_linear(functional.silu(a_1, inplace=True), w_2, b_2), inplace=True)
-    return _outputs(m, functional.silu(fast_linear(m, w_x, b_x), inplace=True), w, pre)
+    outputs = tuple(t[: len(pre)].to(pre.dtype) for t in (m, *scales))
+    return outputs, (scalars, w_s, a_1, s_1, a_2, m, a_3, s_3, w_2, w_x, w)
 
 
 class _MessageMLP(torch.autograd.Function):
     """a₁ = pre + W_s scalars, m = SiLU(W₂ SiLU(a₁) + b₂), scale_k = w_k·SiLU(W_k m + b_k); W_x, b_x: all W_k, b_k."""
 
     @staticmethod
-    def forward(
-        ctx: Any, bf16: bool, pre: Tensor, distance: Tensor, e: Tensor | None, w_s: Tensor, *weights: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, bf16: bool, *tensors: Any) -> tuple[Tensor, ...]:
         ctx.bf16 = bf16
         ctx.set_materialize_grads(False)
-        scalars = distance if e is None else torch.cat([distance, e], 1)
-        a_1, (w_2, b_2, w_x, b_x, w) = _first_layer(bf16, pre, scalars, w_s, weights)
-        s_1 = functional.silu(a_1)
-        a_2 = fast_linear(s_1, w_2, b_2)
-        m = functional.silu(a_2)
-        a_3 = fast_linear(m, w_x, b_x)
-        s_3 = functional.silu(a_3)
-        ctx.save_for_backward(scalars, w_s, a_1, s_1, a_2, m, a_3, s_3, w_2, w_x, w)
-        return _outputs(m, s_3, w, pre)
+        outputs, saved = _forward(False, bf16, *tensors)
+        ctx.save_for_backward(*saved)
+        return outputs
 
     @staticmethod
     @once_differentiable
@@ -154,5 +141,5 @@ def message_mlp(
     second = phi[2]
     w_x, b_x = (torch.cat([getattr(c[0], name) for c in coordinate]) for name in ("weight", "bias"))
     w = torch.cat([c[2].weight for c in coordinate])
-    compute = _MessageMLP.apply if torch.is_grad_enabled() else _inference
-    return compute(bf16, pre, distance, e, w_s, second.weight, second.bias, w_x, b_x, w)
+    inputs = (bf16, pre, distance, e, w_s, second.weight, second.bias, w_x, b_x, w)
+    return _MessageMLP.apply(*inputs) if torch.is_grad_enabled() else _forward(True, *inputs)[0]

@@ -29,8 +29,6 @@ from .rf import RFLayer
 from .schnet import SchNetLayer
 from .tfn import TFNLayer
 
-PRECISIONS = ("float32", "bf16-messages")
-
 
 def graph_size_and_centroid(graph: DGLGraph, x: Tensor, comm: Comm) -> tuple[Tensor, Tensor]:
     """N (B, 1) and centroid (B, 3) of each graph over all partitions; x: positions (n, 3) of this partition.
@@ -47,22 +45,12 @@ def graph_size_and_centroid(graph: DGLGraph, x: Tensor, comm: Comm) -> tuple[Ten
     return sums[:, 3:], sums[:, :3] / sums[:, 3:].clamp(min=1)
 
 
-def node_field(graph: DGLGraph, name: str, width: int) -> Tensor:
-    """A node field (N, width). Raises Failure if it is missing or has another shape."""
-    if name not in graph.ndata:
-        raise Failure(f"the graph has no node field '{name}'; see docs/conventions.md for the fields of a sample")
-    value = graph.ndata[name]
-    if value.ndim != 2 or value.shape[1] != width:
-        raise Failure(f"node field '{name}' has shape {tuple(value.shape)}, the model expects (N, {width})")
-    return value
-
-
-def edge_field(graph: DGLGraph, name: str, width: int) -> Tensor:
-    """An edge field (E, width). Raises Failure if it is missing or has another shape."""
-    value = graph.edata.get(name)
+def read_field(fields: Mapping[str, Tensor], name: str, width: int) -> Tensor:
+    """A field (…, width) of ``graph.ndata`` or ``graph.edata``. Raises Failure if it is missing or has another shape."""
+    value = fields.get(name)
     if value is None or value.shape[1:] != (width,):
-        shape = "missing" if value is None else tuple(value.shape)
-        raise Failure(f"edge field '{name}' is {shape}, the model expects (E, {width})")
+        shape = "is missing" if value is None else f"has shape {tuple(value.shape)}"
+        raise Failure(f"graph: field '{name}' {shape}, the model expects (rows, {width}); see docs/conventions.md")
     return value
 
 
@@ -75,7 +63,7 @@ class Linear(nn.Module):
         self.comm: Comm = SingleProcess()
 
     def forward(self, graph: DGLGraph) -> tuple[Tensor, Tensor]:
-        x, v = (node_field(graph, name, 3).to(self.t) for name in ("x", "v"))
+        x, v = (read_field(graph.ndata, name, 3).to(self.t) for name in ("x", "v"))
         return x + self.t * v, x.new_zeros(graph.batch_size, 0, 3)
 
 
@@ -109,8 +97,8 @@ class Network(nn.Module):
     ) -> None:
         super().__init__()
         name, bf16 = type(self).__name__, precision == "bf16-messages"
-        if precision not in PRECISIONS:
-            raise Failure(f"model.precision={precision}: unknown; use {' or '.join(PRECISIONS)}")
+        if precision not in ("float32", "bf16-messages"):
+            raise Failure(f"model.precision={precision}: unknown; use float32 or bf16-messages")
         for key in options:
             if key not in self.layer.options:
                 raise Failure(f"model.{key}: {name} has no such option; leave it out")
@@ -132,13 +120,6 @@ class Network(nn.Module):
         self.comm: Comm = SingleProcess()
         self.requires_halo = False  # in halo mode: a graph without a halo is an error
 
-    @classmethod
-    def accepts(cls, key: str) -> bool:
-        """Whether the key of the config's model section is an option of this model."""
-        if key == "virtual_nodes":
-            return bool(cls.virtual_nodes)
-        return key in ("hidden", "layers", "gravity", "precision", "engine", "tile", *cls.layer.options)
-
     def _inputs(self, graph: DGLGraph, tiles: tiling.Tiles) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Node fields in the tiles' order and edge fields, in the model's precision."""
         like = next(self.parameters())
@@ -147,14 +128,16 @@ class Network(nn.Module):
             widths["f"] = self.widths["f"]
             if self.widths["a"]:
                 widths["a"] = self.widths["a"]
-        node = {k: node_field(graph, k, width).to(like).index_select(0, tiles.order) for k, width in widths.items()}
+        node = {
+            k: read_field(graph.ndata, k, width).to(like).index_select(0, tiles.order) for k, width in widths.items()
+        }
         if self.layer.features:
             node["h"] = self.embedding(node.pop("f"))
         edge = {}
         if self.widths["e"]:
-            edge["e"] = edge_field(graph, "e", self.widths["e"])
+            edge["e"] = read_field(graph.edata, "e", self.widths["e"])
         if "shift" in graph.edata:
-            edge["shift"] = edge_field(graph, "shift", 3)
+            edge["shift"] = read_field(graph.edata, "shift", 3)
         if halos := halo.get(graph):
             edge = {name: torch.cat([value, halos.edge(name)]) for name, value in edge.items()}
         return node, {name: value.to(like) for name, value in edge.items()}
@@ -166,7 +149,7 @@ class Network(nn.Module):
 
     def engine_and_tiles(self, graph: DGLGraph) -> tuple[message_passing.Engine, tiling.Tiles]:
         """The engine that runs the messages, and the graph's tiles for it."""
-        node_field(graph, "x", 3)
+        read_field(graph.ndata, "x", 3)
         # the graph itself stays on its device: DGL may have no build for the model's
         device = next(self.parameters()).device
         engine = message_passing.resolve_engine(self.engine, device)
@@ -311,12 +294,13 @@ def resolve_model(
     cls = model_class(settings["name"])
     if not issubclass(cls, Network):
         return cls, {}
-    options = {}
+    accepted = {"hidden", "layers", "gravity", "precision", "engine", "tile", *cls.layer.options}
+    if cls.virtual_nodes:
+        accepted.add("virtual_nodes")
     for key, value in settings.items():
-        if key != "name" and cls.accepts(key):
-            options[key] = value
-        elif key not in ("name", "virtual_nodes") and value != defaults[key]:
+        if key not in {"name", "virtual_nodes", *accepted} and value != defaults[key]:
             raise Failure(f"model.{key}={value}: {cls.__name__} has no such option; leave it at {defaults[key]}")
+    options = {key: value for key, value in settings.items() if key in accepted}
     if "cutoff" in options and options["cutoff"] is None:
         options["cutoff"] = radius if math.isfinite(radius) else 10.0
     return cls, options

@@ -9,7 +9,8 @@ Legend: E edges of a block, n_src source rows, n_dst destination rows.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -30,13 +31,6 @@ warnings.filterwarnings("ignore", message="The input graph for the user-defined 
 
 Fields = dict[str, Tensor]
 UDF = Callable[[Any], Fields]
-
-
-class Nodes:
-    """The argument of a node UDF: ``data`` holds fields (n, …)."""
-
-    def __init__(self, data: Fields) -> None:
-        self.data = data
 
 
 class Engine(Protocol):
@@ -84,8 +78,7 @@ def _sum_rows(value: Tensor, rows: Tensor, offsets: Tensor) -> Tensor:
 
 @dataclass
 class _TorchBlock:
-    """A block of edges, with the indices of both directions in int16 where possible: on large graphs they need as much
-    memory as the fields."""
+    """Indices are int16 where possible: on large graphs they need as much memory as the fields."""
 
     endpoints: Tensor  # (2E,) for each edge its source row, then n_src + its destination row
     by_source: Tensor  # (E,) the edges sorted by source
@@ -106,7 +99,6 @@ class _TorchBlock:
         return torch.arange(0, end, step, dtype=torch.int32, device=self.endpoints.device)
 
     def add_endpoints(self, src: Tensor, dst: Tensor) -> Tensor:
-        """src[j] + dst[i] of each edge j→i: (E, …)."""
         return _sum_rows(torch.cat([src, dst]), self.endpoints, self._multiples(2))
 
     def sum_to_src(self, value: Tensor) -> Tensor:
@@ -161,20 +153,15 @@ class _Mean(torch.autograd.Function):
         return None, (grad / ctx.degree).index_select(0, ctx.block.dst)
 
 
-class _EndpointFields(Mapping[str, Tensor]):
-    """Fields of one endpoint of the edges, gathered on access."""
+class _EndpointFields(UserDict[str, Tensor]):
+    """Fields of one endpoint of the edges, gathered on access; ``data`` holds the rows of nodes."""
 
     def __init__(self, fields: Fields, block: _TorchBlock, endpoint: str) -> None:
-        self.fields, self.block, self.endpoint = fields, block, endpoint
+        super().__init__(fields)
+        self.block, self.endpoint = block, endpoint
 
     def __getitem__(self, name: str) -> Tensor:
-        return _Gather.apply(self.block, self.fields[name], self.endpoint)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.fields)
-
-    def __len__(self) -> int:
-        return len(self.fields)
+        return _Gather.apply(self.block, self.data[name], self.endpoint)
 
 
 class _Edges:
@@ -191,14 +178,14 @@ def add_endpoints(edges: Any, src: str, dst: str) -> Tensor:
     TorchEngine makes one pass over the result, four times as fast as two gathers and a sum.
     """
     if isinstance(edges, _Edges):
-        return _AddEndpoints.apply(edges.block, edges.src.fields[src], edges.dst.fields[dst])
+        return _AddEndpoints.apply(edges.block, edges.src.data[src], edges.dst.data[dst])
     return edges.src[src] + edges.dst[dst]
 
 
 def difference(edges: Any, name: str) -> Tensor:
     """The field at the destination minus the field at the source of each edge, for a message UDF: (E, …)."""
     if isinstance(edges, _Edges):
-        return _AddEndpoints.apply(edges.block, -edges.src.fields[name], edges.dst.fields[name])
+        return _AddEndpoints.apply(edges.block, -edges.src.data[name], edges.dst.data[name])
     return edges.dst[name] - edges.src[name]
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..data import halo
-from .message_passing import Engine, Fields, Nodes
+from .message_passing import Engine, Fields
 from .tiling import Block, Tile, Tiles
 
 
@@ -129,7 +130,7 @@ class _Call:
             name: t.expand(n, *t.shape[1:]) if tile.graph is None else t.index_select(0, tile.graph)
             for name, t in rows.shared.items()
         }
-        out = self.layer.update(Nodes({**rows.dst, **mean, **shared}))
+        out = self.layer.update(SimpleNamespace(data={**rows.dst, **mean, **shared}))
         for name in self.layer.sums:
             if tile.graph is None:
                 out[name] = out[name].sum(0, keepdim=True)
@@ -223,7 +224,7 @@ class _TileBackward:
 
     def _update(self, tile: Tile, rows: _Rows, means: Fields, grads: Mapping[str, Tensor | None]) -> Fields:
         """The backward pass of the node update; returns the gradients of the means."""
-        leaves, grad_mean = _Leaves(self.trained), dict[str, Tensor]()
+        leaves, grad_mean = _Leaves(self.trained), Fields()
         mean = {k: leaves.leaf(t[tile.nodes], partial(grad_mean.__setitem__, k)) for k, t in means.items()}
         dst = leaves.rows(rows.dst, self.grad.node, tile.nodes)
         shared = leaves.rows(rows.shared, self.grad.shared, tile.graphs)
@@ -277,10 +278,8 @@ class _TiledLayer(torch.autograd.Function):
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         inputs, layer, n = call.unpack(tensors), call.layer, len(call.tiles.order)
         wait = call.exchange.start({name: inputs.node[name] for name in layer.source_fields}) if call.exchange else dict
-        halo_rows: Fields = {}
         save_means = call.grad_enabled and any(ctx.needs_input_grad)
-        means: Fields = {}
-        results: Fields = {}
+        halo_rows, means, results = Fields(), Fields(), Fields()
         sums: dict[int, Fields] = {}  # of each thread
 
         def write(fields: Fields, tile: Tile, name: str, value: Tensor) -> None:

@@ -80,10 +80,32 @@ class Tiles:
         return len(self.tiles) == 1 and len(self.tiles[0].blocks) == 1
 
 
+def tiles_of(
+    graph: DGLGraph,
+    engine: Engine,
+    block_edges: int = BLOCK_EDGES,
+    device: torch.device | None = None,
+    width: int = USUAL_WIDTH,
+) -> Tiles:
+    """Cut a (batched) DGLGraph into tiles with blocks of about ``block_edges`` edges; cached on it until its edges change.
+
+    device: of the layers (default: the graph's); width: of the layers. Raises Failure for block_edges below 1.
+    """
+    if block_edges < 1:
+        raise Failure(f"model.tile={block_edges}: must be at least 1 (default {BLOCK_EDGES})")
+    device = device or graph.device
+    key = (engine.name, block_edges, device, width, MAX_UNTILED_BLOCKS)
+    cached = graph.__dict__.get("_dist_egnn_tiles")
+    if cached is None or cached[0] is not graph._graph or cached[1] != key:
+        cached = (graph._graph, key, _build_tiles(graph, engine, block_edges, device, width))
+        graph.__dict__["_dist_egnn_tiles"] = cached
+    return cached[2]
+
+
 class _InEdges:
     """The in-edges of the graph's nodes; cross edges and nodes of a halo count after the graph's own.
 
-    No array of E numbers here or in ``build_tiles`` is int64: with ten million nodes that would take gigabytes.
+    No array of E numbers here or in ``_build_tiles`` is int64: with ten million nodes that would take gigabytes.
     """
 
     def __init__(self, graph: DGLGraph, position: np.ndarray) -> None:
@@ -108,20 +130,7 @@ class _InEdges:
         return indptr, self.position[self.src[edges]], edges
 
 
-def build_tiles(
-    graph: DGLGraph,
-    engine: Engine,
-    block_edges: int = BLOCK_EDGES,
-    device: torch.device | None = None,
-    width: int = USUAL_WIDTH,
-) -> Tiles:
-    """Cut a (batched) DGLGraph into tiles with blocks of about ``block_edges`` edges.
-
-    device: of the layers (default: the graph's); width: of the layers. Raises Failure for block_edges below 1.
-    """
-    if block_edges < 1:
-        raise Failure(f"model.tile={block_edges}: must be at least 1 (default {BLOCK_EDGES})")
-    device = device or graph.device
+def _build_tiles(graph: DGLGraph, engine: Engine, block_edges: int, device: torch.device, width: int) -> Tiles:
     per_graph = graph.batch_num_nodes().cpu().numpy()
     graph_of = np.repeat(np.arange(len(per_graph), dtype=np.int32), per_graph)
     x = graph.ndata["x"].detach().cpu().numpy()
@@ -171,19 +180,3 @@ def _blocks(
         block = engine.block(ends[0, edges], ends[1, edges] - lo, n_src, hi - lo)
         blocks.append(Block(slice(lo, hi), edges, block))
     return blocks
-
-
-def tiles_of(
-    graph: DGLGraph,
-    engine: Engine,
-    block_edges: int = BLOCK_EDGES,
-    device: torch.device | None = None,
-    width: int = USUAL_WIDTH,
-) -> Tiles:
-    """``build_tiles``, cached on the graph until its edges change."""
-    key = (graph._graph, engine.name, block_edges, device or graph.device, width)
-    cached = graph.__dict__.get("_dist_egnn_tiles")
-    if cached is None or cached[0][0] is not key[0] or cached[0][1:] != key[1:]:
-        cached = (key, build_tiles(graph, engine, block_edges, device, width))
-        graph.__dict__["_dist_egnn_tiles"] = cached
-    return cached[1]

@@ -131,7 +131,7 @@ def test_parts_in_one_piece_beside_parts_in_tiles(
     store, model = Store(make_store(3, "kmeans")), model_of(name, "model.tile=200")
     rows = store.parts_table.query("snapshot == 0").eval("4 * nodes + edges").sort_values().to_numpy() * 8
     monkeypatch.setattr(tiling, "MAX_UNTILED_BLOCKS", rows[1] / (200 * 64))
-    cuts = [tiling.build_tiles(part, message_passing.TorchEngine(), 200, width=8) for part in read_parts(store, 0)]
+    cuts = [tiling.tiles_of(part, message_passing.TorchEngine(), 200, width=8) for part in read_parts(store, 0)]
     assert {cut.is_single_block for cut in cuts} == {True, False}
     assert_exact(store_differences(store, model, 0))
 
@@ -259,7 +259,7 @@ def test_tiles_without_halo_nodes_run_during_the_exchange(make_store: MakeStore)
 
     graph = Store(make_store(2, "bisection")).read(1, 0, True)
     halos = halos_of(graph)
-    cut = tiling.build_tiles(graph, RecordingEngine(), 20, width=10**9)
+    cut = tiling.tiles_of(graph, RecordingEngine(), 20, width=10**9)
     interior, boundary = (sum(len(tile.blocks) for tile in group) for group in (cut.interior, cut.boundary))
     assert min(interior, boundary) > 0
     layer = EGNNLayer(8, 2, 0)

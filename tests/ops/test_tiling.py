@@ -53,8 +53,8 @@ def test_a_graph_of_few_blocks_stays_whole(monkeypatch: pytest.MonkeyPatch) -> N
     rows = graph.num_edges() + tiling.EDGES_PER_NODE * 40
     for width in (64, 16):
         needed = -(-rows * width // (2 * 64))
-        assert tiling.build_tiles(graph, message_passing.resolve_engine("auto"), needed, width=width).is_single_block
-        assert not tiling.build_tiles(
+        assert tiling.tiles_of(graph, message_passing.resolve_engine("auto"), needed, width=width).is_single_block
+        assert not tiling.tiles_of(
             graph, message_passing.resolve_engine("auto"), needed - 1, width=width
         ).is_single_block
 
