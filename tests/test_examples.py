@@ -16,7 +16,7 @@ import torch
 import typer
 import yaml
 from small import falling_swirl
-from test_published_weights import theirs
+from test_published_weights import GRAVITY, published
 from typer.testing import CliRunner
 
 from dist_egnn import cli
@@ -68,7 +68,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "config: recipes/fluid113k/config.yaml\nout: runs/sweep\nset: {train.epochs: 1}\n"
         "grids: [{keys: {model.name: [EGNN], data.edge_drop: [0, 1]}}]\nseeds: [0]\nplot: {x: data.edge_drop}\n"
     )
-    torch.save(theirs(node=2, gravity=True).float().state_dict(), here / "best.pth")
+    state = published(node=2, gravity=GRAVITY)
+    torch.save({key: value.float() for key, value in state.items()}, here / "best.pth")
     # the installed program does not look for modules in the working folder (-P), and nothing that it starts may
     (here / "bin" / "distegnn").write_text(f'#!/bin/sh\nexec {sys.executable} -P -m dist_egnn.cli "$@"\n')
     (here / "dgl.py").write_text("raise SystemExit('a file of the user, not DGL')\n")

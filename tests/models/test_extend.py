@@ -60,26 +60,23 @@ def test_its_processes_equal_one(make_store: Callable[..., Path], tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "remedy"),
     [
-        (
-            "absent:Model",
-            r"model\.name=absent:Model: cannot import absent.*install it",
-        ),
-        ("powers:Slow", r"powers has no torch\.nn\.Module of that name.*docs/extend\.md"),
-        ("powers:torch", r"powers has no torch\.nn\.Module of that name"),
-        ("powers.py:Powers", r"powers\.py:Powers: cannot import powers\.py"),
-        ("my/powers:Powers", r"my/powers:Powers.*write PACKAGE\.MODULE:CLASS"),
-        (":Powers", r":Powers.*write PACKAGE\.MODULE:CLASS"),
-        ("Powers", r"unknown; .*or MODULE:CLASS of your own"),
+        ("absent:Model", r"cannot import absent.*install it"),
+        ("powers.py:Powers", r"cannot import powers\.py"),
+        ("powers:Slow", r"torch\.nn\.Module.*docs/extend\.md"),
+        ("powers:torch", r"torch\.nn\.Module.*docs/extend\.md"),
+        ("my/powers:Powers", r"write PACKAGE\.MODULE:CLASS"),
+        (":Powers", r"write PACKAGE\.MODULE:CLASS"),
+        ("Powers", r"MODULE:CLASS of your own"),
     ],
 )
-def test_a_name_that_means_nothing_is_one_line(name: str, says: str) -> None:
-    with pytest.raises(Failure, match=says) as caught:
+def test_wrong_names_are_refused_in_one_line(name: str, remedy: str) -> None:
+    with pytest.raises(Failure, match=rf"^model\.name={name}: .*{remedy}") as caught:
         network.model_class(name)
     assert "\n" not in str(caught.value)
 
 
-def test_options_that_it_does_not_have_are_refused() -> None:
-    with pytest.raises(Failure, match=r"model\.attention: FastPowers has no such option"):
+def test_unknown_options_are_refused() -> None:
+    with pytest.raises(Failure, match=r"model\.attention: FastPowers"):
         network.model_class("powers:FastPowers")(features=3, attention=True)

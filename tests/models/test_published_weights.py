@@ -1,11 +1,10 @@
-"""FastEGNN weights of the authors' code: renamed, read safely, made into a run.
+"""FastEGNN weights of the authors' code: renaming, safe reading, and import as a run.
 
-``Theirs`` is the paper's mathematics once more, in modules that carry the names of the published state dicts.
+The expected outputs are those of slow.py, the paper's formulas, for the same weights.
 """
 
 from __future__ import annotations
 
-import io
 import pickle
 import re
 import warnings
@@ -15,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import slow
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import dist_egnn
 from dist_egnn import cli, config
@@ -30,96 +30,59 @@ from dist_egnn.models.network import FastEGNN
 from dist_egnn.train import trainer
 
 H, L, C, F, A, K = 6, 3, 3, 2, 2, 2
-GRAVITY = [0.0, -0.1, 0.5]  # -0.1 has no end in binary: rounding it to float32 would show
+GRAVITY = [0.0, -0.1, 0.5]  # -0.1 is not exact in binary: rounding to float32 would show
+# networks of a layer: symbol in the paper → published name
+NAMES = {
+    "phi_e": "edge_mlp",
+    "phi_x": "coord_mlp_r",
+    "phi_v": "coord_mlp_vel",
+    "phi_h": "node_mlp",
+    "phi_g": "gravity_mlp",
+    "attention": "att_mlp.0",
+    "virtual.phi_ev": "edge_mlp_virtual",
+    "virtual.phi_xv": "coord_mlp_r_virtual",
+    "virtual.phi_z": "coord_mlp_v_virtual",
+    "virtual.phi_s": "node_mlp_virtual",
+    "virtual.attention_v": "att_mlp_virtual.0",
+}
 
 
-def two(inputs: int, outputs: int, bias: bool = True, hidden: int = H) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, outputs, bias=bias))
+def weights(
+    count: int = C, node: int = K, edge: int = A, attention: bool = False, gravity: list[float] | None = None
+) -> dict[str, Tensor]:
+    """Weights of a FastEGNN in float64, by symbol, so large that every part of a layer has an effect."""
+    options: dict[str, Any] = {"virtual_nodes": count, "attention": attention, "gravity": gravity}
+    shapes = {name: p.shape for name, p in FastEGNN(F, node, edge, hidden=H, layers=L, **options).state_dict().items()}
+    draw = torch.Generator().manual_seed(0)
+    return {k: torch.randn(s, generator=draw, dtype=torch.float64) / s[-1] ** 0.5 for k, s in shapes.items()}
 
 
-class TheirLayer(nn.Module):
-    """One layer, of whatever options; ``virtual``: positions (3, C) and features (H, C), an axis order of their own."""
-
-    def __init__(self, count: int, node: int, edge: int, attention: bool, gravity: bool) -> None:
-        super().__init__()
-        self.edge_mlp = nn.Sequential(*two(2 * H + 1 + edge, H), nn.SiLU())
-        self.edge_mlp_virtual = nn.Sequential(*two(2 * H + 1 + count, H), nn.SiLU())
-        self.coord_mlp_r = two(H, 1, bias=False)
-        self.coord_mlp_r_virtual = two(H, 1, bias=False)
-        self.coord_mlp_v_virtual = two(H, 1, bias=False)
-        self.coord_mlp_vel = two(H, 1)
-        self.node_mlp = two(3 * H + node, H)
-        self.node_mlp_virtual = two(2 * H, H)
-        if gravity:
-            self.gravity_mlp = two(H, 1)
-        if attention:
-            self.att_mlp = nn.Sequential(nn.Linear(H, 1), nn.Sigmoid())
-            self.att_mlp_virtual = nn.Sequential(nn.Linear(H, 1), nn.Sigmoid())
-
-    def forward(self, h, x, v, a, src, dst, e, s, z, normalize, g):
-        n, count = len(x), z.shape[1]
-        apart = x[dst] - x[src]
-        length = apart.norm(dim=1, keepdim=True)
-        m = self.edge_mlp(torch.cat([h[dst], h[src], length**2, e], 1))
-        mean_z = z - x.mean(0)[:, None]
-        gram = mean_z.T @ mean_z
-        said = [
-            torch.cat([h, s[:, c].expand(n, -1), (z[:, c] - x).norm(dim=1, keepdim=True), gram[:, c].expand(n, -1)], 1)
-            for c in range(count)
-        ]
-        virtual = [self.edge_mlp_virtual(row) for row in said]
-        if hasattr(self, "att_mlp"):
-            m = m * self.att_mlp(m)
-            virtual = [mc * self.att_mlp_virtual(mc) for mc in virtual]
-        mean = torch.zeros(n, n, dtype=x.dtype).index_put((dst, src), torch.ones(len(src), dtype=x.dtype))
-        degree = mean.sum(1, keepdim=True).clamp(min=1)
-
-        def gathered(value: Tensor) -> Tensor:
-            return torch.zeros(n, value.shape[1], dtype=x.dtype).index_add(0, dst, value) / degree
-
-        direction = apart / (length + 1e-8) if normalize else apart
-        moved = x + gathered(direction * self.coord_mlp_r(m)) + self.coord_mlp_vel(h) * v
-        for c, mc in enumerate(virtual):
-            moved = moved + (x - z[:, c]) * self.coord_mlp_r_virtual(mc) / count
-        if hasattr(self, "gravity_mlp"):
-            moved = moved + self.gravity_mlp(h) * g
-        z_new = [z[:, c] + ((z[:, c] - x) * self.coord_mlp_v_virtual(mc)).mean(0) for c, mc in enumerate(virtual)]
-        s_new = [s[:, c] + self.node_mlp_virtual(torch.cat([s[:, c], mc.mean(0)])) for c, mc in enumerate(virtual)]
-        mean_virtual = torch.stack(virtual).mean(0)
-        h = h + self.node_mlp(torch.cat([h, gathered(m), mean_virtual, a], 1))
-        return h, moved, torch.stack(s_new, 1), torch.stack(z_new, 1)
+def published(**options: Any) -> dict[str, Tensor]:
+    """The same weights as a state dict of the authors' code."""
+    state = {}
+    for name, value in weights(**options).items():
+        if match := re.fullmatch(r"layers\.(\d+)\.(.*?)((\.\d)?\.(weight|bias))", name):
+            state[f"gcl_{match[1]}.{NAMES[match[2]]}{match[3]}"] = value
+        elif name == "s":
+            state["virtual_node_feat"] = value.T[None]
+        else:
+            state[name.replace("embedding", "embedding_in")] = value
+    return state
 
 
-class Theirs(nn.Module):
-    def __init__(self, count: int = C, node: int = K, edge: int = A, attention: bool = False, gravity: bool = False):
-        super().__init__()
-        self.virtual_node_feat = nn.Parameter(torch.randn(1, H, count))
-        self.embedding_in = nn.Linear(F, H)
-        for k in range(L):
-            self.add_module(f"gcl_{k}", TheirLayer(count, node, edge, attention, gravity))
-
-    def forward(self, graph: Any, normalize: bool = False, g: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        x, v, f, a = (graph.ndata[name] for name in ("x", "v", "f", "a"))
-        src, dst = (end.long() for end in graph.edges())
-        s, h = self.virtual_node_feat[0], self.embedding_in(f)
-        z = x.mean(0)[:, None].expand(-1, s.shape[1])
-        for k in range(L):
-            h, x, s, z = getattr(self, f"gcl_{k}")(h, x, v, a, src, dst, graph.edata["e"], s, z, normalize, g)
-        return x, z.T
+def expected_outputs(
+    graph: Any, normalize: bool = False, gravity: list[float] | None = None, **options: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """(x^L, z^L) of these weights by the paper's formulas."""
+    arrays = {name: value.numpy() for name, value in weights(gravity=gravity, **options).items()}
+    src, dst = (end.tolist() for end in graph.edges())
+    edges = list(zip(src, dst, graph.edata["e"].double().numpy(), strict=True))
+    fields = {name: graph.ndata[name].double().numpy() for name in "xvfa"}
+    return slow.fast_egnn(arrays, L, fields, edges, normalize=normalize, tanh=False, g=gravity)
 
 
-def theirs(seed: int = 0, **options: Any) -> Theirs:
-    """Their model in float64, its weights drawn so large that all parts of a layer show."""
-    torch.manual_seed(seed)
-    model = Theirs(**options).double()
-    with torch.no_grad():
-        for value in model.parameters():
-            value.copy_(torch.randn_like(value) / value.shape[-1] ** 0.5)
-    return model
-
-
-def a_graph(edge: int = A, node: int = K, seed: int = 1) -> Any:
-    draw = np.random.default_rng(seed)
+def random_graph(edge: int = A, node: int = K) -> Any:
+    draw = np.random.default_rng(1)
     x = draw.normal(size=(20, 3))
     nodes = {"x": x, "v": draw.normal(size=(20, 3)), "f": draw.normal(size=(20, F)), "a": draw.normal(size=(20, node))}
     graph = build_graph(*radius_edges(x, 1.2), nodes)
@@ -140,114 +103,96 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_outputs_are_theirs(options, prefix):
-    options = dict(options)
-    normalize, gravity = options.pop("normalize", False), options.pop("gravity", None)
-    model = theirs(gravity=gravity is not None, **options)
-    graph = a_graph(options.get("edge", A), options.get("node", K))
-    state = {prefix + key: value for key, value in model.state_dict().items()}
-    ours = FastEGNN.from_published(state, normalize=normalize, gravity=gravity)
-    with torch.no_grad():
-        x, z = model(graph, normalize, None if gravity is None else torch.tensor(gravity, dtype=torch.float64))
-        found_x, found_z = ours(graph)
-    assert float((z - graph.ndata["x"].mean(0)).abs().max()) > 0.01
-    assert found_x.dtype == torch.float64
-    assert found_z[0].shape == z.shape == (options.get("count", C), 3)
-    for found, wanted, start in ((found_x, x, graph.ndata["x"]), (found_z[0], z, graph.ndata["x"].mean(0))):
-        assert float((found - wanted).abs().max() / (wanted - start).abs().max()) < 1e-12
+def test_outputs_are_those_of_the_published_weights(options):
+    training = {name: options[name] for name in ("normalize", "gravity") if name in options}
+    state = published(**{name: value for name, value in options.items() if name != "normalize"})
+    graph = random_graph(options.get("edge", A), options.get("node", K))
+    expected = expected_outputs(graph, **options)
+    centroid = graph.ndata["x"].mean(0).numpy()
+    for prefix in ("", "module."):
+        model = FastEGNN.from_published({prefix + key: value for key, value in state.items()}, **training)
+        with torch.no_grad():
+            x, z = (t.numpy() for t in model(graph))
+        assert x.dtype == np.float64
+        assert z[0].shape == (options.get("count", C), 3)
+        assert np.abs(expected[1] - centroid).max() > 0.01
+        for result, wanted, start in ((x, expected[0], graph.ndata["x"].numpy()), (z[0], expected[1], centroid)):
+            assert np.abs(result - wanted).max() / np.abs(wanted - start).max() < 1e-12
 
 
-def test_weights_that_no_output_depends_on_are_kept():
-    """φ_h and φ_s of the last layer: a layer in between shows that they are compared with the right ones."""
-    state = theirs().state_dict()
-    layers = FastEGNN.from_published(state).layers
-    for number, layer in enumerate(layers):
+def test_weights_without_effect_on_the_outputs_are_kept():
+    """φ_h and φ_s of the last layer."""
+    state = published()
+    for number, layer in enumerate(FastEGNN.from_published(state).layers):
         for key, network in (("node_mlp", layer.phi_h), ("node_mlp_virtual", layer.virtual.phi_s)):
             for name, value in network.state_dict().items():
                 assert torch.equal(value, state[f"gcl_{number}.{key}.{name}"])
 
 
-def without(key: str) -> dict[str, Tensor]:
-    return {name: value for name, value in theirs().state_dict().items() if name != key}
+WRONG: list[tuple[str | dict[str, Any], str]] = [  # a prefix of keys to remove, or values to set; the message
+    ("gcl_1.node_mlp.2.bias", r"'gcl_1\.node_mlp\.2\.bias' is missing"),
+    ("gcl_2.att_mlp_virtual", r"'gcl_2\.att_mlp_virtual\.0\.weight' is missing"),
+    ("virtual_node_feat", r"'virtual_node_feat' is missing"),
+    ("", r"'embedding_in\.weight' is missing"),
+    ("gcl", r"'gcl_0\..*' is missing"),
+    ("gcl_1", r"'gcl_1'.* missing.*'gcl_2'"),
+    ({"gcl_0.extra": torch.zeros(1)}, r"unknown key 'gcl_0\.extra'"),
+    ({"gcl_0.coord_mlp_r.2.bias": torch.zeros(1)}, r"unknown key 'gcl_0\.coord_mlp_r"),
+    ({"gcl_2.edge_mlp.2.weight": torch.zeros(7, H)}, r"'gcl_2\.edge_mlp\.2\.weight' .*\(7, 6\).*\(6, 6\)"),
+    ({"embedding_in.weight": torch.zeros(64, F)}, r"'gcl_0\.node_mlp\.0\.weight' has 20 columns.*3H = 192"),
+    ({"virtual_node_feat": torch.zeros(1, H, 4)}, r"'gcl_0\.edge_mlp_virtual\.0\.weight' .*\(6, 16\).*\(6, 17\)"),
+    ({"virtual_node_feat": torch.zeros(H, C)}, r"'virtual_node_feat'.*3 axes"),
+    ({"virtual_node_feat": torch.zeros(2, H, C)}, r"'virtual_node_feat' .*\(2, 6, 3\).*\(1, 6, 3\)"),
+    ({"epoch": 3}, r"'epoch'.*int"),
+    ({"gcl_0.steps": torch.zeros(1, dtype=torch.long)}, r"'gcl_0\.steps'.*int64"),
+    ({"module.embedding_in.bias": torch.zeros(H)}, r"'embedding_in\.bias'.*twice"),
+    ({"gcl_0.gravity_mlp.0.weight": torch.zeros(H, H)}, r"gravity_mlp.*model\.gravity"),
+]
 
 
-WRONG = {
-    "missing": (lambda: without("gcl_1.node_mlp.2.bias"), r"key 'gcl_1\.node_mlp\.2\.bias' is missing"),
-    "missing, first asked": (lambda: without("virtual_node_feat"), r"key 'virtual_node_feat' is missing"),
-    "empty": (dict, r"key 'embedding_in\.weight' is missing"),
-    "no layer": (lambda: {k: v for k, v in without("").items() if "gcl" not in k}, r"key 'gcl_0\..*' is missing"),
-    "a layer": (lambda: {k: v for k, v in without("").items() if "gcl_1" not in k}, r"'gcl_1' are missing.*'gcl_2'"),
-    "unknown": (lambda: without("") | {"gcl_0.extra": torch.zeros(1)}, r"unknown key 'gcl_0\.extra'"),
-    "bias": (lambda: without("") | {"gcl_0.coord_mlp_r.2.bias": torch.zeros(1)}, r"unknown key 'gcl_0\.coord_mlp_r"),
-    "other H": (
-        lambda: without("") | {"gcl_2.edge_mlp.2.weight": torch.zeros(H + 1, H)},
-        rf"'gcl_2\.edge_mlp\.2\.weight' has shape \({H + 1}, {H}\), expected \({H}, {H}\)",
-    ),
-    "H of the embedding": (
-        lambda: without("") | {"embedding_in.weight": torch.zeros(64, F)},
-        r"'gcl_0\.node_mlp\.0\.weight' has 20 columns.*3H = 192",
-    ),
-    "other C": (
-        lambda: without("") | {"virtual_node_feat": torch.zeros(1, H, C + 1)},
-        rf"'gcl_0\.edge_mlp_virtual\.0\.weight' has shape \({H}, {2 * H + 1 + C}\), expected \({H}, {2 * H + 2 + C}\)",
-    ),
-    "axes": (lambda: without("") | {"virtual_node_feat": torch.zeros(H, C)}, r"'virtual_node_feat'.*expected 3 axes"),
-    "batch of s": (
-        lambda: without("") | {"virtual_node_feat": torch.zeros(2, H, C)},
-        rf"'virtual_node_feat' has shape \(2, {H}, {C}\), expected \(1, {H}, {C}\)",
-    ),
-    "no tensor": (lambda: without("") | {"epoch": 3}, r"'epoch'.*int"),
-    "integers": (lambda: without("") | {"gcl_0.steps": torch.zeros(1, dtype=torch.long)}, r"'gcl_0\.steps'.*int64"),
-    "twice": (
-        lambda: without("") | {"module.embedding_in.bias": torch.zeros(H)},
-        r"'embedding_in\.bias'.*twice",
-    ),
-    "half an attention": (
-        lambda: {
-            k: v for k, v in theirs(attention=True).state_dict().items() if not k.startswith("gcl_2.att_mlp_virtual")
-        },
-        r"key 'gcl_2\.att_mlp_virtual\.0\.weight' is missing",
-    ),
-    "gravity without its vector": (
-        lambda: theirs(gravity=True).state_dict(),
-        r"gravity_mlp.*model\.gravity",
-    ),
-}
-
-
-@pytest.mark.parametrize(("state", "says"), WRONG.values(), ids=WRONG)
-def test_what_does_not_fit_is_named(state, says):
-    with pytest.raises(Failure, match=says) as caught:
-        FastEGNN.from_published(state())
+@pytest.mark.parametrize(("change", "message"), WRONG)
+def test_wrong_state_dicts_are_refused_in_one_line(change, message):
+    state: dict[str, Any] = published(attention=True)
+    if isinstance(change, str):
+        state = {key: value for key, value in state.items() if not key.startswith(change)}
+    else:
+        state |= change
+    with pytest.raises(Failure, match=message) as caught:
+        FastEGNN.from_published(state)
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("gravity", "says"), [([0, 1, 0], "no gravity_mlp"), ([0, 1], "3 numbers")])
-def test_a_vector_that_does_not_fit(gravity, says):
-    with pytest.raises(Failure, match=says):
-        FastEGNN.from_published(theirs().state_dict(), gravity=gravity)
+@pytest.mark.parametrize(("gravity", "message"), [([0, 1, 0], "no gravity_mlp"), ([0, 1], "3 numbers")])
+def test_a_wrong_gravity_is_refused(gravity, message):
+    with pytest.raises(Failure, match=message):
+        FastEGNN.from_published(published(), gravity=gravity)
 
 
-NESTS = {
+CONTENTS = {
     "bare": lambda state: state,
     "state_dict": lambda state: {"epoch": 3, "state_dict": state, "optimizer": {"state": {0: {"step": torch.ones(1)}}}},
     "deep": lambda state: {"checkpoint": {"model": {f"module.{k}": v for k, v in state.items()}}, "args": ["a"]},
 }
 
 
-@pytest.mark.parametrize("nest", NESTS.values(), ids=NESTS)
+@pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS)
 @pytest.mark.parametrize("legacy", [False, True])
-def test_files_of_several_shapes(tmp_path, nest, legacy):
-    state = theirs().state_dict()
-    torch.save(nest(state), tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
-    found = published_weights.normalize_keys(published_weights.read_state_dict(tmp_path / "a.pth"))
-    assert found.keys() == state.keys()
-    assert all(torch.equal(found[key], state[key]) for key in state)
+def test_nested_state_dicts_and_both_file_formats_are_read(tmp_path, content, legacy):
+    state = published()
+    torch.save(content(state), tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
+    result = published_weights.normalize_keys(published_weights.read_state_dict(tmp_path / "a.pth"))
+    assert result.keys() == state.keys()
+    assert all(torch.equal(result[key], state[key]) for key in state)
+
+
+def refused(path: Path, message: str) -> None:
+    with pytest.raises(Failure, match=f"{path.name}: .*{message}") as caught:
+        published_weights.read_state_dict(path)
+    assert "\n" not in str(caught.value)
 
 
 class Evil:
-    """Unpickling it makes a file."""
+    """Unpickling it creates a file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -256,140 +201,113 @@ class Evil:
         return (Path.touch, (self.path,))
 
 
-def evil_files(folder: Path) -> dict[str, Path]:
-    """Files that run code when they are unpickled: as torch writes them, as pickle does, within weights and alone."""
-    state = {**theirs().state_dict(), "note": Evil(folder / "ran")}
-    torch.save(state, folder / "zip.pt")
-    torch.save(state, folder / "old.pt", _use_new_zipfile_serialization=False)
-    (folder / "bare.pt").write_bytes(pickle.dumps(Evil(folder / "ran")))
-    (folder / "system.pt").write_bytes(f"cposix\nsystem\n(S'touch {folder}/ran'\ntR.".encode())
-    return {name: folder / f"{name}.pt" for name in ("zip", "old", "bare", "system")}
-
-
 def test_code_in_a_file_is_not_run(tmp_path):
-    for name, path in evil_files(tmp_path).items():
-        says = rf"{name}\.pt: damaged, or .*could run code"
+    """Files as torch and as pickle write them, with code among the weights and alone."""
+    state, trace = {**published(), "note": Evil(tmp_path / "ran")}, tmp_path / "ran"
+    torch.save(state, tmp_path / "zip.pt")
+    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "bare.pt").write_bytes(pickle.dumps(Evil(trace)))
+    (tmp_path / "system.pt").write_bytes(f"cposix\nsystem\n(S'touch {trace}'\ntR.".encode())
+    for path in sorted(tmp_path.glob("*.pt")):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            with pytest.raises(Failure, match=says) as caught:
-                published_weights.read_state_dict(path)
-        assert "\n" not in str(caught.value)
-        assert not (tmp_path / "ran").exists(), name
-    # the trap works where it is let
+            refused(path, "damaged, or .*could run code")
+        assert not trace.exists(), path
+    # the control: the files do run code where that is allowed
     torch.load(tmp_path / "zip.pt", weights_only=False)
-    assert (tmp_path / "ran").exists()
-    (tmp_path / "ran").unlink()
+    assert trace.exists()
+    trace.unlink()
     pickle.loads((tmp_path / "system.pt").read_bytes())
-    assert (tmp_path / "ran").exists()
+    assert trace.exists()
 
 
-def test_an_old_torch_does_not_read_foreign_files(tmp_path, monkeypatch):
-    torch.save(theirs().state_dict(), tmp_path / "a.pt")
+def test_an_old_torch_reads_no_file(tmp_path, monkeypatch):
+    torch.save(published(), tmp_path / "a.pt")
     published_weights.read_state_dict(tmp_path / "a.pt")
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
-    with pytest.raises(Failure, match=r"torch 2\.9\.1\+cpu.*install torch 2\.10"):
-        published_weights.read_state_dict(tmp_path / "a.pt")
+    refused(tmp_path / "a.pt", r"torch 2\.9\.1\+cpu.*install torch 2\.10")
 
 
-def damaged(folder: Path) -> dict[str, tuple[Path, str]]:
-    buffer = io.BytesIO()
-    torch.save(theirs().state_dict(), buffer)
-    (folder / "half.pt").write_bytes(buffer.getvalue()[: len(buffer.getvalue()) // 2])
-    (folder / "text.pt").write_text("weights\n")
-    with zipfile.ZipFile(folder / "other.pt", "w") as file:
+def test_other_and_damaged_files_are_refused(tmp_path):
+    torch.save(published(), tmp_path / "half.pt")
+    (tmp_path / "half.pt").write_bytes((tmp_path / "half.pt").read_bytes()[:2000])
+    (tmp_path / "text.pt").write_text("weights\n")
+    with zipfile.ZipFile(tmp_path / "other.pt", "w") as file:
         file.writestr("readme", "weights")
-    torch.save({"loss": 3.0, "w": torch.zeros(2)}, folder / "foreign.pt")
-    torch.save([1, 2], folder / "list.pt")
-    torch.save({"model": theirs().state_dict(), "ema": theirs().state_dict()}, folder / "both.pt")
-    wrong = dict.fromkeys(("half", "text", "other"), "damaged") | {
-        "absent": "no such file",
-        "foreign": "no key 'virtual_node_feat'",
-        "list": "no key 'virtual_node_feat'",
-        "both": "2 state dicts, model and ema",
-    }
-    return {name: (folder / f"{name}.pt", says) for name, says in wrong.items()}
+    torch.save({"loss": 3.0, "w": torch.zeros(2)}, tmp_path / "foreign.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    torch.save({"model": published(), "ema": published()}, tmp_path / "both.pt")
+    for name in ("half", "text", "other"):
+        refused(tmp_path / f"{name}.pt", "damaged")
+    for name in ("foreign", "list"):
+        refused(tmp_path / f"{name}.pt", "'virtual_node_feat'")
+    refused(tmp_path / "both.pt", "2 state dicts, model and ema")
+    refused(tmp_path / "absent.pt", "no such file")
 
 
-def test_files_that_are_none(tmp_path):
-    for path, says in damaged(tmp_path).values():
-        with pytest.raises(Failure, match=f"{path.name}: .*{says}") as caught:
-            published_weights.read_state_dict(path)
-        assert "\n" not in str(caught.value)
-
-
-def wanted(folder: Path, *overrides: str) -> Any:
+def import_config(folder: Path, *overrides: str) -> Any:
     return config.load(None, ["data.radius=0.27", "data.horizon=3", f"run.dir={folder}", *overrides])
 
 
-def test_a_run_of_theirs_predicts_as_theirs(tmp_path, small, capsys):
-    torch.save({"model": theirs(node=1).float().state_dict()}, tmp_path / "a.pth")
-    data = [f"data.path={small}", "data.features=[speed,viscosity/max]", "data.node_attributes=[mass]", "data.frames=2"]
-    run_import(tmp_path / "a.pth", wanted(tmp_path / "run", *data))
+def test_an_imported_run_predicts_as_the_published_weights(tmp_path, small, capsys):
+    state = {key: value.float() for key, value in published(node=1).items()}
+    torch.save({"model": state}, tmp_path / "a.pth")
+    data = [f"data.path={small}", "data.features=[speed,viscosity/max]", "data.node_attributes=[mass]", "data.frames=1"]
+    run_import(tmp_path / "a.pth", import_config(tmp_path / "run", *data))
     assert re.search(rf"^  hidden +{H}$", capsys.readouterr().out, re.M)
-    state = theirs(node=1).float().double()
-    made = config.load(tmp_path / "run" / "config.yaml")
-    samples = trainer.open_dataset(made, 0, 1)
-    squares = []
-    for number in samples.splits["test"]:
-        graph = samples[number]
-        for name in ("x", "v", "f", "a"):
-            graph.ndata[name] = graph.ndata[name].double()
-        graph.edata["e"] = graph.edata["e"].double()
-        with torch.no_grad():
-            squares.append((state(graph)[0] - graph.ndata["y"]) ** 2)
-    error = float(torch.cat(squares).mean())
-    found = run_evaluation(tmp_path / "run")
-    assert found["FastEGNN"] == pytest.approx(error, rel=1e-4)
+    samples = trainer.open_dataset(config.load(tmp_path / "run" / "config.yaml"), 0, 1)
+    graphs = [samples[number] for number in samples.splits["test"]]
+    errors = [(expected_outputs(graph, node=1)[0] - graph.ndata["y"].numpy()) ** 2 for graph in graphs]
+    result = run_evaluation(tmp_path / "run")
+    assert result["FastEGNN"] == pytest.approx(float(np.concatenate(errors).mean()), rel=1e-4)
     assert dist_egnn.load(tmp_path / "run").features == ["speed", "viscosity/max"]
 
 
-def test_the_run_it_makes_is_not_written_over(tmp_path):
-    torch.save(theirs(node=0).state_dict(), tmp_path / "a.pth")
-    run_import(tmp_path / "a.pth", wanted(tmp_path / "run"))
+def test_an_imported_run_is_not_overwritten(tmp_path):
+    torch.save(published(node=0), tmp_path / "a.pth")
+    run_import(tmp_path / "a.pth", import_config(tmp_path / "run"))
     with pytest.raises(Failure, match="holds a run already"):
-        run_import(tmp_path / "a.pth", wanted(tmp_path / "run"))
+        run_import(tmp_path / "a.pth", import_config(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
-    ("options", "overrides", "says"),
+    ("options", "overrides", "message"),
     [
-        ({"edge": 3}, [], "3 edge attributes, samples have 2"),
-        ({"node": 0}, ["data.features=[mass]"], r"data\.features=\[mass\]: 1, but the weights of .*a\.pth take 2"),
-        ({"node": 2}, [], r"data\.node_attributes=\[\]: 0, but .* take 2"),
+        ({"edge": 3}, [], "3 edge attributes"),
+        ({"node": 0}, ["data.features=[mass]"], r"data\.features=\[mass\].*a\.pth"),
+        ({"node": 2}, [], r"data\.node_attributes=\[\].*2"),
         ({"node": 0}, ["model.tanh=true"], r"model\.tanh=true"),
-        ({"node": 0, "gravity": True}, [], r"a\.pth: published weights: .*model\.gravity"),
+        ({"node": 0, "gravity": GRAVITY}, [], r"a\.pth: .*model\.gravity"),
         ({"node": 0, "attention": True}, ["model.precision=bf16-messages"], r"model\.attention"),
     ],
 )
-def test_what_a_run_cannot_be_made_of(tmp_path, options, overrides, says):
-    torch.save(theirs(**options).state_dict(), tmp_path / "a.pth")
-    with pytest.raises(Failure, match=says):
-        run_import(tmp_path / "a.pth", wanted(tmp_path / "run", *overrides))
+def test_weights_that_do_not_fit_the_config_make_no_run(tmp_path, options, overrides, message):
+    torch.save(published(**options), tmp_path / "a.pth")
+    with pytest.raises(Failure, match=message):
+        run_import(tmp_path / "a.pth", import_config(tmp_path / "run", *overrides))
     assert not (tmp_path / "run").exists()
 
 
 def test_command(tmp_path, monkeypatch, capsys):
-    torch.save(theirs(node=0, gravity=True).state_dict(), tmp_path / "a.pth")
+    state, file, out = published(node=0, gravity=GRAVITY), tmp_path / "a.pth", tmp_path / "run"
+    torch.save(state, file)
 
-    def command(*words: object) -> tuple[int, str]:
+    def command(*words: object) -> tuple[Any, str]:
         monkeypatch.setattr("sys.argv", ["distegnn", "import-checkpoint", *map(str, words)])
-        code: Any = 0
         try:
             cli.main()
         except SystemExit as end:
-            code = end.code
-        return code, capsys.readouterr().err
+            return end.code, capsys.readouterr().err
+        return 0, capsys.readouterr().err
 
-    file, out = tmp_path / "a.pth", tmp_path / "run"
-    assert command(file, "--radius", 1) == (
-        2,
-        "error: --out is missing: name the folder of the run to make, for example --out runs/published\n",
-    )
+    code, errors = command(file, "--radius", 1)
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "--out" in errors
     assert command(file, "--out", out)[0] == 2
     assert "model.gravity" in command(file, "--out", out, "--radius", 1)[1]
-    model = ("model.normalize=true", "model.gravity=[-1,-9.81,0.5]")
-    data = ("data.features=[charge/max, speed]", "data.horizon=7", "data.edge_drop=0.5")
-    assert command(file, "--out", out, "--radius", 2, *model, *data) == (0, "")
+    keys = ("model.normalize=true", "model.gravity=[-1,-9.81,0.5]", "data.features=[charge/max, speed]")
+    keys += ("data.horizon=7", "data.edge_drop=0.5")
+    assert command(file, "--out", out, "--radius", 2, *keys) == (0, "")
     made = config.load(out / "config.yaml")
     assert (made.data.radius, made.data.horizon, made.data.edge_drop) == (2, 7, 0.5)
     assert made.data.features == ["charge/max", "speed"]
@@ -397,6 +315,4 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert (m.name, m.hidden, m.layers, m.virtual_nodes) == ("FastEGNN", H, L, C)
     assert (m.normalize, m.attention, m.gravity) == (True, False, [-1.0, -9.81, 0.5])
     model = trainer.build_model(made, (F, 0), SingleProcess())
-    assert sum(p.numel() for p in model.parameters()) == sum(
-        p.numel() for p in theirs(node=0, gravity=True).parameters()
-    )
+    assert sum(p.numel() for p in model.parameters()) == sum(value.numel() for value in state.values())

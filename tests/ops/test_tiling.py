@@ -1,4 +1,4 @@
-"""Tiles: cut again when edges change, bounded memory, small graphs in one piece, threads. Any model's values: test_models.py."""
+"""Tiles: cached until edges change, bounded memory, small graphs in one block, threads. Values of all models: test_models.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from dist_egnn.ops import message_passing, tiling
 
 
 @pytest.fixture(autouse=True)
-def no_graph_is_too_small_for_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def tile_every_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiling, "MAX_UNTILED_BLOCKS", 0)
 
 
@@ -24,15 +24,14 @@ def test_tiles_are_cut_again_when_edges_change() -> None:
     graph, model = make_graph(40, 1), network.EGNN(3, 2, hidden=8, tile=50).double()
     model(graph)
     graph.remove_edges(graph.edges("eid")[::2])
-    x, _ = model(graph)
-    assert torch.allclose(x, reference.egnn(model, graph)[0], atol=1e-12)
+    assert torch.allclose(model(graph)[0], reference.egnn(model, graph)[0], atol=1e-12)
 
 
 def test_memory_of_a_backward_pass_is_one_tile() -> None:
-    """Tiled, autograd keeps a layer's inputs; untiled, arrays of E rows."""
+    """Tiled, autograd saves a layer's inputs; untiled, arrays of E rows."""
     graph = make_graph(400, 1, radius=0.3)
 
-    def kept(tile: int) -> int:
+    def saved_bytes(tile: int) -> int:
         sizes: dict[int, int] = {}
 
         def pack(t: Tensor) -> Tensor:
@@ -44,68 +43,66 @@ def test_memory_of_a_backward_pass_is_one_tile() -> None:
         return sum(sizes.values())
 
     assert graph.num_edges() > 20 * graph.num_nodes()
-    assert kept(500) < kept(10**9) / 8
+    assert saved_bytes(500) < saved_bytes(10**9) / 8
 
 
-def test_a_graph_of_few_blocks_stays_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("width", [64, 16])
+def test_a_graph_of_few_blocks_becomes_one(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tiling, "MAX_UNTILED_BLOCKS", 2)
-    graph = make_graph(40, 1)
+    graph, engine = make_graph(40, 1), message_passing.TorchEngine()
     rows = graph.num_edges() + tiling.EDGES_PER_NODE * 40
-    for width in (64, 16):
-        needed = -(-rows * width // (2 * 64))
-        assert tiling.tiles_of(graph, message_passing.resolve_engine("auto"), needed, width=width).is_single_block
-        assert not tiling.tiles_of(
-            graph, message_passing.resolve_engine("auto"), needed - 1, width=width
-        ).is_single_block
+    needed = -(-rows * width // (2 * tiling.USUAL_WIDTH))
+    assert tiling.tiles_of(graph, engine, needed, width=width).is_single_block
+    assert not tiling.tiles_of(graph, engine, needed - 1, width=width).is_single_block
 
 
-@pytest.mark.parametrize("threads", [2, 3])
-def test_threads_share_the_tiles(threads: int) -> None:
+@pytest.mark.parametrize(("name", "threads"), [("FastEGNN", 2), ("FastEGNN", 3), ("FastTFN", 2)])
+def test_threads_share_the_tiles(name: str, threads: int) -> None:
+    if "TFN" in name:
+        pytest.importorskip("e3nn")
     graph = dgl.batch([make_graph(50, 1), make_graph(35, 3)])
-    model = network.FastEGNN(3, 2, hidden=8, tile=20).double()
-    wanted, found = model(graph)[0], gradients(model, graph)
+    model = network.model_class(name)(3, 2, hidden=8, tile=20).double()
+    expected, expected_gradients = model(graph)[0], gradients(model, graph)
     torch.set_num_threads(threads)
     try:
         first, again = model(graph)[0], model(graph)[0]
-        assert torch.equal(first, again)  # a share of the tiles is fixed
-        assert torch.allclose(first, wanted, atol=1e-13)
-        assert_close(gradients(model, graph), found, 1e-12)
+        assert torch.equal(first, again)  # the order of summation is fixed
+        assert torch.allclose(first, expected, atol=1e-13)
+        assert_close(gradients(model, graph), expected_gradients, 1e-12)
         with torch.inference_mode():
-            assert torch.allclose(model(graph)[0], wanted, atol=1e-13)
+            assert torch.allclose(model(graph)[0], expected, atol=1e-13)
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(1)
 
 
-def test_without_gradients_no_means_are_kept(monkeypatch):
-    """Arrays of N rows that layers make: each layer's outputs, and its means only where a backward pass may follow."""
+@pytest.mark.parametrize(("grad", "arrays"), [(False, 3), (True, 6)])  # h, x and x; with m, dx and dx
+def test_means_are_saved_only_for_a_backward_pass(grad: bool, arrays: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts the arrays of N rows that the layers make."""
     x = bench_data.block(1000)
     graph = graphs.build_graph(*graphs.radius_edges(x, 0.0763), bench_data.node_fields(x))
-    model = network.EGNN(features=3, node_attributes=2, edge_attributes=2, hidden=8, layers=2, tile=256)
-    made = []
-    plain = Tensor.new_empty
-    monkeypatch.setattr(Tensor, "new_empty", lambda *given, **more: (made.append(given[1]), plain(*given, **more))[1])
-    for recorded, expected in ((False, 3), (True, 6)):  # h, x and x; with m, dx and dx
-        made.clear()
-        with torch.set_grad_enabled(recorded):
-            model(graph)
-        assert made == [1000] * expected
+    model = network.EGNN(features=3, node_attributes=2, hidden=8, layers=2, tile=256)
+    rows, new_empty = [], Tensor.new_empty
+    monkeypatch.setattr(Tensor, "new_empty", lambda *args, **more: (rows.append(args[1]), new_empty(*args, **more))[1])
+    with torch.set_grad_enabled(grad):
+        model(graph)
+    assert rows == [1000] * arrays
 
 
-def test_gradients_of_edge_fields_come_in_the_graphs_order() -> None:
-    found = []
+def test_gradients_of_edge_fields_are_in_the_graphs_order() -> None:
+    results = []
     for tile in (20, 10**9):
         graph = make_graph(40, 1)
         e = graph.edata["e"].requires_grad_()
         torch.manual_seed(0)
         network.FastEGNN(3, 2, hidden=8, tile=tile).double()(graph)[0].square().sum().backward()
-        found.append(e.grad)
-    assert float(found[0].abs().max()) > 0
-    assert torch.allclose(*found, atol=1e-13)
+        results.append(e.grad)
+    assert float(results[0].abs().max()) > 0
+    assert torch.allclose(*results, atol=1e-13)
 
 
 @pytest.mark.parametrize(("sources", "dtype"), [(300, torch.int16), (2**15, torch.int32)])
-def test_a_block_counts_as_far_as_it_must(sources: int, dtype: torch.dtype) -> None:
+def test_indices_of_a_block_take_the_smallest_type(sources: int, dtype: torch.dtype) -> None:
     src = torch.tensor([sources - 1, 0, sources - 1], dtype=torch.int32)
     block = message_passing.TorchEngine().block(src, torch.tensor([0, 0, 1], dtype=torch.int32), sources, 2)
     assert {index.dtype for index in vars(block).values()} == {dtype}
