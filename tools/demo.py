@@ -1,6 +1,6 @@
-"""The whole road on a real fluid: partition, verify, train EGNN and DistEGNN on two processes, evaluate, show.
+"""The complete workflow on a fluid: partition, verify, train EGNN and DistEGNN on two processes, evaluate, plot.
 
-Run by `make demo`; writes everything to runs/demo. Example: .venv/bin/python tools/demo.py --epochs 20
+`make demo` runs it; all output goes to runs/demo. Example: .venv/bin/python tools/demo.py --epochs 20
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a process; before torch is imported
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread per process; must be set before torch is imported
 
 import numpy as np
 import pandas as pd
@@ -43,7 +43,7 @@ MODELS = {"EGNN": "EGNN", "DistEGNN": "FastEGNN"}
 
 
 def settings(out: Path, name: str, epochs: int) -> config.Config:
-    """The recipe's config, shortened: fewer frames and epochs, a step after every snapshot, a larger rate."""
+    """A shorter version of the recipe's config: fewer frames and epochs, a step after each snapshot, a larger rate."""
     return config.load(
         RECIPE / "config.yaml",
         [
@@ -98,50 +98,52 @@ def main() -> None:
     parser.add_argument(
         "--epochs", type=int, default=7, help="passes over the training split for each model (default 7)"
     )
-    parser.add_argument("--out", type=Path, default=HERE / "runs" / "demo", help="folder that is made anew")
+    parser.add_argument(
+        "--out", type=Path, default=HERE / "runs" / "demo", help="output folder; an earlier demo in it is replaced"
+    )
     options = parser.parse_args()
     out: Path = options.out
     if out.exists():
-        # only ever a folder that an earlier demo made
+        # delete only the output of an earlier demo
         if not (out / "store.partial").exists() and not (out / "store" / "manifest.yaml").is_file():
-            raise Failure(f"{out}: exists and is no earlier demo; name another with --out")
+            raise Failure(f"{out}: exists and is not the output of a demo; choose another folder with --out")
         shutil.rmtree(out)
     started = time.perf_counter()
 
     print("1. Partition the fluid into 2 parts with METIS")
     file = Trajectories(RECIPE / "sample.h5")
     data = settings(out, "EGNN", 1).data
-    inputs = store_writer.build_inputs(
-        file, parts=2, method="metis", method_seed=0, settings=data, shard_nodes=store_writer.SHARD_NODES
-    )
+    inputs = store_writer.build_inputs(file, parts=2, method="metis", settings=data)
     write_store(file, out / "store", inputs)
     store = Store(out / "store")
 
-    print("\n2. Check the store, and that two processes compute what one does")
+    print("\n2. Verify the store, and that two processes compute the same as one")
     run_verification(out / "store", settings(out, "DistEGNN", 1))
 
-    print(f"\n3. Train on two processes, {options.epochs} epochs each")
-    found, numbers = {}, {}
+    print(f"\n3. Train on two processes, {options.epochs} epochs for each model")
+    errors, statistics = {}, {}
     for name in MODELS:
-        numbers[name] = run_training(settings(out, name, options.epochs))
-        found[name] = run_evaluation(out / name)
+        statistics[name] = run_training(settings(out, name, options.epochs))
+        errors[name] = run_evaluation(out / name)
 
-    rows = [[name, f"{found['EGNN'][name]:.3e}", "", ""] for name in ("static", "linear")]
+    rows = [[name, f"{errors['EGNN'][name]:.3e}", "", ""] for name in ("static", "linear")]
     for name, model in MODELS.items():
-        last = numbers[name]
-        rows.append([name, f"{found[name][model]:.3e}", f"{last['step_s']:.3f}", f"{last['peak_gb']:.2f}"])
-    print("\n4. Error on the test trajectory, 20 frames ahead")
+        last = statistics[name]
+        rows.append([name, f"{errors[name][model]:.3e}", f"{last['step_s']:.3f}", f"{last['peak_gb']:.2f}"])
+    print("\n4. Errors on the test trajectory, 20 frames ahead")
     print_table(
-        f"edges cut by the partition: {store.summary()['edge_cut']:.1%}; linear: x + t v, t fitted on the training split",
+        f"edges cut by the partition: {store.summary()['edge_cut']:.1%}; linear: x + t·v with t fitted on the training split",
         ["prediction", "test MSE [m²]", "s/step", "GB/process"],
         rows,
     )
     picture(out, store, options.epochs)
     shown = out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out
-    print(f"\nPicture: {shown / 'report.png'}   everything else: {shown}   {time.perf_counter() - started:.0f} s")
-    worse = [name for name, model in MODELS.items() if not found[name][model] < found[name]["linear"]]
+    print(f"\nPicture: {shown / 'report.png'}   all output: {shown}   {time.perf_counter() - started:.0f} s")
+    worse = [name for name, model in MODELS.items() if not errors[name][model] < errors[name]["linear"]]
     if worse:
-        raise Failure(f"{', '.join(worse)} did not beat linear extrapolation; train longer (--epochs) or report this")
+        raise Failure(
+            f"{', '.join(worse)} is not better than linear extrapolation; train longer (--epochs) or report this as a bug"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""tools/scaling/scaling.py: a rank alone does what it does among others. tools/scaling/model.py: its trips, and its arithmetic."""
+"""tools/scaling: a rank alone computes what it computes in a group; the trips and the arithmetic of the model."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ PARTS = 3  # the gradients then take two trips
 
 def step_result(config: Any, graph: Any, group: comm.Comm) -> list[Tensor]:
     """Gradients, summed, and parameters after a step."""
-    learner = scaling.learner(config)
-    scaling.step(config, learner, graph, group)
+    learner = scaling.build_learner(config)
+    scaling.timed_step(config, learner, graph, group)
     return [t.detach() for p in learner[0].parameters() for t in (p.grad, p)]
 
 
@@ -45,7 +45,7 @@ def real_step(config: Any, graph: Any) -> tuple[list[Tensor], list[Tensor]]:
         return step_result(config, graph, comm.ProcessGroup(60.0)), answers
 
 
-def among(group: comm.Comm, config: Any) -> list[dict[str, Any]]:
+def compare_with_alone(group: comm.Comm, config: Any) -> list[dict[str, Any]]:
     results = []
     for mode in scaling.MODES:
         graph = Store(config.data.path).read(0, group.rank, mode == "exchange")
@@ -59,25 +59,25 @@ def among(group: comm.Comm, config: Any) -> list[dict[str, Any]]:
         differ = [sum(not torch.equal(a, b) for a, b in zip(real, one, strict=True)) for one in (same, other)]
         sent = [max(call.payload, call.received) for call in counter.calls]
         link = [t.numpy() for part in (halos.parts if halos else ()) for t in (*part.send_rows, *part.edge.values())]
-        about = scaling.about(scaling.learner(config)[0], graph)
+        about = scaling.part_statistics(scaling.build_learner(config)[0], graph)
         results.append({"differ": differ, "sent": sent, "link": link, "about": about})
     return results
 
 
-def test_a_rank_alone_is_the_rank_among_others(tmp_path: Path) -> None:
-    config = scaling.store(tmp_path, 600, "bisection", PARTS)
-    ranks = spawn.run_ranks(among, PARTS, config)
-    parts = scaling.linked([Store(config.data.path).read(0, rank, exchange=True) for rank in range(PARTS)])
+def test_a_rank_alone_equals_the_rank_in_a_group(tmp_path: Path) -> None:
+    config = scaling.config_with_store(tmp_path, 600, "bisection", PARTS)
+    ranks = spawn.run_ranks(compare_with_alone, PARTS, config)
+    parts = scaling.link_halos([Store(config.data.path).read(0, rank, exchange=True) for rank in range(PARTS)])
     for rank, (bridge, exchange) in enumerate(ranks):
         for one in (bridge, exchange):
-            same, lonely = one["differ"]
+            same, simulated = one["differ"]
             assert same == 0
-            assert lonely > 0, "no difference could be seen"
-            told = [size for _, size in Model().trips(PARTS, one["about"]["halo"])]
-            assert sorted(one["sent"]) == sorted(told)
-        made = halo.get(parts[rank]).parts[0]  # type: ignore[union-attr]
-        for mine, theirs in zip([*made.send_rows, *made.edge.values()], exchange["link"], strict=True):
-            assert np.array_equal(mine.numpy(), theirs)
+            assert simulated > 0, "the comparison cannot see a difference"
+            expected = [size for _, size in Model().trips(PARTS, one["about"]["halo"])]
+            assert sorted(one["sent"]) == sorted(expected)
+        own = halo.get(parts[rank]).parts[0]  # type: ignore[union-attr]
+        for linked, received in zip([*own.send_rows, *own.edge.values()], exchange["link"], strict=True):
+            assert np.array_equal(linked.numpy(), received)
 
 
 def test_trips_are_those_of_a_step() -> None:
@@ -117,18 +117,18 @@ def test_work_is_fitted_and_a_cube_follows() -> None:
 
 
 def test_tables_follow_from_rows() -> None:
-    """The software's share of trips that take 1 ms + 2 ms · (P − 1) + bytes at 1 MB/s; the slowest rank of medians."""
+    """The software cost of trips of 1 ms + 2 ms · (P − 1) + bytes at 1 MB/s; the slowest rank of medians."""
     rows = [
         {"parts": p, "bytes": b, "cpu_s": 2e-3 * (p - 1) + noise, "wall_s": 1e-3 + 2e-3 * (p - 1) + b / 1e6}
         for p, b, noise in ((2, 0, 0.0), (2, 5_000, 0.0), (4, 0, 9.0), (4, 0, 0.0), (8, 0, 0.0))
     ]
-    here = predict.software(pd.DataFrame(rows))
+    here = predict.fit_software(pd.DataFrame(rows))
     assert (here.call, here.message, here.bandwidth) == pytest.approx((1e-3, 2e-3, 1e6))
     shape = {"edges": 100, "cross": 0, "halo": 0, "interior": 0.0, "bytes": 8, "own": 10}
     setting = {"nodes": 20, "method": "metis", "parts": 2, "mode": "bridge"}
     turns = [(0, 1, 2.0), (0, 2, 4.0), (1, 1, 5.0), (1, 2, 1.0), (1, 3, 1.0)]
     ranks = [{**setting, "rank": r, "turn": t, **shape, "cpu_s": s, "one_s": 6.0} for r, t, s in turns]
-    (found,) = predict.strong(predict.taken(pd.DataFrame(ranks)), here).itertuples()
+    (row,) = predict.strong_scaling(predict.median_rows(pd.DataFrame(ranks)), here).itertuples()
     wait = Model().wait(here, 2)
-    assert (found.own, found.balance, found.even) == pytest.approx((3.0, 3.0 / 2.0, 2.0))
-    assert (found.wait, found.speedup) == pytest.approx((wait, 6.0 / (3.0 + wait)))
+    assert (row.own, row.balance, row.even) == pytest.approx((3.0, 3.0 / 2.0, 2.0))
+    assert (row.wait, row.speedup) == pytest.approx((wait, 6.0 / (3.0 + wait)))

@@ -1,4 +1,4 @@
-"""The process that holds a set of emulated hosts: it makes them and passes packets on between them. Started by hosts.py."""
+"""The process that creates a set of emulated hosts and forwards packets between them. Started by hosts.py."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from typing import Any
 
 from namespaces import Failure, children_in, members, network_of, process_one, start
 
-NETWORK = "10.77.0."  # hosts see nothing else, so two sets of hosts may both use it
-QUEUE = 0.2  # seconds of its rate that a link stores before it drops
+NETWORK = "10.77.0."  # isolated, so several sets of hosts may use it
+QUEUE_S = 0.2  # a link drops packets that would wait longer
 LOGIN = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "SHELL": "/bin/sh"}
-LOGIN |= {"HOME": os.path.expanduser("~"), "USER": "root", "LOGNAME": "root"}  # what ssh gives a command, and no more
+LOGIN |= {"HOME": os.path.expanduser("~"), "USER": "root", "LOGNAME": "root"}  # the environment of an ssh command
 
 
 @dataclass
 class Link:
-    """One direction between two hosts: how it treats packets, and how many it delivered and lost."""
+    """One direction between two hosts: its settings and its counts."""
 
     source: Host
     target: Host
     delay: float = 0.0  # seconds
     jitter: float = 0.0
     loss: float = 0.0
-    rate: float = 0.0  # bytes per second; 0: any
+    rate: float = 0.0  # bytes per second; 0: no limit
     cut: bool = False
-    free: float = 0.0  # when all that was sent has left, at its rate
-    last: float = 0.0  # when the last of the packets under way is due
+    free: float = 0.0  # time at which everything sent so far has left at this rate
+    last: float = 0.0  # arrival time of the last packet in flight
     waiting: int = 0
     packets: int = 0
     volume: int = 0  # bytes
     lost: int = 0
 
     def due(self, size: int, now: float, draw: Callable[[], float]) -> float:
-        """When a packet that is sent now arrives: never before one sent earlier. Negative: never at all."""
-        if self.cut or (self.loss and draw() < self.loss) or self.free - now > QUEUE:
+        """Arrival time of a packet sent now, not before an earlier one; negative: it is lost."""
+        if self.cut or (self.loss and draw() < self.loss) or self.free - now > QUEUE_S:
             return -1.0
         due = now
         if self.rate:
@@ -57,10 +57,10 @@ class Link:
             os.write(-1 if self.cut else self.target.tun, packet)
             self.packets += 1
             self.volume += len(packet)
-        except OSError:  # cut, or the host is down
+        except OSError:  # the link is cut or the host is down
             self.lost += 1
 
-    def told(self) -> dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         settings = {"delay_ms": self.delay * 1e3, "jitter_ms": self.jitter * 1e3, "loss": self.loss}
         counts = {"packets": self.packets, "bytes": self.volume, "lost": self.lost}
         ends = {"from": self.source.name, "to": self.target.name}
@@ -71,13 +71,13 @@ class Link:
 class Host:
     name: str
     address: str
-    links: dict[bytes, Link] = field(default_factory=dict)  # by the address a packet goes to
-    first: int = -1  # its process 1, as we see it
+    links: dict[bytes, Link] = field(default_factory=dict)  # by destination address
+    first: int = -1  # pid of its process 1 here
     tun: int = -1
 
 
 class Bridge:
-    """Starts hosts, passes packets on between them, and does what is asked through a socket. One thread."""
+    """Starts hosts, forwards packets between them and answers requests on a socket, in one thread."""
 
     def __init__(self, path: str, owner: int, names: list[str], seed: int, **settings: Any) -> None:
         """settings: private, interface, mtu."""
@@ -85,10 +85,12 @@ class Bridge:
         self.hosts = {name: Host(name, f"{NETWORK}{k}") for k, name in enumerate(names, 1)}
         for one, other in itertools.permutations(self.hosts.values(), 2):
             one.links[socket.inet_aton(other.address)] = Link(one, other)
-        self.flying: list[tuple[float, int, bytes, Link]] = []
+        self.in_flight: list[tuple[float, int, bytes, Link]] = []
         self.order = itertools.count()
         self.watched = selectors.SelectSelector()  # epoll's timeouts are whole milliseconds
-        self.watched.register(os.pidfd_open(owner), selectors.EVENT_READ, sys.exit)  # fails if it has ended by now
+        self.watched.register(
+            os.pidfd_open(owner), selectors.EVENT_READ, sys.exit
+        )  # fails if the owner has ended already
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         os.umask(0o077)
         self.listener.bind(path)
@@ -96,7 +98,7 @@ class Bridge:
         self.watched.register(self.listener, selectors.EVENT_READ, self.answer)
 
     def links(self, between: Sequence[str] | None) -> list[Link]:
-        """Both directions between two hosts; of one host with all others; all."""
+        """Both directions between two hosts, of one host with all others, or all."""
         for name in between or ():
             self.host(name)
         ends = set(between or ())
@@ -104,7 +106,7 @@ class Bridge:
 
     def host(self, name: str) -> Host:
         if name not in self.hosts:
-            raise Failure(f"no host {name}: there are {', '.join(self.hosts)}")
+            raise Failure(f"no host {name}; the hosts are {', '.join(self.hosts)}")
         return self.hosts[name]
 
     def up(self, name: str) -> None:
@@ -120,14 +122,14 @@ class Bridge:
                     names = f"127.0.0.1 localhost\n{names}"
                     process_one(report, name=name, address=host.address, names=names, **self.settings)
             report.close()
-            word, files, _, _ = socket.recv_fds(ours, 1000, 1)
+            status, files, _, _ = socket.recv_fds(ours, 1000, 1)
         if not files:
-            raise Failure(f"host {name}: {word.decode() or 'ended while it was made'}")
+            raise Failure(f"host {name}: {status.decode() or 'it ended at its start'}")
         host.first, host.tun = first, files[0]
         self.watched.register(host.tun, selectors.EVENT_READ, lambda: self.forward(host))
 
     def kill(self, name: str) -> None:
-        """Returns when no process of the host lives."""
+        """Kill the host and wait until all its processes have ended."""
         host = self.host(name)
         if host.first < 0:
             return
@@ -140,12 +142,12 @@ class Bridge:
         host.first = host.tun = -1
 
     def forward(self, host: Host) -> None:
-        """Reads what a host sends: a few packets, so that others have their turn."""
+        """Forward packets that a host sends, a limited number, so that other hosts get their turn."""
         now = time.monotonic()
         for _ in range(64):
             try:
                 packet = os.read(host.tun, 65536)
-            except OSError:  # no more for now
+            except OSError:  # no packets at present
                 return
             link = host.links.get(packet[16:20]) if packet[0] >> 4 == 4 else None
             if link is None:
@@ -157,16 +159,16 @@ class Bridge:
                 link.deliver(packet)
             else:
                 link.last, link.waiting = due, link.waiting + 1
-                heapq.heappush(self.flying, (due, next(self.order), packet, link))
+                heapq.heappush(self.in_flight, (due, next(self.order), packet, link))
 
     def serve(self) -> None:
         while True:
-            wait = max(0.0, self.flying[0][0] - time.monotonic()) if self.flying else None
+            wait = max(0.0, self.in_flight[0][0] - time.monotonic()) if self.in_flight else None
             for key, _ in self.watched.select(wait):
                 key.data()
             now = time.monotonic()
-            while self.flying and self.flying[0][0] <= now:
-                _, _, packet, link = heapq.heappop(self.flying)
+            while self.in_flight and self.in_flight[0][0] <= now:
+                _, _, packet, link = heapq.heappop(self.in_flight)
                 link.waiting -= 1
                 link.deliver(packet)
 
@@ -176,7 +178,7 @@ class Bridge:
             self.kill(name)
 
     def answer(self) -> None:
-        """One request: {"do": what, its arguments}; an answer or an error goes back."""
+        """Answer one request, {"do": operation, arguments}, with an answer or an error."""
         connection, _ = self.listener.accept()
         connection.settimeout(5)
         files: list[int] = []
@@ -185,7 +187,7 @@ class Bridge:
             request = json.loads(text or "{}")
             reply = {"answer": getattr(self, f"do_{request.pop('do')}")(connection, files, **request)}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            reply = {"error": f"not a request: {error}"}
+            reply = {"error": f"invalid request: {error}"}
         except (Failure, OSError) as error:
             reply = {"error": str(error)}
         for file in files:
@@ -195,7 +197,7 @@ class Bridge:
 
     def do_show(self, *_: Any) -> dict[str, Any]:
         hosts = {h.name: {"address": h.address, "first": h.first} for h in self.hosts.values()}
-        return {"hosts": hosts, "links": [link.told() for link in self.links(None)]}
+        return {"hosts": hosts, "links": [link.state() for link in self.links(None)]}
 
     def do_set(self, *_: Any, between: Sequence[str] | None, **values: Any) -> None:
         for link, (name, value) in itertools.product(self.links(between), values.items()):
@@ -213,27 +215,27 @@ class Bridge:
         sys.exit()
 
     def do_ssh(self, connection: socket.socket, files: list[int], host: str, command: str) -> None:
-        on = self.host(host)
-        if on.first < 0:
+        target = self.host(host)
+        if target.first < 0:
             raise Failure(f"host {host} is down")
-        if on.links and all(link.cut for link in self.links([host])):
+        if target.links and all(link.cut for link in self.links([host])):
             raise Failure(f"host {host} is cut off")
         streams: dict[str, Any] = dict(zip(("stdin", "stdout", "stderr"), files, strict=True))
-        words = ["/bin/sh", "-c", command] if command else ["/bin/sh"]
-        process = start(on.first, words, cwd=LOGIN["HOME"], env=LOGIN, start_new_session=True, **streams)
+        argv = ["/bin/sh", "-c", command] if command else ["/bin/sh"]
+        process = start(target.first, argv, cwd=LOGIN["HOME"], env=LOGIN, start_new_session=True, **streams)
         ended = os.pidfd_open(process.pid)
 
-        def tell() -> None:
+        def report_exit() -> None:
             self.watched.unregister(ended)
             os.close(ended)
             with connection, contextlib.suppress(OSError):
-                connection.send(json.dumps({"status": process.wait(), "up": on.first > 0}).encode())
+                connection.send(json.dumps({"status": process.wait(), "up": target.first > 0}).encode())
 
-        self.watched.register(ended, selectors.EVENT_READ, tell)
+        self.watched.register(ended, selectors.EVENT_READ, report_exit)
 
 
 def main(text: str) -> None:
-    """The life of the bridge: a process that Hosts starts. Says "up" or what went wrong in one line of stdout."""
+    """Run the bridge until it is ended; prints "up" or one line with the error."""
     settings = json.loads(text)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     try:

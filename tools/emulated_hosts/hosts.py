@@ -1,8 +1,8 @@
-"""Several hosts on one machine, and a network between them that can be slow, lossy or cut. For tests; needs root on Linux.
+"""Emulated hosts on one machine, with a network that can be slow, lossy or cut. For tests; needs root on Linux.
 
 A host is a set of namespaces: its own addresses, /dev/shm, process ids and host name. One process, the *bridge*
-(bridge.py), makes them, holds a TUN device of each and passes packets on: late, at a rate, or not at all. It ends when
-the owner of a Hosts ends, however that ends, and all hosts with it. From Python: Hosts. By hand (docs/hosts.md):
+(bridge.py), creates them, holds a TUN device of each and forwards packets: delayed, at a limited rate, or not at all. When
+the owner of a Hosts ends in any way, the bridge and all hosts end. From Python: Hosts. From a shell (docs/hosts.md):
 
     python tools/emulated_hosts/hosts.py up a b c
     python tools/emulated_hosts/hosts.py ssh a hostname
@@ -30,7 +30,7 @@ from namespaces import Failure, members, missing, network_of, start
 
 BRIDGE = Path(__file__).resolve().with_name("bridge.py")
 INTERFACE, MTU = "net0", 9000
-SSH_OPTIONS = "46AaCGgKkMNnqsTtVvXxYyB:b:c:D:E:e:F:I:i:J:L:l:m:O:o:p:Q:R:S:W:w:"  # accepted; only -n does something
+SSH_OPTIONS = "46AaCGgKkMNnqsTtVvXxYyB:b:c:D:E:e:F:I:i:J:L:l:m:O:o:p:Q:R:S:W:w:"  # accepted, but only -n has an effect
 
 
 def _path(name: str) -> str:
@@ -44,23 +44,23 @@ def _connect(name: str) -> socket.socket:
     except OSError:
         connection.close()
         raise Failure(
-            f"no hosts named {name} are up: start them by tools/emulated_hosts/hosts.py up --name {name} a b"
+            f"no hosts named {name} are up; run: python tools/emulated_hosts/hosts.py up --name {name} a b"
         ) from None
     return connection
 
 
 def _reply(connection: socket.socket) -> dict[str, Any]:
-    """Raises Failure: the bridge's error, or that it has gone."""
+    """The reply of the bridge. Raises Failure for its error, or if it has ended."""
     try:
-        reply = json.loads(connection.recv(1 << 18) or '{"error": "the hosts are gone"}')
+        reply = json.loads(connection.recv(1 << 18) or '{"error": "the hosts have ended"}')
     except ConnectionError:
-        reply = {"error": "the hosts are gone"}
+        reply = {"error": "the hosts have ended"}
     if "error" in reply:
         raise Failure(reply["error"])
     return reply
 
 
-def _ask(name: str, do: str, **request: Any) -> Any:
+def _request(name: str, do: str, **request: Any) -> Any:
     with _connect(name) as connection:
         connection.send(json.dumps({"do": do} | request).encode())
         return _reply(connection)["answer"]
@@ -68,21 +68,21 @@ def _ask(name: str, do: str, **request: Any) -> Any:
 
 def _is_up(name: str) -> bool:
     try:
-        _ask(name, "show")
+        _request(name, "show")
     except Failure:
         return False
     return True
 
 
 class Network:
-    """Hosts that are up: what can be asked of them and done to them. Methods raise Failure."""
+    """A set of running hosts by its name: state and operations. Methods raise Failure."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def show(self) -> dict[str, Any]:
-        """hosts: by name, its address and its process 1 as seen from here (-1: down); links: settings and counts."""
-        return _ask(self.name, "show")
+        """hosts: name → address and the pid of its process 1 here (-1: down); links: settings and counts."""
+        return _request(self.name, "show")
 
     def set(
         self,
@@ -93,63 +93,63 @@ class Network:
         rate_mbit: float | None = None,
         between: Sequence[str] | None = None,
     ) -> None:
-        """How links treat packets sent from now on; None leaves a setting as it is. Each holds in both directions.
+        """Settings of links for packets sent from now on, in both directions; None keeps a setting.
 
-        delay_ms: one way, so a round trip takes twice that. jitter_ms: up to so much more, drawn per packet; they keep their order.
+        delay_ms: one way. jitter_ms: maximum of an additional random delay per packet, which keeps the order.
         loss: probability in [0, 1]. rate_mbit: 10⁶ bits per second and direction, with a queue of 0.2 s; 0 for no limit.
         between: two hosts, or one (its links to all others); None: all links.
         """
-        given = {"delay": delay_ms, "jitter": jitter_ms, "loss": loss, "rate": rate_mbit}
+        settings = {"delay": delay_ms, "jitter": jitter_ms, "loss": loss, "rate": rate_mbit}
         scale = {"delay": 1e-3, "jitter": 1e-3, "loss": 1.0, "rate": 1.25e5}
-        values = {key: value * scale[key] for key, value in given.items() if value is not None}
+        values = {key: value * scale[key] for key, value in settings.items() if value is not None}
         if min(values.values(), default=0) < 0 or values.get("loss", 0) > 1:
-            raise Failure(f"delay, jitter and rate are not negative, loss is in [0, 1]: {given}")
-        _ask(self.name, "set", between=between, **values)
+            raise Failure(f"delay, jitter and rate must not be negative, loss is in [0, 1]: {settings}")
+        _request(self.name, "set", between=between, **values)
 
     def cut(self, *between: str) -> None:
-        """Loses all packets, those under way too: between two hosts, between one and all others, or everywhere."""
-        _ask(self.name, "set", between=between, cut=True)
+        """Drop all packets, including those in flight: between two hosts, between one and all others, or everywhere."""
+        _request(self.name, "set", between=between, cut=True)
 
     def heal(self, *between: str) -> None:
-        """Undoes cuts: between two hosts, of one, or all."""
-        _ask(self.name, "set", between=between, cut=False)
+        """Undo cuts between two hosts, of one host, or all."""
+        _request(self.name, "set", between=between, cut=False)
 
     def kill(self, host: str) -> None:
-        """A power cut: ends every process of a host by SIGKILL and returns when none lives. Its memory is lost."""
-        _ask(self.name, "kill", host=host)
+        """Kill every process of a host with SIGKILL, as in a power cut, and wait until they have ended."""
+        _request(self.name, "kill", host=host)
 
     def revive(self, host: str) -> None:
-        """Switches a killed host on: same address and links, /dev/shm and private folders empty."""
-        _ask(self.name, "revive", host=host)
+        """Start a killed host again: same address and links, empty /dev/shm and private folders."""
+        _request(self.name, "revive", host=host)
 
     def address(self, host: str) -> str:
         return self._host(host)["address"]
 
     def processes(self, host: str) -> dict[int, str]:
-        """Process id, as seen from here, to command line; but for the host's process 1."""
+        """Pid here → command line, without the host's process 1."""
         first = self._host(host)["first"]
-        found = {}
+        lines = {}
         for pid in members(network_of(first)) if first > 0 else []:
             with contextlib.suppress(OSError):
-                found[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
-        return {pid: line for pid, line in found.items() if pid != first}
+                lines[pid] = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+        return {pid: line for pid, line in lines.items() if pid != first}
 
     def inside(self, host: str, path: str | Path) -> Path:
-        """A file of a host, also one in /dev/shm or a private folder, as a path that can be opened from here."""
+        """The path here of a file of a host, also in /dev/shm or a private folder."""
         return Path(f"/proc/{self._up(host)}/root") / str(path).lstrip("/")
 
     def shared(self, host: str) -> list[str]:
-        """What lies in a host's /dev/shm."""
+        """The files in a host's /dev/shm."""
         return sorted(os.listdir(self.inside(host, "/dev/shm")))
 
     def counts(self) -> dict[tuple[str, str], dict[str, int]]:
-        """(from, to) → packets and bytes that were delivered, and packets lost (by loss, queue, cut, or a host down)."""
+        """(from, to) → packets and bytes delivered, packets lost (by loss, full queue, cut or a killed host)."""
         return {(k["from"], k["to"]): {n: k[n] for n in ("packets", "bytes", "lost")} for k in self.show()["links"]}
 
     def _host(self, name: str) -> dict[str, Any]:
         hosts = self.show()["hosts"]
         if name not in hosts:
-            raise Failure(f"no host {name}: there are {', '.join(hosts)}")
+            raise Failure(f"no host {name}: the hosts are {', '.join(hosts)}")
         return hosts[name]
 
     def _up(self, name: str) -> int:
@@ -159,11 +159,11 @@ class Network:
 
 
 class Hosts(Network):
-    """Emulated hosts, for as long as its ``with`` block, or this process, lasts.
+    """Emulated hosts that live as long as the ``with`` block or this process.
 
-    private: folders, which exist, that are empty and each host's own: a disk that is not shared. All others are shared.
-    seed: of losses and jitter. name: for the commands (ssh, set, …); by default one that nobody else has.
-    Raises Failure where hosts cannot be had.
+    private: existing folders that each host has for itself, initially empty, as a disk that is not shared; all others are
+    shared. seed: for losses and jitter. name: for the shell commands (ssh, set, …); unique by default.
+    Raises Failure if hosts cannot be created here.
     """
 
     def __init__(
@@ -184,49 +184,53 @@ class Hosts(Network):
             raise Failure(reason)
         folders = [str(Path(folder).resolve()) for folder in private]
         if absent := [folder for folder in folders if not os.path.isdir(folder)]:
-            raise Failure(f"private folder {absent[0]} is not there: make it first, it then is empty in every host")
+            raise Failure(f"private folder {absent[0]} does not exist; make it first")
         self._settings = {"path": _path(self.name), "owner": os.getpid(), "names": list(names), "seed": seed}
         self._settings |= {"private": folders, "interface": interface, "mtu": mtu}
         self._started: list[subprocess.Popen] = []
 
     def __enter__(self) -> Hosts:
         if _is_up(self.name):
-            raise Failure(f"hosts named {self.name} are up already: give these another name, or end those by down")
-        Path(_path(self.name)).unlink(missing_ok=True)  # of a bridge that was killed
-        words = [sys.executable, str(BRIDGE), json.dumps(self._settings)]
-        self._bridge = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True)
+            raise Failure(
+                f"hosts named {self.name} are up already; use another --name, or end them with: hosts.py down --name {self.name}"
+            )
+        Path(_path(self.name)).unlink(missing_ok=True)  # left by a bridge that was killed
+        command = [sys.executable, str(BRIDGE), json.dumps(self._settings)]
+        self._bridge = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, start_new_session=True
+        )
         assert self._bridge.stdout
         with self._bridge.stdout as out:
-            word = out.readline().decode().strip()
-        if word != "up":
+            status = out.readline().decode().strip()
+        if status != "up":
             self._bridge.wait()
-            raise Failure(word or "the bridge ended at its start")
+            raise Failure(status or "the bridge ended at its start")
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bridge.terminate()
         self._bridge.wait()
         for process in self._started:
-            process.wait()  # dead; until it is waited for, its host's process 1 stays a zombie
+            process.wait()  # already ended; otherwise its host's process 1 stays a zombie
 
     def wait(self) -> None:
-        """Until somebody says down."""
+        """Wait until the hosts are ended with the command down."""
         self._bridge.wait()
 
     def run(self, host: str, argv: Sequence[str], *, cwd: str | Path | None = None, **options: Any) -> subprocess.Popen:
-        """subprocess.Popen in a host: environment and working folder are kept, its pid is as seen from here."""
+        """subprocess.Popen in a host, with our environment and working folder; its pid is the one here."""
         process = start(self._up(host), argv, cwd=str(cwd or os.getcwd()), **options)
         self._started.append(process)
         return process
 
     @property
     def ssh(self) -> list[str]:
-        """The words that stand for ssh with these hosts."""
+        """The command that replaces ssh for these hosts."""
         return [sys.executable, str(Path(__file__).resolve()), "ssh", "--name", self.name]
 
 
 def _copy(source: int, sink: int, *ends: int) -> None:
-    with contextlib.suppress(OSError):  # nobody reads any more
+    with contextlib.suppress(OSError):  # the reader has closed
         while data := os.read(source, 65536):
             while data:
                 data = data[os.write(sink, data) :]
@@ -235,10 +239,10 @@ def _copy(source: int, sink: int, *ends: int) -> None:
 
 
 def _ssh(words: list[str]) -> int:
-    """What ssh does without a terminal: a command by sh, its three streams, its exit status; 255 if that fails."""
+    """ssh without a terminal: run a command by sh with its three streams; returns its exit status, 255 on failure."""
     options, rest = getopt.getopt(words, SSH_OPTIONS, ["name="])
     if not rest:
-        raise Failure("ssh needs a host: python tools/emulated_hosts/hosts.py ssh a hostname")
+        raise Failure("ssh needs a host; for example: python tools/emulated_hosts/hosts.py ssh a hostname")
     host = rest[0].rpartition("@")[2]
     with _connect(dict(options).get("--name", "default")) as connection:
         (given, stdin), (out, given_out), (err, given_err) = os.pipe(), os.pipe(), os.pipe()
@@ -261,21 +265,21 @@ def _ssh(words: list[str]) -> int:
 
 
 def _show(network: Network) -> None:
-    told = network.show()
-    for name, host in told["hosts"].items():
-        state = f"{len(network.processes(name))} processes" if host["first"] > 0 else "down"
-        print(f"{name:12} {host['address']:12} {state}")
-    for k in told["links"]:
-        how = "cut" if k["cut"] else f"{k['delay_ms']:g} ms, jitter {k['jitter_ms']:g} ms, loss {k['loss']:g}"
-        how += f", {k['rate_mbit']:g} Mbit/s" if k["rate_mbit"] and not k["cut"] else ""
-        print(f"{k['from']} → {k['to']}: {how}; {k['packets']} packets, {k['bytes']} bytes, {k['lost']} lost")
+    state = network.show()
+    for name, host in state["hosts"].items():
+        status = f"{len(network.processes(name))} processes" if host["first"] > 0 else "down"
+        print(f"{name:12} {host['address']:12} {status}")
+    for k in state["links"]:
+        settings = "cut" if k["cut"] else f"{k['delay_ms']:g} ms, jitter {k['jitter_ms']:g} ms, loss {k['loss']:g}"
+        settings += f", {k['rate_mbit']:g} Mbit/s" if k["rate_mbit"] and not k["cut"] else ""
+        print(f"{k['from']} → {k['to']}: {settings}; {k['packets']} packets, {k['bytes']} bytes, {k['lost']} lost")
 
 
 def _up(args: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     with Hosts(args.hosts, private=args.private, mtu=args.mtu, seed=args.seed, name=args.name) as hosts:
         _show(hosts)
-        print(f"up; Ctrl-C, or python tools/emulated_hosts/hosts.py down --name {args.name}, ends them", flush=True)
+        print(f"up; end with Ctrl-C or: python tools/emulated_hosts/hosts.py down --name {args.name}", flush=True)
         with contextlib.suppress(KeyboardInterrupt):
             hosts.wait()
 
@@ -288,42 +292,46 @@ def _parser() -> argparse.ArgumentParser:
         new = commands.add_parser(
             name, help=does, description=does, epilog=f"Example: python tools/emulated_hosts/hosts.py {example}"
         )
-        new.add_argument(
-            "--name", default="default", help="of this set of hosts, if there are several (default: %(default)s)"
-        )
+        new.add_argument("--name", default="default", help="name of the set of hosts (default: %(default)s)")
         new.set_defaults(run=run)
         return new
 
-    up = command("up", "Starts hosts and keeps them until Ctrl-C.", "up a b c", _up)
+    up = command("up", "Start hosts and keep them until Ctrl-C.", "up a b c", _up)
     up.add_argument("hosts", nargs="+")
-    up.add_argument("--private", action="append", default=[], metavar="FOLDER", help="each host's own, and empty")
+    up.add_argument(
+        "--private",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="a folder that each host has for itself, initially empty",
+    )
     up.add_argument("--mtu", type=int, default=MTU, help="bytes of the largest packet (default: %(default)s)")
-    up.add_argument("--seed", type=int, default=0, help="of losses and jitter")
+    up.add_argument("--seed", type=int, default=0, help="seed of losses and jitter")
     ssh = command("ssh", "ssh without a terminal: ssh [-p PORT] [USER@]HOST COMMAND…", "ssh a hostname", lambda _: None)
     ssh.add_argument("words", nargs="*")
     one = command(
-        "set", "Changes links.", "set --delay 20 --loss 0.02 --between a b",
+        "set", "Change links.", "set --delay 20 --loss 0.02 --between a b",
         lambda a: Network(a.name).set(
             delay_ms=a.delay, jitter_ms=a.jitter, loss=a.loss, rate_mbit=a.rate, between=a.between
         ),
     )  # fmt: skip
     one.add_argument("--delay", type=float, help="ms, one way")
-    one.add_argument("--jitter", type=float, help="ms, at most, on top of the delay")
-    one.add_argument("--loss", type=float, help="probability of a packet's loss")
+    one.add_argument("--jitter", type=float, help="ms, maximum of an additional random delay")
+    one.add_argument("--loss", type=float, help="probability that a packet is lost")
     one.add_argument("--rate", type=float, help="Mbit/s; 0: no limit")
     one.add_argument("--between", nargs="+", metavar="HOST", help="two hosts, or one and all others (default: all)")
     cut = command(
-        "cut", "Cuts links: two hosts, one from all others, all.", "cut a b", lambda a: Network(a.name).cut(*a.hosts)
+        "cut", "Cut links: two hosts, one from all others, or all.", "cut a b", lambda a: Network(a.name).cut(*a.hosts)
     )
     cut.add_argument("hosts", nargs="*")
-    heal = command("heal", "Undoes cuts.", "heal", lambda a: Network(a.name).heal(*a.hosts))
+    heal = command("heal", "Undo cuts.", "heal", lambda a: Network(a.name).heal(*a.hosts))
     heal.add_argument("hosts", nargs="*")
-    kill = command("kill", "Cuts a host's power.", "kill a", lambda a: Network(a.name).kill(a.host))
+    kill = command("kill", "Kill a host, as in a power cut.", "kill a", lambda a: Network(a.name).kill(a.host))
     kill.add_argument("host")
-    revive = command("revive", "Switches a killed host on.", "revive a", lambda a: Network(a.name).revive(a.host))
+    revive = command("revive", "Start a killed host again.", "revive a", lambda a: Network(a.name).revive(a.host))
     revive.add_argument("host")
-    command("show", "Hosts, links, what went over them.", "show", lambda a: _show(Network(a.name)))
-    command("down", "Ends the hosts.", "down", lambda a: _ask(a.name, "down"))
+    command("show", "Show hosts, links and their traffic.", "show", lambda a: _show(Network(a.name)))
+    command("down", "End the hosts.", "down", lambda a: _request(a.name, "down"))
     return parser
 
 
@@ -343,4 +351,4 @@ def main(words: list[str]) -> int:
 if __name__ == "__main__":
     status = main(sys.argv[1:])
     sys.stdout.flush()
-    os._exit(status)  # a thread may still wait for stdin
+    os._exit(status)  # a thread may still read stdin

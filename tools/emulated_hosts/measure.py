@@ -1,4 +1,4 @@
-"""What the network between two emulated hosts gives: round trip of a small packet, throughput of one TCP connection.
+"""Measure the network between two emulated hosts: round trip of a small packet, throughput of a TCP connection.
 
 Example: python tools/emulated_hosts/measure.py --delay 20 --loss 0.02
 """
@@ -19,7 +19,7 @@ PORT, ROUNDS = 7000, 50
 
 
 def serve() -> None:
-    """Sends back what comes by UDP, drops what comes by TCP."""
+    """Echo UDP packets, discard TCP data."""
     echo = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
     echo.bind(("", PORT))
     sink = socket.create_server(("", PORT))
@@ -37,36 +37,36 @@ def serve() -> None:
 
 
 def measure(address: str, seconds: float) -> None:
-    """Prints ms of round trips and MB/s over ``seconds``."""
+    """Print round trips in ms and the throughput over ``seconds`` in MB/s."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as ping:
         ping.settimeout(1)
         trips = []
         for _ in range(ROUNDS):
-            begun = time.perf_counter()
+            started = time.perf_counter()
             ping.sendto(b"x", (address, PORT))
             try:
                 ping.recv(100)
-                trips.append((time.perf_counter() - begun) * 1e3)
+                trips.append((time.perf_counter() - started) * 1e3)
             except TimeoutError:
                 pass
-    median = f"median {statistics.median(trips):.2f} ms, least {min(trips):.2f} ms" if trips else "none came back"
+    median = f"median {statistics.median(trips):.2f} ms, minimum {min(trips):.2f} ms" if trips else "all lost"
     print(f"round trip: {median}; {ROUNDS - len(trips)} of {ROUNDS} lost")
     sent, block = 0, bytes(1 << 18)
     with socket.create_connection((address, PORT)) as connection:
-        begun = time.perf_counter()
-        while (took := time.perf_counter() - begun) < seconds:
+        started = time.perf_counter()
+        while (elapsed := time.perf_counter() - started) < seconds:
             sent += connection.send(block)
-    print(f"throughput: {sent / took / 1e6:.1f} MB/s")
+    print(f"throughput: {sent / elapsed / 1e6:.1f} MB/s")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--delay", type=float, default=0, help="ms, one way")
     parser.add_argument("--jitter", type=float, default=0, help="ms")
-    parser.add_argument("--loss", type=float, default=0, help="probability of a packet's loss")
+    parser.add_argument("--loss", type=float, default=0, help="probability that a packet is lost")
     parser.add_argument("--rate", type=float, default=0, help="Mbit/s; 0: no limit")
     parser.add_argument("--mtu", type=int, default=MTU, help="bytes of the largest packet (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=4, help="of sending")
+    parser.add_argument("--seconds", type=float, default=4, help="duration of sending")
     args = parser.parse_args()
     with Hosts(["a", "b"], mtu=args.mtu) as hosts:
         hosts.set(delay_ms=args.delay, jitter_ms=args.jitter, loss=args.loss, rate_mbit=args.rate)

@@ -1,6 +1,6 @@
-"""One emulated host: its namespaces, what is mounted in them, its TUN device, and how a process gets in. For hosts.py.
+"""One emulated host: its namespaces, mounts and TUN device, and starting a process in it. For hosts.py.
 
-A host has network, mount, PID, IPC and UTS namespaces, and a process 1, with which the kernel ends all that runs there.
+A host has network, mount, PID, IPC and UTS namespaces and a process 1. When that ends, the kernel ends all others.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import Any
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _NEW_MOUNT, _NEW_UTS, _NEW_IPC, _NEW_PID, _NEW_NET = 0x20000, 0x4000000, 0x8000000, 0x20000000, 0x40000000
-_INSIDE = _NEW_MOUNT | _NEW_UTS | _NEW_IPC | _NEW_NET  # all but the PID namespace, which one can only be born in
+_INSIDE = _NEW_MOUNT | _NEW_UTS | _NEW_IPC | _NEW_NET  # without the PID namespace, which only applies to children
 _BIND, _PRIVATE = 0x1000, 0x44000
 
 
 class Failure(Exception):
-    """What a user can mend, in one line."""
+    """An error that the user can correct, in one line."""
 
 
 def _call(function: str, *arguments: Any) -> None:
-    """A function of libc that Python 3.11 lacks; raises OSError."""
+    """Call a function of libc that Python 3.11 does not provide; raises OSError."""
     if getattr(_libc, function)(*arguments):
         code = ctypes.get_errno()
         raise OSError(code, f"{function}: {os.strerror(code)}")
@@ -42,7 +42,7 @@ def _mount(source: str, target: str, kind: str | None, flags: int = 0, data: str
 
 
 def missing() -> str:
-    """Why emulated hosts cannot be had here; '' if they can."""
+    """Why emulated hosts are impossible here; '' if they are possible."""
     if not sys.platform.startswith("linux") or os.geteuid():
         return "emulated hosts need root on Linux"
     try:
@@ -51,12 +51,12 @@ def missing() -> str:
         return f"emulated hosts need /dev/net/tun: {error.strerror}"
     if not (child := os.fork()):
         os._exit(_libc.unshare(_INSIDE | _NEW_PID) != 0)
-    return "emulated hosts need the right to make namespaces" if os.waitpid(child, 0)[1] else ""
+    return "emulated hosts need permission to create namespaces" if os.waitpid(child, 0)[1] else ""
 
 
 @contextlib.contextmanager
 def children_in(space: str) -> Iterator[None]:
-    """What this thread forks in between is born in the PID namespace of that file; '' makes a new one."""
+    """Children that this thread forks in the block are in the PID namespace of that file; '' creates one."""
     try:
         if space:
             with open(space) as file:
@@ -72,10 +72,10 @@ def children_in(space: str) -> Iterator[None]:
 def start(
     first: int, argv: Sequence[str], *, cwd: str, preexec_fn: Callable[[], Any] | None = None, **options: Any
 ) -> subprocess.Popen:
-    """A child of this process inside the host whose process 1 we see as ``first``. Raises Failure: no such folder there."""
+    """Start a child process in the host whose process 1 has the pid ``first`` here. Raises Failure for a missing cwd."""
     with contextlib.ExitStack() as files:
         spaces = [files.enter_context(open(f"/proc/{first}/ns/{kind}")) for kind in ("net", "uts", "ipc", "mnt")]
-        reason = files.enter_context(tempfile.TemporaryFile())  # subprocess keeps what is raised in the child to itself
+        reason = files.enter_context(tempfile.TemporaryFile())  # subprocess does not pass on the error of the child
 
         def enter() -> None:
             try:
@@ -93,10 +93,8 @@ def start(
                 return subprocess.Popen(argv, preexec_fn=enter, **options)
             except subprocess.SubprocessError:
                 reason.seek(0)
-                why = reason.read().decode()
-                raise Failure(
-                    f"cannot enter the host ({why}): is {cwd} a folder there, or hidden by a private one?"
-                ) from None
+                error = reason.read().decode()
+                raise Failure(f"cannot enter the host ({error}): does the folder {cwd} exist in it?") from None
 
 
 def network_of(pid: int | str) -> str:
@@ -112,26 +110,29 @@ def members(network: str) -> list[int]:
 
 
 def _switch_on(interface: str, address: str = "", mtu: int = 0) -> None:
-    """Gives a network interface its address in a net of 254, if it needs one, and switches it on."""
-    orders = [(0x8914, struct.pack("h", 0x41))]  # SIOCSIFFLAGS: IFF_UP, IFF_RUNNING
+    """Switch a network interface on, with an address in a /24 network if given."""
+    requests = [(0x8914, struct.pack("h", 0x41))]  # SIOCSIFFLAGS: IFF_UP, IFF_RUNNING
     if address:
         inet = [struct.pack("HH4s", socket.AF_INET, 0, socket.inet_aton(a)) for a in (address, "255.255.255.0")]
         sizes = [struct.pack("i", n) for n in (mtu, 5000)]
-        orders = [*zip((0x8916, 0x891C, 0x8922, 0x8943), inet + sizes, strict=True), *orders]  # ADDR NETMASK MTU TXQLEN
+        requests = [
+            *zip((0x8916, 0x891C, 0x8922, 0x8943), inet + sizes, strict=True),
+            *requests,
+        ]  # ADDR NETMASK MTU TXQLEN
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        for code, value in orders:
+        for code, value in requests:
             fcntl.ioctl(any_socket, code, struct.pack("16s24s", interface.encode(), value))
 
 
-def _furnish(name: str, address: str, names: str, private: Iterable[str], interface: str, mtu: int) -> int:
-    """Called by a host's process 1: makes its namespaces; returns the TUN device."""
+def _set_up(name: str, address: str, names: str, private: Iterable[str], interface: str, mtu: int) -> int:
+    """Create the namespaces of the calling process 1; returns the TUN device."""
     _call("unshare", _INSIDE)
     _mount("none", "/", None, _PRIVATE)
     _mount("proc", "/proc", "proc")
     _mount("tmpfs", "/dev/shm", "tmpfs")
     Path("/dev/shm/hosts").write_text(names)
     _mount("/dev/shm/hosts", "/etc/hosts", None, _BIND)
-    for folder in ("/dev/shm", *private):  # /dev/shm again: nothing of ours is to be seen in it
+    for folder in ("/dev/shm", *private):  # /dev/shm again: ours must not be visible
         _mount("tmpfs", folder, "tmpfs", 0, "mode=1777")
     socket.sethostname(name)
     tun = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
@@ -144,10 +145,10 @@ def _furnish(name: str, address: str, names: str, private: Iterable[str], interf
 
 
 def process_one(report: socket.socket, **host: Any) -> None:
-    """The life of a host: until it is killed, or the bridge ends. Never returns."""
+    """Run process 1 of a host until it is killed or the bridge ends. Never returns."""
     try:
-        _call("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG; a bridge that died before is met by the next line
-        socket.send_fds(report, [b"up"], [_furnish(**host)])
+        _call("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG; if the bridge ended before, the next line fails
+        socket.send_fds(report, [b"up"], [_set_up(**host)])
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # orphans of the host leave no zombies
         os.dup2(os.open(os.devnull, os.O_RDWR), 1)
         os.closerange(3, 4096)

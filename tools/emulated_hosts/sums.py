@@ -1,8 +1,8 @@
-"""How long a sum over processes takes on hosts with a delay between them: gloo's all-reduce, and comm.py's direct exchange.
+"""Time a sum over processes on hosts with a delay between them: gloo's all-reduce and the direct exchange of comm.py.
 
     python tools/emulated_hosts/sums.py --delay 20 --hosts 4
 
-Needs root: the hosts are emulated (docs/hosts.md). Prints medians of 7, in milliseconds.
+Needs root, because the hosts are emulated (docs/hosts.md). Prints medians of 7 repetitions.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ PORT = 29_555
 
 def _median_ms(work: Callable[[], object], repeats: int = 7) -> float:
     work()
-    taken = []
+    times = []
     for _ in range(repeats):
         dist.barrier()
         started = time.perf_counter()
         work()
-        taken.append(time.perf_counter() - started)
-    return 1e3 * statistics.median(taken)
+        times.append(time.perf_counter() - started)
+    return 1e3 * statistics.median(times)
 
 
 def rank(number: int, size: int, address: str, interface: str) -> None:
