@@ -15,7 +15,7 @@ import pytest
 import torch
 import typer
 import yaml
-from small import falling_swirl
+from small_data import falling_swirl
 from test_published_weights import GRAVITY, published
 from typer.testing import CliRunner
 

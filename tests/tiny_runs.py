@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from small import DATA
+from small_data import DATA
 
 from dist_egnn import config
 from dist_egnn.train import checkpoint, trainer

@@ -16,8 +16,8 @@ from dgl import DGLGraph
 from dist_egnn.partition import assign
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import DATA
-from together import Board, Member, differences, step, together
+from small_data import DATA
+from thread_ranks import Board, ThreadRank, differences, run_ranks, step
 
 from dist_egnn import cli, config
 from dist_egnn.data import dataset, graphs, halo
@@ -58,7 +58,7 @@ def parallel_differences(
     model: torch.nn.Module, whole: DGLGraph, parts: list[DGLGraph], rows: list[torch.Tensor] | None = None
 ) -> dict[str, float]:
     """Differences of a step on parts from one on the whole graph. rows: node numbers of each part, by default gid."""
-    many = together(len(parts), lambda member, copied: step(copied, parts[member.rank], member), model)
+    many = run_ranks(len(parts), lambda member, copied: step(copied, parts[member.rank], member), model)
     return differences(step(model, whole, comm.SingleProcess()), many, rows or [part.ndata["gid"] for part in parts])
 
 
@@ -219,7 +219,7 @@ def test_one_exchange_per_layer_and_direction_of_the_needed_rows(make_store: Mak
     halo_nodes = store.parts_table.query("snapshot == 0")["halo"].tolist()
     parts = read_parts(store, 0)
 
-    def two_steps(member: Member, copied: Any) -> tuple[list[Any], list[Any]]:
+    def two_steps(member: ThreadRank, copied: Any) -> tuple[list[Any], list[Any]]:
         step(copied, parts[member.rank], member)
         first = list(member.calls)
         member.calls.clear()
@@ -227,7 +227,7 @@ def test_one_exchange_per_layer_and_direction_of_the_needed_rows(make_store: Mak
         return first, member.calls
 
     width, layers, gradients = 8 + 3, 3, len(list(model.parameters()))  # width: H + 3
-    calls = together(3, two_steps, model)
+    calls = run_ranks(3, two_steps, model)
     for count, (first, second) in zip(halo_nodes, calls, strict=True):
         second = second[:-gradients]
         assert [kind for kind, _ in first[:3]] == ["exchange"] * 3  # link: counts, rows, positions
@@ -308,7 +308,7 @@ def link_after(store: Store, rank: int, change: Callable[[halo.Halo, list[DGLGra
     """Link the parts of snapshot 1 after a change of one rank's halo."""
     parts = read_parts(store, 1)
     change(halos_of(parts[rank]).parts[0], parts)
-    together(len(parts), lambda member: halos_of(parts[member.rank]).link(parts[member.rank].ndata["x"], member))
+    run_ranks(len(parts), lambda member: halos_of(parts[member.rank]).link(parts[member.rank].ndata["x"], member))
 
 
 def test_a_wrong_halo_node_is_refused_by_its_distance(make_store: MakeStore) -> None:
@@ -364,7 +364,7 @@ def test_invalid_settings_of_halo_mode_are_refused(make_store: MakeStore, tmp_pa
     settings = config.load(None, [f"model.name={__name__}:NotANetwork", "partition.halo=exchange"])
     trainer.build_model(settings, (3, 1), comm.SingleProcess())
     with pytest.raises(Failure, match=r"partition\.halo=exchange .*partition\.halo=bridge"):
-        trainer.build_model(settings, (3, 1), Member(0, Board(2)))
+        trainer.build_model(settings, (3, 1), ThreadRank(0, Board(2)))
     path = make_store(2, "metis")
     with pytest.raises(Failure, match=r"--halo .*--model"):
         cli.verify(path, halo="exchange")

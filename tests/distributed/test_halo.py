@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import DATA
+from small_data import DATA
 from test_exact import _each
 
 from dist_egnn import config

@@ -20,7 +20,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from small import DATA
+from small_data import DATA
 
 from dist_egnn import config as configs
 from dist_egnn.commands.train import run_training

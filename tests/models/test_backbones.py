@@ -1,4 +1,4 @@
-"""RF and SchNet, with and without virtual nodes: the suite of every model and their own properties; FastEGNN against slow.py."""
+"""RF and SchNet, with and without virtual nodes: the suite of every model and their own properties; FastEGNN against its numpy version."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy_fast_egnn
 import pytest
 import reference
-import slow
 import torch
 from dgl import DGLGraph
 from test_models import EGNNSuite, MessagePassingSuite, make_graph
@@ -158,7 +158,7 @@ def test_fast_egnn_is_the_papers_formulas_in_numpy(options: dict[str, Any]) -> N
     assert len(edges) > 20
     fields = {name: graph.ndata[name].numpy() for name in "xvfa"}
     on = {"normalize": options.get("normalize", False), "tanh": options.get("tanh", False), "g": options.get("gravity")}
-    x, z = slow.fast_egnn(weights, len(model.layers), fields, edges, **on)
+    x, z = numpy_fast_egnn.fast_egnn(weights, len(model.layers), fields, edges, **on)
     with torch.no_grad():
         x_model, z_model = (t.numpy() for t in model(graph))
     scale = max(1.0, np.abs(x).max())

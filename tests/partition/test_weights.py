@@ -112,7 +112,7 @@ def test_invalid_weights_write_nothing(small, make_inputs, tmp_path):
 
 
 def test_a_run_from_a_file_partitions_by_its_weights(small, tmp_path):
-    from small import DATA
+    from small_data import DATA
 
     config = Config()
     for name, value in DATA.items():

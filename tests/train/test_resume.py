@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from small import falling_swirl
+from small_data import falling_swirl
 from tiny_runs import PLAIN_TRAIN, ActAfterStep, assert_same, settings
 
 from dist_egnn import cli, config

@@ -1,4 +1,4 @@
-"""The tests' small trajectories, and how they are turned into samples where there is no reason to differ: 10 to 15 neighbours."""
+"""Small trajectories for tests, and default settings of their samples, with 10 to 15 neighbours per node."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ FRAMES = 14
 
 
 def falling_swirl(nodes: int, seed: int) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Nodes of a unit cube that turn about its axis, spread, and fall: position, velocity (T, N, 3), attributes (N,)."""
-    draw = np.random.default_rng(seed)
-    start = draw.uniform(size=(nodes, 3))
-    mass = draw.uniform(0.5, 2.0, nodes)
+    """Nodes of a unit cube that rotate, spread and fall: position, velocity (T, N, 3), attributes (N,)."""
+    rng = np.random.default_rng(seed)
+    start = rng.uniform(size=(nodes, 3))
+    mass = rng.uniform(0.5, 2.0, nodes)
     viscosity = np.full(nodes, 0.01 * (seed + 1))
-    swirl = 0.03 * np.stack([0.5 - start[:, 1], start[:, 0] - 0.5, 0.2 * draw.normal(size=nodes)], 1)
+    swirl = 0.03 * np.stack([0.5 - start[:, 1], start[:, 0] - 0.5, 0.2 * rng.normal(size=nodes)], 1)
     gravity = np.array([0.0, 0.0, -0.002])
     t = np.arange(FRAMES)[:, None, None]
     position = start + swirl * t + gravity * t**2 / 2 * mass[:, None]

@@ -1,6 +1,6 @@
-"""FastEGNN in numpy, written from the paper's formulas alone: one node, one edge, one virtual node at a time, no torch.
+"""FastEGNN in numpy, written from the paper's formulas: one node, edge and virtual node at a time, without torch.
 
-Weights come by name from a state dict turned into arrays; names are all that this shares with the model.
+It shares nothing with the model but the names of the weights in the state dict.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def sigmoid(a: Array) -> Array:
 
 
 def perceptron(w: Weights, name: str, inputs: list[Any], end: bool = False) -> Array:
-    """Linear, SiLU, Linear, and SiLU once more if ``end``."""
+    """Linear, SiLU, Linear, and a final SiLU if ``end``."""
     row = np.concatenate([np.atleast_1d(part) for part in inputs])
     inner = silu(w[f"{name}.0.weight"] @ row + w[f"{name}.0.bias"])
     out = w[f"{name}.2.weight"] @ inner + w.get(f"{name}.2.bias", 0.0)
@@ -31,7 +31,7 @@ def perceptron(w: Weights, name: str, inputs: list[Any], end: bool = False) -> A
 
 
 def gated(w: Weights, name: str, m: Array) -> Array:
-    """m · sigmoid(Linear(m)), where the model has the gate."""
+    """m · sigmoid(Linear(m)) if the model has the gate."""
     return m * sigmoid(w[f"{name}.weight"] @ m + w[f"{name}.bias"]) if f"{name}.weight" in w else m
 
 
@@ -66,7 +66,7 @@ def layer(
         for c in range(count):
             row = [h[i], s[c], length(z[c] - x[i]), gram[c]]
             m_virtual[i][c] = gated(w, "virtual.attention_v", perceptron(w, "virtual.phi_ev", row, end=True))
-        said, pushed = [], []
+        messages, pushes = [], []
         for j, to, e in edges:
             if to != i:
                 continue
@@ -74,13 +74,13 @@ def layer(
             m = gated(w, "attention", perceptron(w, "phi_e", [h[i], h[j], float(r @ r), e], end=True))
             push = perceptron(w, "phi_x", [m])
             push = np.tanh(push) if tanh else push
-            said.append(m)
-            pushed.append((r / (length(r) + 1e-8) if normalize else r) * push)
-        pulled = [(x[i] - z[c]) * perceptron(w, "virtual.phi_xv", [m_virtual[i][c]]) for c in range(count)]
-        x_new[i] += mean(pushed, x[i]) + mean(pulled, x[i]) + perceptron(w, "phi_v", [h[i]]) * v[i]
+            messages.append(m)
+            pushes.append((r / (length(r) + 1e-8) if normalize else r) * push)
+        pulls = [(x[i] - z[c]) * perceptron(w, "virtual.phi_xv", [m_virtual[i][c]]) for c in range(count)]
+        x_new[i] += mean(pushes, x[i]) + mean(pulls, x[i]) + perceptron(w, "phi_v", [h[i]]) * v[i]
         if g is not None:
             x_new[i] += perceptron(w, "phi_g", [h[i]]) * np.array(g)
-        h_new[i] += perceptron(w, "phi_h", [h[i], mean(said, h[i]), mean(m_virtual[i], h[i]), a[i]])
+        h_new[i] += perceptron(w, "phi_h", [h[i], mean(messages, h[i]), mean(m_virtual[i], h[i]), a[i]])
     for c in range(count):
         z_new[c] += mean([(z[c] - x[i]) * perceptron(w, "virtual.phi_z", [m_virtual[i][c]]) for i in range(n)], z[c])
         s_new[c] += perceptron(w, "virtual.phi_s", [s[c], mean([m_virtual[i][c] for i in range(n)], s[c])])
