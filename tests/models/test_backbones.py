@@ -1,4 +1,4 @@
-"""RF and SchNet, with and without virtual nodes: the suite of every model and their own properties; FastEGNN against its numpy version."""
+"""RF and SchNet, with and without virtual nodes: the suite of every model; FastEGNN against its numpy version."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """FastEGNN weights of the authors' code: renaming, safe reading, and import as a run.
 
-The expected outputs are those of slow.py, the paper's formulas, for the same weights.
+The expected outputs are those of numpy_fast_egnn.py, the paper's formulas, for the same weights.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy_fast_egnn
 import pytest
-import slow
 import torch
 from torch import Tensor
 
@@ -78,7 +78,7 @@ def expected_outputs(
     src, dst = (end.tolist() for end in graph.edges())
     edges = list(zip(src, dst, graph.edata["e"].double().numpy(), strict=True))
     fields = {name: graph.ndata[name].double().numpy() for name in "xvfa"}
-    return slow.fast_egnn(arrays, L, fields, edges, normalize=normalize, tanh=False, g=gravity)
+    return numpy_fast_egnn.fast_egnn(arrays, L, fields, edges, normalize=normalize, tanh=False, g=gravity)
 
 
 def random_graph(edge: int = A, node: int = K) -> Any:
