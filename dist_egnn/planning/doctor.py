@@ -238,15 +238,15 @@ def try_group() -> str:
     from ..distributed import spawn
 
     started = time.perf_counter()
-    if spawn.run_ranks(_sum_of_two, 2, timeout_s=TIMEOUT_S / 3) != [3.0, 3.0]:
+    if spawn.run_ranks(_sum_of_ranks, 2, timeout_s=TIMEOUT_S / 3) != [1.0, 1.0]:
         raise Failure("two processes compute a wrong sum")
     return f"two processes connect and sum, {time.perf_counter() - started:.1f} s"
 
 
-def _sum_of_two(group: Comm) -> float:
+def _sum_of_ranks(group: Comm) -> float:
     import torch
 
-    return float(group.sum(torch.tensor(group.rank + 1.0)))
+    return float(group.sum(torch.tensor(float(group.rank))))
 
 
 # stage → what it tries, and the remedy where that fails

@@ -148,10 +148,8 @@ def make_plan(config: Config, say: Say = lambda line: None) -> Plan:
     device = trainer.resolve_device(config)
     parts = dataset.part_count(config)
     if config.train.replicas > 1:
-        raise Failure(
-            f"train.replicas={config.train.replicas}: cannot be planned; plan with train.replicas=1: N groups take N times "
-            "its memory and cores, and share the batches of a step"
-        )
+        remedy = "plan with train.replicas=1: N groups take N times its memory and cores and share its batches"
+        raise Failure(f"train.replicas={config.train.replicas}: cannot be planned; {remedy}")
     preflight.check_training(config, parts)
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
         source = trial_data.open_source(config, parts, Path(folder), say)

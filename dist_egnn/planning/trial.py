@@ -137,13 +137,7 @@ class _Stopwatch:
 
 
 def try_rank(
-    _: Comm,
-    config: Config,
-    rank: int,
-    size: int,
-    batches: Sequence[Sequence[int]],
-    threads: int,
-    inputs: HaloInputs,
+    _: Comm, config: Config, rank: int, size: int, batches: Sequence[Sequence[int]], threads: int, inputs: HaloInputs
 ) -> Trial:
     """Train rank ``rank`` of ``size`` on batches of snapshots; after each pass over them it also predicts the first one."""
     import torch.utils.tensorboard  # as rank 0 of a run: it takes memory

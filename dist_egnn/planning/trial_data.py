@@ -65,15 +65,6 @@ def _table(store: Store) -> np.ndarray:
     return store.parts_table[COLUMNS].to_numpy(float).reshape(len(store.snapshots), store.parts, 4)
 
 
-def store_source(config: Config) -> Source:
-    """The source of a run on an existing store."""
-    store = Store(config.data.path)
-    check_settings(store.inputs, str(store.path), config.data)
-    table = _table(store)
-    counts = {name: _computed(table[store.split(name)], config) for name in ("train", "valid")}
-    return Source(config, store.split("train"), counts["train"], counts, table)
-
-
 def _open_file(config: Config) -> tuple[Trajectories, list[Snapshot]]:
     """A trajectories file and the snapshots that the config selects."""
     d = config.data
@@ -84,9 +75,7 @@ def _open_file(config: Config) -> tuple[Trajectories, list[Snapshot]]:
     return file, selected
 
 
-def _scaled_counts(
-    file: Trajectories, selected: list[Snapshot], sizes: np.ndarray, complete: bool
-) -> dict[str, np.ndarray]:
+def _scaled(file: Trajectories, selected: list[Snapshot], sizes: np.ndarray, complete: bool) -> dict[str, np.ndarray]:
     """Nodes and edges (S, P, 2) of all snapshots by split, scaled from those of one (P, 2) by the number of nodes.
 
     complete: the graphs are complete, so that edges grow with the square.
@@ -106,7 +95,7 @@ def whole_source(config: Config) -> Source:
     largest = max(train, key=lambda k: file[selected[k].trajectory].nodes)
     graph = dataset.open_dataset(config, 0, 1)[largest]
     sizes = np.array([[graph.num_nodes(), graph.num_edges()]], float)
-    counts = _scaled_counts(file, selected, sizes, math.isinf(config.data.radius))
+    counts = _scaled(file, selected, sizes, math.isinf(config.data.radius))
     table = np.pad(np.concatenate([*counts.values()]), ((0, 0), (0, 0), (0, 2)))  # no edge is cut
     return Source(config, train, counts["train"], counts, table)
 
@@ -124,8 +113,7 @@ def partitioned_source(config: Config, parts: int, folder: Path, say: Say) -> So
     largest = file[order[0]].nodes
     target = SHARDS * max(store_writer.SHARD_NODES, largest)
     frames = min(frames_of[order[0]], -(-target // largest))
-    chosen: list[int] = []
-    nodes = 0
+    chosen, nodes = list[int](), 0
     for k in order:
         if nodes < target or len(chosen) * frames < MIN_BATCHES * config.train.batch_size:
             chosen.append(k)
@@ -133,13 +121,9 @@ def partitioned_source(config: Config, parts: int, folder: Path, say: Say) -> So
     subset, trial = _Subset(file.path, chosen), deepcopy(config)
     if frames < max(frames_of.values()):
         trial.data.frames = frames
+    cut = config.partition
     inputs = store_writer.build_inputs(
-        subset,
-        parts=parts,
-        weights=config.partition.weights,
-        method=config.partition.method,
-        method_seed=config.partition.seed,
-        settings=trial.data,
+        subset, parts=parts, weights=cut.weights, method=cut.method, method_seed=cut.seed, settings=trial.data
     )
     count = len(store_writer.list_snapshots(subset, inputs))
     say(f"partitioning {count} of {len(selected)} snapshots into {parts} parts")
@@ -151,7 +135,7 @@ def partitioned_source(config: Config, parts: int, folder: Path, say: Say) -> So
     nodes_of_snapshots = table[:, :, 0].sum(1)
     largest_ones = np.isclose(nodes_of_snapshots, nodes_of_snapshots.max())
     sizes = _computed(table[largest_ones].mean(0), config)
-    counts = _scaled_counts(file, selected, sizes, math.isinf(config.data.radius))
+    counts = _scaled(file, selected, sizes, math.isinf(config.data.radius))
     seconds *= sum(file[s.trajectory].nodes for s in selected) / table[:, :, 0].sum()
     return Source(trial, list(range(len(table))), _computed(table, config), counts, table, seconds)
 
@@ -162,10 +146,14 @@ def open_source(config: Config, parts: int, folder: Path, say: Say) -> Source:
     Raises Failure for data that `train` would refuse.
     """
     if dataset.is_store(config.data.path):
-        source = store_source(config)
+        store = Store(config.data.path)
+        check_settings(store.inputs, str(store.path), config.data)
+        table = _table(store)
+        counts = {name: _computed(table[store.split(name)], config) for name in ("train", "valid")}
+        source = Source(config, store.split("train"), counts["train"], counts, table)
     else:
         source = whole_source(config) if parts == 1 else partitioned_source(config, parts, folder, say)
-    for split, counts in source.counts.items():
-        if not len(counts):
+    for split, sizes in source.counts.items():
+        if not len(sizes):
             raise Failure(f"{config.data.path}: no snapshot in split '{split}'; prepare data with one")
     return source

@@ -14,12 +14,7 @@ from . import plots
 
 SIZE, DPI = (5.6, 4.0), 160  # of one panel: inches, pixels per inch
 MAX_POINTS = 6000  # of a point cloud
-PHASES = {
-    "data_s": "waiting for samples",
-    "forward_s": "forward",
-    "communication_s": "communication",
-    "backward_s": "backward",
-}
+Lines = Mapping[str, Sequence[float]]  # by name
 
 
 def png(panel: Callable[..., None], *arguments: Any) -> bytes:
@@ -80,12 +75,7 @@ def _cloud(axes: Any, x: np.ndarray, colour: Any, label: str = "", count: int = 
 
 
 def curves(
-    figure: Any,
-    x: Sequence[float],
-    lines: Mapping[str, Sequence[float]],
-    levels: Mapping[str, float],
-    xlabel: str,
-    ylabel: str,
+    figure: Any, x: Sequence[float], lines: Lines, levels: Mapping[str, float], xlabel: str, ylabel: str
 ) -> None:
     """Lines over x and horizontal lines at ``levels``, on a logarithmic axis; values that are NaN or ≤ 0 are left out."""
     axes = _axes(figure)
@@ -126,8 +116,8 @@ def positions(figure: Any, y: np.ndarray, predicted: np.ndarray, virtual: np.nda
     _cloud(axes, y, "0.65", "true", MAX_POINTS // 2)
     _cloud(axes, predicted, "C0", "predicted", MAX_POINTS // 2)
     if len(virtual):
-        style: dict[str, Any] = {"s": 170, "edgecolors": "black", "linewidths": 1, "depthshade": False, "zorder": 9}
-        axes.scatter(*virtual[:, [0, 2, 1]].T, marker="*", c="white", label="virtual nodes", **style)
+        style: dict[str, Any] = {"marker": "*", "s": 170, "c": "white", "edgecolors": "black", "zorder": 9}
+        axes.scatter(*virtual[:, [0, 2, 1]].T, linewidths=1, depthshade=False, label="virtual nodes", **style)
     _legend(figure, axes)
 
 
@@ -144,10 +134,10 @@ def virtual_node_paths(figure: Any, x: np.ndarray, virtual: np.ndarray) -> None:
     _legend(figure, axes)
 
 
-def timing(figure: Any, epochs: Sequence[float], seconds: Mapping[str, Sequence[float]], step: Sequence[float]) -> None:
+def timing(figure: Any, epochs: Sequence[float], seconds: Lines, step: Sequence[float]) -> None:
     """Stacked bars: seconds per step of each phase, and the rest of the step on top."""
     axes = _axes(figure)
-    bars = {PHASES[name]: np.asarray(values, float) for name, values in seconds.items()}
+    bars = {name: np.asarray(values, float) for name, values in seconds.items()}
     bars["other (optimiser)"] = np.maximum(np.asarray(step, float) - sum(bars.values()), 0)
     bottom = np.zeros(len(epochs))
     for k, (name, height) in enumerate(bars.items()):

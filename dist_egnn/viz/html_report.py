@@ -87,29 +87,27 @@ class Report:
     config: Config
     rollout_file: Path | None
 
-    def metrics(self) -> pd.DataFrame:
-        """metrics.csv, which has at least one row."""
-        path = self.run / "metrics.csv"
-        if not path.is_file():
-            raise Failure("no metrics.csv in the run; `distegnn train` writes it (imported weights have none)")
+    def read(self, name: str, columns: set[str], remedy: str) -> pd.DataFrame:
+        """A CSV file of the run."""
+        if not (self.run / name).is_file():
+            raise Failure(f"no {name} in the run; {remedy}")
         try:
-            table = pd.read_csv(path)
-            if not len(table) or not {"epoch", "train_mse", "valid_mse"} <= set(table):
-                raise Failure("metrics.csv has no epoch yet; continue with `distegnn train --resume`")
-        except ValueError as error:  # what pandas raises for text that is no table
-            raise Failure(f"metrics.csv is damaged ({str(error).splitlines()[0]}); copy it again") from error
+            table = pd.read_csv(self.run / name)
+        except ValueError as error:  # raised by pandas for text that is no table
+            raise Failure(f"{name} is damaged ({str(error).splitlines()[0]}); {remedy}") from error
+        if not len(table) or not columns <= set(table):
+            raise Failure(f"{name} is damaged or empty; {remedy}")
         return table
+
+    def metrics(self) -> pd.DataFrame:
+        remedy = "written by: distegnn train, or train --resume (imported weights have none)"
+        return self.read("metrics.csv", {"epoch", "train_mse", "valid_mse"}, remedy)
 
     def scores(self) -> dict[str, dict[str, float]]:
         """evaluate.csv: split → prediction → MSE."""
-        path = self.run / "evaluate.csv"
-        if not path.is_file():
-            raise Failure(f"created by: distegnn evaluate {self.run}")
-        try:
-            groups = pd.read_csv(path).groupby("split", sort=False)
-            return {str(split): dict(zip(rows["prediction"], rows["mse"], strict=True)) for split, rows in groups}
-        except (ValueError, KeyError) as error:
-            raise Failure(f"evaluate.csv is damaged; create it again: distegnn evaluate {self.run}") from error
+        table = self.read("evaluate.csv", {"split", "prediction", "mse"}, f"written by: distegnn evaluate {self.run}")
+        groups = table.groupby("split", sort=False)
+        return {str(split): dict(zip(rows["prediction"], rows["mse"], strict=True)) for split, rows in groups}
 
     def numbers(self) -> str:
         table = self.metrics()
@@ -162,14 +160,13 @@ class Report:
         table = table.dropna(subset=[name for name in columns if name in table])  # epochs of an older version
         if not set(columns) <= set(table) or not len(table):
             raise Failure("recorded by an older version, without seconds by phase; train again to have them")
-        seconds, step = {name: table[name].tolist() for name in PHASES}, table["step_s"].tolist()
-        caption = "Mean seconds of a step on rank 0 by phase. Communication includes waiting for other processes."
+        seconds, step = {n.removesuffix("_s"): table[n].tolist() for n in PHASES}, table["step_s"].tolist()
+        caption = "Mean seconds of a step on rank 0 by phase. Data: waiting for samples; communication: with waiting."
         return _pictures(_figure(caption, figures.timing, table["epoch"].tolist(), seconds, step))
 
     def sample(self) -> str:
         """A test sample: its partition, and the prediction of the best checkpoint."""
         path = self.run / run_dir.BEST
-        state = checkpoint.load(path)
         data = dataset.open_dataset(self.config, 0, 1)
         split = next((s for s in ("test", "valid", *SPLITS) if data.splits[s]), "")
         if not split:
@@ -177,7 +174,7 @@ class Report:
         number = data.splits[split][len(data.splits[split]) // 2]
         trajectory, frame = data.frames[number]
         model = trainer.build_model(self.config, data.widths, SingleProcess())
-        checkpoint.load_weights(model, state, path)
+        checkpoint.load_weights(model, checkpoint.load(path), path)
         model.eval()
         store = Store(self.config.data.path) if dataset.is_store(self.config.data.path) else None
         graph = store.whole(number) if store and store.parts > 1 else data[number]
@@ -193,8 +190,7 @@ class Report:
             caption = f"Nodes of the input, coloured by part. {what}; in the {store.parts} parts: {sizes}."
             shown.append(_figure(caption, figures.parts, x, part))
         else:
-            note = "No partition to show: the run trains on whole graphs (partition.parts=P, or a store, divides them)."
-            note = f'<p class="left-out">{note}</p>'
+            note = '<p class="left-out">No partition: the graphs are whole (partition.parts=P or a store divides them).</p>'
         caption = f"Predicted over true displacement of each node. {what}; MSE {mse:.3e}."
         shown.append(_figure(caption, figures.displacement, x, y, {self.config.model.name: guess}))
         caption = "True and predicted positions." + " Stars: virtual nodes after the last layer." * bool(z.shape[1])
@@ -206,7 +202,7 @@ class Report:
         path = self.rollout_file
         if path is None:
             out = self.run / "rollout.vtkhdf"
-            raise Failure(f"created by: distegnn rollout {self.run} --trajectory K --steps S --out {out}")
+            raise Failure(f"written by: distegnn rollout {self.run} --trajectory K --steps S --out {out}")
         table = rollout.error_table(path)
         with Rollout(path) as file:
             start, steps, meta = file[0].position, len(file) - 1, file.meta
@@ -242,11 +238,6 @@ class Report:
 
     def settings(self) -> str:
         return f"<pre>{_text(configs.to_yaml(self.config).rstrip())}</pre>"
-
-
-def newest_rollout(run: Path) -> Path | None:
-    files = [*run.glob("*.vtkhdf"), *run.glob("*.hdf")]
-    return max(files, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def page(report: Report) -> tuple[str, list[str]]:
@@ -289,7 +280,8 @@ def run_report(run: Path, rollout_file: Path | None, out: Path | None) -> None:
         Rollout(rollout_file).close()
     config = configs.load(run / "config.yaml")
     plots.pyplot()  # fails now rather than in every section
-    text, missing = page(Report(run, config, rollout_file or newest_rollout(run)))
+    rollouts = sorted([*run.glob("*.vtkhdf"), *run.glob("*.hdf")], key=lambda path: path.stat().st_mtime)
+    text, missing = page(Report(run, config, rollout_file or (rollouts[-1] if rollouts else None)))
     write_atomically(out, text.encode())
     print(f"{out}: {text.count('<img ')} pictures, {len(text) / 1e6:.1f} MB")
     for line in missing:

@@ -85,12 +85,11 @@ def shared_limits(frames: DrawnFrames, box: np.ndarray | None) -> tuple[np.ndarr
     low, high, top = np.full(3, np.inf), np.full(3, -np.inf), 0.0
     with progress_bar("reading", len(frames)) as tick:
         for drawn in frames:
-            for x in (drawn.position, drawn.true):
-                if x is not None:  # percentiles, so that a few nodes that fly away do not make the others small
-                    low, high = np.minimum(low, np.percentile(x, 0.2, 0)), np.maximum(high, np.percentile(x, 99.8, 0))
-            z = drawn.frame.virtual
-            if z is not None and len(z):
-                low, high = np.minimum(low, z.min(0)), np.maximum(high, z.max(0))
+            # percentiles, so that a few nodes that fly away do not make the others small
+            for x, tail in ((drawn.position, 0.2), (drawn.true, 0.2), (drawn.frame.virtual, 0.0)):
+                if x is not None and len(x):
+                    low = np.minimum(low, np.percentile(x, tail, 0))
+                    high = np.maximum(high, np.percentile(x, 100 - tail, 0))
             for values in (drawn.colour, drawn.true_colour):
                 if values is not None and np.isfinite(values).any():
                     top = max(top, float(np.nanpercentile(values, 99)))
@@ -131,9 +130,7 @@ class Camera:
             unit = "length / time" if rollout.meta["velocity"] == "stored" else "length / frame"
             label = f"speed [{unit}]" if colour == "speed" else "distance from the true position [length]"
             bar = self.figure.add_axes((0.915 - 0.02 * (views == 1), 0.18, 0.014, 0.6))
-            self.figure.colorbar(plt.cm.ScalarMappable(scale, cmap), cax=bar, extend="max").set_label(
-                label, fontsize=10
-            )
+            self.figure.colorbar(plt.cm.ScalarMappable(scale, cmap), cax=bar, extend="max", label=label)
         # a mark is about as large as the spacing of particles that fill the view
         self.size = float(np.clip(6e4 / len(frames.rows) ** (2 / 3) / 40, 1.5, 30))
 

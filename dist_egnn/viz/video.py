@@ -82,10 +82,7 @@ def write_video(path: Path, pictures: Pictures, fps: float) -> None:
             WRITERS[path.suffix](partial, pictures, fps)
             os.replace(partial, path)
         except OSError as error:
+            remedy = "free space, or choose another --out"
+            raise Failure(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
+        finally:
             remove()
-            raise Failure(
-                f"{path}: cannot be written ({error.strerror}); free space, or choose another --out"
-            ) from error
-        except BaseException:
-            remove()
-            raise
