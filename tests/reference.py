@@ -17,7 +17,7 @@ from torch import Tensor
 Outputs = tuple[Tensor, Tensor]
 # (layer, h_i, h_j, x_i − x_j, e_ij) of each edge → m_ij (None without features) and the factor of x_i − x_j
 Message = Callable[[Any, Any, Any, Tensor, Tensor], tuple[Any, Tensor]]
-# (layer, h, t, x_i − x_j, e_ij, source, destination, n) → dx (n, 3), mean m_ij (n, H) and t', the last two None if there are none
+# (layer, h, t, x_i − x_j, e_ij, source, destination, n) → dx (n, 3), mean m_ij (n, H) or None, t' or None
 Real = Callable[..., tuple[Tensor, Any, Any]]
 
 

@@ -1,7 +1,7 @@
 """The base class of all layers: the update of real nodes and their exchange with the virtual nodes.
 
-A backbone (egnn.py, rf.py, …) adds the messages; docs/extend.md shows a complete one. Legend: E edges, n nodes of a tile,
-H width, A edge attributes, K node attributes.
+A backbone (egnn.py, rf.py, …) adds the messages; docs/extend.md shows a complete one. Legend: E edges, n nodes of a
+tile, H width, A edge attributes, K node attributes.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Layer(nn.Module):
         x_i' = x_i + mean_j dx_ij [+ mean_c (x_i − z_c) φ_xv(m_ic)] + φ_v(o_i) v_i [+ φ_g(o_i) g]
         h_i' = h_i + φ_h([h_i, mean_j m_ij, [mean_c m_ic,] a_i])
 
-    The terms in c are those of virtual nodes (virtual_nodes.py); g is a constant vector such as gravity. o_i is h_i, or ‖v_i‖ in a
-    backbone without features h.
+    The terms in c are those of virtual nodes (virtual_nodes.py); g is a constant vector such as gravity. o_i is h_i, or
+    ‖v_i‖ in a backbone without features h.
 
-    A backbone is a subclass with ``build``, which makes its networks, and ``message``, which returns dx (E, 3) and m (E, H), or
-    fields whose means ``aggregate`` turns into them. ``send`` and ``receive`` compute once per node what ``message`` reads of the
-    source and the destination. All methods are pure functions of rows.
+    A backbone is a subclass with ``build``, which makes its networks, and ``message``, which returns dx (E, 3) and m
+    (E, H), or fields whose means ``aggregate`` turns into them. ``send`` and ``receive`` compute once per node what
+    ``message`` reads of the source and the destination. All methods are pure functions of rows.
     """
 
     options: ClassVar[tuple[str, ...]] = ()  # keys of the config's model section that ``build`` takes

@@ -19,9 +19,9 @@ class EGNNLayer(Layer):
 
         m_ij = φ_e([h_i, h_j, ‖x_i − x_j‖², e_ij]) (H),  dx_ij = (x_i − x_j) φ_x(m_ij) (3)
 
-    The first layer of φ_e is linear in h_i and h_j: ``receive`` and ``send`` compute p_i = W_i h_i + b and q_j = W_j h_j once per
-    node, and edges add them. normalize: divide x_i − x_j by its length; attention: multiply m_ij by sigmoid(Linear(m_ij));
-    tanh: bound φ_x; bf16: messages in bfloat16.
+    The first layer of φ_e is linear in h_i and h_j: ``receive`` and ``send`` compute p_i = W_i h_i + b and
+    q_j = W_j h_j once per node, and edges add them. normalize: divide x_i − x_j by its length; attention: multiply m_ij
+    by sigmoid(Linear(m_ij)); tanh: bound φ_x; bf16: messages in bfloat16.
     """
 
     options: ClassVar = ("normalize", "attention", "tanh", "bf16")

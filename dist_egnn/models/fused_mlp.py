@@ -1,8 +1,8 @@
 """The costly part of a message: the MLP after its first layer's products on nodes, then the coordinate MLPs.
 
-The gradient is written by hand. The forward pass overwrites what is not needed again, the backward pass writes the gradient of
-SiLU in place, products take the fastest route, and may be in bfloat16: messages are invariants, so positions and their
-differences stay exact. Messages of edges and of virtual nodes (virtual_nodes.py) have this form.
+The gradient is written by hand. The forward pass overwrites what is not needed again, the backward pass writes the
+gradient of SiLU in place, products take the fastest route, and may be in bfloat16: messages are invariants, so
+positions and their differences stay exact. Messages of edges and of virtual nodes (virtual_nodes.py) have this form.
 
 Legend: E messages, H width, S = 1 + A scalars of a message (a distance or its square, and e_ij), K coordinate MLPs.
 """
@@ -135,8 +135,8 @@ def message_mlp(
 ) -> tuple[Tensor, ...]:
     """m (E, H) = φ(…), then φ_k(m) (E, 1) of each coordinate MLP.
 
-    pre: (E, H), the terms of φ's first layer in the node features and its bias; is overwritten. distance: (E, 1) and e: (E, A),
-    the other inputs of that layer, with its columns w_s (H, 1 + A). bf16: compute in bfloat16.
+    pre: (E, H), the terms of φ's first layer in the node features and its bias; is overwritten. distance: (E, 1) and e:
+    (E, A), the other inputs of that layer, with its columns w_s (H, 1 + A). bf16: compute in bfloat16.
     """
     second = phi[2]
     w_x, b_x = (torch.cat([getattr(c[0], name) for c in coordinate]) for name in ("weight", "bias"))

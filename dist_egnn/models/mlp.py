@@ -1,4 +1,4 @@
-"""Two-layer perceptrons, and their first layer split by input, so that its products run once per node instead of per edge."""
+"""Two-layer perceptrons, and their first layer split by input: its products run once per node instead of per edge."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ def mlp(inputs: int, hidden: int, outputs: int | None = None, *, activate: bool 
 
 
 def coordinate_mlp(hidden: int, inputs: int | None = None, *, outputs: int = 1) -> nn.Sequential:
-    """φ_x, φ_xv, φ_z: Linear(inputs or hidden→hidden), SiLU, Linear(hidden→outputs, no bias), whose weight is initialized
-    Xavier-uniform with gain 0.001."""
+    """φ_x, φ_xv, φ_z: Linear(inputs or hidden→hidden), SiLU, Linear(→outputs, no bias; Xavier-uniform, gain 0.001)."""
     last = nn.Linear(hidden, outputs, bias=False)
     nn.init.xavier_uniform_(last.weight, gain=0.001)
     return nn.Sequential(nn.Linear(inputs or hidden, hidden), nn.SiLU(), last)

@@ -1,5 +1,4 @@
-"""The models, and their lookup by name. A model maps a (batched) DGLGraph with the fields of docs/conventions.md to the positions
-x^L (N, 3) of real nodes and z^L (B, C, 3) of virtual nodes.
+"""The models by name. They map a (batched) DGLGraph (docs/conventions.md) to positions x^L (N, 3) and z^L (B, C, 3).
 
 Legend: N nodes, B graphs, C virtual nodes, H width, F input features, K node attributes, A edge attributes.
 """
@@ -46,7 +45,7 @@ def graph_size_and_centroid(graph: DGLGraph, x: Tensor, comm: Comm) -> tuple[Ten
 
 
 def read_field(fields: Mapping[str, Tensor], name: str, width: int) -> Tensor:
-    """A field (…, width) of ``graph.ndata`` or ``graph.edata``. Raises Failure if it is missing or has another shape."""
+    """A field (…, width) of ``graph.ndata`` or ``graph.edata``. Raises Failure if it is missing or misshapen."""
     value = fields.get(name)
     if value is None or value.shape[1:] != (width,):
         shape = "is missing" if value is None else f"has shape {tuple(value.shape)}"
@@ -198,8 +197,8 @@ class FastEGNN(EGNN):
     ) -> FastEGNN:
         """The model of a state dict of the authors' code; shapes and keys give its sizes and options.
 
-        normalize, gravity: as in training, since the weights do not show them. The model has the weights' dtype, at least
-        float32. Raises Failure for a key that is unknown, missing or has another shape.
+        normalize, gravity: as in training, since the weights do not show them. The model has the weights' dtype, at
+        least float32. Raises Failure for a key that is unknown, missing or has another shape.
         """
         state = published_weights.normalize_keys(state_dict)
         published_weights.check_gravity(state, gravity)
@@ -288,8 +287,8 @@ def resolve_model(
 ) -> tuple[type[nn.Module], dict[str, Any]]:
     """The class and the options of the config's model section. radius: of the data's edges, the default of ``cutoff``.
 
-    Raises Failure for a key that is not at its default and no option of the model, except virtual_nodes: a backbone and its
-    version with virtual nodes can share a config.
+    Raises Failure for a key that is not at its default and no option of the model, except virtual_nodes: a backbone and
+    its version with virtual nodes can share a config.
     """
     cls = model_class(settings["name"])
     if not issubclass(cls, Network):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import Failure
 
-# torch.load(weights_only=True) could run code before 2.6 (CVE-2025-32434) and corrupt memory before 2.10 (CVE-2026-24747)
+# before, torch.load(weights_only=True) could run code (CVE-2025-32434) or corrupt memory (CVE-2026-24747)
 SAFE_TORCH = Version("2.10")
 STATE_DICT_KEYS = ("virtual_node_feat", "embedding_in.weight")  # a dict with one of them is a state dict
 # the networks of a layer, our name → theirs
@@ -43,7 +43,7 @@ def _failure(message: str) -> Failure:
 def read_state_dict(path: Path) -> dict[str, Any]:
     """The state dict in a .pt or .pth file, at the top or nested under names such as "state_dict" or "model".
 
-    Raises Failure if the file is missing or damaged, holds more than tensors, numbers and text, or not exactly one state dict.
+    Raises Failure if the file is missing or damaged, holds other objects, or not exactly one state dict.
     """
     if not path.is_file():
         raise Failure(f"{path}: no such file")
@@ -80,8 +80,7 @@ def _state_dicts(content: Any, name: str = "") -> Iterator[tuple[str, dict[str, 
 
 
 def normalize_keys(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state dict without the prefix ``module.`` of a data-parallel wrapper. Raises Failure for values that are not tensors
-    of real numbers."""
+    """Remove the prefix ``module.`` of a data-parallel wrapper. Raises Failure for values that are no real tensors."""
     result: dict[str, Tensor] = {}
     for key, value in state.items():
         name = str(key).removeprefix("module.")
@@ -95,7 +94,7 @@ def normalize_keys(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def model_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """The options of FastEGNN that shapes and keys imply. Raises Failure for a key that is missing or has a wrong shape."""
+    """The options of FastEGNN that shapes and keys imply. Raises Failure for a missing or misshapen key."""
 
     def shape(key: str, axes: int) -> torch.Size:
         if key not in state:

@@ -1,4 +1,4 @@
-"""The radial field layer (Köhler et al. 2020): forces along edges that depend on their length; with virtual nodes, FastRF."""
+"""The radial field layer (Köhler et al. 2020); with virtual nodes, the FastRF layer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class RFLayer(Layer):
 
         dx_ij = (x_i − x_j) φ_x([‖x_i − x_j‖, e_ij]) (3)
 
-    φ_x: Linear(1+A→H), SiLU, Linear(H→1, no bias). Nodes have no features h: the fields f and a of a sample are not read.
+    φ_x: Linear(1+A→H), SiLU, Linear(H→1, no bias). Nodes have no features h: fields f and a of a sample are not read.
     """
 
     options: ClassVar = ("normalize",)

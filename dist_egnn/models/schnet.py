@@ -30,13 +30,13 @@ def cosine_cutoff(distance: Tensor, cutoff: float) -> Tensor:
 class SchNetLayer(Layer):
     """Continuous-filter convolution; base.py has the node update.
 
-        m_ij = W h_j ∘ w([gaussians(‖x_i − x_j‖), e_ij]) · cosine_cutoff(‖x_i − x_j‖) (H),  dx_ij = (x_i − x_j) φ_x(m_ij) (3)
+        m_ij = W h_j ∘ w([gaussians(d_ij), e_ij]) · cosine_cutoff(d_ij) (H),  dx_ij = (x_i − x_j) φ_x(m_ij) (3)
 
-    w is ``filter``: Linear(G+A→H), SiLU, Linear(H→H); ``send`` computes q_j = W h_j once per node. An edge costs (G + A)H + 2H²
-    multiply-adds, against 2H² in EGNN.
+    d_ij = ‖x_i − x_j‖; w is ``filter``: Linear(G+A→H), SiLU, Linear(H→H); ``send`` computes q_j = W h_j once per node.
+    An edge costs (G + A)H + 2H² multiply-adds, against 2H² in EGNN.
 
-    basis: G; cutoff: the distance beyond which messages are zero, and the centre of the last Gaussian. The paper has no update of
-    positions.
+    basis: G; cutoff: the distance beyond which messages are zero, and the centre of the last Gaussian. The paper has no
+    update of positions.
     """
 
     options: ClassVar = ("normalize", "basis", "cutoff")

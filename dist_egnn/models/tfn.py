@@ -56,8 +56,8 @@ def _simplify(module: nn.Module) -> nn.Module:
 class TFNLayer(Layer):
     """The messages of a tensor field network: features times spherical harmonics, channel by channel.
 
-    A node has scalars h (n, H) (irreps 0e) and vectors t (n, m·3) (1o: polar vectors), initially m copies of v. Lengths are in
-    units of the cutoff, r = (x_i − x_j) / cutoff.
+    A node has scalars h (n, H) (irreps 0e) and vectors t (n, m·3) (1o: polar vectors), initially m copies of v. Lengths
+    are in units of the cutoff, r = (x_i − x_j) / cutoff.
 
         [a b t̂]_j = Linear(h_j, t_j)                             H and m scalars, m vectors
         w_ij = φ_w([basis(‖r‖), e_ij])                           H + 3m weights
@@ -66,12 +66,12 @@ class TFNLayer(Layer):
         m_i, τ_i = Linear(mean_j c_ij),  τ'_i = Linear(mean_j c_ij, t_i)
         dx_i = cutoff · φ_x(m_i)·τ_i,  t_i' = t_i + φ_t(m_i) τ'_i
 
-    Y are the spherical harmonics of degrees 0 and 1 as the polynomials 1 and √3 r, whose gradient is finite at r = 0; ``normalize``
-    uses r / ‖r‖ (length detached). basis: Gaussians evenly between 0 and the cutoff, zero far beyond it.
+    Y are the spherical harmonics of degrees 0 and 1 as the polynomials 1 and √3 r, whose gradient is finite at r = 0;
+    ``normalize`` uses r / ‖r‖ (length detached). basis: Gaussians evenly between 0 and the cutoff, zero far beyond it.
 
-    Deviations from the paper: the tensor product has one weight per channel (H + 3m = 112 at H = 64, m = 16) instead of (H + m)²
-    (6,400), with linear maps on nodes before and after it; no cross product, which would be a pseudovector (1e); the update of
-    positions. An edge costs (basis + A)·H + H·(H + 3m) multiply-adds in φ_w and about H + 10m in the product.
+    Deviations from the paper: the tensor product has one weight per channel (H + 3m = 112 at H = 64, m = 16) instead of
+    (H + m)² (6,400), with linear maps on nodes before and after it; no cross product, which would be a pseudovector
+    (1e); the update of positions. An edge costs (basis + A + H + 3m)·H multiply-adds in φ_w, H + 10m in the product.
     """
 
     options: ClassVar = ("normalize", "basis", "cutoff", "channels")

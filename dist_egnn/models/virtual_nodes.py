@@ -23,10 +23,10 @@ class VirtualNodes(nn.Module):
         z_c' = z_c + mean_i (z_c − x_i) φ_z(m_ic)
         s_c' = s_c + φ_s([s_c, mean_i m_ic])
 
-    Means over i are over all real nodes of the graph, on all partitions. In a backbone without features there is no h and no s,
-    m_ic = φ_ev([‖z_c − x_i‖, M_{:,c}]), and the first bias of φ_ev is one vector per c, standard normal: all z_c start at
-    the centroid and with one common bias would stay equal. attention: multiply m_ic by sigmoid(Linear(m_ic)); bf16: messages in
-    bfloat16.
+    Means over i are over all real nodes of the graph, on all partitions. In a backbone without features there is no h
+    and no s, m_ic = φ_ev([‖z_c − x_i‖, M_{:,c}]), and the first bias of φ_ev is one vector per c, standard normal: all
+    z_c start at the centroid and with one common bias would stay equal. attention: multiply m_ic by
+    sigmoid(Linear(m_ic)); bf16: messages in bfloat16.
     """
 
     def __init__(
@@ -84,8 +84,8 @@ class VirtualNodes(nn.Module):
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         """z', s' and the mean of x', the next layer's x̄: one all-reduce of 3 + 3C + HC numbers per graph.
 
-        sums over this partition: sum_x (B, 3) of x', to_z (B, C, 3), to_s (B, C, H; with features). total: N (B, 1) of the whole
-        graph.
+        sums over this partition: sum_x (B, 3) of x', to_z (B, C, 3), to_s (B, C, H; with features). total: N (B, 1) of
+        the whole graph.
         """
         packed = torch.cat([sums[name].flatten(1) for name in self.sums], dim=1)
         x_mean, z_mean, s_mean = (comm.sum(packed) / total).tensor_split([3, 3 + 3 * self.count], dim=1)

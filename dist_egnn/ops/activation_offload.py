@@ -43,7 +43,7 @@ class _TensorFile:
 
 
 def check_folder(folder: str, key: str) -> None:
-    """Raise Failure unless ``folder`` is empty or an existing folder. key: the option as the user wrote it, "train.kept="."""
+    """Raise Failure for a folder that does not exist; "" is valid. key: as the user wrote it, such as "train.kept="."""
     if folder and not Path(folder).is_dir():
         raise Failure(
             f"{key}{folder}: no such folder; create it, or leave the option out to keep activations in memory"
@@ -54,8 +54,9 @@ def check_folder(folder: str, key: str) -> None:
 def offload_to_disk(folder: str, keep_in_memory: Iterable[Tensor] = ()) -> Iterator[None]:
     """Write saved tensors of at least 1 MB of the forward pass in this context to files in ``folder``.
 
-    The backward pass reads them back; it may run after the context. An empty ``folder`` offloads nothing. keep_in_memory:
-    tensors that stay in memory in any case, such as the fields of a graph. Raises Failure if the folder is not writable.
+    The backward pass reads them back; it may run after the context. An empty ``folder`` offloads nothing.
+    keep_in_memory: tensors that always stay in memory, such as fields of a graph. Raises Failure for a folder that is
+    not writable.
     """
     if not folder:
         yield

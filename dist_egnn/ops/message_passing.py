@@ -1,7 +1,7 @@
 """Run a message UDF on a bipartite block of edges, by DGL's kernels or by plain torch (any device).
 
-UDFs follow DGL's conventions. A message UDF takes ``edges`` (``edges.src``, ``edges.dst``, ``edges.data``) and returns fields
-per edge; a node UDF takes ``nodes`` (``nodes.data``) and returns fields per node. Both are pure functions of rows.
+UDFs follow DGL's conventions. A message UDF takes ``edges`` (``edges.src``, ``edges.dst``, ``edges.data``) and returns
+fields per edge; a node UDF takes ``nodes`` (``nodes.data``) and returns fields per node.
 
 Legend: E edges of a block, n_src source rows, n_dst destination rows.
 """
@@ -208,7 +208,7 @@ class TorchEngine:
 
 
 def resolve_engine(name: str, device: torch.device | str = "cpu") -> Engine:
-    """The engine for ``model.engine``: dgl, torch, or auto (torch, the faster with the smaller memory; docs/performance.md).
+    """The engine for ``model.engine``: dgl, torch, or auto (torch: faster, with less memory; docs/performance.md).
 
     Raises Failure for an unknown name, and for dgl where DGL does not support the device.
     """

@@ -1,9 +1,9 @@
 """Run a layer over the tiles of a graph in bounded memory.
 
-Run on a whole graph, a layer writes some ten (E, H) arrays and saves them for the backward pass. Here messages and their mean run
-block by block, the node update and the sums for the virtual nodes tile by tile, all inside one autograd function that saves only
-the layer's inputs and the means, and recomputes the rest in the backward pass. Arrays stay in cache, and memory is O(N·H) per
-layer plus one tile. The code depends on no particular layer.
+Run on a whole graph, a layer writes some ten (E, H) arrays and saves them for the backward pass. Here messages and
+their mean run block by block, the node update and the sums for the virtual nodes tile by tile, all inside one autograd
+function that saves only the layer's inputs and the means, and recomputes the rest in the backward pass. Arrays stay in
+cache, and memory is O(N·H) per layer plus one tile. The code depends on no particular layer.
 
 Legend: N nodes, E edges, B graphs; n, e, b the same within a tile; m halo nodes.
 """
@@ -52,12 +52,12 @@ def run_layer(
 ) -> Fields:
     """The layer's outputs (N, …) and sums (B, …).
 
-    node: fields (N, …) in the tiles' order; edge: (E, …) in the graph's order; shared: (B, …) per graph. exchange: in halo mode,
-    exchanges rows of halo nodes and their gradients; tiles without halo nodes run meanwhile. A graph of one block runs under
-    plain autograd.
+    node: fields (N, …) in the tiles' order; edge: (E, …) in the graph's order; shared: (B, …) per graph. exchange: in
+    halo mode, exchanges rows of halo nodes and their gradients; tiles without halo nodes run meanwhile. A graph of one
+    block runs under plain autograd.
     """
     call = _Call(layer, engine, tiles, tuple(node), tuple(edge), tuple(shared), exchange, torch.is_grad_enabled())
-    # plain autograd would skip the backward exchange of a halo that nothing depends on, and the other ranks would wait for it
+    # plain autograd would skip the backward exchange of an unused halo, and the other ranks would wait for it
     if tiles.is_single_block and (exchange is None or tiles.boundary):
         (tile,) = tiles.tiles
         halo_rows = exchange.refresh({name: node[name] for name in layer.source_fields}) if exchange else {}

@@ -1,7 +1,7 @@
 """Cut a graph into tiles of nodes and blocks of edges, small enough for a layer's arrays to stay in cache.
 
-Nodes are ordered along a space-filling curve. A tile is a range of some thousand nodes in that order with all their in-edges;
-a block is a range of some thousand in-edges, those of consecutive nodes of one tile. tiled_layer.py runs a layer over them.
+Nodes are ordered along a space-filling curve. A tile is a range of some thousand nodes in that order with all their
+in-edges; a block is a range of some thousand in-edges, those of consecutive nodes of one tile.
 
 Legend: N nodes, E edges, B graphs of a batch; n, e, b the same within a tile.
 """
@@ -24,8 +24,8 @@ from .message_passing import Engine
 
 BLOCK_EDGES = 8192  # default edges of a block: each of its float32 arrays takes 2 MB at the usual width
 USUAL_WIDTH = 64
-# A graph of up to this many blocks becomes one block and runs under plain autograd: arrays of up to 24 MB are cheaper to keep
-# than to recompute. Beyond that, each array is fresh memory from the system and tiles are faster (docs/performance.md).
+# A graph of up to this many blocks becomes one block under plain autograd: arrays of up to 24 MB are cheaper to keep
+# than to recompute. Larger arrays are fresh memory from the system each time; tiles are faster (docs/performance.md).
 MAX_UNTILED_BLOCKS = 12
 EDGES_PER_NODE = (
     4  # a tile has one node for this many edges of a block: with C = 3, arrays over nodes are then as large
@@ -87,7 +87,7 @@ def tiles_of(
     device: torch.device | None = None,
     width: int = USUAL_WIDTH,
 ) -> Tiles:
-    """Cut a (batched) DGLGraph into tiles with blocks of about ``block_edges`` edges; cached on it until its edges change.
+    """Cut a (batched) DGLGraph into tiles with blocks of about ``block_edges`` edges; cached until its edges change.
 
     device: of the layers (default: the graph's); width: of the layers. Raises Failure for block_edges below 1.
     """

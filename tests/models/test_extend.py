@@ -1,4 +1,4 @@
-"""docs/extend.md does what it says: its files are taken from the page, tested by its own test class, trained by its command."""
+"""docs/extend.md: the files on the page pass its own test class and are trained by its command."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def test_it_trains_on_two_processes_by_its_command(small: Path, tmp_path: Path) 
 
 def test_its_processes_equal_one(make_store: Callable[..., Path], tmp_path: Path) -> None:
     overrides = ["model.name=powers:FastPowers", "model.hidden=8", "model.layers=2", "model.normalize=true"]
-    found = parallel_check.compare(config.load(None, overrides), Store(make_store(2)), 1, tmp_path)
-    assert max(found.values()) <= parallel_check.TOLERANCE
-    assert "gradient layers.0.k" in found
+    errors = parallel_check.compare(config.load(None, overrides), Store(make_store(2)), 1, tmp_path)
+    assert max(errors.values()) <= parallel_check.TOLERANCE
+    assert "gradient layers.0.k" in errors
 
 
 @pytest.mark.parametrize(

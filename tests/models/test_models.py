@@ -1,4 +1,4 @@
-"""One suite that every model passes; a new model inherits it in three lines. Negative controls show that it can fail."""
+"""One suite for every model; a new model inherits it in three lines. Negative controls show that it can fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TFN and FastTFN: the suite of every model against formulas without e3nn, hidden vectors under rotations, the use of e3nn."""
+"""TFN and FastTFN: the common suite against formulas without e3nn, hidden vectors under rotations, the use of e3nn."""
 
 from __future__ import annotations
 
@@ -32,8 +32,7 @@ def _blocks(weight: Tensor, *shapes: tuple[int, int]) -> list[Tensor]:
 def tfn_real(
     layer: Any, h: Tensor, t: Tensor, r: Tensor, e: Tensor, src: Tensor, dst: Tensor, n: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx (n, 3), m (n, H), t' (n, m, 3) by vector algebra alone: the products of degrees 0 and 1 that keep parity are a scalar
-    times a scalar, a scalar times a vector, and the dot product of two vectors."""
+    """dx (n, 3), m (n, H), t' (n, m, 3) by vector algebra: scalar and dot products, scalars times vectors."""
     width, m = h.shape[1], t.shape[1]
     to_a, to_b, to_t = _blocks(layer.before.weight, (width, width), (width, m), (m, m))
     a, b = h @ to_a / sqrt(width), h @ to_b / sqrt(width)
@@ -97,7 +96,7 @@ class TestFastTFNWithDirections(TFNSuite):
 
 
 def representation(irreps: str, rotation: Tensor) -> Tensor:
-    """e3nn's matrix of an orthogonal matrix; e3nn computes in the default dtype, of which float32 is too coarse here."""
+    """e3nn's representation of an orthogonal matrix, in float64, for which e3nn needs the default dtype."""
     torch.set_default_dtype(torch.float64)
     try:
         return o3.Irreps(irreps).D_from_matrix(rotation)

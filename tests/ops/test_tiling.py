@@ -1,4 +1,4 @@
-"""Tiles: cached until edges change, bounded memory, small graphs in one block, threads. Values of all models: test_models.py."""
+"""Tiles: cache, bounded memory, small graphs in one block, threads. Values of all models: test_models.py."""
 
 from __future__ import annotations
 
