@@ -68,6 +68,7 @@ setup(
             "pytest-xdist>=3.7,<4",  # --no-loadscope-reorder
             "hypothesis>=6.100,<7",
             "playwright>=1.50,<2",
+            "pyte>=0.8,<1",
             "ruff==0.17.5",
             "mypy==2.4.1",
         ],

@@ -19,11 +19,10 @@ from small_data import DATA
 
 from dist_egnn.utils import console, progress
 
-TOKEN = re.compile(r"\x1b\[([0-9;?]*)([A-Za-z])|(.)", re.DOTALL)  # an escape sequence or a character
-
 
 def run_on_terminal(command: list[str], columns: int = 80) -> tuple[int, list[str], str]:
-    """Exit code, lines of the terminal at the end and everything written; lines keep the length that was written."""
+    """Run a command on a pseudo-terminal: exit code, lines on the screen at the end, everything that was written."""
+    pyte = pytest.importorskip("pyte", reason="pip install -e '.[dev]'")
     child, terminal = pty.fork()
     if not child:
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
@@ -33,26 +32,14 @@ def run_on_terminal(command: list[str], columns: int = 80) -> tuple[int, list[st
     try:
         while chunk := os.read(terminal, 65536):
             raw += chunk
-    except OSError:  # the child closed its side
+    except OSError:  # the other side is closed
         pass
     finally:
         os.close(terminal)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    rows, row, column = [""], 0, 0
-    for count, escape, letter in TOKEN.findall(raw.decode()):
-        if escape == "A":  # cursor up
-            row -= int(count or 1)
-        elif escape == "K" and count == "2":  # erase the line
-            rows[row] = ""
-        elif letter == "\n":
-            row += 1
-            rows += [""] * (row + 1 - len(rows))
-        elif letter == "\r":
-            column = 0
-        elif letter:
-            rows[row] = rows[row].ljust(column)[:column] + letter + rows[row][column + 1 :]
-            column += 1
-    return code, [line.rstrip() for line in rows if line.strip()], raw.decode()
+    screen = pyte.Screen(400, 1000)  # larger than the terminal: lines that are too long stay whole, none scrolls away
+    pyte.ByteStream(screen).feed(raw)
+    return code, [line.rstrip() for line in screen.display if line.strip()], raw.decode()
 
 
 @pytest.fixture
