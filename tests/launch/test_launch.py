@@ -1,10 +1,11 @@
-"""What `distegnn launch` knows without other hosts: the file of hosts, checks, agents on this machine."""
+"""`distegnn launch` without other hosts: the hosts file, the checks of hosts, agents on this machine."""
 
 from __future__ import annotations
 
 import json
 import os
 import queue
+import re
 import signal
 import socket
 import subprocess
@@ -19,11 +20,11 @@ import pytest
 
 from dist_egnn import config as configs
 from dist_egnn.errors import Failure
-from dist_egnn.launch import host_checks, host_info, hostfile
+from dist_egnn.launch import agent_client, host_checks, host_info, hostfile
 from dist_egnn.launch.agent_client import AgentClient
 from dist_egnn.launch.workers import WorkerFailure, Workers
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 def hosts_of(text: str, folder: Path, ssh: str = "ssh") -> list[hostfile.Host]:
@@ -41,35 +42,32 @@ def test_hosts_from_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("node1 trainer=2", "line 1: 'trainer=2'; use port=N"),
         ("node1\nnode2 trainers=two", "line 2: trainers=two"),
         ("node1 port=0", "port=0"),
-        ("node1\nnode1", "names node1 twice"),
-        ("# none", "names no host"),
-        ("-oProxyCommand=x", "is not a host name"),
+        ("node1\nnode1", "node1 twice"),
+        ("# none", "no host"),
+        ("-oProxyCommand=x", "'-oProxyCommand=x'"),
     ],
 )
-def test_a_wrong_file_of_hosts(text, said, tmp_path):
-    with pytest.raises(Failure, match=r"hosts\.txt") as caught:
+def test_mistakes_in_a_hosts_file(text, message, tmp_path):
+    with pytest.raises(Failure, match=rf"hosts\.txt.*{message}"):
         hosts_of(text, tmp_path)
-    assert said in str(caught.value)
-
-
-def test_no_file_of_hosts(tmp_path):
-    with pytest.raises(Failure, match="readable file of hosts"):
+    with pytest.raises(Failure, match=r"none\.txt"):
         hostfile.read_hosts(tmp_path / "none.txt")
 
 
-def test_the_command_keeps_folder_and_python(tmp_path, monkeypatch):
+def test_a_command_keeps_folder_and_python_path(tmp_path, monkeypatch):
     folder = tmp_path / "a folder"
     folder.mkdir()
     monkeypatch.chdir(folder)
     monkeypatch.setenv("PYTHONPATH", "/some where")
-    host = hostfile.LOCALHOST
     code = "import os; print(os.getcwd(), os.environ['PYTHONPATH'], sep='|')"
-    done = subprocess.run(host.command(sys.executable, "-c", code), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        hostfile.LOCALHOST.command(sys.executable, "-c", code), capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == f"{folder}|/some where"
 
 
@@ -78,21 +76,15 @@ def test_hosts_of_a_slurm_job(tmp_path, monkeypatch):
     fake.write_text('#!/bin/sh\n[ "$3" = "n[1-2]" ] && printf "n1\\nn2\\n"\n')
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    found = hostfile.slurm_hosts({"SLURM_JOB_NODELIST": "n[1-2]"})
-    assert [host.name for host in found] == ["n1", "n2"]
-    assert found[1].command("python")[:6] == [
-        "srun",
-        "--overlap",
-        "--nodes=1",
-        "--ntasks=1",
-        "--unbuffered",
-        "--nodelist=n2",
-    ]
+    hosts = hostfile.slurm_hosts({"SLURM_JOB_NODELIST": "n[1-2]"})
+    assert [host.name for host in hosts] == ["n1", "n2"]
+    srun = "srun --overlap --nodes=1 --ntasks=1 --unbuffered --nodelist=n2"
+    assert hosts[1].command("python")[:6] == srun.split()
     with pytest.raises(Failure, match="no hosts"):
         hostfile.slurm_hosts({})
 
 
-SEEN = {
+INFO = {
     "versions": host_info.package_versions(),
     "code": host_info.source_hash(),
     "addresses": {"lo": "127.0.0.1", "eth0": "10.0.0.1"},
@@ -112,16 +104,16 @@ SEEN = {
 }
 
 
-def seen(**changed: Any) -> dict[str, Any]:
+def info(**changed: Any) -> dict[str, Any]:
     store = changed.pop("store", {})
-    return {**SEEN, **changed, "store": {**SEEN["store"], **store} if store is not None else None}
+    return {**INFO, **changed, "store": {**INFO["store"], **store} if store is not None else None}
 
 
 @pytest.mark.parametrize(
-    ("other", "said"),
+    ("other", "message"),
     [
         ({}, None),
-        ({"versions": {**SEEN["versions"], "dgl": "2.1.0"}}, "host b: has dgl 2.1.0, the launcher 1.1.3"),
+        ({"versions": {**INFO["versions"], "dgl": "2.1.0"}}, "host b: has dgl 2.1.0, the launcher 1.1.3"),
         ({"code": "?"}, "host b: has other code"),
         ({"store": None}, "host b: has no whole store"),
         ({"store": {"sha256": "b"}}, "host b: store is another store there than on a"),
@@ -129,24 +121,24 @@ def seen(**changed: Any) -> dict[str, Any]:
         ({"memory": 1e8}, "host b: server and trainers take about"),
     ],
 )
-def test_what_hosts_must_have(other, said):
+def test_problems_of_hosts(other, message):
     config = configs.load(None, ["data.path=store", "run.dir=runs/x"])
     hosts = [hostfile.Host(name, ()) for name in "ab"]
-    found = host_checks.find_problems(hosts, [seen(), seen(**other)], config, resume=False)
-    if said is None:
-        assert not found
-        assert host_checks.find_problems(hosts, [seen(), seen()], config, resume=True)  # nothing to go on with
+    problems = host_checks.find_problems(hosts, [info(), info(**other)], config, resume=False)
+    if message is None:
+        assert not problems
+        assert host_checks.find_problems(hosts, [info(), info()], config, resume=True)  # nothing to resume
         assert (
             "holds a run already"
-            in host_checks.find_problems(hosts, [seen(has_run=True), seen()], config, resume=False)[0]
+            in host_checks.find_problems(hosts, [info(has_run=True), info()], config, resume=False)[0]
         )
     else:
-        assert len(found) == 1
-        assert said in found[0]
+        assert len(problems) == 1
+        assert message in problems[0]
 
 
 @pytest.mark.parametrize(
-    ("trainers", "store", "said"),
+    ("trainers", "store", "message"),
     [
         ((2, 2), {}, None),
         ((None, None), {}, None),
@@ -160,21 +152,21 @@ def test_what_hosts_must_have(other, said):
         ((None, None), {"shards": 3}, "3 graphs, and servers take one"),
     ],
 )
-def test_a_store_made_for_other_hosts(trainers, store, said):
+def test_a_store_made_for_other_hosts(trainers, store, message):
     config = configs.load(None, ["data.path=store", "run.dir=runs/x"])
     hosts = [hostfile.Host(name, (), trainers=n) for name, n in zip("ab", trainers, strict=True)]
-    found = host_checks.find_problems(hosts, [seen(store=store), seen(store=store)], config, resume=False)
-    assert not found if said is None else said in found[0]
+    problems = host_checks.find_problems(hosts, [info(store=store), info(store=store)], config, resume=False)
+    assert not problems if message is None else message in problems[0]
 
 
-def test_the_interface_must_be_plain():
+def test_choice_of_the_interface():
     host = hostfile.Host("a", ())
-    assert host_checks.choose_interface(host, seen()) == ("eth0", "10.0.0.1")
-    assert host_checks.choose_interface(replace(host, interface="lo"), seen()) == ("lo", "127.0.0.1")
+    assert host_checks.choose_interface(host, info()) == ("eth0", "10.0.0.1")
+    assert host_checks.choose_interface(replace(host, interface="lo"), info()) == ("lo", "127.0.0.1")
     with pytest.raises(Failure, match=r"interface=NAME.*eth0 \(10.0.0.1\), ib0 \(10.1.0.1\)"):
-        host_checks.choose_interface(host, seen(addresses={"eth0": "10.0.0.1", "ib0": "10.1.0.1"}))
+        host_checks.choose_interface(host, info(addresses={"eth0": "10.0.0.1", "ib0": "10.1.0.1"}))
     with pytest.raises(Failure, match="has no interface ib9"):
-        host_checks.choose_interface(replace(host, interface="ib9"), seen())
+        host_checks.choose_interface(replace(host, interface="ib9"), info())
 
 
 @pytest.fixture
@@ -196,9 +188,9 @@ def start(client: AgentClient, script: str, name: str = "a", shared: str = "") -
     return client.call("start", name=name, argv=["sh", "-c", script], env={}, text="given\n", shared=shared)["pid"]
 
 
-def gone(pid: int, within: float = 10.0) -> bool:
-    """Whether a process ends in that time."""
-    until = time.monotonic() + within
+def ends(pid: int) -> bool:
+    """Wait for the end of a process, which may stay as a zombie."""
+    until = time.monotonic() + PATIENCE_S
     while time.monotonic() < until:
         try:
             if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
@@ -209,87 +201,84 @@ def gone(pid: int, within: float = 10.0) -> bool:
     return False
 
 
-def test_an_agent_passes_on_and_stops(agent, tmp_path):
+def test_an_agent_forwards_output_and_stops_processes(agent, tmp_path):
     client = agent()
     start(client, "cat; printf no-end; exit 3")
-    events = [client.events.get(timeout=5)[1] for _ in range(3)]
+    events = [client.events.get(timeout=PATIENCE_S)[1] for _ in range(3)]
     assert events == [{"name": "a", "line": "given"}, {"name": "a", "line": "no-end"}, {"name": "a", "exit": 3}]
     pid = start(client, "trap '' TERM; echo ready; while :; do sleep 0.1; done", shared=f"dist_egnn~{os.getpid()}~")
     left = Path(f"/dev/shm/dist_egnn~{os.getpid()}~x")
     left.touch()
-    assert client.events.get(timeout=5)[1]["line"] == "ready"
-    client.send("stop", names=["a"], within=0.5)  # does not heed SIGTERM
-    assert client.events.get(timeout=5)[1] == {"name": "a", "exit": -signal.SIGKILL}
-    assert gone(pid)
+    assert client.events.get(timeout=PATIENCE_S)[1]["line"] == "ready"
+    client.send("stop", names=["a"], within=0.5)  # it ignores SIGTERM
+    assert client.events.get(timeout=PATIENCE_S)[1] == {"name": "a", "exit": -signal.SIGKILL}
+    assert ends(pid)
     assert not left.exists()
 
 
 @pytest.mark.parametrize("how", ["closed", "killed", "silent"])
-def test_what_an_agent_started_ends_with_it(how, agent):
-    client = agent(patience=1.0 if how == "silent" else PATIENCE_S)
+def test_processes_end_with_their_agent(how, agent, monkeypatch):
+    if how == "silent":
+        monkeypatch.setattr(agent_client, "PING_EVERY_S", 1000)
+    client = agent(patience=4.0 if how == "silent" else PATIENCE_S)
     pid = start(client, "exec sleep 100")
     if how == "killed":
         os.kill(client.process.pid, signal.SIGKILL)
     elif how == "closed":
         client.close()
-    assert gone(pid)
-    assert client.events.get(timeout=5)[1] == {"lost": True}
+    assert ends(pid)
+    assert client.events.get(timeout=PATIENCE_S)[1] == {"lost": True}
 
 
-def test_a_taken_port_is_named(agent):
+def test_a_port_in_use_and_a_connection(agent):
     client = agent()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with pytest.raises(
-            Failure, match=rf"host localhost: port {port} of 127.0.0.1: .* in use; used by process {os.getpid()} "
-        ):
+        with pytest.raises(Failure, match=rf"host localhost: port {port} of 127.0.0.1: .* process {os.getpid()} "):
             client.call("listen", address="127.0.0.1", ports=[0, port])
     client.call("close")
     (port,) = client.call("listen", address="127.0.0.1", ports=[0])["ports"]
-    assert client.call("reach", targets=[["127.0.0.1", port]], limit=1.0) == []
+    assert client.call("reach", targets=[["127.0.0.1", port]], limit=PATIENCE_S) == []
     client.call("close")
-    assert client.call("reach", targets=[["127.0.0.1", port]], limit=1.0) == [
-        f"127.0.0.1 port {port} (Connection refused)"
-    ]
+    missed = client.call("reach", targets=[["127.0.0.1", port]], limit=PATIENCE_S)
+    assert missed == [f"127.0.0.1 port {port} (Connection refused)"]
 
 
-def test_no_agent(tmp_path):
+def test_a_host_without_agent(tmp_path):
     host = hosts_of("node1", tmp_path, ssh="sh -c 'echo Permission denied >&2; exit 255'")[0]
-    with pytest.raises(Failure, match=r"host node1: no agent answers \(Permission denied\)"):
-        AgentClient(host, queue.Queue(), 1.0).wait_for_greeting(5)
-    with pytest.raises(Failure, match="no-such-ssh does not start"):
+    with pytest.raises(Failure, match=r"host node1: .*\(Permission denied\)"):
+        AgentClient(host, queue.Queue(), 1.0).wait_for_greeting(PATIENCE_S)
+    with pytest.raises(Failure, match="no-such-ssh"):
         AgentClient(hosts_of("node1", tmp_path, ssh="no-such-ssh")[0], queue.Queue(), 1.0)
 
 
 @pytest.mark.parametrize(
-    ("scripts", "kind", "said"),
+    ("scripts", "kind", "message"),
     [
         (["sleep 100", "echo 'error: no room'; exit 2", "echo lost peer; exit 1"], Failure, "host localhost: no room"),
         (["sleep 100", "kill -9 $$", "echo lost peer; exit 1"], WorkerFailure, "trainer 1 ended (killed by signal 9)"),
         (["sleep 100", "exit 0", "echo lost peer; exit 1"], WorkerFailure, "trainer 2 ended (exit code 1, lost peer)"),
     ],
 )
-def test_who_is_to_blame(scripts, kind, said, agent, capsys):
+def test_the_cause_of_a_failure(scripts, kind, message, agent, capsys):
     client = agent()
     workers = Workers([client], lambda: False)
     for rank, script in enumerate(scripts):
         workers.start(0, f"trainer {rank}", ["sh", "-c", script])
-    with pytest.raises(kind) as caught:
+    with pytest.raises(kind, match=re.escape(message)):
         list(workers.lines(servers=False))
-    assert said in str(caught.value)
     workers.stop(servers=False)
     assert not workers.running
     assert "localhost| lost peer" in capsys.readouterr().err
 
 
-def test_a_store_is_looked_at_without_torch(make_store):
+def test_a_store_is_summarized_without_torch(make_store):
     path = make_store(2)
     code = (
         "import json, sys; from pathlib import Path; from dist_egnn.launch import host_info; "
         "print(json.dumps(host_info.summarize_store(Path(sys.argv[1])))); assert 'torch' not in sys.modules"
     )
-    found = json.loads(
-        subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True).stdout
-    )
-    assert (found["machines"], found["trainers"], len(found["largest"])) == (2, 1, 2)
-    assert found["sizes"][0] == sum(file.stat().st_size for file in path.glob("shard-*/part0/*"))
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
+    store = json.loads(done.stdout)
+    assert (store["machines"], store["trainers"], len(store["largest"])) == (2, 1, 2)
+    assert store["sizes"][0] == sum(file.stat().st_size for file in path.glob("shard-*/part0/*"))
