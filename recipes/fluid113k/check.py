@@ -1,7 +1,7 @@
-"""Hold the trajectories of a file to their physics, in a table, and draw one of them.
+"""Check the physics of the trajectories of a file, print a table, and plot one of them.
 
-It reads what prepare.py wrote, a frame at a time. Exit code 1 if a particle is outside its box, the density of a last
-frame is off by more than 5%, or an energy rises by more than 1% of its first value.
+Reads a file of prepare.py frame by frame. Exit code 1 if a particle is outside its box, the density of a last frame is
+wrong by more than 5%, or an energy rises by more than 1% of its first value.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from dist_egnn.utils.progress import progress_bar
 from dist_egnn.viz import plots
 
 EXAMPLE = "python recipes/fluid113k/check.py recipes/fluid113k/sample.h5 --picture splash.png"
-SHOWN = 20_000  # particles that are drawn: more only paint over one another
+MAX_DRAWN = 20_000  # particles in the picture
 
 
 @dataclass(frozen=True)
-class Course:
-    """What a trajectory does in its box (2, 3). energy: J, (T,), or (T − 1,) from forward differences; gap: the least
-    distance from a wall in m, below 0 outside; fastest: m/s; density: kg/m³ inside the fluid at the end."""
+class Measurements:
+    """Of a trajectory in its box (2, 3): energy in J, (T,), or (T − 1,) from forward differences; gap, the smallest distance
+    from a wall in m, negative outside; fastest in m/s; density in kg/m³ inside the fluid in the last frame."""
 
     box: np.ndarray
     energy: np.ndarray
@@ -41,11 +41,11 @@ class Course:
     density: float
 
 
-def follow(data: Trajectories, k: int) -> Course:
-    """Read trajectory k once."""
+def measure(data: Trajectories, k: int) -> Measurements:
+    """Measure trajectory k, reading it once."""
     trajectory, box = data[k], data.box(k)
     if box is None:
-        raise Failure(f"{data.path}: trajectory {k} has no box; this is no file of fluid113k's prepare.py")
+        raise Failure(f"{data.path}: trajectory {k} has no box; the file is not from recipes/fluid113k/prepare.py")
     mass, floor = data.attribute(k, "mass"), float(box[0, 1])
     energies, gap, fastest, before = [], np.inf, 0.0, None
     with progress_bar(f"trajectory {k}", trajectory.frames) as tick:
@@ -53,31 +53,31 @@ def follow(data: Trajectories, k: int) -> Course:
             x = data.position(k, t)
             gap = min(gap, float((x - box[0]).min()), float((box[1] - x).min()))
             if trajectory.velocity:
-                place, v = x, data.velocity(k, t)
+                middle, v = x, data.velocity(k, t)
             elif before is not None:
-                place, v = (before + x) / 2, (x - before) / trajectory.dt
+                middle, v = (before + x) / 2, (x - before) / trajectory.dt
             if trajectory.velocity or before is not None:
-                energies.append(physics.energy(place[None], v[None], mass, floor)[0])
+                energies.append(physics.energy(middle[None], v[None], mass, floor)[0])
                 fastest = max(fastest, float(np.linalg.norm(v, axis=1).max()))
             before = x
             tick()
-    return Course(box, np.array(energies), gap, fastest, physics.inner_density(x, mass, box, RADIUS))
+    return Measurements(box, np.array(energies), gap, fastest, physics.inner_density(x, mass, box, RADIUS))
 
 
-def picture(out: Path, data: Trajectories, k: int, course: Course) -> None:
-    """Trajectory k at its start, at the impact, in the splash and at its end, coloured by height, above its energy."""
+def plot_trajectory(out: Path, data: Trajectories, k: int, measurements: Measurements) -> None:
+    """Plot trajectory k at the start, the impact, the splash and the end, coloured by height, and its energy."""
     plt = plots.pyplot()
-    last, box, dt = data[k].frames - 1, course.box, data[k].dt
-    lost = course.energy[0] - course.energy
+    last, box, dt = data[k].frames - 1, measurements.box, data[k].dt
+    lost = measurements.energy[0] - measurements.energy
     impact = int(np.argmax(lost >= 0.05 * lost.max()))
-    shown = sorted({0, impact, impact + (last - impact) // 8, impact + (last - impact) // 3, last})
-    rows = np.sort(np.random.default_rng(0).permutation(data[k].nodes)[:SHOWN])
-    figure = plt.figure(figsize=(2.5 * len(shown), 6.0))
+    times = sorted({0, impact, impact + (last - impact) // 8, impact + (last - impact) // 3, last})
+    rows = np.sort(np.random.default_rng(0).permutation(data[k].nodes)[:MAX_DRAWN])
+    figure = plt.figure(figsize=(2.5 * len(times), 6.0))
     grid = figure.add_gridspec(
-        2, len(shown), height_ratios=(3.2, 1), left=0.06, right=0.98, top=0.93, bottom=0.09, wspace=0, hspace=0.05
+        2, len(times), height_ratios=(3.2, 1), left=0.06, right=0.98, top=0.93, bottom=0.09, wspace=0, hspace=0.05
     )
-    for place, t in enumerate(shown):
-        axes = figure.add_subplot(grid[0, place], projection="3d")
+    for column, t in enumerate(times):
+        axes = figure.add_subplot(grid[0, column], projection="3d")
         plots.view(axes, box[0], box[1], zoom=1.45)
         axes.set(xlabel="", ylabel="", zlabel="", xticklabels=[], yticklabels=[])
         x = data.position(k, t)[rows]
@@ -91,12 +91,12 @@ def picture(out: Path, data: Trajectories, k: int, course: Course) -> None:
             linewidths=0,
             depthshade=False,
         )
-        axes.patch.set_visible(False)  # it would hide the neighbour's numbers
+        axes.patch.set_visible(False)  # it would cover the neighbour's labels
         axes.set_title(f"t = {t * dt:.2f} s", fontsize=10, y=1.18)
     axes = figure.add_subplot(grid[1, :])
-    axes.plot(np.arange(len(course.energy)) * dt, course.energy / course.energy[0])
+    axes.plot(np.arange(len(measurements.energy)) * dt, measurements.energy / measurements.energy[0])
     axes.set(xlabel="t [s]", ylabel="energy / first", ylim=(0, 1.05), xlim=(0, last * dt))
-    for t in shown:
+    for t in times:
         axes.axvline(t * dt, color="0.8", lw=0.8, zorder=0)
     note = f", {len(rows):,} drawn" if len(rows) < data[k].nodes else ""
     figure.suptitle(f"{data.path.name}, trajectory {k}: {data[k].nodes:,} particles{note}", fontsize=11)
@@ -106,43 +106,44 @@ def picture(out: Path, data: Trajectories, k: int, course: Course) -> None:
     filesystem.write_atomically(out, content.getvalue())
 
 
-def check(options: argparse.Namespace) -> int:
-    """Print the table; how many things are wrong."""
+def check_file(options: argparse.Namespace) -> int:
+    """Print the table and warnings; returns the number of violations."""
     data = Trajectories(options.file)
-    courses = [follow(data, k) for k in range(len(data))]
-    gains = [physics.energy_gain(course.energy) for course in courses]
+    measured = [measure(data, k) for k in range(len(data))]
+    gains = [physics.energy_gain(measurements.energy) for measurements in measured]
     table = {
         "split": [t.split for t in data],
         "particles": [t.nodes for t in data],
         "frames": [t.frames for t in data],
         "seconds": [f"{(t.frames - 1) * t.dt:.3f}" for t in data],
-        "mm to a wall": [f"{1e3 * course.gap:.1f}" for course in courses],
-        "density, last": [f"{course.density:.1f}" for course in courses],
-        "energy, last": [f"{course.energy[-1] / course.energy[0]:.1%}" for course in courses],
+        "mm to a wall": [f"{1e3 * measurements.gap:.1f}" for measurements in measured],
+        "density, last": [f"{measurements.density:.1f}" for measurements in measured],
+        "energy, last": [f"{measurements.energy[-1] / measurements.energy[0]:.1%}" for measurements in measured],
         "largest rise": [f"{gain:.3%}" for gain in gains],
-        "fastest, m/s": [f"{course.fastest:.1f}" for course in courses],
+        "fastest, m/s": [f"{measurements.fastest:.1f}" for measurements in measured],
     }
     print(pd.DataFrame(table).to_string())
-    wrong = [
-        f"trajectory {k}: {doubt}"
-        for k, (course, gain) in enumerate(zip(courses, gains, strict=True))
-        for doubt in ["a particle is outside the box"] * (course.gap < 0) + physics.doubts(course.density, gain)
+    violations = [
+        f"trajectory {k}: {violation}"
+        for k, (measurements, gain) in enumerate(zip(measured, gains, strict=True))
+        for violation in ["a particle is outside the box"] * (measurements.gap < 0)
+        + physics.violations(measurements.density, gain)
     ]
-    for line in wrong:
+    for line in violations:
         print(f"warning: {line}", file=sys.stderr)
     if options.picture:
-        picture(options.picture, data, 0, courses[0])
+        plot_trajectory(options.picture, data, 0, measured[0])
         print(f"picture of trajectory 0: {options.picture}")
-    return len(wrong)
+    return len(violations)
 
 
 def run(arguments: Sequence[str] | None) -> None:
     parser = prepare.Parser(description=__doc__, epilog=f"example:\n  {EXAMPLE}")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("file", type=Path, help="a trajectories.h5 that prepare.py wrote")
-    parser.add_argument("--picture", type=Path, metavar="PNG", help="draw the first trajectory, and its energy")
-    parser.add_argument("--debug", action="store_true", help="show a traceback when something fails")
-    if check(parser.parse_args(arguments)):
+    parser.add_argument("--picture", type=Path, metavar="PNG", help="plot the first trajectory and its energy")
+    parser.add_argument("--debug", action="store_true", help="print a traceback after an error")
+    if check_file(parser.parse_args(arguments)):
         sys.exit(1)
 
 

@@ -1,11 +1,11 @@
-"""Run one SPlisHSPlasH scene in this process and keep its frames: ``python engine.py DIR``.
+"""Run one SPlisHSPlasH scene and save its frames: ``python engine.py DIR``.
 
-Reads DIR/job.npz (position (N, 3), velocity (3,), box (2, 3), radius, dt, frames, leg); writes DIR/position.npy and
-DIR/velocity.npy (frames, N, 3), frame by frame, DIR/mass.npy and DIR/viscosity.npy (N,), and keeps the number of frames
-done in DIR/frames; DIR/whole when all is there. A process does ``leg`` frames, leaves DIR/state.npz and ends; the next one goes
-on from there. prepare.py starts one process after the other for every trajectory, because the engine keeps global state
-and a crash in it ends its process, and so that a long simulation that is killed loses one leg at most. Only the pressure
-solver's first guess is lost from one leg to the next.
+Reads DIR/job.npz (position (N, 3), velocity (3,), box (2, 3), radius, dt, frames, leg). Writes DIR/position.npy and
+DIR/velocity.npy (frames, N, 3) frame by frame, DIR/mass.npy and DIR/viscosity.npy (N,), the number of finished frames to
+DIR/frames, and DIR/whole at the end. A process simulates ``leg`` frames, saves DIR/state.npz and ends; the next one
+continues from it. prepare.py starts these processes one after another for each trajectory, because the engine has global
+state, a crash in it ends its process, and a killed simulation then loses at most one leg. Only the initial guess of the
+pressure solver is lost between legs.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ FLUID = {
     "id": "Fluid",
     "density0": 1000,
     "viscosity": 0.01,
-    "viscosityMethod": 2,  # Bender and Koschier 2017; it was number 3 in the engine of the original data
+    "viscosityMethod": 2,  # Bender and Koschier 2017; number 3 in the engine version of the original data
     "viscoMaxIter": 200,
     "viscoMaxError": 0.05,
     "surfaceTension": 0.2,
-    "surfaceTensionMethod": 0,  # none: the original names a coefficient and switches the force off
+    "surfaceTensionMethod": 0,  # none: the original sets a coefficient and switches the force off
     "maxEmitterParticles": 0,
 }
 LIBRARIES = "on Debian: apt-get install libgl1 libglu1-mesa libopengl0"
 
 
 def load_engine() -> Any:
-    """The module pysplishsplash. It links OpenGL even where it draws nothing."""
+    """The module pysplishsplash, which needs OpenGL libraries even without graphics."""
     try:
-        # the copy of libGLdispatch in the wheel crashes at import unless the system's own is there first
+        # the wheel's libGLdispatch crashes at import unless the system's library is loaded first
         ctypes.CDLL("libGLdispatch.so.0", mode=ctypes.RTLD_GLOBAL)
         import pysplishsplash
     except (OSError, ImportError) as error:
@@ -58,9 +58,11 @@ def load_engine() -> Any:
     return pysplishsplash
 
 
-def write_scene(directory: Path, job: Mapping[str, np.ndarray], begun: float = 0.0, step: float = 0.0) -> None:
-    """scene.json and the files it names, in the formats of the engine. begun: seconds of earlier legs, which the engine does
-    not count; step: the first time step, if it is not the longest."""
+def write_scene(directory: Path, job: Mapping[str, np.ndarray], elapsed: float = 0.0, step: float = 0.0) -> None:
+    """Write scene.json and the files it names, in the engine's formats.
+
+    elapsed: seconds of earlier legs, which the engine does not count; step: the first time step, if not the longest.
+    """
     rows = job["position"]
     header = f"ATTRIBUTES\nposition\nTYPES\nV\nNUMBER_OF_PARTICLES: {len(rows)}\nBEGIN DATA"
     np.savetxt(directory / "fluid.pda", rows, fmt="%.8g", header=header, comments="")
@@ -73,7 +75,7 @@ def write_scene(directory: Path, job: Mapping[str, np.ndarray], begun: float = 0
         "particleRadius": float(job["radius"]),
         "timeStepSize": step or dt / 4,
         "cflMaxTimeStepSize": dt / 4,  # 5 ms at full size
-        "stopAt": (frames - 1) * dt * 1.0001 - begun,  # the engine counts in float32
+        "stopAt": (frames - 1) * dt * 1.0001 - elapsed,  # the engine counts in float32
     }
     content = {
         "Configuration": configuration,
@@ -85,7 +87,7 @@ def write_scene(directory: Path, job: Mapping[str, np.ndarray], begun: float = 0
 
 
 def allocated(path: Path, shape: tuple[int, ...]) -> np.memmap:
-    """A float32 array in a .npy file that has its place on the disk: writing to one without ends the process by SIGBUS."""
+    """A float32 array in a .npy file with allocated disk space; writing to a sparse file could end with SIGBUS."""
     array = np.lib.format.open_memmap(path, "w+", np.float32, shape)
     with path.open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
@@ -93,12 +95,11 @@ def allocated(path: Path, shape: tuple[int, ...]) -> np.memmap:
 
 
 class Recorder:
-    """Called after every step of the engine; fills the frames at exact multiples of dt.
+    """Callback after each engine step; stores frames at exact multiples of dt.
 
-    The engine chooses its steps by the CFL condition and so steps over the frame times. Its update is x += h v with the
-    new v, so between two steps the motion is a straight line and linear interpolation of x is exact; v is
-    interpolated too. (Bending the steps to the frame times instead makes tiny steps, and the pressure solver, which
-    divides by h², then adds energy.)
+    The engine's adaptive steps (CFL condition) do not coincide with frame times. Its update is x += h v with the new v, so x
+    is exactly linear between steps and is interpolated; v is interpolated too. (Fitting the steps to frame times would make
+    tiny steps, and the pressure solver, which divides by h², would then add energy.)
     """
 
     def __init__(self, fluid: Any, clock: Any, job: Mapping[str, np.ndarray], directory: Path) -> None:
@@ -110,21 +111,21 @@ class Recorder:
         self.state_file = directory / "state.npz"
         if self.state_file.exists():
             before = np.load(self.state_file)
-            self.begun, self.state, self.done = float(before["time"]), before["state"], int(before["done"])
+            self.elapsed, self.state, self.done = float(before["time"]), before["state"], int(before["done"])
             self.frames = [np.load(name, mmap_mode="r+") for name in names]
             ids = np.array(fluid.getFieldBuffer("id"))[: self.nodes].ravel()
             for name, values in zip(("position", "velocity"), self.state, strict=True):
                 np.asarray(fluid.getFieldBuffer(name))[: self.nodes] = values[ids]  # the engine's own memory
         else:
-            self.begun, self.state, self.done = 0.0, self.read(), 0
+            self.elapsed, self.state, self.done = 0.0, self.read(), 0
             shape = (self.total, self.nodes, 3)  # on disk: half a gigabyte at full size
             self.frames = [allocated(name, shape) for name in names]
-            self.keep(self.state)
-        self.time = self.begun
+            self.store(self.state)
+        self.time = self.elapsed
         self.end = min(self.total, (self.done // leg + 1) * leg)
 
     def read(self) -> np.ndarray:
-        """Position and velocity (2, N, 3), by particle id: the engine re-sorts its particles now and then."""
+        """Position and velocity (2, N, 3) in the order of particle ids; the engine re-sorts its particles."""
 
         def field(name: str) -> np.ndarray:
             # the engine's buffers are longer than the fluid
@@ -134,22 +135,22 @@ class Recorder:
         state[:, field("id").ravel()] = field("position"), field("velocity")
         return state
 
-    def keep(self, state: np.ndarray) -> None:
-        """One more frame: position and velocity (2, N, 3)."""
+    def store(self, state: np.ndarray) -> None:
+        """Append a frame: position and velocity (2, N, 3)."""
         for frames, values in zip(self.frames, state, strict=True):
             frames[self.done] = values
         self.done += 1
         count = self.directory / "frames"
         count.with_suffix(".new").write_text(str(self.done))
-        os.replace(count.with_suffix(".new"), count)  # prepare.py reads it at any time
+        os.replace(count.with_suffix(".new"), count)  # prepare.py may read it at any time
 
     def __call__(self) -> None:
         if os.getppid() != self.parent:  # prepare.py was killed
             os._exit(1)
-        time, state = self.begun + self.clock.getTime(), self.read()
+        time, state = self.elapsed + self.clock.getTime(), self.read()
         while self.done < self.total and self.done * self.dt <= time:
             part = (self.done * self.dt - self.time) / (time - self.time)
-            self.keep((1 - part) * self.state + part * state)
+            self.store((1 - part) * self.state + part * state)
         self.time, self.state = time, state
         if self.end <= self.done < self.total:
             self.flush()
@@ -163,13 +164,13 @@ class Recorder:
             frames.flush()
 
 
-def run(directory: Path) -> None:
-    """Simulate DIR/job.npz, or its next leg, and write the frames."""
+def simulate(directory: Path) -> None:
+    """Simulate DIR/job.npz or its next leg and write the frames."""
     job, before = np.load(directory / "job.npz"), directory / "state.npz"
     earlier = [float(np.load(before)[key]) for key in ("time", "step")] if before.exists() else []
     write_scene(directory, job, *earlier)
     engine = load_engine()
-    # the engine logs to standard output as it pleases
+    # the engine logs to standard output
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     base = engine.Exec.SimulatorBase()
     base.init(
@@ -195,8 +196,8 @@ def run(directory: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        run(Path(sys.argv[1]).resolve())
+        simulate(Path(sys.argv[1]).resolve())
     except OSError as error:
         raise SystemExit(f"{error.filename or sys.argv[1]}: {error.strerror or error}") from None
-    # the engine's destructors crash at times; everything is written by now
+    # the engine's destructors may crash; all files are written
     os._exit(0)

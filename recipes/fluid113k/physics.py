@@ -1,4 +1,4 @@
-"""What a simulated fluid has to obey: prepare.py holds every trajectory to it, and so do the tests.
+"""Physical checks of a simulated fluid, which prepare.py and the tests apply to every trajectory.
 
 T frames, N particles; metres, kilograms, seconds; y points up.
 """
@@ -11,7 +11,7 @@ from scipy.ndimage import binary_erosion
 from dist_egnn.evaluate.metrics import density
 
 REST_DENSITY, GRAVITY = 1000.0, 9.81
-FEWEST = 20  # inner particles, to speak of their density
+MIN_INNER = 20  # inner particles needed for a density
 
 
 def first_outside(position: np.ndarray, box: np.ndarray) -> tuple[int, int] | None:
@@ -24,19 +24,18 @@ def first_outside(position: np.ndarray, box: np.ndarray) -> tuple[int, int] | No
 
 
 def inner_density(position: np.ndarray, mass: np.ndarray, box: np.ndarray, radius: float) -> float:
-    """Median density (kg/m³) of the particles away from walls and surface; NaN if they are fewer than 20.
+    """Median density (kg/m³) of the particles away from walls and surface; NaN for fewer than 20 of them.
 
-    By the engine's kernel, which ends at 4 particle radii, without its wall particles: hence away from walls, that is, in
-    a cubic cell as wide as the kernel's support of which all 26 neighbours hold particles too, and farther
-    than the support from every wall.
+    Uses the engine's kernel, which ends at 4 particle radii, without wall particles. An inner particle is farther than that
+    from every wall and in a cubic cell of that width whose 26 neighbours all contain particles.
     """
     support = 4 * radius
     cell = np.floor((position - position.min(0)) / support).astype(int) + 1
-    taken = np.zeros(cell.max(0) + 2, bool)
-    taken[tuple(cell.T)] = True
-    deep = binary_erosion(taken, np.ones((3, 3, 3)))[tuple(cell.T)]
+    occupied = np.zeros(cell.max(0) + 2, bool)
+    occupied[tuple(cell.T)] = True
+    deep = binary_erosion(occupied, np.ones((3, 3, 3)))[tuple(cell.T)]
     inner = deep & ((position > box[0] + support) & (position < box[1] - support)).all(1)
-    return float(np.median(density(position, mass, support)[inner])) if inner.sum() >= FEWEST else float("nan")
+    return float(np.median(density(position, mass, support)[inner])) if inner.sum() >= MIN_INNER else float("nan")
 
 
 def energy(position: np.ndarray, velocity: np.ndarray, mass: np.ndarray, floor: float) -> np.ndarray:
@@ -46,25 +45,25 @@ def energy(position: np.ndarray, velocity: np.ndarray, mass: np.ndarray, floor: 
 
 
 def energy_gain(energies: np.ndarray) -> float:
-    """The largest rise above the least value so far, as a share of the first value; energies (T,)."""
+    """The largest rise above the minimum so far, relative to the first value; energies (T,)."""
     return float((energies - np.minimum.accumulate(energies)).max() / energies[0])
 
 
-def complaints(
+def trajectory_violations(
     position: np.ndarray, velocity: np.ndarray, mass: np.ndarray, box: np.ndarray, radius: float
 ) -> list[str]:
-    """What is doubtful about a trajectory, a clause each."""
+    """Violations of physics by a trajectory, one clause each."""
     rho = inner_density(position[-1], mass, box, radius)
-    return doubts(rho, energy_gain(energy(position, velocity, mass, float(box[0, 1]))))
+    return violations(rho, energy_gain(energy(position, velocity, mass, float(box[0, 1]))))
 
 
-def doubts(rho: float, gain: float) -> list[str]:
-    """A clause for a density (kg/m³) at the end that is off by over 5%, and for energy that rises by over 1%."""
-    found = []
+def violations(rho: float, gain: float) -> list[str]:
+    """A clause for a final density (kg/m³) that is wrong by over 5%, and for an energy rise of over 1%."""
+    result = []
     if abs(rho / REST_DENSITY - 1) > 0.05:
-        found.append(
+        result.append(
             f"density {rho:.0f} kg/m³ inside the fluid at the last frame, expected {REST_DENSITY:.0f} within 5%"
         )
     if gain > 0.01:
-        found.append(f"energy rises by {gain:.1%} of its first value, expected no rise")
-    return found
+        result.append(f"energy rises by {gain:.1%} of its first value, expected no rise")
+    return result

@@ -1,12 +1,10 @@
 """Fluid113K: simulate its scene with SPlisHSPlasH, at any size, or read the published records, into a trajectories.h5.
 
-At full size: a closed box of 5 x 10 x 5 m and in it one rotated block of about 113,140 particles of radius
-0.025 m, let go at a random place up to 2 m above the floor with a random velocity; 200 frames at 50 per second.
-What the engine does with it stands in engine.py.
+Full size: a closed box of 5 x 10 x 5 m with one rotated block of about 113,140 particles of radius 0.025 m, released at a
+random position up to 2 m above the floor with a random velocity; 200 frames at 50 per second. engine.py simulates it.
 
---particles N keeps the particle radius and scales every length by s = (N / 113140)^(1/3) and every velocity and time
-by √s, so that gravity acts alike (Froude similarity): the same splash, made of fewer particles, in as many frames. The
-time from frame to frame is √s / 50 seconds.
+--particles N keeps the particle radius and scales lengths by s = (N / 113140)^(1/3) and velocities and times by √s (Froude
+similarity): the same splash with fewer particles in the same number of frames, √s / 50 seconds apart.
 """
 
 from __future__ import annotations
@@ -37,11 +35,11 @@ from dist_egnn.utils.filesystem import check_free_space
 
 RADIUS, REFERENCE, FPS = 0.025, 113_140, 50
 BOX = np.array([5.0, 10.0, 5.0])
-DROP = 2.0  # the block's lowest point starts at most this far above its lowest place: it lands within 40 frames
+DROP = 2.0  # maximum height of the block above its lowest position; it lands within 40 frames
 SPEED = np.array([4.0, 1.0, 4.0])
 GAP = 4 * RADIUS  # free space between the block and the walls at the start
-LARGE, LEG = 50_000, 20  # from so many particles on, an engine process does so many frames
-FILL = 0.8586  # mean volume of a unit cube scaled by U(0.9, 1), half the time by axis, half the time as a whole
+LARGE, LEG = 50_000, 20  # from LARGE particles on, an engine process simulates LEG frames
+FILL = 0.8586  # mean volume of a unit cube scaled by U(0.9, 1), with probability 1/2 each axis separately
 INSTALL = ".venv/bin/pip install -e '.[fluid]' (on Debian also: apt-get install libgl1 libglu1-mesa libopengl0)"
 # particles, trajectories, frames
 SIZES = {"tiny": (1_500, (1, 1, 1), 40), "small": (20_000, (8, 2, 2), 80), "full": (REFERENCE, (100, 20, 20), 200)}
@@ -53,12 +51,12 @@ SCALES = {
 EXAMPLE = """\
 python recipes/fluid113k/prepare.py --out recipes/fluid113k/sample.h5 --particles 3200 --trajectories 4 1 1 \\
       --frames 60 --seed 3 --quantum 0.00048828125 --no-velocity --workers 2
-  (what the repository's sample holds: a minute, 5 MB)"""
+  (reproduces the repository's sample: a minute, 5 MB)"""
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What the random numbers of a trajectory decide. position (N, 3); velocity (3,); box (2, 3): low, high corner."""
+    """The random initial state of a trajectory. position (N, 3); velocity (3,); box (2, 3): low, high corner."""
 
     position: np.ndarray
     velocity: np.ndarray
@@ -74,7 +72,7 @@ def random_rotation(rng: np.random.Generator) -> np.ndarray:
 
 
 def draw(seed: int, index: int, particles: int) -> Scene:
-    """The scene of trajectory ``index``: the same for the same three numbers."""
+    """The scene of trajectory ``index``: a function of these three numbers."""
     rng = np.random.default_rng([seed, index])
     scale = (particles / REFERENCE) ** (1 / 3)
     box = np.array([-0.5, 0.0, -0.5]) * BOX * scale, np.array([0.5, 1.0, 0.5]) * BOX * scale
@@ -89,11 +87,11 @@ def draw(seed: int, index: int, particles: int) -> Scene:
         if (low <= high).all():
             velocity = rng.uniform(-SPEED, SPEED) * np.sqrt(scale)
             return Scene(block + rng.uniform(low, high), velocity, np.stack(box), float(np.sqrt(scale) / FPS))
-    raise Failure(f"--particles {particles}: the block does not fit into so small a box; take 1000 or more")
+    raise Failure(f"--particles {particles}: the block does not fit into the box; use 1000 or more")
 
 
 class Engines:
-    """Engine processes, one a worker. The first failure, or Ctrl-C, ends them all; each ends if prepare.py is killed."""
+    """Engine processes, one per worker. The first failure or Ctrl-C ends all; each also ends if prepare.py is killed."""
 
     def __init__(self, threads: int) -> None:
         self.running: set[subprocess.Popen[str]] = set()
@@ -108,12 +106,12 @@ class Engines:
                 process.kill()
 
     def interrupted(self, *_: object) -> None:
-        """For SIGINT that reaches this process alone; that of a terminal reaches the engines too."""
+        """Handle a SIGINT that only this process receives; a terminal sends it to the engines too."""
         self.stop("interrupted")
         raise KeyboardInterrupt
 
     def run(self, directory: Path, name: str) -> None:
-        """Run engine.py on the folder; Failure with the first reason for which any engine ended early."""
+        """Run engine.py on the folder. Raises Failure with the reason of the first engine that failed."""
         command = [sys.executable, str(Path(__file__).with_name("engine.py")), str(directory)]
         with self.lock:
             if self.reason:
@@ -124,41 +122,43 @@ class Engines:
         with self.lock:
             self.running.discard(process)
         if process.returncode:
-            self.stop(f"{name}: {lines[-1] if lines else f'the engine ended with code {process.returncode}; memory?'}")
+            self.stop(
+                f"{name}: {lines[-1] if lines else f'the engine ended with code {process.returncode}; out of memory?'}"
+            )
             raise Failure(self.reason)
 
 
-def folder_of(options: argparse.Namespace, k: int) -> Path:
-    """Where the engine of trajectory k keeps its frames."""
+def engine_folder(options: argparse.Namespace, k: int) -> Path:
+    """The working folder of the engine of trajectory k."""
     return options.out.with_name(options.out.name + ".parts") / f"{k:06d}.engine"
 
 
 def simulate(options: argparse.Namespace, engines: Engines, k: int) -> Iterator[dict[str, Any]]:
-    """Trajectory k, simulated, as the one piece of its number. Its frames go when it has been written; after a failure, if
-    no leg is complete."""
-    name, directory = f"trajectory {k}", folder_of(options, k)
-    going_on = directory / "state.npz"
-    if going_on.exists():  # frames after the last complete leg will be made again
-        (directory / "frames").write_text(str(np.load(going_on)["done"]))
+    """Yield trajectory k, simulated. Its frames are deleted when it has been written, or after a failure before the first
+    complete leg."""
+    name, directory = f"trajectory {k}", engine_folder(options, k)
+    state = directory / "state.npz"
+    if state.exists():  # frames after the last complete leg are simulated again
+        (directory / "frames").write_text(str(np.load(state)["done"]))
     else:
-        shutil.rmtree(directory, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(directory, ignore_errors=True)  # left by a killed run
     scene = draw(options.seed, k, options.particles)
-    # positions and velocities: the engine's, and the piece's at most
-    copies = 1 if going_on.exists() else 2
+    # positions and velocities, by the engine and in the part's file
+    copies = 1 if state.exists() else 2
     check_free_space(directory, copies * 2 * options.frames * scene.position.size * np.dtype(np.float32).itemsize)
     directory.mkdir(exist_ok=True)
     try:
         yield simulated(options, engines, k, scene, directory, name)
-        going_on.unlink(missing_ok=True)
+        state.unlink(missing_ok=True)
     finally:
-        if not going_on.exists():
+        if not state.exists():
             shutil.rmtree(directory)
 
 
 def simulated(
     options: argparse.Namespace, engines: Engines, k: int, scene: Scene, directory: Path, name: str
 ) -> dict[str, Any]:
-    """Arguments of ``Writer.add`` for a scene, after its simulation in ``directory``; its records, if they are wanted."""
+    """Simulate a scene in ``directory`` and write its records if requested; returns arguments of ``Writer.add``."""
     leg = LEG if len(scene.position) >= LARGE else options.frames
     np.savez(directory / "job.npz", **asdict(scene), radius=RADIUS, frames=options.frames, leg=leg)
     while not (directory / "whole").exists():
@@ -169,34 +169,34 @@ def simulated(
     fields = {key: np.load(directory / f"{key}.npy") for key in ("position", "velocity", "mass", "viscosity")}
     record = records.Record(**fields, box=scene.box, dt=scene.dt)
     if outside := physics.first_outside(record.position, record.box):
-        engines.stop(f"{name}: particle {outside[1]} is outside the box at frame {outside[0]}; take another --seed")
+        engines.stop(f"{name}: particle {outside[1]} is outside the box at frame {outside[0]}; use another --seed")
         raise Failure(engines.reason)
     record = check_and_round(record, name, options.quantum)
     if options.records:
         records.write(options.records, k + 1, record, RADIUS)
-    return as_piece(record, k, options, f"SPlisHSPlasH {importlib.metadata.version('pysplishsplash')}")
+    return writer_arguments(record, k, options, f"SPlisHSPlasH {importlib.metadata.version('pysplishsplash')}")
 
 
-def reread(options: argparse.Namespace, numbers: Sequence[int], k: int) -> Iterator[dict[str, Any]]:
-    """Trajectory k, read from the records, as the one piece of its number."""
+def read_record(options: argparse.Namespace, numbers: Sequence[int], k: int) -> Iterator[dict[str, Any]]:
+    """Yield trajectory k, read from the records."""
     record = records.read(options.from_records, numbers[k], options.frames)
     name = f"sim_{numbers[k]:04d}"
     if outside := physics.first_outside(record.position, record.box):
         print(f"warning: {name}: particle {outside[1]} is outside the box at frame {outside[0]}", file=sys.stderr)
-    yield as_piece(check_and_round(record, name, options.quantum), k, options, f"records {name}")
+    yield writer_arguments(check_and_round(record, name, options.quantum), k, options, f"records {name}")
 
 
 def check_and_round(record: records.Record, name: str, quantum: float) -> records.Record:
-    """The trajectory with positions and velocities rounded, after a warning for each thing that is doubtful in it."""
-    for complaint in physics.complaints(record.position, record.velocity, record.mass, record.box, RADIUS):
-        print(f"warning: {name}: {complaint}", file=sys.stderr)
+    """Print a warning for each violation of physics; returns the trajectory with rounded positions and velocities."""
+    for violation in physics.trajectory_violations(record.position, record.velocity, record.mass, record.box, RADIUS):
+        print(f"warning: {name}: {violation}", file=sys.stderr)
     if not quantum:
         return record
     position, velocity = (np.rint(field / quantum) * quantum for field in (record.position, record.velocity))
     return replace(record, position=position, velocity=velocity)
 
 
-def as_piece(record: records.Record, k: int, options: argparse.Namespace, source: str) -> dict[str, Any]:
+def writer_arguments(record: records.Record, k: int, options: argparse.Namespace, source: str) -> dict[str, Any]:
     """Arguments of ``Writer.add``."""
     return {
         "position": record.position,
@@ -209,14 +209,14 @@ def as_piece(record: records.Record, k: int, options: argparse.Namespace, source
     }
 
 
-def shares(count: int) -> tuple[int, int, int]:
-    """How many of ``count`` trajectories train, validate and test: as 100, 20 and 20 of 140, at least one each from 3 on."""
-    valid, test = (max(1, round(count / 7)) if count > least else 0 for least in (1, 2))
+def split_counts(count: int) -> tuple[int, int, int]:
+    """Numbers of training, validation and test trajectories, as 100:20:20; at least one each from 3 on."""
+    valid, test = (max(1, round(count / 7)) if count > minimum else 0 for minimum in (1, 2))
     return count - valid - test, valid, test
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Write the file, and the records if they are wanted."""
+    """Write the file and, if requested, the records."""
     settings = {"trajectories": options.trajectories, "frames": options.frames, "quantum": options.quantum}
     settings["velocity_unit"] = "forward difference: m per frame" if options.no_velocity else "m/s"
     write = functools.partial(preparation.write, options.out, workers=options.workers, threads=True, unit="trajectory")
@@ -228,7 +228,7 @@ def prepare(options: argparse.Namespace) -> None:
             "folder": str(options.from_records.resolve()),
             "versions": preparation.versions("numpy", "msgpack", "msgpack-numpy", "zstandard"),
         }
-        write(functools.partial(reread, options, numbers), len(numbers), settings=settings)
+        write(functools.partial(read_record, options, numbers), len(numbers), settings=settings)
         return
     if importlib.util.find_spec("pysplishsplash") is None:
         raise Failure(f"SPlisHSPlasH is not installed; {INSTALL}")
@@ -248,7 +248,7 @@ def prepare(options: argparse.Namespace) -> None:
             len(options.splits),
             settings=settings,
             steps=preparation.Steps(
-                "frames", options.frames, lambda k: preparation.read_count(folder_of(options, k) / "frames")
+                "frames", options.frames, lambda k: preparation.read_count(engine_folder(options, k) / "frames")
             ),
         )
     finally:
@@ -256,37 +256,44 @@ def prepare(options: argparse.Namespace) -> None:
     for k in range(len(options.splits)) if options.records else ():
         for path in records.paths(options.records, k + 1):
             if not path.exists():
-                raise Failure(f"{path}: missing; an interrupted run wrote it to another folder: move it here")
+                raise Failure(f"{path}: missing; an interrupted run wrote it to another --records folder; move it here")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, with what --scale stands for; Failure for a value that cannot be."""
+    """Parse the command line and apply --scale. Raises Failure for invalid values."""
     parser = preparation.parser(
         "Simulate the scene of Fluid113K with SPlisHSPlasH, at any size, or read its published records.",
         SCALES,
         EXAMPLE,
     )
-    parser.set_defaults(scale=None)  # to see whether it was given
+    parser.set_defaults(scale=None)  # to detect whether it was given
     option = parser.add_argument
-    option("--particles", type=int, help="mean particles of a trajectory, in place of the scale's")
+    option("--particles", type=int, help="mean particles of a trajectory, instead of the scale's")
     option(
         "--trajectories",
         type=int,
         nargs=3,
         metavar=("TRAIN", "VALID", "TEST"),
-        help="how many, in place of the scale's; of records: the first so many (default all, in shares of 100:20:20)",
+        help="number of trajectories, instead of the scale's; with --from-records the first ones (default all, as 100:20:20)",
     )
-    option("--frames", type=int, help="frames of a trajectory, in place of the scale's; of records: the first so many")
+    option(
+        "--frames", type=int, help="frames of a trajectory, instead of the scale's; with --from-records the first ones"
+    )
     option(
         "--threads",
         type=int,
-        help="threads of a simulation (default 1: the same seed gives the same bytes; with more it is quicker, and does not)",
+        help="threads of a simulation (default 1; several are faster, but the same seed then gives different bytes)",
     )
-    option("--quantum", type=float, default=0.0, help="round m and m/s to multiples of this; a power of two packs best")
-    option("--no-velocity", action="store_true", help="leave velocities out: readers take forward differences")
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--records", type=Path, metavar="DIR", help="also write the published files sim_*.msgpack.zst")
-    which.add_argument("--from-records", type=Path, metavar="DIR", help="read such files instead of simulating")
+    option(
+        "--quantum",
+        type=float,
+        default=0.0,
+        help="round m and m/s to multiples of this; a power of two compresses best",
+    )
+    option("--no-velocity", action="store_true", help="omit velocities; readers use forward differences")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--records", type=Path, metavar="DIR", help="also write the published files sim_*.msgpack.zst")
+    source.add_argument("--from-records", type=Path, metavar="DIR", help="read such files instead of simulating")
     options = preparation.parse(parser, arguments)
     for name, low in (("particles", 1), ("frames", 2), ("threads", 1), ("quantum", 0)):
         if (value := getattr(options, name)) is not None and value < low:
@@ -294,21 +301,25 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     if options.from_records:
         for name in ("scale", "particles", "threads"):
             if getattr(options, name) is not None:
-                raise Failure(f"--{name} means a simulation, --from-records reads one; leave out one of the two")
+                raise Failure(
+                    f"--{name} is for simulations and cannot be combined with --from-records; remove one of them"
+                )
         options.numbers = records.numbers(options.from_records)
-        options.trajectories = options.trajectories or shares(len(options.numbers))
-        if sum(options.trajectories) > (found := len(options.numbers)):
-            raise Failure(f"--trajectories: {sum(options.trajectories)} wanted, {options.from_records} has {found}")
+        options.trajectories = options.trajectories or split_counts(len(options.numbers))
+        if sum(options.trajectories) > (available := len(options.numbers)):
+            raise Failure(
+                f"--trajectories: {sum(options.trajectories)} requested, {options.from_records} has {available}"
+            )
     else:
         options.threads = options.threads or 1
         for name, value in zip(("particles", "trajectories", "frames"), SIZES[options.scale or "small"], strict=True):
             if getattr(options, name) is None:
                 setattr(options, name, value)
     if min(options.trajectories) < 0 or not sum(options.trajectories):
-        raise Failure("--trajectories: three counts, not all of them 0")
+        raise Failure("--trajectories: three counts, at least one above 0")
     if options.records and options.frames < records.FILES:
         raise Failure(
-            f"--frames {options.frames}: --records spreads them over {records.FILES} files; take {records.FILES} or more"
+            f"--frames {options.frames}: --records distributes them over {records.FILES} files; use {records.FILES} or more"
         )
     options.splits = [split for split, count in zip(SPLITS, options.trajectories, strict=True) for _ in range(count)]
     return options

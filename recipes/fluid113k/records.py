@@ -1,4 +1,4 @@
-"""The published files of Fluid113K: sim_NNNN_KK.msgpack.zst, 16 for a trajectory, one after another in time.
+"""The published files of Fluid113K: sim_NNNN_KK.msgpack.zst, 16 consecutive files for each trajectory.
 
 A file is a zstd frame around a msgpack list of frames (maps), arrays encoded by msgpack-numpy:
 
@@ -8,7 +8,7 @@ A file is a zstd frame around a msgpack list of frames (maps), arrays encoded by
     scene_id        text             sim_NNNN
     box             float32 (M, 3)   points on the walls; in a file's first frame only
     box_normals     float32 (M, 3)   into the box; in a file's first frame only
-    dt              float            ours, beside box, and only if frames are not 0.02 s apart: a scene scaled down
+    dt              float            our addition, with box, only if frames are not 0.02 s apart (a scaled scene)
 """
 
 from __future__ import annotations
@@ -51,15 +51,15 @@ def paths(folder: Path, number: int) -> list[Path]:
 
 
 def numbers(folder: Path) -> list[int]:
-    """The trajectories that have a file in the folder, ascending; Failure if there is none."""
-    found = {int(match[1]) for path in folder.glob("*.zst") if (match := NAME.fullmatch(path.name))}
-    if not found:
-        raise Failure(f"{folder}: no file named like sim_0001_00.msgpack.zst; name the folder that holds the records")
-    return sorted(found)
+    """Numbers of the trajectories in the folder, ascending. Raises Failure if there is none."""
+    result = {int(match[1]) for path in folder.glob("*.zst") if (match := NAME.fullmatch(path.name))}
+    if not result:
+        raise Failure(f"{folder}: no file named like sim_0001_00.msgpack.zst; give the folder of the records")
+    return sorted(result)
 
 
 def walls(box: np.ndarray, radius: float) -> tuple[np.ndarray, np.ndarray]:
-    """Points on the six sides of a box (2, 3), and normals into it, (M, 3) float32: 1.9 for each disk of a particle."""
+    """Points on the walls of a box (2, 3) and inward normals, (M, 3) float32; 1.9 points per particle disk area."""
     step = np.sqrt(np.pi / 1.9) * radius
     points, normals = [], []
     for axis in range(3):
@@ -96,11 +96,11 @@ def write(folder: Path, number: int, record: Record, radius: float) -> None:
             os.replace(partial, path)
         except OSError as error:
             partial.unlink(missing_ok=True)
-            raise OSError(error.errno, error.strerror, str(path)) from error  # a write that fails names no file
+            raise OSError(error.errno, error.strerror, str(path)) from error  # a failed write does not name the file
 
 
-def read(folder: Path, number: int, most: int | None = None) -> Record:
-    """A trajectory from its 16 files, or its first ``most`` frames; Failure naming the file that is missing or damaged."""
+def read(folder: Path, number: int, max_frames: int | None = None) -> Record:
+    """Read a trajectory from its 16 files. Raises Failure that names a missing or damaged file."""
     files = paths(folder, number)
     for path in files:
         if not path.is_file():
@@ -110,9 +110,9 @@ def read(folder: Path, number: int, most: int | None = None) -> Record:
         for k, frame in enumerate(_content(path)):
             _check(frame, f"{path}: frame {k}", k == 0, len(frames), len(frames[0]["pos"]) if frames else None)
             frames.append(frame)
-        if most is not None and len(frames) >= most:
+        if max_frames is not None and len(frames) >= max_frames:
             break
-    frames = frames[:most]
+    frames = frames[:max_frames]
     box = frames[0]["box"]
     return Record(
         np.stack([frame["pos"] for frame in frames]),
@@ -125,7 +125,7 @@ def read(folder: Path, number: int, most: int | None = None) -> Record:
 
 
 def _decode(value: dict[Any, Any]) -> Any:
-    """An array of msgpack-numpy. Objects are refused: they are pickles, which run code as they are read."""
+    """Decode an array of msgpack-numpy. Object arrays are rejected, because they are pickles, which can run code."""
     if value.get(b"kind") == b"O":
         raise ValueError("an array of Python objects")
     return msgpack_numpy.decode(value)
@@ -149,19 +149,19 @@ def _content(path: Path) -> list[Any]:
 
 
 def _check(frame: Any, where: str, first: bool, expected: int, nodes: int | None) -> None:
-    """Whether a frame has its keys, their shapes, and its place in time."""
+    """Raise Failure unless a frame has its keys, their shapes and the expected frame_id."""
     if not isinstance(frame, dict):
-        raise Failure(f"{where}: is no map; fetch the file again")
+        raise Failure(f"{where}: is not a map; fetch the file again")
     rows: dict[str, int | None] = {"N": nodes, "M": None}
     for key, shape in (SHAPES | (WALLS if first else {})).items():
         if key not in frame:
             raise Failure(f"{where}: key '{key}' is missing; fetch the file again")
-        found = np.shape(frame[key])
-        if shape and found and rows[shape[0]] is None:
-            rows[shape[0]] = found[0] or None  # the first array tells; none may be empty
-        wanted = (rows[shape[0]] or shape[0], *shape[1:]) if shape else ()
-        if found != wanted or (shape and frame[key].dtype.kind != "f"):
-            told = f"floats ({', '.join(map(str, wanted))})" if shape else "one value"
-            raise Failure(f"{where}: key '{key}' has shape {found}, expected {told}; fetch the file again")
+        actual = np.shape(frame[key])
+        if shape and actual and rows[shape[0]] is None:
+            rows[shape[0]] = actual[0] or None  # from the first array; none may be empty
+        expected_shape = (rows[shape[0]] or shape[0], *shape[1:]) if shape else ()
+        if actual != expected_shape or (shape and frame[key].dtype.kind != "f"):
+            text = f"floats ({', '.join(map(str, expected_shape))})" if shape else "one value"
+            raise Failure(f"{where}: key '{key}' has shape {actual}, expected {text}; fetch the file again")
     if frame["frame_id"] != expected:
         raise Failure(f"{where}: key 'frame_id' is {frame['frame_id']}, expected {expected}; fetch the file again")

@@ -1,4 +1,4 @@
-"""Fluid113K in one command: data, partition, training, evaluation and a table; --help says how."""
+"""Fluid113K in one command: prepare data, partition, train, evaluate and print a table (see --help)."""
 
 import functools
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 from dist_egnn.commands import recipe
 from dist_egnn.data import prepare
 
-SCALES = {  # config keys beside config.yaml
+SCALES = {  # config overrides of each scale
     "tiny": ["train.epochs=10", "train.accumulate=1", "train.lr=2e-3"],
     "small": ["train.epochs=20", "train.accumulate=1", "train.lr=2e-3"],
     "full": [],

@@ -1,6 +1,6 @@
 """Charged particles under clipped Coulomb forces, by leapfrog, compiled by numba.
 
-A module of its own, since numba's cache of compiled functions knows a function by the name of its module.
+A separate module, because numba's cache identifies functions by module name.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import numba
 import numpy as np
 
-# Without fastmath no operation is reordered or fused, whatever the processor; the loop over j is elementwise, so it still
-# becomes vector instructions. float64: rounding in float32 would add an error as large as leapfrog's own.
+# Without fastmath, operations are not reordered or fused on any processor; the elementwise loop over j is still vectorised.
+# float64: rounding in float32 would add an error as large as that of leapfrog.
 compiled = numba.njit(cache=True, nogil=True, error_model="numpy")
 
 
@@ -36,7 +36,7 @@ def clipped_forces(x: np.ndarray, q: np.ndarray, limit: float, f: np.ndarray) ->
 def fill(
     x: np.ndarray, v: np.ndarray, q: np.ndarray, dt: float, limit: float, every: int, xs: np.ndarray, vs: np.ndarray
 ) -> None:
-    """Fill xs, vs (T, 3, N) with the states after 0, every, 2·every, … steps: half a kick, a drift, half a kick (mass 1).
+    """Fill xs, vs (T, 3, N) with the states after 0, every, 2·every, … steps (half kick, drift, half kick; mass 1).
 
     x, v: (3, N), overwritten; q: (N,).
     """
@@ -62,9 +62,9 @@ def simulate(
     dt: float,
     limit: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and velocities (T, N, 3), float64, from those at the start (N, 3) and the charges (N,).
+    """Positions and velocities (T, N, 3), float64, from initial ones (N, 3) and charges (N,).
 
-    A frame every ``every`` steps of dt, the start being the first; limit: of a force's components, see clipped_forces.
+    The first frame is the start; others follow every ``every`` steps of dt. limit: of force components (clipped_forces).
     """
     x, v = np.array(position.T, dtype=np.float64, order="C"), np.array(velocity.T, dtype=np.float64, order="C")
     xs, vs = np.empty((frames, *x.shape)), np.empty((frames, *x.shape))

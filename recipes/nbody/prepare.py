@@ -1,7 +1,7 @@
-"""Simulate charged particles that attract and repel each other in free space, into a trajectories.h5.
+"""Simulate charged particles in free space and write a trajectories.h5.
 
-Positions: normal about the centre of a cluster; speeds 0.5 in random directions; charges ±1. The Coulomb force on each
-particle is clipped component by component; leapfrog, 5,000 steps of 0.001, a frame every 100.
+Positions are normal around the centre of a cluster, speeds 0.5 in random directions, charges ±1. The Coulomb force on each
+particle is clipped by component; leapfrog, 5,000 steps of 0.001, a frame every 100 steps.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FRAMES = STEPS // EVERY  # after 0, 100, …, 4,900 steps
 LIMIT = 0.1 / DT  # largest magnitude of a component of the force on a particle
 SPEED, BOUND = 0.5, 30.0  # initial speed; cluster centres are uniform in ±BOUND
 COUNTS = {"tiny": (30, 10, 10), "small": (500, 200, 200), "full": (5_000, 2_000, 2_000)}
-PIECE = 25  # systems
+PART_SIZE = 25  # systems written together
 
 SCALES = {
     "tiny": "30 + 10 + 10 systems (train, valid, test): 4 s of a core, 6 MB",
@@ -38,7 +38,7 @@ SCALES = {
 
 
 def draw(seed: int, index: int, particles: int, clusters: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Positions and velocities (N, 3) and charges (N,) of system ``index`` at its start: the same for the same numbers."""
+    """Initial positions and velocities (N, 3) and charges (N,) of system ``index``, a function of the arguments."""
     rng = np.random.default_rng([seed, index])
     charge = rng.choice([-1.0, 1.0], particles)
     centre = rng.uniform(-BOUND, BOUND, (clusters, 3)) if clusters > 1 else np.zeros((1, 3))
@@ -49,11 +49,11 @@ def draw(seed: int, index: int, particles: int, clusters: int) -> tuple[np.ndarr
 
 
 def systems(
-    piece: int, *, seed: int, particles: int, clusters: int, counts: tuple[int, int, int]
+    part: int, *, seed: int, particles: int, clusters: int, counts: tuple[int, int, int]
 ) -> Iterator[dict[str, Any]]:
-    """The systems of a piece, as arguments of Writer.add."""
+    """The systems of a part, as arguments of ``Writer.add``."""
     splits = [split for split, count in zip(SPLITS, counts, strict=True) for _ in range(count)]
-    for index in range(piece * PIECE, min((piece + 1) * PIECE, len(splits))):
+    for index in range(part * PART_SIZE, min((part + 1) * PART_SIZE, len(splits))):
         start = draw(seed, index, particles, clusters)
         position, velocity = simulate(*start, frames=FRAMES, every=EVERY, dt=DT, limit=LIMIT)
         yield {
@@ -67,30 +67,35 @@ def systems(
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
-    """Simulate every system and write the file."""
+    """Simulate all systems and write the file."""
     parser = preparation.parser(
         "Simulate systems of charged particles into a trajectories file.",
         SCALES,
         "python recipes/nbody/prepare.py --out data/nbody.h5 --scale tiny",
     )
     parser.add_argument(
-        "--particles", type=int, default=100, help="of a system (default 100); time grows as its square"
+        "--particles", type=int, default=100, help="particles of a system (default 100); time grows quadratically"
     )
     parser.add_argument(
-        "--clusters", type=int, choices=(1, 3, 10), default=1, help="that particles start in (default 1)"
+        "--clusters", type=int, choices=(1, 3, 10), default=1, help="clusters of particles at the start (default 1)"
     )
     options = preparation.parse(parser, arguments)
     if options.particles < 2:
         raise Failure(f"--particles {options.particles}: must be at least 2")
     counts = COUNTS[options.scale]
-    chosen = {"seed": options.seed, "particles": options.particles, "clusters": options.clusters, "counts": counts}
+    system_options = {
+        "seed": options.seed,
+        "particles": options.particles,
+        "clusters": options.clusters,
+        "counts": counts,
+    }
     preparation.write(
         options.out,
-        functools.partial(systems, **chosen),
-        -(-sum(counts) // PIECE),
+        functools.partial(systems, **system_options),
+        -(-sum(counts) // PART_SIZE),
         settings={
             "description": "N-body: charged particles in free space",
-            **chosen,
+            **system_options,
             "scale": options.scale,
             "steps": STEPS,
             "step": DT,
@@ -99,8 +104,8 @@ def run(arguments: Sequence[str] | None = None) -> None:
             "versions": preparation.versions("numpy", "numba"),
         },
         workers=options.workers,
-        threads=True,  # the compiled loops run without Python's lock
-        unit=f"{PIECE} systems, piece",
+        threads=True,  # the compiled loops release Python's lock
+        unit=f"{PART_SIZE} systems, part",
     )
 
 

@@ -1,4 +1,4 @@
-"""N-body in one command: data, partition, training, evaluation and a table; --help says how."""
+"""N-body in one command: prepare data, partition, train, evaluate and print a table (see --help)."""
 
 import functools
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 from dist_egnn.commands import recipe
 from dist_egnn.data import prepare
 
-SCALES = {  # config keys beside config.yaml
+SCALES = {  # config overrides of each scale
     "tiny": ["train.epochs=20", "train.batch_size=5"],
     "small": ["train.epochs=20", "train.batch_size=20"],
     "full": [],

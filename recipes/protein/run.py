@@ -1,4 +1,4 @@
-"""Protein in one command: data, partition, training, evaluation and a table; --help says how."""
+"""Protein in one command: prepare data, partition, train, evaluate and print a table (see --help)."""
 
 import functools
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 from dist_egnn.commands import recipe
 from dist_egnn.data import prepare
 
-SCALES = {  # config keys beside config.yaml
+SCALES = {  # config overrides of each scale
     "tiny": ["train.epochs=20"],
     "small": ["train.epochs=50"],
     "full": [],

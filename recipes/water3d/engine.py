@@ -1,9 +1,8 @@
-"""Run one block of water in SPlisHSPlasH in this process and keep its frames: ``python engine.py DIR``.
+"""Simulate one block of water in SPlisHSPlasH and save its frames: ``python engine.py DIR``.
 
 Reads DIR/job.json: box and block (2, 3) low and high corner, velocity (3,), radius, dt, steps (engine steps a frame),
-frames. Writes DIR/position.npy (frames, N, 3) float32 at the end, and keeps the number of frames done in DIR/frames.
-prepare.py starts one such process for every trajectory, because the engine keeps global state and a crash in it ends its
-process.
+frames. Writes DIR/position.npy (frames, N, 3) float32 at the end and the number of finished frames to DIR/frames.
+prepare.py starts one process for each trajectory, because the engine has global state and a crash in it ends its process.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ import numpy as np
 
 
 def load_engine() -> Any:
-    """The module pysplishsplash. It links OpenGL even where it draws nothing."""
+    """The module pysplishsplash, which needs OpenGL libraries even without graphics."""
     try:
-        # the copy of libGLdispatch in the wheel crashes at import unless the system's own is there first
+        # the wheel's libGLdispatch crashes at import unless the system's library is loaded first
         ctypes.CDLL("libGLdispatch.so.0", mode=ctypes.RTLD_GLOBAL)
         import pysplishsplash
     except (OSError, ImportError) as error:
@@ -32,9 +31,9 @@ def load_engine() -> Any:
 
 
 def write_scene(directory: Path, job: dict[str, Any]) -> None:
-    """scene.json, and box.obj with the walls, in the formats of the engine."""
+    """Write scene.json and box.obj with the walls, in the engine's formats."""
     corners = ["v {:.8g} {:.8g} {:.8g}".format(*corner) for corner in itertools.product(*zip(*job["box"], strict=True))]
-    # corner 1 + 4 i + 2 j + k is at (low, high)[i], …; a side's two triangles, seen from outside counterclockwise
+    # corner 1 + 4 i + 2 j + k is at (low, high)[i], …; two triangles a side, counterclockwise from outside
     sides = ("1243", "5786", "1562", "3487", "1375", "2684")
     faces = [f"f {s[0]} {s[1]} {s[2]}\nf {s[0]} {s[2]} {s[3]}" for s in sides]
     (directory / "box.obj").write_text("\n".join([*corners, *faces]) + "\n")
@@ -58,8 +57,8 @@ def write_scene(directory: Path, job: dict[str, Any]) -> None:
     (directory / "scene.json").write_text(json.dumps(scene, indent=1))
 
 
-def run(directory: Path) -> None:
-    """Simulate DIR/job.json and write its frames."""
+def simulate(directory: Path) -> None:
+    """Simulate DIR/job.json and write the frames."""
     job = json.loads((directory / "job.json").read_text())
     write_scene(directory, job)
     engine = load_engine()
@@ -72,22 +71,22 @@ def run(directory: Path) -> None:
     frames: list[np.ndarray] = []
     steps = 0
 
-    def read() -> None:
-        # by particle id, since the engine re-sorts its particles; its buffers are longer than the fluid
+    def store_frame() -> None:
+        # in the order of particle ids: the engine re-sorts its particles; its buffers are longer than the fluid
         ids, x = (np.array(fluid.getFieldBuffer(name))[:nodes] for name in ("id", "position"))
         frames.append(np.empty((nodes, 3), np.float32))
         frames[-1][ids.ravel()] = x
         (directory / "frames.new").write_text(str(len(frames)))
-        os.replace(directory / "frames.new", directory / "frames")  # prepare.py reads it at any time
+        os.replace(directory / "frames.new", directory / "frames")  # prepare.py may read it at any time
 
-    def stepped() -> None:
+    def after_step() -> None:
         nonlocal steps
         steps += 1
         if steps % job["steps"] == 0:
-            read()
+            store_frame()
 
-    read()
-    base.setTimeStepCB(stepped)
+    store_frame()
+    base.setTimeStepCB(after_step)
     base.runSimulation()
     if len(frames) < job["frames"]:
         raise SystemExit(f"SPlisHSPlasH stopped after {len(frames)} of {job['frames']} frames")
@@ -96,8 +95,8 @@ def run(directory: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        run(Path(sys.argv[1]).resolve())
+        simulate(Path(sys.argv[1]).resolve())
     except OSError as error:
         raise SystemExit(f"{error.filename or sys.argv[1]}: {error.strerror or error}") from None
-    # the engine's destructors crash at times; everything is written by now
+    # the engine's destructors may crash; all files are written
     os._exit(0)

@@ -1,4 +1,4 @@
-"""The files of GNS' datasets ("learning to simulate"): fetch them, find the trajectories in them, read one.
+"""The files of GNS' datasets ("learning to simulate"): fetch them, list their trajectories, read one.
 
 A TFRecord file is a row of records: length (8 bytes), its checksum (4), payload, its checksum (4). Each payload is a
 tf.train.SequenceExample with ``particle_type`` (bytes of int64 (N,)) and ``position`` (for each of T frames bytes of
@@ -28,7 +28,7 @@ from dist_egnn.errors import Failure
 from dist_egnn.utils import progress
 
 URL = "https://storage.googleapis.com/learning-to-simulate-complex-physics/Datasets/Water-3D"
-# tf.train.SequenceExample as far as GNS uses it, message → (field, number, repeated, type); maps as repeated entries
+# the part of tf.train.SequenceExample that GNS uses, message → (field, number, repeated, type); maps as repeated entries
 MESSAGES = {
     "Bytes": [("value", 1, True, "bytes")],
     "Feature": [("bytes_list", 1, False, "Bytes")],
@@ -41,8 +41,8 @@ MESSAGES = {
 }
 
 
-class Place(NamedTuple):
-    """Where a trajectory lies: a payload's offset and length in a TFRecord file, or a group of an HDF5 file."""
+class Location(NamedTuple):
+    """The location of a trajectory: a payload's offset and length in a TFRecord file, or a group of an HDF5 file."""
 
     path: Path
     split: str
@@ -57,37 +57,39 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class Trajectories:
-    """All trajectories of a folder: train, valid, test. metadata: those keys of metadata.json that we use."""
+    """All trajectories of a folder: train, valid, test. metadata: the keys of metadata.json that are used."""
 
     metadata: dict[str, Any]
-    places: list[Place]
+    locations: list[Location]
 
     def __call__(self, number: int) -> Iterator[dict[str, Any]]:
-        """Trajectory ``number`` as arguments of ``Writer.add``; Failure if it is damaged or not of GNS' layout."""
-        place = self.places[number]
-        kind, position = from_group(place) if place.group else from_record(place, self.metadata["sequence_length"] + 1)
+        """Yield arguments of ``Writer.add``. Raises Failure if the trajectory is damaged or not in GNS' layout."""
+        location = self.locations[number]
+        kind, position = (
+            from_group(location) if location.group else from_record(location, self.metadata["sequence_length"] + 1)
+        )
         yield {
             "position": position,
-            "split": place.split,
+            "split": location.split,
             "dt": self.metadata["dt"],
-            "source": f"GNS Water-3D, {place.split}, trajectory {place.number}",
+            "source": f"GNS Water-3D, {location.split}, trajectory {location.number}",
             "attributes": {"type": kind},
             "box": np.array(self.metadata["bounds"]).T,
         }
 
 
 def find(folder: Path, limits: tuple[int, ...], *, whole: bool) -> tuple[Trajectories, dict[str, Any]]:
-    """The folder's trajectories, up to ``limits`` of each split, and the settings that identify them.
+    """The trajectories of a folder, up to ``limits`` of each split, and the settings that identify them.
 
-    Unless the files must be whole, what ``fetch`` has got of one so far will do. Raises Failure for a missing or
-    truncated file, or a key that metadata.json lacks.
+    Unless ``whole``, a partly fetched file suffices. Raises Failure for a missing or truncated file, and for a key that is
+    missing in metadata.json.
     """
     records = any(folder.glob("*.tfrecord*"))
     keys = {"bounds": "low and high corner of the box by axis", "dt": "time from frame to frame"}
     metadata = read_metadata(
-        folder / "metadata.json", keys | ({"sequence_length": "frames less one"} if records else {})
+        folder / "metadata.json", keys | ({"sequence_length": "number of frames − 1"} if records else {})
     )
-    places: list[Place] = []
+    locations: list[Location] = []
     sizes = {}
     for split, limit in zip(SPLITS, limits, strict=True):
         path = folder / f"{split}.{'tfrecord' if records else 'h5'}"
@@ -96,35 +98,37 @@ def find(folder: Path, limits: tuple[int, ...], *, whole: bool) -> tuple[Traject
         if not path.is_file():
             raise Failure(f"{path}: no such file; --download fetches GNS' files, --source splishsplash needs none")
         if records:
-            found, end = scan(path, limit)
-            if len(found) < limit and end < path.stat().st_size:
-                raise Failure(f"{path}: truncated within record {len(found)}; fetch it again")
-            new = [Place(path, split, k, *record) for k, record in enumerate(found)]
+            scanned, end = scan(path, limit)
+            if len(scanned) < limit and end < path.stat().st_size:
+                raise Failure(f"{path}: truncated within record {len(scanned)}; fetch it again")
+            new = [Location(path, split, k, *record) for k, record in enumerate(scanned)]
         else:
             with opened(path) as file:
-                new = [Place(path, split, k, group=name) for k, name in enumerate(sorted(file)[:limit])]
+                new = [Location(path, split, k, group=name) for k, name in enumerate(sorted(file)[:limit])]
             end = path.stat().st_size
         if not new:
             raise Failure(f"{path}: holds no trajectory; fetch it again")
-        places += new
+        locations += new
         sizes[split] = {"trajectories": len(new), "bytes": end}
-    return Trajectories(metadata, places), {"form": "tfrecord" if records else "hdf5", "files": sizes} | metadata
+    return Trajectories(metadata, locations), {"form": "tfrecord" if records else "hdf5", "files": sizes} | metadata
 
 
 def read_metadata(path: Path, keys: Mapping[str, str]) -> dict[str, Any]:
-    """These keys of metadata.json; Failure naming the first that is missing or wrong."""
+    """Read keys of metadata.json. Raises Failure for the first that is missing or invalid."""
     if not path.is_file():
         raise Failure(f"{path}: no such file; --download fetches GNS' files, --source splishsplash needs none")
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except ValueError as error:
-        raise Failure(f"{path}: no JSON ({error}); fetch it again") from None
+        raise Failure(f"{path}: not JSON ({error}); fetch it again") from None
     for key, meaning in keys.items():
-        if not isinstance(found, dict) or key not in found:
+        if not isinstance(content, dict) or key not in content:
             raise Failure(f"{path}: key '{key}' ({meaning}) is missing; fetch the file again")
-    if np.shape(found["bounds"]) != (3, 2):
-        raise Failure(f"{path}: key 'bounds' has shape {np.shape(found['bounds'])}, expected (3, 2): no 3-D dataset")
-    return {key: found[key] for key in keys}
+    if np.shape(content["bounds"]) != (3, 2):
+        raise Failure(
+            f"{path}: key 'bounds' has shape {np.shape(content['bounds'])}, expected (3, 2); only 3-D datasets are supported"
+        )
+    return {key: content[key] for key in keys}
 
 
 def masked_crc(data: bytes) -> bytes:
@@ -136,26 +140,26 @@ def masked_crc(data: bytes) -> bytes:
 
 
 def scan(path: Path, limit: int) -> tuple[list[tuple[int, int]], int]:
-    """Offset and length of the payloads of the whole records of a file, at most ``limit``, and where these end."""
-    found: list[tuple[int, int]] = []
-    at, size = 0, path.stat().st_size
+    """Offset and length of the payloads of complete records of a file, at most ``limit``, and the end of the last."""
+    records: list[tuple[int, int]] = []
+    position, size = 0, path.stat().st_size
     with path.open("rb") as file:
-        while len(found) < limit and at + 16 <= size:
-            file.seek(at)
+        while len(records) < limit and position + 16 <= size:
+            file.seek(position)
             length, crc = file.read(8), file.read(4)
             if masked_crc(length) != crc:
-                raise Failure(f"{path}: record {len(found)}: wrong checksum of its length; damaged, fetch it again")
+                raise Failure(f"{path}: record {len(records)}: wrong checksum of its length; damaged, fetch it again")
             (count,) = struct.unpack("<Q", length)
-            if at + 16 + count > size:
+            if position + 16 + count > size:
                 break
-            found.append((at + 12, count))
-            at += 16 + count
-    return found, at
+            records.append((position + 12, count))
+            position += 16 + count
+    return records, position
 
 
 @functools.cache
 def sequence_example() -> Any:
-    """The message class SequenceExample, made from MESSAGES."""
+    """The message class SequenceExample, built from MESSAGES."""
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
     field = descriptor_pb2.FieldDescriptorProto
@@ -172,54 +176,56 @@ def sequence_example() -> Any:
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("gns.SequenceExample"))
 
 
-def from_record(place: Place, frames: int) -> tuple[np.ndarray, np.ndarray]:
+def from_record(location: Location, frames: int) -> tuple[np.ndarray, np.ndarray]:
     """Particle types (N,) and positions (frames, N, 3) of a record."""
     from google.protobuf.message import DecodeError
 
-    with place.path.open("rb") as file:
-        file.seek(place.offset)
-        payload, crc = file.read(place.length), file.read(4)
+    with location.path.open("rb") as file:
+        file.seek(location.offset)
+        payload, crc = file.read(location.length), file.read(4)
     if masked_crc(payload) != crc:
-        raise Failure(f"{place}: wrong checksum; the file is damaged, fetch it again")
+        raise Failure(f"{location}: wrong checksum; the file is damaged, fetch it again")
     example = sequence_example()()
     try:
         example.ParseFromString(payload)
     except DecodeError as error:
-        raise Failure(f"{place}: no tf.train.SequenceExample ({error}); is it one of GNS' files?") from None
+        raise Failure(f"{location}: not a tf.train.SequenceExample ({error}); is it a file of GNS?") from None
     features = {entry.key: [entry.value] for entry in example.context.feature}
     features |= {entry.key: entry.value.feature for entry in example.feature_lists.feature_list}
     for key in ("particle_type", "position"):
         if key not in features:
             have = ", ".join(sorted(features)) or "nothing"
-            raise Failure(f"{place}: feature '{key}' is missing (it has: {have}); is it one of GNS' files?")
+            raise Failure(f"{location}: feature '{key}' is missing (existing: {have}); is it a file of GNS?")
     data = {key: b"".join(b for step in steps for b in step.bytes_list.value) for key, steps in features.items()}
     kind, shape = data["particle_type"], (frames, len(data["particle_type"]) // 8, 3)
     if len(kind) % 8 or len(data["position"]) != 4 * np.prod(shape):
         raise Failure(
-            f"{place}: feature 'particle_type' has {len(kind):,} bytes and 'position' {len(data['position']):,}: no int64 "
-            f"(N,) and float32 ({frames}, N, 3); check sequence_length in metadata.json (frames less one)"
+            f"{location}: feature 'particle_type' has {len(kind):,} bytes and 'position' {len(data['position']):,}: expected int64 "
+            f"(N,) and float32 ({frames}, N, 3); check sequence_length in metadata.json (frames − 1)"
         )
     return np.frombuffer(kind, "<i8"), np.frombuffer(data["position"], "<f4").reshape(shape)
 
 
-def from_group(place: Place) -> tuple[np.ndarray, np.ndarray]:
+def from_group(location: Location) -> tuple[np.ndarray, np.ndarray]:
     """Particle types (N,) and positions (T, N, 3) of a group."""
-    with opened(place.path) as file:
-        group = file[place.group]
+    with opened(location.path) as file:
+        group = file[location.group]
         for key in ("particle_type", "position"):
             if not isinstance(group, h5py.Group) or key not in group:
-                raise Failure(f"{place}: dataset '{key}' is missing; is it the HDF5 form of one of GNS' files?")
+                raise Failure(f"{location}: dataset '{key}' is missing; is it the HDF5 form of a file of GNS?")
         try:
             return group["particle_type"][()], group["position"][()]
         except OSError as error:
-            raise Failure(f"{place}: cannot be read ({error}); the file is damaged, make or fetch it again") from None
+            raise Failure(
+                f"{location}: cannot be read ({error}); the file is damaged; convert or fetch it again"
+            ) from None
 
 
 def opened(path: Path) -> Any:
     try:
         return h5py.File(path, "r")
     except OSError as error:
-        raise Failure(f"{path}: not a readable HDF5 file ({error}); make or fetch it again") from None
+        raise Failure(f"{path}: not a readable HDF5 file ({error}); convert or fetch it again") from None
 
 
 def partial_of(path: Path) -> Path:
@@ -227,9 +233,9 @@ def partial_of(path: Path) -> Path:
 
 
 def fetch(folder: Path, name: str, limit: int | None = None) -> None:
-    """Fetch URL/name into the folder, going on where the last try stopped; limit: until it has so many whole records.
+    """Fetch URL/name into the folder, continuing an interrupted fetch. limit: stop after this many complete records.
 
-    A file is NAME.partial until it is whole and agrees with the server's hash. Raises Failure without a network.
+    The file is NAME.partial until it is complete and has the server's hash. Raises Failure without a network.
     """
     target, partial, url = folder / name, partial_of(folder / name), f"{URL}/{name}"
 
@@ -258,17 +264,19 @@ def fetch(folder: Path, name: str, limit: int | None = None) -> None:
                         return
     except (OSError, http.client.HTTPException) as error:
         raise Failure(
-            f"{url}: cannot be fetched ({error}); the same command goes on where it stopped once there is a network, "
-            "--source splishsplash needs none"
+            f"{url}: cannot be fetched ({error}); run the same command with a network to continue, "
+            "or use --source splishsplash"
         ) from None
     if partial.stat().st_size < size:
-        raise Failure(f"{url}: ended after {partial.stat().st_size:,} of {size:,} bytes; the same command goes on")
-    check(partial, dict(entry.split("=", 1) for entry in hashes if entry), url)
+        raise Failure(
+            f"{url}: ended after {partial.stat().st_size:,} of {size:,} bytes; run the same command to continue"
+        )
+    verify_hash(partial, dict(entry.split("=", 1) for entry in hashes if entry), url)
     os.replace(partial, target)
 
 
-def check(path: Path, hashes: Mapping[str, str], url: str) -> None:
-    """Compare with the server's md5, or its crc32c where it has no md5; Failure for a wrong file, which is removed."""
+def verify_hash(path: Path, hashes: Mapping[str, str], url: str) -> None:
+    """Compare with the server's md5, or crc32c without an md5. Removes a wrong file and raises Failure."""
     import google_crc32c
 
     kind = "md5" if "md5" in hashes else "crc32c"
@@ -278,4 +286,6 @@ def check(path: Path, hashes: Mapping[str, str], url: str) -> None:
             digest.update(chunk)
     if base64.b64encode(digest.digest()).decode() != hashes.get(kind):
         path.unlink()
-        raise Failure(f"{url}: what came disagrees with the server's {kind} and was removed; run the command again")
+        raise Failure(
+            f"{url}: the fetched file differs from the server's {kind} and was removed; run the command again"
+        )

@@ -1,4 +1,4 @@
-"""Water-3D of GNS ("learning to simulate") from its files, or a simulated stand-in, as a trajectories.h5."""
+"""Convert Water-3D of GNS ("learning to simulate"), or a simulated stand-in, into a trajectories.h5."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from dist_egnn.errors import Failure
 from dist_egnn.utils.filesystem import check_free_space
 
 COUNTS = {"tiny": (4, 1, 1), "small": (20, 4, 4), "full": (1000, 100, 100)}  # trajectories by split
-SIMULATED = {"tiny": (1000, 60), "small": (8000, 200), "full": (8000, 801)}  # the stand-in's particles and frames
-RADIUS, DT, WATER = 0.012, 0.005, 5.0  # of the stand-in: a particle's radius, time from frame to frame; GNS' type
+SIMULATED = {"tiny": (1000, 60), "small": (8000, 200), "full": (8000, 801)}  # particles and frames of the stand-in
+RADIUS, DT, WATER = 0.012, 0.005, 5.0  # of the stand-in: particle radius, time between frames, GNS' type of water
 SCALES = {
     "tiny": "4 + 1 + 1 trajectories. GNS: 0.45 GB to fetch, 8 s of a core, 0.3 GB. Stand-in (1,000 particles, 60 frames): "
     "3 s, 2.4 MB",
@@ -36,16 +36,16 @@ EXAMPLE = "python recipes/water3d/prepare.py --scale small --source data/Water-3
 
 
 def scene(seed: int, number: int, particles: int) -> dict[str, Any]:
-    """A block of random shape, place and velocity in a cube: the same for the same three numbers.
+    """A block of random shape, position and velocity in a cube, a function of the three arguments.
 
-    The cube holds about the share of water of GNS' box: side 0.8 for 8,000 particles.
+    The cube has about the fill level of GNS' box: side 0.8 for 8,000 particles.
     """
     rng = np.random.default_rng([seed, number])
     half = 0.4 * (particles / 8000) ** (1 / 3)
     box = np.array([[0.5 - half] * 3, [0.5 + half] * 3])
     stretch = rng.uniform(0.8, 1.25, 3)
     shape = np.rint((particles / stretch.prod()) ** (1 / 3) * stretch)
-    side = (shape + 1) * 2 * RADIUS  # the engine leaves a particle's width free, half of it on either side
+    side = (shape + 1) * 2 * RADIUS  # the engine leaves half a particle diameter free on each side
     low = rng.uniform(box[0], box[1] - side)
     block = np.stack([low, low + side])
     return {"box": box.tolist(), "block": block.tolist(), "velocity": rng.uniform(-0.5, 0.5, 3).tolist()}
@@ -53,7 +53,7 @@ def scene(seed: int, number: int, particles: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Simulations:
-    """The stand-in's trajectories, each by an engine process of its own; scratch: a folder for its files."""
+    """The trajectories of the stand-in, each from its own engine process. scratch: a folder for temporary files."""
 
     seed: int
     splits: list[str]
@@ -62,30 +62,30 @@ class Simulations:
     scratch: Path
 
     def __call__(self, number: int) -> Iterator[dict[str, Any]]:
-        """Trajectory ``number`` as arguments of ``Writer.add``; Failure if the engine fails or a particle escapes."""
+        """Yield arguments of ``Writer.add``. Raises Failure if the engine fails or a particle leaves the box."""
         job, folder = scene(self.seed, number, self.particles), self.folder(number)
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-        # a block has up to a fifth more particles; the engine's frames, and the piece's at most
+        shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
+        # a block has up to 20% more particles; frames of the engine and of the part's file
         check_free_space(folder, int(1.2 * 2 * 12 * self.particles * self.frames))
         folder.mkdir()
         try:
-            yield self.simulated(number, job, folder)
+            yield self.simulate(number, job, folder)
         finally:
             shutil.rmtree(folder)
 
     def folder(self, number: int) -> Path:
-        """Where a trajectory's engine works."""
+        """The working folder of a trajectory's engine."""
         return self.scratch / f"{number:06d}.engine"
 
     def reached(self, number: int) -> int:
-        """How many frames of a trajectory are done."""
+        """The number of finished frames of a trajectory."""
         return preparation.read_count(self.folder(number) / "frames")
 
-    def simulated(self, number: int, job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    def simulate(self, number: int, job: dict[str, Any], folder: Path) -> dict[str, Any]:
         timing = {"radius": RADIUS, "dt": DT, "steps": 2, "frames": self.frames}
         (folder / "job.json").write_text(json.dumps(job | timing))
         command = [sys.executable, str(Path(__file__).with_name("engine.py")), str(folder)]
-        # one thread: the engine's sums depend on their number
+        # one thread: the engine's sums depend on the number of threads
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         if done.returncode:
@@ -94,7 +94,7 @@ class Simulations:
         position = np.load(folder / "position.npy")
         box = np.array(job["box"])
         if ((position < box[0]) | (position > box[1])).any():
-            raise Failure(f"trajectory {number}: a particle left the box; take another --seed")
+            raise Failure(f"trajectory {number}: a particle left the box; use another --seed")
         return {
             "position": position,
             "split": self.splits[number],
@@ -105,59 +105,59 @@ class Simulations:
         }
 
 
-def need(remedy: str, *modules: str) -> None:
-    """Failure for the first module that is not installed."""
+def require_modules(remedy: str, *modules: str) -> None:
+    """Raise Failure for the first module that is not installed."""
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise Failure(f"Python module '{module}' is not installed; {remedy}")
 
 
 def run(arguments: Sequence[str] | None = None) -> None:
-    """Read or simulate what the options ask for, and write the file."""
+    """Convert or simulate the data and write the file."""
     parser = preparation.parser(__doc__ or "", SCALES, EXAMPLE)
     parser.add_argument(
         "--source",
         metavar="DIR",
         help="folder with metadata.json and {train,valid,test}.tfrecord of GNS, or .h5 in place of .tfrecord; "
-        "splishsplash: a stand-in, blocks of water let go in a box (default at scale tiny)",
+        "splishsplash: a stand-in, blocks of water released in a box (default at scale tiny)",
     )
     parser.add_argument(
-        "--download", action="store_true", help="first fetch what DIR lacks, as much as the scale needs"
+        "--download", action="store_true", help="first fetch missing files into DIR, as much as the scale needs"
     )
     options = preparation.parse(parser, arguments)
     source = "splishsplash" if (options.source, options.scale) == (None, "tiny") else options.source
     if source is None or (options.download and source == "splishsplash"):
-        which = "DIR" if options.download else "DIR, or --source splishsplash for a simulated stand-in"
-        raise Failure(f"--scale {options.scale}: name the folder of GNS' files: --source {which}; see --help")
+        choice = "DIR" if options.download else "DIR, or --source splishsplash for a simulated stand-in"
+        raise Failure(f"--scale {options.scale}: give the folder of GNS' files: --source {choice}; see --help")
     settings = {"recipe": "water3d", "scale": options.scale, "seed": options.seed}
     full = options.scale == "full"
     limits = COUNTS[options.scale]
     make: Any
     steps = None
     if source == "splishsplash":
-        need("pip install -e '.[fluid]', or name GNS' files by --source DIR", "pysplishsplash")
+        require_modules("pip install -e '.[fluid]', or use GNS' files with --source DIR", "pysplishsplash")
         splits = [split for split, count in zip(SPLITS, limits, strict=True) for _ in range(count)]
         scratch = options.out.with_name(options.out.name + ".parts")
         make = Simulations(options.seed, splits, *SIMULATED[options.scale], scratch)
         steps = preparation.Steps("frames", make.frames, make.reached)
-        pieces, packages = len(splits), ["pysplishsplash"]
+        count, packages = len(splits), ["pysplishsplash"]
         settings["source"] = source
     else:
         folder = Path(source)
         if options.download or any(folder.glob("*.tfrecord*")):
-            need("pip install -e '.[water3d]'", "google", "google.protobuf", "google_crc32c")
+            require_modules("pip install -e '.[water3d]'", "google", "google.protobuf", "google_crc32c")
         if options.download:
             folder.mkdir(parents=True, exist_ok=True)
             gns.fetch(folder, "metadata.json")
             for split, limit in zip(SPLITS, limits, strict=True):
                 gns.fetch(folder, f"{split}.tfrecord", None if full else limit)
-        make, found = gns.find(folder, (sys.maxsize,) * 3 if full else limits, whole=full)
-        pieces, packages = len(make.places), []
-        settings |= {"source": "GNS"} | found
+        make, content = gns.find(folder, (sys.maxsize,) * 3 if full else limits, whole=full)
+        count, packages = len(make.locations), []
+        settings |= {"source": "GNS"} | content
     preparation.write(
         options.out,
         make,
-        pieces,
+        count,
         settings=settings | {"versions": preparation.versions("numpy", "h5py", *packages)},
         workers=options.workers,
         threads=source == "splishsplash",

@@ -1,4 +1,4 @@
-"""What tests of recipes share: run.py in a process, a small disk; of water3d: GNS' folders, the recipe's files as modules."""
+"""Shared fixtures: run.py in a process, a small disk, folders of GNS and the modules of recipes/water3d."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from gns_files import METADATA, RECIPE, framed, record, trajectories
 
 @pytest.fixture
 def check_run_py(tmp_path) -> Callable[..., None]:
-    """check_run_py(recipe, *keys): its run.py in a process, one epoch of a small EGNN; it leaves and prints a whole table."""
+    """check_run_py(recipe, *keys): run.py with one epoch of a small EGNN writes and prints a complete table."""
 
     import pandas as pd
 
     def check(recipe: Path, *keys: object) -> None:
         small = ["--epochs", "1", "--models", "EGNN", "model.hidden=4", "model.layers=1", "train.batch_size=4"]
-        words = [sys.executable, str(recipe / "run.py"), *small, *map(str, keys), "--out", str(tmp_path / "road")]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+        command = [sys.executable, str(recipe / "run.py"), *small, *map(str, keys), "--out", str(tmp_path / "run")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
-        table = pd.read_csv(tmp_path / "road" / "results.csv").set_index("prediction")
+        table = pd.read_csv(tmp_path / "run" / "results.csv").set_index("prediction")
         assert list(table.index) == ["static", "linear", "EGNN"]
         assert np.isfinite(table).all(axis=None)
         assert (table > 0).all(axis=None)
         assert [line.split()[0] for line in done.stdout.splitlines()[-3:]] == list(table.index)
-        assert (tmp_path / "road" / "EGNN" / "best.pt").exists()
+        assert (tmp_path / "run" / "EGNN" / "best.pt").exists()
 
     return check
 
 
 @pytest.fixture
 def small_disk(tmp_path) -> Iterator[Path]:
-    """A disk of 4 MB of its own, which can really be full."""
+    """A separate disk of 4 MB, which can be full."""
     if os.geteuid() or shutil.which("mount") is None:
         pytest.skip("only root can mount a small disk")
     folder = tmp_path / "disk"
@@ -54,7 +54,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 @pytest.fixture
 def gns_folder(tmp_path):
-    """A folder as GNS publishes it."""
+    """A folder in the layout of GNS."""
     folder = tmp_path / "Water-3D"
     folder.mkdir()
     (folder / "metadata.json").write_text(json.dumps(METADATA))

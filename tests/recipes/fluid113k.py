@@ -1,4 +1,4 @@
-"""What the tests of recipes/fluid113k share: its files as modules, a falling block, the authors' records written by hand."""
+"""Shared by the tests of recipes/fluid113k: its modules, a falling block, records in the authors' format."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def load(name: str) -> ModuleType:
 physics, records = load("physics"), load("records")
 prepare = load("prepare")
 check, engine = load("check"), load("engine")
-del sys.modules["prepare"]  # every recipe has one
+del sys.modules["prepare"]  # each recipe has a prepare.py
 
 
-def run(*words: object) -> int:
-    return prepare.preparation.main(prepare.run, [str(word) for word in words])
+def run(*arguments: object) -> int:
+    return prepare.preparation.main(prepare.run, [str(argument) for argument in arguments])
 
 
 def block(n: int = 12, frames: int = 20, dt: float = 0.02) -> tuple[np.ndarray, np.ndarray]:
@@ -49,7 +49,7 @@ MASS = 1000 * (2 * RADIUS) ** 3
 BOX = np.array([[-0.5, 0, -0.5], [0.5, 2.5, 0.5]], np.float32)
 
 
-# ---- records as others write them: msgpack and zstd alone, the arrays' encoding by hand
+# ---- records of other programs: msgpack and zstd only, arrays encoded by hand
 
 
 def raw(array: np.ndarray) -> dict:
@@ -75,8 +75,8 @@ def pack(path: Path, frames: object) -> None:
     path.write_bytes(zstandard.ZstdCompressor(level=3).compress(msgpack.packb(frames, use_bin_type=True)))
 
 
-def foreign(folder: Path, number: int, position: np.ndarray, velocity: np.ndarray) -> list[Path]:
-    """20 frames as the authors' files hold them: two in each of the first four files, one in each of the other twelve."""
+def write_authors_records(folder: Path, number: int, position: np.ndarray, velocity: np.ndarray) -> list[Path]:
+    """20 frames in the authors' layout: two in each of the first four files, one in each of the other twelve."""
     folder.mkdir(exist_ok=True)
     paths, t = [folder / f"sim_{number:04d}_{k:02d}.msgpack.zst" for k in range(16)], 0
     for k, path in enumerate(paths):

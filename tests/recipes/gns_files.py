@@ -1,4 +1,4 @@
-"""GNS' files written byte by byte, by the format's description, with nothing of the recipe's reader; recipes/water3d run."""
+"""Files of GNS, written from the format description independently of the recipe; commands of recipes/water3d."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ needs_records = pytest.mark.skipif(
 
 
 def crc32c(data: bytes) -> int:
-    """Bit by bit, by the polynomial."""
+    """Bit by bit from the polynomial."""
     crc = 0xFFFFFFFF
     for byte in data:
         crc ^= byte
@@ -93,4 +93,4 @@ def command(*options):
 
 
 def run(*options):
-    return subprocess.run(command(*options), capture_output=True, text=True, timeout=120)
+    return subprocess.run(command(*options), capture_output=True, text=True, timeout=600)

@@ -1,4 +1,4 @@
-"""recipes/fluid113k: the published records both ways, damaged ones, the options."""
+"""recipes/fluid113k: published records are read and written, damaged ones rejected; options."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import msgpack
 import numpy as np
 import pytest
 import zstandard
-from fluid113k import BOX, MASS, RADIUS, RECIPE, block, foreign, pack, prepare, raw, records, run
+from fluid113k import BOX, MASS, RADIUS, RECIPE, block, pack, prepare, raw, records, run, write_authors_records
 
 
 @pytest.fixture
 def authors(tmp_path: Path) -> Path:
-    """A folder with trajectory 7 of somebody else."""
-    foreign(tmp_path / "records", 7, *block(4))
+    """A folder with trajectory 7, written independently of the recipe."""
+    write_authors_records(tmp_path / "records", 7, *block(4))
     return tmp_path / "records"
 
 
-def test_foreign_records_read_back_equal(tmp_path, authors):
+def test_records_of_the_authors_are_read(tmp_path, authors):
     position, velocity = block(4)
     assert run("--from-records", authors, "--out", tmp_path / "x.h5") == 0
     with h5py.File(tmp_path / "x.h5") as file:
@@ -50,8 +50,8 @@ def plain(value: object) -> np.ndarray:
     return np.frombuffer(value[b"data"], value[b"type"]).reshape(shape)
 
 
-def test_what_we_write_has_the_published_layout(tmp_path):
-    """Read by msgpack and zstd alone."""
+def test_written_records_have_the_published_layout(tmp_path):
+    """Read with msgpack and zstd only."""
     position, velocity = block(4)
     mass, viscosity = np.full(64, MASS, np.float32), np.full(64, 0.01, np.float32)
     records.write(tmp_path, 3, records.Record(position, velocity, mass, viscosity, BOX, 0.02), RADIUS)
@@ -82,12 +82,12 @@ def test_what_we_write_has_the_published_layout(tmp_path):
         assert (np.isin(points[rows, axis], BOX)).all()
 
 
-def test_the_page_tells_the_layout(tmp_path):
-    """The table of docs/formats.md: all keys that a first frame has, their types and shapes, and which others lack."""
+def test_docs_describe_the_layout(tmp_path):
+    """The table of docs/formats.md has all keys of a first frame, their types and shapes, and which are in it only."""
     page = (RECIPE.parents[1] / "docs" / "formats.md").read_text()
     section = page.split("## The published records of Fluid113K")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| (\w+)(?: \((.*)\))? \| (.*) \|$", section, re.M)
-    told = {
+    documented = {
         key: (kind, tuple(re.findall(r"\w+", shape)), "first frame" in meaning) for key, kind, shape, meaning in rows
     }
     position, velocity = block(4)
@@ -95,25 +95,25 @@ def test_the_page_tells_the_layout(tmp_path):
     records.write(tmp_path, 3, records.Record(position, velocity, mass, mass, BOX, 0.01), RADIUS)
     path = tmp_path / "sim_0003_00.msgpack.zst"
     first, second = msgpack.unpackb(zstandard.decompress(path.read_bytes()), raw=False)
-    found = {}
+    written = {}
     for key, value in first.items():
         array = plain(value) if isinstance(value, dict) else np.array(value)
         kind = {"U": "text", "f": "float32" if array.ndim else "float", "i": "int64"}[array.dtype.kind]
         shape = tuple({3: "3", 64: "N"}.get(size, "M") for size in array.shape)
-        found[key] = (kind, shape, key not in second)
-    assert told == found
+        written[key] = (kind, shape, key not in second)
+    assert documented == written
     assert "200 frames are eight files of 13 and eight of 12" in section
     assert [len(part) for part in np.array_split(np.arange(200), records.FILES)] == [13] * 8 + [12] * 8
 
 
-def test_round_trip_of_a_scene_scaled_down(tmp_path):
+def test_round_trip_of_a_scaled_scene(tmp_path):
     position, velocity = block(4, dt=0.01)
     mass = np.linspace(1, 2, 64, dtype=np.float32)
     record = records.Record(position, velocity, mass, mass / 100, BOX, 0.0097299179)
     records.write(tmp_path, 12345, record, RADIUS)
-    found = records.read(tmp_path, 12345)
+    result = records.read(tmp_path, 12345)
     for name, value in vars(record).items():
-        np.testing.assert_array_equal(getattr(found, name), value, err_msg=name)
+        np.testing.assert_array_equal(getattr(result, name), value, err_msg=name)
 
 
 def rewrite(path: Path, change) -> None:
@@ -130,7 +130,7 @@ def replaced(key: str, value: object):
 
 
 class Bomb:
-    """Unpickling it runs code."""
+    """Runs code when unpickled."""
 
     def __reduce__(self):
         return os._exit, (99,)
@@ -145,8 +145,8 @@ DAMAGE = {
     "not msgpack": (lambda path: path.write_bytes(zstandard.compress(b"\xc1\x00")), "no readable msgpack inside"),
     "no list": (lambda path: pack(path, {"pos": 1}), "holds no list of frames"),
     "no frames": (lambda path: pack(path, []), "holds no list of frames"),
-    "no maps": (lambda path: pack(path, [1]), "frame 0: is no map"),
-    "an array that lies": (
+    "no maps": (lambda path: pack(path, [1]), "frame 0: is not a map"),
+    "a wrong shape": (
         lambda path: rewrite(path, replaced("pos", raw(np.zeros((4, 3))) | {b"shape": [9, 3]})),
         "no readable msgpack inside",
     ),
@@ -173,21 +173,21 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damaged_records_are_one_clear_line(tmp_path, authors, capsys, kind):
+def test_damaged_records_give_one_line(tmp_path, authors, capsys, kind):
     path = authors / "sim_0007_05.msgpack.zst"  # frame 9
-    damage, says = DAMAGE[kind]
+    damage, message = DAMAGE[kind]
     damage(path)
     assert run("--from-records", authors, "--out", tmp_path / "x.h5") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {path}: ")
-    assert says in line
+    assert message in line
     assert "fetch" in line
     assert not (tmp_path / "x.h5").exists()
 
 
-def test_mended_records_go_on_to_the_same_bytes(tmp_path, authors):
+def test_repaired_records_continue_to_the_same_bytes(tmp_path, authors):
     for number in (8, 9):
-        foreign(authors, number, *block(4))
+        write_authors_records(authors, number, *block(4))
     path = authors / "sim_0009_03.msgpack.zst"
     whole = path.read_bytes()
     assert run("--from-records", authors, "--out", tmp_path / "a.h5", "--workers", 2) == 0
@@ -203,23 +203,23 @@ def test_mended_records_go_on_to_the_same_bytes(tmp_path, authors):
 
 def test_run_py_from_records_to_a_table(tmp_path, authors, check_run_py):
     for number in (8, 9):
-        foreign(authors, number, *block(4))
+        write_authors_records(authors, number, *block(4))
     assert run("--from-records", authors, "--out", tmp_path / "x.h5") == 0
     check_run_py(RECIPE, f"data.path={tmp_path / 'x.h5'}", "data.horizon=5", "data.frames=4")
 
 
-def test_shares_of_trajectories():
-    assert prepare.shares(140) == (100, 20, 20)
-    assert prepare.shares(14) == (10, 2, 2)
-    assert [prepare.shares(k) for k in (1, 2, 3, 4)] == [(1, 0, 0), (1, 1, 0), (1, 1, 1), (2, 1, 1)]
-    assert all(sum(prepare.shares(k)) == k and min(prepare.shares(k)) > 0 for k in range(3, 300))
+def test_split_counts():
+    assert prepare.split_counts(140) == (100, 20, 20)
+    assert prepare.split_counts(14) == (10, 2, 2)
+    assert [prepare.split_counts(k) for k in (1, 2, 3, 4)] == [(1, 0, 0), (1, 1, 0), (1, 1, 1), (2, 1, 1)]
+    assert all(sum(prepare.split_counts(k)) == k and min(prepare.split_counts(k)) > 0 for k in range(3, 300))
 
 
 def test_trajectories_in_the_order_of_their_numbers(tmp_path):
     folder = tmp_path / "records"
     for k, number in enumerate((2, 10, 9999, 10000)):
         position, velocity = block(3)
-        foreign(folder, number, position + np.float32(0.01 * k), velocity)
+        write_authors_records(folder, number, position + np.float32(0.01 * k), velocity)
     for more, splits in (([], "train train valid test"), (["--trajectories", 0, 1, 2], "valid test test")):
         assert run("--from-records", folder, "--out", tmp_path / "x.h5", *more) == 0
         with h5py.File(tmp_path / "x.h5") as file:
@@ -230,26 +230,26 @@ def test_trajectories_in_the_order_of_their_numbers(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "says"),
+    ("arguments", "message"),
     [
-        (["--from-records", "{}", "--scale", "tiny"], "--scale means a simulation"),
-        (["--from-records", "{}", "--particles", 2000], "--particles means a simulation"),
-        (["--from-records", "{}", "--threads", 2], "--threads means a simulation"),
+        (["--from-records", "{}", "--scale", "tiny"], "--scale is for simulations"),
+        (["--from-records", "{}", "--particles", 2000], "--particles is for simulations"),
+        (["--from-records", "{}", "--threads", 2], "--threads is for simulations"),
         (["--from-records", "{}", "--records", "{}"], "not allowed with"),
-        (["--from-records", "{}", "--trajectories", 1, 1, 0], "--trajectories: 2 wanted"),
+        (["--from-records", "{}", "--trajectories", 1, 1, 0], "--trajectories: 2 requested"),
         (["--from-records", "{}/nothing"], "no file named like sim_0001_00.msgpack.zst"),
-        (["--records", "{}", "--frames", 15], "take 16 or more"),
-        (["--trajectories", 0, 0, 0], "not all of them 0"),
+        (["--records", "{}", "--frames", 15], "use 16 or more"),
+        (["--trajectories", 0, 0, 0], "at least one above 0"),
         (["--frames", 1], "--frames 1: must be at least 2"),
         (["--particles", 0], "--particles 0: must be at least 1"),
         (["--threads", 0], "--threads 0: must be at least 1"),
         (["--quantum", -1], "--quantum -1.0: must be at least 0"),
     ],
 )
-def test_options_that_cannot_be(tmp_path, authors, capsys, words, says):
-    assert run("--out", tmp_path / "x.h5", *(str(word).format(authors) for word in words)) == 2
+def test_invalid_options(tmp_path, authors, capsys, arguments, message):
+    assert run("--out", tmp_path / "x.h5", *(str(argument).format(authors) for argument in arguments)) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert says in line
+    assert message in line
 
 
 def test_scales():

@@ -1,4 +1,4 @@
-"""recipes/nbody: the physics against plain numpy and scipy, the draw, the file, and the whole road of its run.py."""
+"""recipes/nbody: the physics against numpy and scipy, the random draw, the file, and the steps of its run.py."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BENCHMARK = {"frames": 50, "every": 100, "dt": 0.001, "limit": 100.0}
 
 @pytest.fixture(scope="session")
 def nbody():
-    """recipes/nbody/prepare.py as a module; its neighbour leapfrog.py by the name that the script knows it by."""
+    """recipes/nbody/prepare.py as a module, which imports leapfrog.py."""
     pytest.importorskip("numba", reason="the extra nbody is not installed")
     spec = importlib.util.spec_from_file_location("nbody_prepare", RECIPE / "prepare.py")
     module = importlib.util.module_from_spec(spec)
@@ -55,7 +55,7 @@ def data(nbody, tmp_path_factory) -> Path:
 
 
 def forces(x: np.ndarray, q: np.ndarray, limit: float) -> np.ndarray:
-    """The facts, word for word: (N, 3)."""
+    """Clipped Coulomb forces (N, 3) from the definition."""
     total = np.zeros_like(x)
     for i in range(len(x)):
         for j in range(len(x)):
@@ -72,32 +72,32 @@ def crowd(nodes: int, seed: int, size: float) -> tuple[np.ndarray, np.ndarray, n
 @pytest.mark.parametrize("nodes", [6, 7, 33])
 def test_forces_are_clipped_component_by_component(leapfrog, nodes):
     x, _, q = crowd(nodes, nodes, 0.05)
-    wanted = forces(x, q, 100.0)
-    share = (np.abs(wanted) == 100.0).mean()
+    expected = forces(x, q, 100.0)
+    share = (np.abs(expected) == 100.0).mean()
     assert 0 < share < 1
-    found = np.empty((3, nodes))
-    leapfrog.clipped_forces(np.ascontiguousarray(x.T), q, 100.0, found)
-    np.testing.assert_allclose(found.T, wanted, rtol=1e-12)
+    result = np.empty((3, nodes))
+    leapfrog.clipped_forces(np.ascontiguousarray(x.T), q, 100.0, result)
+    np.testing.assert_allclose(result.T, expected, rtol=1e-12)
 
 
 def test_the_sum_is_clipped_not_each_pair(leapfrog):
     """Between two equal charges, forces of 10⁴ that cancel leave what a third particle adds."""
     x, q = np.array([[0.0, 0, 0], [0.01, 0, 0], [-0.01, 0, 0], [0, 1, 0]]), np.ones(4)
-    found = np.empty((3, 4))
-    leapfrog.clipped_forces(np.ascontiguousarray(x.T), q, 100.0, found)
-    np.testing.assert_allclose(found[:, 0], [0, -1, 0], atol=1e-10)
-    assert found[0, 1] == 100.0
-    assert found[0, 2] == -100.0
+    result = np.empty((3, 4))
+    leapfrog.clipped_forces(np.ascontiguousarray(x.T), q, 100.0, result)
+    np.testing.assert_allclose(result[:, 0], [0, -1, 0], atol=1e-10)
+    assert result[0, 1] == 100.0
+    assert result[0, 2] == -100.0
 
 
 def test_leapfrog_step_by_step_with_clipping(leapfrog):
     x, v, q = crowd(6, 1, 0.03)
-    found_x, found_v = leapfrog.simulate(x, v, q, **BENCHMARK | {"frames": 4, "every": 5})
+    result_x, result_v = leapfrog.simulate(x, v, q, **BENCHMARK | {"frames": 4, "every": 5})
     clipped = 0
     for step in range(16):
         if step % 5 == 0:
-            np.testing.assert_allclose(found_x[step // 5], x, atol=1e-12)
-            np.testing.assert_allclose(found_v[step // 5], v, atol=1e-11)
+            np.testing.assert_allclose(result_x[step // 5], x, atol=1e-12)
+            np.testing.assert_allclose(result_v[step // 5], v, atol=1e-11)
         half = v + 0.0005 * forces(x, q, 100.0)
         x = x + 0.001 * half
         v = half + 0.0005 * forces(x, q, 100.0)
@@ -106,13 +106,13 @@ def test_leapfrog_step_by_step_with_clipping(leapfrog):
 
 
 def test_error_against_dop853_falls_with_the_square_of_the_step(leapfrog):
-    """And at the recipe's own step it is far below what float32, which the file holds, can tell."""
+    """At the step of the recipe it is far below the precision of float32, in which the file is stored."""
     x, v, _ = crowd(6, 2, 2.0)
     q, time_ = np.array([1.0, -1, 1, 1, -1, 1]), 1.0
 
     def rate(_t: float, state: np.ndarray) -> np.ndarray:
-        now = state.reshape(2, 6, 3)
-        return np.stack([now[1], forces(now[0], q, np.inf)]).ravel()
+        current = state.reshape(2, 6, 3)
+        return np.stack([current[1], forces(current[0], q, np.inf)]).ravel()
 
     exact = solve_ivp(rate, (0, time_), np.stack([x, v]).ravel(), "DOP853", rtol=1e-11, atol=1e-12).y[:, -1]
     errors = []
@@ -134,28 +134,28 @@ def test_momentum_is_conserved_where_nothing_is_clipped(leapfrog):
 
 
 @pytest.mark.parametrize("clusters", [1, 3, 10])
-def test_draw_is_as_the_facts_say(nbody, clusters):
-    """Two particles of one system lie apart by 6 σ² + 6 (1 − 1/C) 30²/3 in the mean square."""
+def test_draw_has_the_published_distribution(nbody, clusters):
+    """The mean squared distance of two particles of a system is 6 σ² + 6 (1 − 1/C) 30²/3."""
     drawn = [nbody.draw(0, k, 20, clusters) for k in range(2000)]
     positions, velocities, charges = (np.stack(part) for part in zip(*drawn, strict=True))
     assert set(charges.ravel()) == {-1.0, 1.0}
     assert abs(charges.mean()) < 0.02
     np.testing.assert_allclose(np.linalg.norm(velocities, axis=2), 0.5, rtol=1e-12)
-    assert np.abs(velocities.mean((0, 1))).max() < 0.01  # no direction preferred
-    apart = ((positions[:, 0] - positions[:, 1]) ** 2).sum(1).mean()
+    assert np.abs(velocities.mean((0, 1))).max() < 0.01  # isotropic
+    distance = ((positions[:, 0] - positions[:, 1]) ** 2).sum(1).mean()
     sigma = (20 / 5) ** (1 / 3) + 0.1
-    assert apart == pytest.approx(6 * (sigma**2 + (1 - 1 / clusters) * 300), rel=0.05)
+    assert distance == pytest.approx(6 * (sigma**2 + (1 - 1 / clusters) * 300), rel=0.05)
     assert np.abs(positions.mean((0, 1))).max() < (0.05 if clusters == 1 else 1.0)
     assert positions.std() == pytest.approx(np.sqrt(sigma**2 + 300 * (clusters > 1)), rel=0.02)
 
 
 def test_a_system_depends_on_seed_and_index_alone(nbody):
-    few = {"particles": 5, "clusters": 1}
-    tiny = list(nbody.systems(1, seed=7, counts=(30, 10, 10), **few))
-    small = list(nbody.systems(1, seed=7, counts=(500, 200, 200), **few))
+    small_systems = {"particles": 5, "clusters": 1}
+    tiny = list(nbody.systems(1, seed=7, counts=(30, 10, 10), **small_systems))
+    small = list(nbody.systems(1, seed=7, counts=(500, 200, 200), **small_systems))
     for one, other in zip(tiny, small, strict=True):
         np.testing.assert_array_equal(one["position"], other["position"])
-    other = next(nbody.systems(1, seed=8, counts=(30, 10, 10), **few))
+    other = next(nbody.systems(1, seed=8, counts=(30, 10, 10), **small_systems))
     assert np.abs(tiny[0]["position"] - other["position"]).max() > 0.1
     assert np.abs(tiny[0]["position"] - tiny[1]["position"]).max() > 0.1
 
@@ -176,7 +176,7 @@ def test_file_and_config_select_frame_30_to_40(nbody, data):
     np.testing.assert_array_equal(file.velocity(3, 30), vs[30].astype(np.float32))
 
 
-def test_two_runs_agree_whatever_the_workers(nbody, data, tmp_path):
+def test_the_number_of_workers_does_not_matter(nbody, data, tmp_path):
     nbody.run(["--out", str(tmp_path / "again.h5"), *FEW[:-1], "2"])
     assert (tmp_path / "again.h5").read_bytes() == data.read_bytes()
     nbody.run(["--out", str(tmp_path / "other.h5"), *FEW, "--seed", "1"])
@@ -184,10 +184,10 @@ def test_two_runs_agree_whatever_the_workers(nbody, data, tmp_path):
 
 
 def test_killed_and_resumed_gives_the_same_bytes(nbody, tmp_path, monkeypatch):
-    """And a piece that was done is not made again; pieces of other settings are refused."""
+    """A finished part is not made again; parts of other settings are rejected."""
     out, arguments = tmp_path / "killed.h5", ["--scale", "tiny", "--particles", "60", "--workers", "1"]
     process = subprocess.Popen([sys.executable, RECIPE / "prepare.py", "--out", out, *arguments])
-    first, deadline = tmp_path / "killed.h5.parts" / "000000.h5", time.monotonic() + 60
+    first, deadline = tmp_path / "killed.h5.parts" / "000000.h5", time.monotonic() + 600
     while not first.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
@@ -196,18 +196,18 @@ def test_killed_and_resumed_gives_the_same_bytes(nbody, tmp_path, monkeypatch):
     assert not out.exists()
     with pytest.raises(Failure, match="other settings"):
         nbody.run(["--out", str(out), *arguments, "--seed", "1"])
-    made = []
+    calls = []
     simulate = nbody.simulate
-    monkeypatch.setattr(nbody, "simulate", lambda *start, **how: made.append(1) or simulate(*start, **how))
+    monkeypatch.setattr(nbody, "simulate", lambda *start, **options: calls.append(1) or simulate(*start, **options))
     nbody.run(["--out", str(out), *arguments])
-    assert len(made) == 25
+    assert len(calls) == 25
     nbody.run(["--out", str(tmp_path / "whole.h5"), *arguments])
     assert out.read_bytes() == (tmp_path / "whole.h5").read_bytes()
-    assert len(made) == 75
+    assert len(calls) == 75
 
 
 @pytest.mark.parametrize("wrong", [["--particles", "1"], ["--clusters", "2"], ["--scale", "huge"], ["--seed", "-1"]])
-def test_wrong_options_are_one_line(nbody, tmp_path, capsys, wrong):
+def test_invalid_options_give_one_line(nbody, tmp_path, capsys, wrong):
     assert nbody.preparation.main(nbody.run, ["--out", str(tmp_path / "x.h5"), *wrong]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -228,26 +228,17 @@ def table(out: Path) -> pd.DataFrame:
 
 
 def test_run_py_from_source_to_table(nbody, tmp_path):
-    """The command itself: it prepares the tiny scale, 100 particles a system."""
-    command = [
-        sys.executable,
-        RECIPE / "run.py",
-        "--epochs",
-        "1",
-        "--models",
-        "EGNN",
-        "model.hidden=8",
-        "model.layers=1",
-    ]
-    done = subprocess.run([*command, "--out", tmp_path / "run"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    """The command prepares the tiny scale, 100 particles per system."""
+    options = ["--epochs", "1", "--models", "EGNN", "model.hidden=8", "model.layers=1", "--out", tmp_path / "run"]
+    process = subprocess.run([sys.executable, RECIPE / "run.py", *options], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
     assert list(table(tmp_path / "run").index) == ["static", "linear", "EGNN"]
-    assert [line.split()[0] for line in done.stdout.splitlines()[-3:]] == ["static", "linear", "EGNN"]
+    assert [line.split()[0] for line in process.stdout.splitlines()[-3:]] == ["static", "linear", "EGNN"]
     assert (tmp_path / "run" / "nbody-tiny.h5.manifest.json").exists()
 
 
-def test_every_recipe_runs_the_road():
-    """And names config keys that exist, for each scale."""
+def test_every_recipe_has_valid_scales():
+    """Each scale overrides only existing config keys."""
     recipes = sorted((RECIPE.parent).glob("*/run.py"))
     assert {file.parent.name for file in recipes} == {"fluid113k", "nbody", "protein", "water3d"}
     for file in recipes:
@@ -257,24 +248,24 @@ def test_every_recipe_runs_the_road():
             config.load(file.with_name("config.yaml"), keys)
 
 
-def test_road(data, tmp_path, capsys):
-    out = tmp_path / "road"
+def test_recipe(data, tmp_path, capsys):
+    out = tmp_path / "run"
     out.mkdir()
     shutil.copy(data, out / "nbody-tiny.h5")
     arguments = ["--out", str(out), "--models", "Linear", "EGNN", "train.lr=1e-3"]
     recipe.run_recipe(RECIPE, SCALES, arguments)
-    found = table(out)
-    assert list(found.index) == ["static", "linear", "Linear", "EGNN"]
-    assert found.loc["static", "of static"] == found.loc["linear", "of linear"] == 1
-    np.testing.assert_allclose(found["of static"], found["test MSE"] / found.loc["static", "test MSE"])
-    np.testing.assert_allclose(found["of linear"], found["test MSE"] / found.loc["linear", "test MSE"])
+    result = table(out)
+    assert list(result.index) == ["static", "linear", "Linear", "EGNN"]
+    assert result.loc["static", "of static"] == result.loc["linear", "of linear"] == 1
+    np.testing.assert_allclose(result["of static"], result["test MSE"] / result.loc["static", "test MSE"])
+    np.testing.assert_allclose(result["of linear"], result["test MSE"] / result.loc["linear", "test MSE"])
     assert config.load(out / "EGNN" / "config.yaml").train.lr == 1e-3
     before = (out / "EGNN" / "best.pt").read_bytes()
     assert "trained already" not in capsys.readouterr().out
     recipe.run_recipe(RECIPE, SCALES, arguments)
     assert capsys.readouterr().out.count("trained already") == 2
     assert (out / "EGNN" / "best.pt").read_bytes() == before
-    pd.testing.assert_frame_equal(table(out), found)
+    pd.testing.assert_frame_equal(table(out), result)
     with pytest.raises(Failure, match=r"train\.lr is 0\.001 there and 0\.002 now"):
         recipe.run_recipe(RECIPE, SCALES, [*arguments, "train.lr=2e-3"])
     shutil.copy(data, out / "nbody-small.h5")
@@ -282,8 +273,8 @@ def test_road(data, tmp_path, capsys):
         recipe.run_recipe(RECIPE, {**SCALES, "small": SCALES["tiny"]}, [*arguments, "--scale", "small"])
 
 
-def test_road_goes_on_after_an_interruption(data, tmp_path, monkeypatch):
-    """Stopped in the third of four epochs: the same weights as without a stop."""
+def test_recipe_continues_after_an_interruption(data, tmp_path, monkeypatch):
+    """Interrupted in the third of four epochs: the same weights as without an interruption."""
     import torch
 
     from dist_egnn.train import trainer
@@ -303,13 +294,13 @@ def test_road_goes_on_after_an_interruption(data, tmp_path, monkeypatch):
         recipe.run_recipe(RECIPE, SCALES, stopped)
     monkeypatch.setattr(trainer.Trainer, "steps", steps)
     recipe.run_recipe(RECIPE, SCALES, stopped)
-    whole, mended = (torch.load(tmp_path / name / "EGNN" / "last.pt")["model"] for name in ("whole", "stopped"))
-    assert all(torch.equal(value, mended[key]) for key, value in whole.items())
+    whole, resumed = (torch.load(tmp_path / name / "EGNN" / "last.pt")["model"] for name in ("whole", "stopped"))
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
     pd.testing.assert_frame_equal(table(tmp_path / "whole"), table(tmp_path / "stopped"))
 
 
-def test_road_on_two_parts(data, tmp_path):
-    """One store; the static prediction's error is that of the data, whatever the cut."""
+def test_recipe_on_two_parts(data, tmp_path):
+    """The error of the static prediction does not depend on the partition."""
     recipe.run_recipe(RECIPE, SCALES, ["--out", str(tmp_path), f"data.path={data}", "--models", "EGNN", "--parts", "2"])
     assert (tmp_path / "store-2" / "manifest.yaml").exists()
     assert config.load(tmp_path / "EGNN" / "config.yaml").data.path == str(tmp_path / "store-2")
@@ -319,7 +310,7 @@ def test_road_on_two_parts(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("options", "message"),
     [
         (["--parts", "0"], "--parts 0: must be at least 1"),
         (["run.dir=x"], "use --out instead"),
@@ -329,7 +320,7 @@ def test_road_on_two_parts(data, tmp_path):
         (["train.epoch=1"], "did you mean train.epochs"),
     ],
 )
-def test_road_refuses_before_it_prepares(tmp_path, wrong, said):
-    with pytest.raises(Failure, match=said):
-        recipe.run_recipe(RECIPE, SCALES, ["--out", str(tmp_path / "road"), *wrong])
-    assert not (tmp_path / "road").exists()
+def test_recipe_rejects_options_before_any_work(tmp_path, options, message):
+    with pytest.raises(Failure, match=message):
+        recipe.run_recipe(RECIPE, SCALES, ["--out", str(tmp_path / "run"), *options])
+    assert not (tmp_path / "run").exists()

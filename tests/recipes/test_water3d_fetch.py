@@ -1,4 +1,4 @@
-"""recipes/water3d: GNS' files fetched from a server on this machine."""
+"""recipes/water3d: files of GNS are fetched from a local server."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from dist_egnn.errors import Failure
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """Gives ranges and hashes as the bucket does. Its faults are set by the tests."""
+    """Serves ranges and hashes as the bucket of GNS does; tests set its faults."""
 
     folder: Path
     stops_after: int | None = None
     wrong_hash = ranges = True
     hash_kind = "md5"
-    asked: list[tuple[str, int]]
+    requests: list[tuple[str, int]]
 
     def log_message(self, *_):
         pass
@@ -37,7 +37,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         data = path.read_bytes()
         start = int(self.headers.get("Range", "bytes=0-").split("=")[1].rstrip("-")) if self.ranges else 0
         ranged = start or "Range" in self.headers
-        self.asked.append((f"{self.command} {path.name}", start))
+        self.requests.append((f"{self.command} {path.name}", start))
         self.send_response(206 if ranged and self.ranges else 200)
         self.send_header("Content-Length", str(len(data) - start))
         digests = {"crc32c": struct.pack(">I", crc32c(data)), "md5": hashlib.md5(data).digest()}
@@ -60,16 +60,9 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(gns, gns_folder, monkeypatch):
-    """The bucket on this machine; its files are those of gns_folder."""
-    fresh = {
-        "folder": gns_folder,
-        "stops_after": None,
-        "wrong_hash": False,
-        "ranges": True,
-        "hash_kind": "md5",
-        "asked": [],
-    }
-    handler = type("Handler", (Server,), fresh)
+    """A local bucket with the files of gns_folder."""
+    attributes = {"folder": gns_folder, "stops_after": None, "wrong_hash": False, "ranges": True, "hash_kind": "md5"}
+    handler = type("Handler", (Server,), attributes | {"requests": []})
     service = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=service.serve_forever, args=(0.01,), daemon=True).start()
     monkeypatch.setattr(gns, "URL", f"http://127.0.0.1:{service.server_port}")
@@ -81,30 +74,28 @@ def server(gns, gns_folder, monkeypatch):
 @needs_records
 @pytest.mark.parametrize("kind", ["md5", "crc32c"])
 @pytest.mark.parametrize("ranges", [True, False])
-def test_a_fetch_goes_on_where_it_stopped(gns, server, gns_folder, tmp_path, kind, ranges):
+def test_an_interrupted_fetch_continues(gns, server, gns_folder, tmp_path, kind, ranges):
     server.stops_after, server.hash_kind, server.ranges = 500, kind, ranges
-    name, there = "train.tfrecord", tmp_path / "there"
-    there.mkdir()
+    name, folder = "train.tfrecord", tmp_path / "fetched"
+    folder.mkdir()
     with pytest.raises(Failure, match=r"ended after 500 of|cannot be fetched"):
-        gns.fetch(there, name)
-    assert [path.name for path in there.iterdir()] == [f"{name}.partial"]
+        gns.fetch(folder, name)
+    assert [path.name for path in folder.iterdir()] == [f"{name}.partial"]
     server.stops_after = None
-    gns.fetch(there, name)
-    assert (there / name).read_bytes() == (gns_folder / name).read_bytes()
-    assert [path.name for path in there.iterdir()] == [name]
-    assert server.asked[-1] == (f"GET {name}", 500 if ranges else 0)
-    count = len(server.asked)
-    gns.fetch(there, name)
-    assert len(server.asked) == count, "a file that is there was asked for again"
+    gns.fetch(folder, name)
+    assert (folder / name).read_bytes() == (gns_folder / name).read_bytes()
+    assert [path.name for path in folder.iterdir()] == [name]
+    assert server.requests[-1] == (f"GET {name}", 500 if ranges else 0)
+    count = len(server.requests)
+    gns.fetch(folder, name)
+    assert len(server.requests) == count, "a complete file was requested again"
 
 
 @needs_records
 @pytest.mark.parametrize("kind", ["md5", "crc32c"])
-def test_a_wrong_hash_is_refused(gns, server, tmp_path, kind):
+def test_a_wrong_hash_is_a_failure(gns, server, tmp_path, kind):
     server.wrong_hash, server.hash_kind = True, kind
-    with pytest.raises(
-        Failure, match=rf"valid\.tfrecord: what came disagrees with the server's {kind} and was removed"
-    ):
+    with pytest.raises(Failure, match=rf"valid\.tfrecord: .* {kind} .*run the command again"):
         gns.fetch(tmp_path, "valid.tfrecord")
     assert not list(tmp_path.glob("valid*"))
 
@@ -117,22 +108,22 @@ def test_a_small_scale_fetches_no_more_than_it_needs(gns, server, gns_folder, tm
     server.stops_after = len(data) - 100  # what a chunk of the real file would do: stop within the last record
     for name, limit in (("train.tfrecord", 4), ("valid.tfrecord", 1), ("test.tfrecord", 1)):
         gns.fetch(tmp_path, name, limit)
-    asked = len(server.asked)
+    requests = len(server.requests)
     gns.fetch(tmp_path, "train.tfrecord", 4)
-    assert len(server.asked) == asked
+    assert len(server.requests) == requests
     assert not (tmp_path / "train.tfrecord").exists()
-    found, settings = gns.find(tmp_path, (4, 1, 1), whole=False)
+    content, settings = gns.find(tmp_path, (4, 1, 1), whole=False)
     assert settings == gns.find(gns_folder, (4, 1, 1), whole=False)[1]
     for k, (kind, position) in enumerate(trajectories()["train"][:4]):
-        (got,) = found(k)
-        np.testing.assert_array_equal(got["position"], position)
-        np.testing.assert_array_equal(got["attributes"]["type"], kind)
+        (arguments,) = content(k)
+        np.testing.assert_array_equal(arguments["position"], position)
+        np.testing.assert_array_equal(arguments["attributes"]["type"], kind)
     with pytest.raises(Failure, match=r"train\.tfrecord: no such file"):
         gns.find(tmp_path, (99,) * 3, whole=True)
 
 
 @needs_records
-def test_no_network_is_one_clear_line(gns, water3d, tmp_path, monkeypatch, capsys):
+def test_no_network_is_one_line(gns, water3d, tmp_path, monkeypatch, capsys):
     def offline(*_, **__):
         raise urllib.error.URLError("Name or service not known")
 
@@ -140,10 +131,8 @@ def test_no_network_is_one_clear_line(gns, water3d, tmp_path, monkeypatch, capsy
     options = ["--source", str(tmp_path / "d"), "--download", "--scale", "tiny", "--out", str(tmp_path / "a.h5")]
     assert water3d.preparation.main(water3d.run, options) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(
-        f"error: {gns.URL}/metadata.json: cannot be fetched (<urlopen error Name or service not known>)"
-    )
-    assert "--source splishsplash needs none" in line
+    assert line.startswith(f"error: {gns.URL}/metadata.json: cannot be fetched (")
+    assert "--source splishsplash" in line
     assert not list((tmp_path / "d").iterdir())
     assert not (tmp_path / "a.h5").exists()
 

@@ -1,4 +1,4 @@
-"""recipes/water3d: GNS' files read, and refused where they are damaged."""
+"""recipes/water3d: files of GNS are read, damaged ones rejected."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from dist_egnn.data.trajectories import Trajectories
 from dist_egnn.errors import Failure
 
 
-def same(path: Path, counts: tuple[int, int, int]) -> None:
-    """The file holds what trajectories() says, ``counts`` of each split."""
+def check_content(path: Path, counts: tuple[int, int, int]) -> None:
+    """The file holds trajectories(), ``counts`` of each split."""
     data = Trajectories(path)
-    wanted = [
+    expected = [
         (split, *arrays) for (split, all_), n in zip(trajectories().items(), counts, strict=True) for arrays in all_[:n]
     ]
-    assert len(data) == len(wanted)
-    for k, (split, kind, position) in enumerate(wanted):
+    assert len(data) == len(expected)
+    for k, (split, kind, position) in enumerate(expected):
         assert data[k].split == split
         assert data[k].dt == METADATA["dt"]
         assert data[k].source.startswith(f"GNS Water-3D, {split}")
@@ -41,14 +41,14 @@ def same(path: Path, counts: tuple[int, int, int]) -> None:
 
 @needs_records
 def test_tfrecords_are_read_as_written(gns_folder, water3d, tmp_path):
-    """All of them at full scale, 4 + 1 + 1 at tiny; the same bytes by processes and by threads."""
+    """All at full scale, 4 + 1 + 1 at tiny; processes and threads give the same bytes."""
     a, b, c = (tmp_path / f"{name}.h5" for name in "abc")
     done = run("--source", gns_folder, "--scale", "full", "--out", a, "--workers", 2)
     assert done.returncode == 0, done.stderr
     water3d.run(["--source", str(gns_folder), "--scale", "full", "--out", str(b), "--workers", "1"])
     water3d.run(["--source", str(gns_folder), "--scale", "tiny", "--out", str(c)])
-    same(a, (5, 2, 1))
-    same(c, (4, 1, 1))
+    check_content(a, (5, 2, 1))
+    check_content(c, (4, 1, 1))
     assert a.read_bytes() == b.read_bytes()
     manifest = json.loads((tmp_path / "a.h5.manifest.json").read_text())
     assert manifest["sha256"] == hashlib.sha256(a.read_bytes()).hexdigest()
@@ -56,15 +56,15 @@ def test_tfrecords_are_read_as_written(gns_folder, water3d, tmp_path):
 
 def test_hdf5_form_is_read_as_written(hdf5_folder, water3d, tmp_path):
     water3d.run(["--source", str(hdf5_folder), "--scale", "full", "--out", str(tmp_path / "a.h5")])
-    same(tmp_path / "a.h5", (5, 2, 1))
+    check_content(tmp_path / "a.h5", (5, 2, 1))
 
 
 @needs_records
 def test_its_samples_have_the_published_features(gns_folder, water3d, tmp_path):
     """‖v‖ and type/max type, no node attributes."""
     water3d.run(["--source", str(gns_folder), "--scale", "tiny", "--out", str(tmp_path / "a.h5")])
-    told = config.load(RECIPE / "config.yaml").data
-    spec = SampleSpec(told.radius, 2, tuple(told.features or ()), tuple(told.node_attributes))
+    settings = config.load(RECIPE / "config.yaml").data
+    spec = SampleSpec(settings.radius, 2, tuple(settings.features or ()), tuple(settings.node_attributes))
     kind, position = trajectories()["train"][1]
     fields = node_fields(Trajectories(tmp_path / "a.h5"), Snapshot("train", 1, 3), spec)
     speed = np.linalg.norm(position[4] - position[3], axis=1)
@@ -79,7 +79,7 @@ def test_run_py_from_gns_files_to_a_table(gns_folder, water3d, tmp_path, check_r
 
 
 def test_killed_and_resumed_gives_the_same_bytes(hdf5_folder, water3d, tmp_path):
-    """Killed once the first trajectory is there; trajectories long enough to be in time."""
+    """Killed after the first trajectory, while others remain."""
     draw = np.random.default_rng(0)
     with h5py.File(hdf5_folder / "train.h5", "w") as file:
         for k in range(24):
@@ -88,12 +88,12 @@ def test_killed_and_resumed_gives_the_same_bytes(hdf5_folder, water3d, tmp_path)
     whole, killed, parts = (tmp_path / name for name in ("whole.h5", "killed.h5", "killed.h5.parts"))
     options = ("--source", str(hdf5_folder), "--scale", "full", "--workers", "1", "--out")
     process = subprocess.Popen(command(*options, killed), start_new_session=True, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 60
+    until = time.monotonic() + 600
     while not list(parts.glob("0*.h5")) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.005)
     process.kill()
     process.wait()
-    while time.monotonic() < until:  # its workers notice, and leave nothing in /dev/shm
+    while time.monotonic() < until:  # its workers end and leave nothing in /dev/shm
         try:
             os.killpg(process.pid, 0)
         except ProcessLookupError:
@@ -101,7 +101,7 @@ def test_killed_and_resumed_gives_the_same_bytes(hdf5_folder, water3d, tmp_path)
         time.sleep(0.05)
     else:
         os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail("workers outlive the process that was killed")
+        pytest.fail("workers outlive the killed process")
     assert list(parts.glob("0*.h5"))
     assert not killed.exists()
     water3d.run([*options, str(killed)])
@@ -110,7 +110,7 @@ def test_killed_and_resumed_gives_the_same_bytes(hdf5_folder, water3d, tmp_path)
     assert not parts.exists()
 
 
-# --- what is damaged or missing --------------------------------------------------------------------------------------
+# --- damaged or missing files --------------------------------------------------------------------------------------
 
 
 def flip(path: Path, at: int) -> None:
@@ -139,17 +139,17 @@ DAMAGE = {
     "no file": (lambda f: (f / "test.tfrecord").unlink(), "test.tfrecord: no such file; --download fetches"),
     "no type": (
         lambda f: first(f, record(0, KIND, POSITION, without="particle_type")),
-        "train.tfrecord: record 0: feature 'particle_type' is missing (it has: key, position, step_context)",
+        "train.tfrecord: record 0: feature 'particle_type' is missing (existing: key, position, step_context)",
     ),
     "no position": (
         lambda f: first(f, record(0, KIND, POSITION, without="position")),
-        "train.tfrecord: record 0: feature 'position' is missing (it has: key, particle_type, step_context)",
+        "train.tfrecord: record 0: feature 'position' is missing (existing: key, particle_type, step_context)",
     ),
     "a frame too few": (
         lambda f: first(f, record(0, KIND, POSITION[1:])),
-        "record 0: feature 'particle_type' has 56 bytes and 'position' 420: no int64 (N,) and float32 (6, N, 3)",
+        "record 0: feature 'particle_type' has 56 bytes and 'position' 420",
     ),
-    "no protobuf": (lambda f: first(f, b"\xff" * 9), "train.tfrecord: record 0: no tf.train.SequenceExample"),
+    "no protobuf": (lambda f: first(f, b"\xff" * 9), "train.tfrecord: record 0: not a tf.train.SequenceExample"),
     "no bounds": (lambda f: without(f / "metadata.json", "bounds"), "metadata.json: key 'bounds' (low and high corner"),
     "no dt": (lambda f: without(f / "metadata.json", "dt"), "metadata.json: key 'dt' (time from frame to frame) is"),
     "no length": (lambda f: without(f / "metadata.json", "sequence_length"), "metadata.json: key 'sequence_length'"),
@@ -157,38 +157,37 @@ DAMAGE = {
         lambda f: (f / "metadata.json").write_text(json.dumps(METADATA | {"bounds": [[0, 1], [0, 1]]})),
         "metadata.json: key 'bounds' has shape (2, 2), expected (3, 2)",
     ),
-    "no JSON": (lambda f: (f / "metadata.json").write_text("{"), "metadata.json: no JSON"),
+    "no JSON": (lambda f: (f / "metadata.json").write_text("{"), "metadata.json: not JSON"),
     "no metadata": (lambda f: (f / "metadata.json").unlink(), "metadata.json: no such file; --download fetches"),
 }
 
 
 @needs_records
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_is_one_clear_line(gns, gns_folder, kind):
-    damage, says = DAMAGE[kind]
+def test_damage_gives_one_line(gns, gns_folder, kind):
+    damage, message = DAMAGE[kind]
     damage(gns_folder)
 
     def read_all():
-        found, _ = gns.find(gns_folder, (99,) * 3, whole=True)
-        for k in range(len(found.places)):
-            list(found(k))
+        content, _ = gns.find(gns_folder, (99,) * 3, whole=True)
+        for k in range(len(content.locations)):
+            list(content(k))
 
     with pytest.raises(Failure) as caught:
         read_all()
-    assert says in str(caught.value)
+    assert message in str(caught.value)
     assert str(gns_folder) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @needs_records
-def test_nothing_stands_where_the_input_is_damaged(gns_folder, tmp_path):
-    """Found by a worker, after other trajectories were written: one line, exit code 2, no file."""
+def test_damaged_input_writes_nothing(gns_folder, tmp_path):
+    """A worker finds it after other trajectories were written: one line, exit code 2, no file."""
     flip(gns_folder / "test.tfrecord", 300)
     done = run("--source", gns_folder, "--scale", "full", "--out", tmp_path / "a.h5", "--workers", 1)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    told = "record 0: wrong checksum; the file is damaged, fetch it again"
-    assert line == f"error: {gns_folder / 'test.tfrecord'}: {told}"
+    assert line.startswith(f"error: {gns_folder / 'test.tfrecord'}: record 0: wrong checksum")
     assert not (tmp_path / "a.h5").exists()
     assert not (tmp_path / "a.h5.manifest.json").exists()
 
@@ -201,23 +200,23 @@ def test_damage_of_the_hdf5_form(gns, hdf5_folder):
         gns.find(hdf5_folder, (5, 2, 1), whole=True)
     with h5py.File(hdf5_folder / "test.h5", "w") as file:
         file["00000"] = np.zeros(3)
-    found, _ = gns.find(hdf5_folder, (5, 2, 1), whole=True)
-    for number, says in (
+    content, _ = gns.find(hdf5_folder, (5, 2, 1), whole=True)
+    for number, message in (
         (6, r"valid\.h5: group 00001: dataset 'position'"),
         (7, "group 00000: dataset 'particle_type'"),
     ):
-        with pytest.raises(Failure, match=says):
-            list(found(number))
+        with pytest.raises(Failure, match=message):
+            list(content(number))
 
 
 def test_a_source_must_be_named(water3d, tmp_path):
     out = ["--out", str(tmp_path / "a.h5")]
-    for options, says in (
-        ([], "--scale small: name the folder of GNS' files: --source DIR, or --source splishsplash"),
-        (["--scale", "tiny", "--download"], "--scale tiny: name the folder of GNS' files: --source DIR;"),
-        (["--download", "--source", "splishsplash"], "--scale small: name the folder of GNS' files: --source DIR;"),
+    for options, message in (
+        ([], "--scale small: give the folder of GNS' files: --source DIR, or --source splishsplash"),
+        (["--scale", "tiny", "--download"], "--scale tiny: give the folder of GNS' files: --source DIR;"),
+        (["--download", "--source", "splishsplash"], "--scale small: give the folder of GNS' files: --source DIR;"),
         (["--source", str(tmp_path / "absent")], "absent/metadata.json: no such file"),
     ):
         with pytest.raises(Failure) as caught:
             water3d.run([*out, *options])
-        assert says in str(caught.value)
+        assert message in str(caught.value)

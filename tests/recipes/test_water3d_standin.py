@@ -1,4 +1,4 @@
-"""recipes/water3d: the simulated stand-in, and the recipe's config."""
+"""recipes/water3d: the simulated stand-in and the config of the recipe."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_stand_in_falls_stays_in_its_box_and_repeats(tmp_path):
         assert energy[-1] < 0.9 * energy[0]
 
 
-def test_without_the_engine_it_says_what_to_install(water3d, monkeypatch, tmp_path):
+def test_missing_packages_name_the_command_to_install(water3d, monkeypatch, tmp_path):
     monkeypatch.setattr(water3d.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(Failure, match=r"'pysplishsplash' is not installed; pip install -e '\.\[fluid\]'"):
         water3d.run(["--scale", "tiny", "--out", str(tmp_path / "a.h5")])
@@ -59,8 +59,13 @@ def test_without_the_engine_it_says_what_to_install(water3d, monkeypatch, tmp_pa
 
 
 def test_config_has_the_published_values():
-    told = config.load(RECIPE / "config.yaml")
-    assert (told.data.radius, told.data.horizon, told.data.frames) == (0.035, 15, 15)
-    assert (told.train.lr, told.train.weight_decay, told.train.batch_size, told.train.epochs) == (5e-4, 1e-12, 15, 2000)
-    assert (told.loss.sigma, told.loss.mmd, told.loss.samples) == (1.5, 0.01, 3)
-    assert (told.model.hidden, told.model.layers, told.model.virtual_nodes) == (64, 4, 3)
+    settings = config.load(RECIPE / "config.yaml")
+    assert (settings.data.radius, settings.data.horizon, settings.data.frames) == (0.035, 15, 15)
+    assert (settings.train.lr, settings.train.weight_decay, settings.train.batch_size, settings.train.epochs) == (
+        5e-4,
+        1e-12,
+        15,
+        2000,
+    )
+    assert (settings.loss.sigma, settings.loss.mmd, settings.loss.samples) == (1.5, 0.01, 3)
+    assert (settings.model.hidden, settings.model.layers, settings.model.virtual_nodes) == (64, 4, 3)
