@@ -32,7 +32,7 @@ def png_of_panels(title: str, panels: Mapping[str, Callable[[Any], None]]) -> by
     for subfigure, (name, draw) in zip(figure.subfigures(rows, 2, squeeze=False).flat, panels.items(), strict=False):
         draw(subfigure)
         axes = subfigure.axes[0]
-        axes.set_title(name, fontsize=10, y=0.95 if axes.name == "3d" else None)  # below the legend
+        axes.set_title(name, fontsize=10, y=0.98 if axes.name == "3d" else None)  # below the legend
     return plots.png(figure)
 
 

@@ -42,18 +42,15 @@ def write(path: Path, *, nodes: int = 60, frames: int = 7, known: int = 8, virtu
     return path
 
 
-@pytest.fixture(autouse=True)
-def small_pictures(monkeypatch):
-    monkeypatch.setattr(render, "DPI", 64)
-
-
 @pytest.fixture
 def rolled(tmp_path) -> Path:
     return write(tmp_path / "a.vtkhdf")
 
 
 def video(path: Path, out: str, every: int = 1, colour: str = "speed", fps: float = 5.0) -> Path:
-    run_render(path, path.parent / out, fps, every, colour)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(render, "DPI", 64)  # small pictures are drawn faster
+        run_render(path, path.parent / out, fps, every, colour)
     return path.parent / out
 
 

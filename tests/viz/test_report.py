@@ -23,8 +23,8 @@ from dist_egnn.evaluate import rollout
 from dist_egnn.viz import html_report
 from dist_egnn.viz.html_report import run_report
 
-TITLES = ["The run in numbers", "Errors", "Training", "A sample", "Rollout", "Time of a step by phase", "Made with"]
-TITLES += ["Settings"]
+TITLES = ["The run in numbers", "Errors", "Training", "A sample", "Rollout", "Time of a step by phase"]
+TITLES += ["Made with", "Settings"]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -79,9 +79,7 @@ def test_page_has_every_section(run, capsys):
 def test_sample_is_the_models_own_prediction(run, monkeypatch):
     """Panels get the sample's positions in the order of the whole graph, and the parts of the store."""
     drawn = {}
-    monkeypatch.setattr(
-        html_report.figures, "png", lambda panel, *arguments: drawn.update({panel.__name__: arguments}) or b""
-    )
+    monkeypatch.setattr(html_report.figures, "png", lambda panel, *args: drawn.update({panel.__name__: args}) or b"")
     content = sections(run)["A sample"]
     x, y, predictions = drawn["displacement"]
     _, part = drawn["parts"]
@@ -118,7 +116,7 @@ def test_a_missing_file_is_one_line(copy, name, capsys):
     assert [title for title in TITLES if "Left out: " in content[title]] == list(MISSING[name])
     for title, hint in MISSING[name].items():
         assert hint in content[title]
-        assert len(content[title].splitlines()) == 1
+        assert "\n" not in content[title]
         assert f"  left out: {title}: " in printed
 
 
