@@ -52,7 +52,8 @@ def test_import_is_light_and_silent(tmp_path):
 def test_the_process_replaces_itself_once(tmp_path, before, after):
     """METIS needs a malloc setting that is read when a process starts; arguments, id and other settings stay."""
     code = (
-        "import os, sys; from dist_egnn import cli; print(os.getpid(), 'tcache' in os.environ['GLIBC_TUNABLES'], flush=True); "
+        "import os, sys; from dist_egnn import cli; "
+        "print(os.getpid(), 'tcache' in os.environ['GLIBC_TUNABLES'], flush=True); "
         "cli.main = lambda *_: print(os.environ['GLIBC_TUNABLES'], sys.argv[1:], sys.flags.no_user_site); cli.console()"
     )
     ran = python("-s", "-c", code, "a b", "--c=*", cwd=tmp_path, GLIBC_TUNABLES=before)

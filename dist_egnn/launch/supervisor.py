@@ -78,7 +78,7 @@ class Supervisor:
                 if isinstance(failure, HostLost) or failure.servers:
                     self._stop_servers()
                 if workers.stop_requested():
-                    raise Failure(f"{cause}, while it was stopped; the last checkpoint is kept") from failure
+                    raise Failure(f"{cause} while it was being stopped; the last checkpoint is kept") from failure
                 if attempt < job.max_restarts:
                     announce(cause)
         workers.print_recent_lines()
@@ -131,7 +131,7 @@ class Supervisor:
         self.rehearsals += 1
         try:
             hosts = zip(clients, job.addresses, ports, strict=True)
-            answers = [client.send("listen", address=address, ports=wanted) for client, address, wanted in hosts]
+            answers = [client.send("listen", address=address, ports=listed) for client, address, listed in hosts]
             taken = [client.result(answer)["ports"] for client, answer in zip(clients, answers, strict=True)]
             targets = [(address, ports[0]) for address, ports in zip(job.addresses, taken, strict=True)]
             answers = [client.send("reach", targets=targets, limit=CONNECT_S) for client in clients]

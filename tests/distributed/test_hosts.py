@@ -82,7 +82,7 @@ def ending(process: subprocess.Popen) -> Iterator[None]:
 
 
 def test_each_host_has_its_own(make_hosts, tmp_path, monkeypatch):
-    """Addresses, ports, names, /dev/shm, process ids, a private folder. Files, working folder, environment are shared."""
+    """Own addresses, ports, names, /dev/shm, process ids, private folder; shared files, working folder, environment."""
     private = tmp_path / "disk"
     private.mkdir()
     (tmp_path / "shared").write_text("all see this")

@@ -365,7 +365,8 @@ def test_hosts_of_a_slurm_job(store_of_two, cluster, tmp_path):
     ssh = " ".join(cluster.ssh)
     for name, script in {
         "scontrol": "printf 'a\\nb\\n'",
-        "srun": f'for w; do case $w in --nodelist=*) node=${{w#*=}};; sh) break;; esac; shift; done; exec {ssh} $node "$3"',
+        "srun": "for w; do case $w in --nodelist=*) node=${w#*=};; sh) break;; esac; shift; done\n"
+        f'exec {ssh} $node "$3"',
     }.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{script}\n")
         (tmp_path / name).chmod(0o755)
