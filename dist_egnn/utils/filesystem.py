@@ -48,9 +48,7 @@ def write_atomically(path: Path, content: bytes) -> None:
     try:
         replace_file(path, content)
     except OSError as error:
-        raise Failure(
-            f"{path}: cannot be written ({error.strerror}); free disk space or fix the permissions, then resume"
-        ) from error
+        raise Failure(f"{path}: cannot be written ({error.strerror}); free disk space or fix permissions") from error
 
 
 def check_free_space(path: Path, needed: int, *, reusable: int = 0) -> None:
@@ -136,9 +134,8 @@ class DeferredErrorFile(io.FileIO):
             return
         if self.error.errno in DISK_FULL:
             check_free_space(self.display_path, self.end, reusable=self.path.stat().st_blocks * 512)
-        raise Failure(
-            f"{describe_os_error(self.error, self.display_path)}; fix that or choose another path"
-        ) from self.error
+        reason = describe_os_error(self.error, self.display_path)
+        raise Failure(f"{reason}; fix that or choose another path") from self.error
 
 
 @contextmanager

@@ -26,9 +26,7 @@ def validate(weights: Sequence[float] | None, processes: int) -> Weights | None:
     if weights is None:
         return None
     if len(weights) != processes:
-        raise Failure(
-            f"{KEY}={to_text(weights)}: {len(weights)} weights for {processes} processes; give one per process"
-        )
+        raise Failure(f"{KEY}={to_text(weights)}: {len(weights)} weights for {processes} processes; give one for each")
     if not all(0 < w < math.inf for w in weights):
         raise Failure(f"{KEY}={to_text(weights)}: must be positive numbers, one per process")
     return None if len(set(weights)) == 1 else tuple(map(float, weights))

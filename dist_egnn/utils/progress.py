@@ -30,28 +30,20 @@ def progress_bar(title: str, total: int, *, enabled: bool = True, initial: int =
 
 @contextmanager
 def _terminal_bar(title: str, total: int, initial: int) -> Iterator[Callable[..., None]]:
-    from rich.console import Console, RenderableType
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-    from rich.text import Text
+    from rich import console, progress, text
 
-    class Display(Progress):
+    class Display(progress.Progress):
         """The note gets its own line: 80 columns are too few to show it beside the bar."""
 
-        def get_renderables(self) -> Iterator[RenderableType]:
+        def get_renderables(self) -> Iterator[console.RenderableType]:
             yield self.make_tasks_table(self.tasks)
             for task in self.tasks:
                 if task.fields["note"]:
-                    yield Text(f"  {task.fields['note']}", no_wrap=True, overflow="ellipsis")
+                    yield text.Text(f"  {task.fields['note']}", no_wrap=True, overflow="ellipsis")
 
-    columns = (TextColumn(title), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Display(*columns, TextColumn("left"), console=Console(stderr=True)) as display:
+    columns = [progress.TextColumn(title), progress.BarColumn(20), progress.MofNCompleteColumn()]
+    columns += [progress.TimeElapsedColumn(), progress.TimeRemainingColumn(), progress.TextColumn("left")]
+    with Display(*columns, console=console.Console(stderr=True)) as display:
         task = display.add_task(title, total=total, completed=initial, note="")
 
         def update(note: str = "", completed: int | None = None) -> None:
