@@ -198,7 +198,7 @@ def test_groups_that_would_never_work_are_refused(small: Path, tmp_path: Path) -
         run_training(wanted)
     assert not (tmp_path / "run" / "config.yaml").exists()
     with pytest.raises(Failure, match=r"train\.replicas=3: .*train\.replicas=1"):
-        plan.make(wanted)
+        plan.make_plan(wanted)
 
 
 def test_launch_trains_the_same(
@@ -212,7 +212,7 @@ def test_launch_trains_the_same(
         for name in ("local", "launched")
     )
     spawn.run_ranks(trainer.train, 2, local_)
-    main.run(launched, hostfile.listed(None, True, None))
+    main.run(launched, hostfile.select_hosts(None, True, None))
     assert_same(tmp_path / "launched", tmp_path / "local")
 
 
