@@ -45,7 +45,7 @@ def test_formulas_written_out() -> None:
     every = [(i, k) for i in nodes for k in axes]
     squares = sum((x[i, k] - y[i, k]) ** 2 for i, k in every)
     centre = sum(m[i] * x[i] for i in nodes) / sum(m)
-    wanted = {
+    expected = {
         "mse": squares / (3 * n),
         "mae": sum(abs(x[i, k] - y[i, k]) for i, k in every) / (3 * n),
         "displacement": sum(np.sqrt(sum((x[i, k] - y[i, k]) ** 2 for k in axes)) for i in nodes) / n,
@@ -55,7 +55,7 @@ def test_formulas_written_out() -> None:
         "energy of ones": sum(v[i, k] ** 2 for i, k in every) / 2,
         "gyration": np.sqrt(sum(m[i] * (x[i, k] - centre[k]) ** 2 for i, k in every) / sum(m)),
     }
-    assert {name: found[name] for name in wanted} == pytest.approx(wanted, rel=1e-12)
+    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-12)
 
 
 def aligned(x: np.ndarray, y: np.ndarray, m: np.ndarray) -> float:
@@ -109,8 +109,8 @@ def test_density_by_all_pairs() -> None:
         q, k = r / support, 8 / (np.pi * support**3)
         return k * (6 * (q**3 - q**2) + 1) if q <= 0.5 else k * 2 * (1 - q) ** 3 if q <= 1 else 0.0
 
-    wanted = [sum(m[j] * kernel(float(np.linalg.norm(x[i] - x[j]))) for j in range(150)) for i in range(150)]
-    np.testing.assert_allclose(metrics.density(x, m, support), wanted, rtol=1e-12)
+    expected = [sum(m[j] * kernel(float(np.linalg.norm(x[i] - x[j]))) for j in range(150)) for i in range(150)]
+    np.testing.assert_allclose(metrics.density(x, m, support), expected, rtol=1e-12)
     r = np.linspace(0, support, 2001)
     w = [kernel(a) for a in r]
     assert np.trapezoid(4 * np.pi * r**2 * w, r) == pytest.approx(1, rel=1e-5)  # the kernel is a density itself
@@ -145,11 +145,11 @@ def test_sinkhorn_against_the_matrix(n: int) -> None:
     x, y = draw.uniform(size=(n, 3)), 0.8 * draw.uniform(size=(2 * n - 3, 3)) ** 2
     a, b = draw.uniform(0.5, 2, len(x)), draw.uniform(0.5, 2, len(y))
     p, q = a / a.sum(), b / b.sum()
-    wanted = dense(x, y, 0.3, p, q) - (dense(x, x, 0.3, p, p) + dense(y, y, 0.3, q, q)) / 2
-    assert sinkhorn.divergence(x, y, 0.3, (a, b), tolerance=1e-5) == pytest.approx(wanted, rel=1e-5)
-    assert sinkhorn.divergence(y, x, 0.3, (b, a)) == pytest.approx(wanted, rel=1e-3)
+    expected = dense(x, y, 0.3, p, q) - (dense(x, x, 0.3, p, p) + dense(y, y, 0.3, q, q)) / 2
+    assert sinkhorn.divergence(x, y, 0.3, (a, b), tolerance=1e-5) == pytest.approx(expected, rel=1e-5)
+    assert sinkhorn.divergence(y, x, 0.3, (b, a)) == pytest.approx(expected, rel=1e-3)
     again = sinkhorn.divergence(torch.from_numpy(x), x[::-1].copy(), 0.3, tolerance=1e-4)
-    assert again == pytest.approx(0, abs=1e-6 * wanted)
+    assert again == pytest.approx(0, abs=1e-6 * expected)
 
 
 def test_sinkhorn_leaves_out_only_what_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,14 +159,14 @@ def test_sinkhorn_leaves_out_only_what_does_not_matter(monkeypatch: pytest.Monke
         sinkhorn._cloud(draw.uniform(size=(n, 3)), None, np.zeros(3), torch.device("cpu")) for n in (3000, 2800)
     )
     g, epsilon = 0.1 * two.x[:, 0] ** 2, 0.02**2  # smooth, as potentials are
-    seen: list[int] = []
+    computed: list[int] = []
     plain = torch.addmm
-    monkeypatch.setattr(torch, "addmm", lambda c, x, y: (seen.append(x.shape[0] * y.shape[1]), plain(c, x, y))[1])
+    monkeypatch.setattr(torch, "addmm", lambda c, x, y: (computed.append(x.shape[0] * y.shape[1]), plain(c, x, y))[1])
     found = sinkhorn._softmin(one, two, g, epsilon, None)
     cost = torch.cdist(one.x, two.x, compute_mode="donot_use_mm_for_euclid_dist").square()
-    wanted = -epsilon * torch.logsumexp(two.log_weight + (g - cost) / epsilon, 1)
-    assert float((found - wanted).abs().max()) < 1e-6 * epsilon
-    assert sum(seen) < 0.5 * 3000 * 2800
+    expected = -epsilon * torch.logsumexp(two.log_weight + (g - cost) / epsilon, 1)
+    assert float((found - expected).abs().max()) < 1e-6 * epsilon
+    assert sum(computed) < 0.5 * 3000 * 2800
 
 
 def test_sinkhorn_of_a_shift_is_its_square() -> None:
@@ -193,9 +193,9 @@ def test_sinkhorn_says_when_it_has_not_converged(monkeypatch: pytest.MonkeyPatch
         sinkhorn.divergence(x, y, 0.05, tolerance=1e-6)
 
 
-def test_wrong_shapes_are_told() -> None:
+def test_wrong_shapes_are_refused() -> None:
     x, y, v, m = clouds()
-    for call, says in (
+    for call, message in (
         (lambda: metrics.position_mse(x, y[1:]), r"shapes \(40, 3\) and \(39, 3\)"),
         (lambda: metrics.rmsd(x, y, m[1:]), r"mass has shape \(39,\), expected \(40,\)"),
         (lambda: metrics.kinetic_energy(v, m[:, None]), "mass has shape"),
@@ -205,5 +205,5 @@ def test_wrong_shapes_are_told() -> None:
         (lambda: sinkhorn.divergence(x * np.nan, y, 1.0), "NaN"),
         (lambda: sinkhorn.divergence(x, y, 1.0, (m - 1, m)), "positive"),
     ):
-        with pytest.raises(Failure, match=says):
+        with pytest.raises(Failure, match=message):
             call()

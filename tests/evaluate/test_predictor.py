@@ -17,7 +17,6 @@ from dist_egnn.data.samples import select_snapshots
 from dist_egnn.data.trajectories import Trajectories, Writer
 from dist_egnn.distributed.comm import SingleProcess
 from dist_egnn.errors import Failure
-from dist_egnn.models import network
 from dist_egnn.train import checkpoint, trainer
 
 ROOT = Path(__file__).parents[2]
@@ -35,22 +34,21 @@ RUNS = {
 }
 
 
-def settings(small: Path, folder: Path, *overrides: str) -> Any:
+def settings(small: Path, folder: Path, *overrides: str) -> config.Config:
     model = ["model.hidden=8", "model.layers=2", "train.batch_size=1"]
     return config.load(None, [f"data.path={small}", f"run.dir={folder}", *DATA, *model, *overrides])
 
 
-def write(wanted: Any, seed: int = 0) -> Path:
+def write(chosen: config.Config, seed: int = 0) -> Path:
     """A run's folder with a checkpoint whose weights are all drawn at full size. Returns the checkpoint."""
-    model = trainer.build_model(wanted, open_dataset(wanted, 0, 1).widths, SingleProcess())
+    model = trainer.build_model(chosen, open_dataset(chosen, 0, 1).widths, SingleProcess())
     torch.manual_seed(seed)
     for value in model.parameters():
         value.data = torch.randn_like(value) / max(value.shape or (1,)) ** 0.5
-    folder = Path(wanted.run.dir)
+    folder = Path(chosen.run.dir)
     folder.mkdir()
-    text = config.to_yaml(wanted)
-    checkpoint.save(folder / "best.pt", {"model": model.state_dict(), "config": text})
-    (folder / "config.yaml").write_text(text)
+    checkpoint.save(folder / "best.pt", checkpoint.weights_only(model, chosen))
+    (folder / "config.yaml").write_text(config.to_yaml(chosen))
     return folder / "best.pt"
 
 
@@ -62,34 +60,31 @@ def run(small, tmp_path_factory) -> Path:
     return folder
 
 
-def inputs(
-    small: Path, wanted: Any, split: str = "test"
-) -> list[tuple[np.ndarray, np.ndarray, dict[str, np.ndarray], np.ndarray]]:
+Snapshot = tuple[np.ndarray, np.ndarray, dict[str, np.ndarray], np.ndarray]
+
+
+def inputs(small: Path, settings: config.Config, split: str = "test") -> list[Snapshot]:
     """Positions, velocities, attributes by name and true later positions of a split's snapshots, from the file."""
-    data, d = Trajectories(small), wanted.data
-    return [
-        (
-            data.position(s.trajectory, s.frame),
-            data.velocity(s.trajectory, s.frame),
-            {name: data.attribute(s.trajectory, name) for name in data[s.trajectory].attributes},
-            data.position(s.trajectory, s.frame + d.horizon),
-        )
-        for s in select_snapshots(data, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed)
-        if s.split == split
-    ]
+    file, d, result = Trajectories(small), settings.data, []
+    for s in select_snapshots(file, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed):
+        if s.split == split:
+            attributes = {name: file.attribute(s.trajectory, name) for name in file[s.trajectory].attributes}
+            x, y = (file.position(s.trajectory, frame) for frame in (s.frame, s.frame + d.horizon))
+            result.append((x, file.velocity(s.trajectory, s.frame), attributes, y))
+    return result
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_predicts_what_evaluation_predicts(name, small, tmp_path):
-    wanted = settings(small, tmp_path / "run", *RUNS[name])
-    path = write(wanted)
+    chosen = settings(small, tmp_path / "run", *RUNS[name])
+    path = write(chosen)
     # the model as `distegnn evaluate` makes it
-    samples = open_dataset(wanted, 0, 1)
-    model = trainer.build_model(wanted, samples.widths, SingleProcess())
+    samples = open_dataset(chosen, 0, 1)
+    model = trainer.build_model(chosen, samples.widths, SingleProcess())
     checkpoint.load_weights(model, checkpoint.load(path), path)
     model.eval()
     predict = dist_egnn.load(path)
-    cases = inputs(small, wanted)
+    cases = inputs(small, chosen)
     assert len(cases) == 2
     for number, (x, v, attributes, _) in zip(samples.splits["test"], cases, strict=True):
         with torch.no_grad():
@@ -112,26 +107,21 @@ def test_periodic_box(tmp_path):
         for split in ("train", "valid", "test"):
             given = {"mass": draw.uniform(size=80), "viscosity": np.ones(80)}
             out.add(position, split=split, dt=1.0, source="test", attributes=given, box=box, periodic=True)
-    wanted = settings(tmp_path / "a.h5", tmp_path / "run", *FEATURES, "data.periodic=true")
-    predict = dist_egnn.load(write(wanted))
-    samples = open_dataset(wanted, 0, 1)
+    chosen = settings(tmp_path / "a.h5", tmp_path / "run", *FEATURES, "data.periodic=true")
+    predict = dist_egnn.load(write(chosen))
+    samples = open_dataset(chosen, 0, 1)
     graph = samples[samples.splits["test"][0]]
     assert bool(graph.edata["shift"].any())
     with torch.no_grad():
         y, z = predict.model(graph)
-    (x, v, given, _), *_ = inputs(tmp_path / "a.h5", wanted)
+    (x, v, given, _), *_ = inputs(tmp_path / "a.h5", chosen)
     for one in (box, box.tolist(), torch.from_numpy(box)):
         found, virtual = predict.with_virtual(x, v, given, box=one)
         np.testing.assert_array_equal(found, y.numpy())
         np.testing.assert_array_equal(virtual, z[0].numpy())
-    wrong = {
-        "needs a box": None,
-        r"box: shape \(3,\), expected \(2, 3\)": box[1],
-        "box: NaN": box + np.nan,
-        "shortest side": box / 2,
-    }
-    for says, one in wrong.items():
-        with pytest.raises(Failure, match=says):
+    wrong = {"needs a box": None, r"box: shape \(3,\)": box[1], "box: NaN": box + np.nan, "shortest side": box / 2}
+    for message, one in wrong.items():
+        with pytest.raises(Failure, match=message):
             predict(x, v, given, box=one)
     open_run = dist_egnn.load(write(settings(tmp_path / "a.h5", tmp_path / "open", *FEATURES)))
     assert not np.array_equal(open_run(x, v, given), y.numpy())
@@ -140,12 +130,12 @@ def test_periodic_box(tmp_path):
 
 
 def test_errors_are_those_of_evaluate(run, small):
-    wanted = config.load(run / "config.yaml")
+    chosen = config.load(run / "config.yaml")
     for split in ("test", "valid"):
-        evaluated = trainer.evaluate(SingleProcess(), wanted, run / "best.pt", split)
+        evaluated = trainer.evaluate(SingleProcess(), chosen, run / "best.pt", split)
         predict = dist_egnn.load(run)
         squares = [
-            (predict(x, v, given).astype(np.float64) - y) ** 2 for x, v, given, y in inputs(small, wanted, split)
+            (predict(x, v, given).astype(np.float64) - y) ** 2 for x, v, given, y in inputs(small, chosen, split)
         ]
         assert float(np.concatenate(squares).mean()) == pytest.approx(evaluated["FastEGNN"], rel=1e-12)
 
@@ -166,7 +156,7 @@ def test_kinds_of_input(run, small):
     """Tensors, of any dtype and grad; lists; views; features as arrays: one result. What is given stays as it was."""
     predict = dist_egnn.load(run)
     x, v, given, _ = inputs(small, predict.config)[0]
-    wanted = predict(x, v, given)
+    expected = predict(x, v, given)
     f = np.stack([np.linalg.norm(v, axis=1), given["viscosity"] / given["viscosity"].max(), given["mass"]], 1)
     a = given["viscosity"][:, None]
     kept = x.copy(), v.copy()
@@ -181,15 +171,15 @@ def test_kinds_of_input(run, small):
     ]
     for found in same:
         assert isinstance(found, np.ndarray)
-        np.testing.assert_array_equal(found, wanted)
+        np.testing.assert_array_equal(found, expected)
     for tensor in (torch.from_numpy(x), torch.from_numpy(x).double().requires_grad_()):
         found, z = predict.with_virtual(tensor, torch.from_numpy(v), by_name)
         assert isinstance(found, torch.Tensor)
         assert isinstance(z, torch.Tensor)
         assert (found.dtype, found.requires_grad, z.shape) == (torch.float32, False, (3, 3))
-        np.testing.assert_array_equal(found.numpy(), wanted)
+        np.testing.assert_array_equal(found.numpy(), expected)
     found[:] = 0  # what is returned belongs to the caller
-    np.testing.assert_array_equal(predict(x, v, given), wanted)
+    np.testing.assert_array_equal(predict(x, v, given), expected)
     np.testing.assert_array_equal(x, kept[0])
     np.testing.assert_array_equal(v, kept[1])
 
@@ -205,10 +195,10 @@ def test_one_node_and_far_ones(run):
 
 def test_loading_leaves_the_callers_draws_alone(run):
     torch.manual_seed(5)
-    wanted = torch.rand(3)
+    expected = torch.rand(3)
     torch.manual_seed(5)
     dist_egnn.load(run)
-    assert torch.equal(torch.rand(3), wanted)
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_wrong_input_is_named(run):
@@ -221,12 +211,12 @@ def test_wrong_input_is_named(run):
     f = np.ones((4, 3))
     wrong: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
         (r"positions: shape \(3, 4\), expected \(N, 3\)", (x.T, v, given), {}),
-        (r"positions: shape \(4,\), expected \(N, 3\)", (ones, v, given), {}),
-        (r"positions: no node", (np.zeros((0, 3)), np.zeros((0, 3)), given), {}),
+        (r"positions: shape \(4,\)", (ones, v, given), {}),
+        (r"positions: no node", (x[:0], v[:0], given), {}),
         (r"positions: NaN or infinite at row 2", (bad, v, given), {}),
         (r"positions: NaN or infinite at row 0", (x + 1e300, v, given), {}),
         (r"positions: not an array of numbers", (["a"], v, given), {}),
-        (r"positions: shape \(\), expected \(N, 3\)", (None, v, given), {}),
+        (r"positions: shape \(\)", (None, v, given), {}),
         (r"velocities: shape \(3, 3\), expected \(4, 3\)", (x, v[:3], given), {}),
         (r"velocities: NaN or infinite at row 2", (x, bad, given), {}),
         (r"features: 'viscosity' is missing.*\(given: mass\)", (x, v, {"mass": ones}), {}),
@@ -237,9 +227,9 @@ def test_wrong_input_is_named(run):
         (r"node_attributes: 'viscosity' is missing", (x, v, f), {}),
         (r"node_attributes: shape \(4, 2\), expected \(4, 1\)", (x, v, f), {"node_attributes": f[:, :2]}),
     ]
-    for says, arguments, named in wrong:
-        with pytest.raises(Failure, match=says) as caught:
-            predict(*arguments, **named)
+    for message, arguments, options in wrong:
+        with pytest.raises(Failure, match=message) as caught:
+            predict(*arguments, **options)
         assert "\n" not in str(caught.value)
 
 
@@ -269,19 +259,12 @@ def test_what_cannot_be_loaded(run, tmp_path):
         "other.pt": r"other\.pt: its weights do not fit this model: size mismatch",
         "bare.pt": "not a checkpoint of dist_egnn",
     }
-    for name, says in wrong.items():
-        with pytest.raises(Failure, match=says):
+    for name, message in wrong.items():
+        with pytest.raises(Failure, match=message):
             dist_egnn.load(tmp_path / name)
-    with pytest.raises(Failure, match=r"device=gpu: unknown; use cpu, cuda, cuda:N or auto"):
-        dist_egnn.load(run, device="gpu")
-    with pytest.raises(Failure, match=r"device=cuda:99: not available"):
-        dist_egnn.load(run, device="cuda:99")
-
-
-def test_models_are_those_of_the_runs(small, tmp_path):
-    """RUNS has the kinds of model that read features and that read none."""
-    kinds = {network.model_class(settings(small, tmp_path, *overrides).model.name) for overrides in RUNS.values()}
-    assert kinds >= {network.Linear, network.EGNN, network.FastEGNN}
+    for device in ("gpu", "cuda:99"):
+        with pytest.raises(Failure, match=f"device={device}: "):
+            dist_egnn.load(run, device=device)
 
 
 def test_the_page_works(run, tmp_path, monkeypatch, capsys):
