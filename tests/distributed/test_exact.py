@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,11 @@ from dist_egnn.models import network
 from dist_egnn.train import trainer
 
 SETTINGS = ["model.hidden=16", "model.layers=3", "loss.samples=4"]
-
-
 OPTIONS = ["model.attention=true", "model.normalize=true", "model.tile=300", "model.engine=torch"]
+
+
+def differences(store: Path, folder: Path, snapshot: int = 0, *overrides: str) -> dict[str, float]:
+    return parallel_check.compare(config.load(None, [*SETTINGS, *overrides]), Store(store), snapshot, folder)
 
 
 @pytest.mark.parametrize("parts", [2, 4])
@@ -36,16 +38,18 @@ OPTIONS = ["model.attention=true", "model.normalize=true", "model.tile=300", "mo
 def test_many_processes_equal_one(
     make_store: Callable[..., Path], tmp_path: Path, parts: int, overrides: list[str]
 ) -> None:
-    store = Store(make_store(parts, "metis"))
-    found = parallel_check.compare(config.load(None, [*SETTINGS, *overrides]), store, 1, tmp_path)
-    assert max(found.values()) <= parallel_check.TOLERANCE, found
-    assert sum(name.startswith("gradient") for name in found) > 40
+    errors = differences(make_store(parts, "metis"), tmp_path, 1, *overrides)
+    assert max(errors.values()) <= parallel_check.TOLERANCE, errors
+    assert sum(name.startswith("gradient") for name in errors) > 40
 
 
-def test_trainers_of_several_machines_equal_one(make_store: Callable[..., Path], tmp_path: Path) -> None:
-    store = Store(make_store(2, "metis", trainers=2))
-    found = parallel_check.compare(config.load(None, SETTINGS), store, 1, tmp_path)
-    assert max(found.values()) <= parallel_check.TOLERANCE, found
+@pytest.mark.parametrize(("method", "trainers"), [("random", 1), ("morton", 1), ("metis", 2)])
+def test_every_partition_equals_one_process(
+    make_store: Callable[..., Path], tmp_path: Path, method: str, trainers: int
+) -> None:
+    """Also with several trainers on each of two machines."""
+    errors = differences(make_store(2, method, trainers=trainers), tmp_path)
+    assert max(errors.values()) <= parallel_check.TOLERANCE, errors
 
 
 def _each(group: comm.Comm, settings: dict[str, config.Config], path: str, folder: str) -> None:
@@ -63,44 +67,36 @@ def test_many_processes_equal_one_for_every_model(make_store: Callable[..., Path
         (tmp_path / name).mkdir()
     spawn.run_ranks(_each, parts, settings, str(store.path), str(tmp_path))
     for name, one in settings.items():
-        found = parallel_check.compare_with_one_process(one, store, 1, tmp_path / name)
-        assert max(found.values()) <= parallel_check.TOLERANCE, (name, found)
+        errors = parallel_check.compare_with_one_process(one, store, 1, tmp_path / name)
+        assert max(errors.values()) <= parallel_check.TOLERANCE, (name, errors)
         weights = len(list(trainer.build_model(one, (3, 1), comm.SingleProcess()).parameters()))
-        assert sum(key.startswith("gradient") for key in found) > weights / 2  # all but some of the last layer's
+        assert sum(key.startswith("gradient") for key in errors) > weights / 2  # all but some of the last layer's
 
 
-@pytest.mark.parametrize("method", ["random", "morton"])
-def test_the_partition_does_not_matter_to_exactness(
-    make_store: Callable[..., Path], tmp_path: Path, method: str
-) -> None:
-    found = parallel_check.compare(config.load(None, SETTINGS), Store(make_store(2, method)), 0, tmp_path)
-    assert max(found.values()) <= parallel_check.TOLERANCE, found
+def _run_without(group: comm.Comm, missing: str, *args: object) -> None:
+    """`save_rank_results` with one of the sums missing."""
 
-
-def _lamed(group: comm.Comm, lame: str, *args: object) -> None:
-    """The same with one sum missing."""
-
-    def kept(ctx: Any, t: torch.Tensor, own: object) -> torch.Tensor:
+    def forward(ctx: Any, t: torch.Tensor, own: object) -> torch.Tensor:
         ctx.group = own
         return t.detach().clone()
 
-    if lame == "forward":
-        comm._Sum.forward = staticmethod(kept)  # type: ignore[method-assign]
-    elif lame == "backward":
+    if missing == "forward":
+        comm._Sum.forward = staticmethod(forward)  # type: ignore[method-assign]
+    elif missing == "backward":
         comm._Sum.backward = staticmethod(lambda ctx, grad: (grad, None))  # type: ignore[method-assign]
-    elif lame == "gradients":
-        comm.ProcessGroup.sum_gradients = lambda self, parameters: comm.SingleProcess().sum_gradients(parameters)  # type: ignore[method-assign]
+    elif missing == "gradients":
+        comm.ProcessGroup.sum_gradients = comm.SingleProcess.sum_gradients  # type: ignore[assignment, method-assign]
     parallel_check.save_rank_results(group, *args)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("lame", ["forward", "backward", "gradients"])
+@pytest.mark.parametrize("missing", ["forward", "backward", "gradients"])
 def test_the_comparison_fails_without_any_one_sum(
-    make_store: Callable[..., Path], tmp_path: Path, lame: str, monkeypatch: pytest.MonkeyPatch
+    make_store: Callable[..., Path], tmp_path: Path, missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = spawn.run_ranks
-    monkeypatch.setattr(spawn, "run_ranks", lambda f, size, *args, **options: run(_lamed, size, lame, *args, **options))
-    found = parallel_check.compare(config.load(None, SETTINGS), Store(make_store(2, "metis")), 0, tmp_path)
-    assert max(found.values()) > 1e-6
+    patched = lambda _, size, *args, **options: run(_run_without, size, missing, *args, **options)  # noqa: E731
+    monkeypatch.setattr(spawn, "run_ranks", patched)
+    assert max(differences(make_store(2, "metis"), tmp_path).values()) > 1e-6
 
 
 def _calls(group: comm.Comm, settings: config.Config, path: str) -> tuple[list[int], list[int]]:
@@ -136,7 +132,7 @@ def _losses(group: comm.Comm, settings: config.Config, path: str) -> list[float]
     model = trainer.build_model(settings, (len(store.inputs["features"]), len(store.inputs["node_attributes"])), group)
     model.double()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    found = []
+    losses = []
     for step in range(3):
         read = (lambda n: store.read(n, group.rank)) if group.size > 1 else store.whole
         graph = dgl.batch([read(n) for n in (step, step + 1)])
@@ -145,8 +141,8 @@ def _losses(group: comm.Comm, settings: config.Config, path: str) -> list[float]
         loss.backward()
         group.sum_gradients(model.parameters())
         optimizer.step()
-        found.append(float(group.sum(loss.detach())))
-    return found
+        losses.append(float(group.sum(loss.detach())))
+    return losses
 
 
 def test_training_on_batches_equals_one_process(make_store: Callable[..., Path]) -> None:
@@ -159,17 +155,14 @@ def test_training_on_batches_equals_one_process(make_store: Callable[..., Path])
 def _dies(group: comm.Comm, folder: str) -> None:
     Path(folder, str(os.getpid())).touch()
     if group.rank == 1:
-        time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGKILL)
-    for _ in range(10**6):
+    while True:
         group.sum(torch.ones(3))
 
 
 def test_a_killed_process_ends_the_run_and_leaves_none(tmp_path: Path) -> None:
-    started = time.monotonic()
     with pytest.raises(Failure, match="process 1 of 3 died"):
         spawn.run_ranks(_dies, 3, str(tmp_path))
-    assert time.monotonic() - started < 30
     for pid in (int(f.name) for f in tmp_path.iterdir()):
         assert not Path(f"/proc/{pid}").exists() or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
 
@@ -188,42 +181,38 @@ def test_the_first_cause_is_what_is_reported() -> None:
 LAUNCHER = """
 import sys
 sys.path.insert(0, {here!r})
-from test_exact import _sits
+from test_exact import _waits
 from dist_egnn.distributed import spawn
 if __name__ == "__main__":
-    spawn.run_ranks(_sits, 2, sys.argv[1])
+    spawn.run_ranks(_waits, 2, sys.argv[1])
 """
 
 
-def _sits(group: comm.Comm, folder: str) -> None:
+def _waits(group: comm.Comm, folder: str) -> None:
     Path(folder, str(os.getpid())).touch()
-    time.sleep(120)
+    time.sleep(600)
 
 
-@pytest.fixture
-def temporary() -> Iterator[Path]:
-    """A folder with a short name, for TMPDIR: the fork server's socket in it may have 107 letters."""
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
+def _wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 300  # a guard only
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
-def test_a_killed_launcher_leaves_no_process_and_no_folder(tmp_path: Path, temporary: Path) -> None:
+def test_a_killed_launcher_leaves_no_process_and_no_folder(tmp_path: Path) -> None:
     script, pids = tmp_path / "launch.py", tmp_path / "pids"
     script.write_text(LAUNCHER.format(here=str(Path(__file__).parent)))
     pids.mkdir()
-    launcher = subprocess.Popen([sys.executable, str(script), str(pids)], env={**os.environ, "TMPDIR": str(temporary)})
-    try:
-        deadline = time.monotonic() + 60
-        while len(list(pids.iterdir())) < 2 and time.monotonic() < deadline:
-            time.sleep(0.2)
-        ranks = [int(f.name) for f in pids.iterdir()]
-        assert len(ranks) == 2
-        assert list(temporary.glob("dist_egnn-*"))
-    finally:
-        launcher.kill()
-        launcher.wait()
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in ranks):
-        time.sleep(0.2)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
-    assert not list(temporary.glob("dist_egnn-*"))
+    # a folder with a short name, because the path of the fork server's socket in it may have 107 letters
+    with tempfile.TemporaryDirectory() as temporary:
+        environment = {**os.environ, "TMPDIR": temporary}
+        launcher = subprocess.Popen([sys.executable, str(script), str(pids)], env=environment)
+        try:
+            _wait_for(lambda: len(list(pids.iterdir())) == 2)
+            assert list(Path(temporary).glob("dist_egnn-*"))
+        finally:
+            launcher.kill()
+            launcher.wait()
+        _wait_for(lambda: not any(Path(f"/proc/{file.name}").exists() for file in pids.iterdir()))
+        _wait_for(lambda: not list(Path(temporary).glob("dist_egnn-*")))
