@@ -163,10 +163,8 @@ def serve(path: Path, machine: int, ip_config: Path, replicas: int = 1) -> None:
 def _dgl_config(store: Store, machine: int, here: Address) -> dict[str, Any]:
     """DGL's partition config of the store's only graph, renamed after this server; verifies the partition's files."""
     shards = store.snapshots["shard"].unique()
-    if len(shards) > 1:
-        raise Failure(
-            f"{store.path}: has {len(shards)} graphs, a server serves one; partition again with --shard-nodes 0"
-        )
+    if (graphs := len(shards)) > 1:
+        raise Failure(f"{store.path}: has {graphs} graphs, a server serves one; partition again with --shard-nodes 0")
     if not store.parts_table["edges"].groupby(store.parts_table["part"] // store.trainers).sum().all():
         raise Failure(f"{store.path}: a part has no edges at all, which DGL cannot share; train without servers")
     config = json.loads(store.disk.config(shards[0], machine).read_text())
@@ -235,13 +233,9 @@ def _check_shared(here: Address, rank: int, machine: int) -> None:
     ours = {file.stat().st_uid for file in here.files()} == {os.getuid()}
     book = get_shared_mem_partition_book(here.name) if ours else None
     if book is None:
-        raise Failure(
-            f"{here}: no server of this user shares a graph here; start the server of machine {machine} first"
-        )
+        raise Failure(f"{here}: no server of this user shares a graph; start the server of machine {machine} first")
     if book.partid != machine:
-        raise Failure(
-            f"{here}: serves partition {book.partid}, rank {rank} needs {machine}; start its server with that"
-        )
+        raise Failure(f"{here}: serves partition {book.partid}, rank {rank} needs {machine}; correct ip_config")
 
 
 def machine_of(rank: int, parts: int, trainers: int) -> int:
@@ -249,29 +243,23 @@ def machine_of(rank: int, parts: int, trainers: int) -> int:
     return rank % parts // trainers
 
 
-def connect(path: Path, rank: int, ip_config: Path, group: int, timeout_s: float, replicas: int = 1) -> None:
+def connect(path: Path, rank: int, ip_config: Path, group: int, timeout_s: float, replicas: int = 1) -> int:
     """Make this process read a store through its running servers. All trainers of a group call it and wait for each other.
 
     rank: torch's rank, which determines the part (rank mod P); DGL's own rank is not used. group: a new number for each
-    start of the trainers. Raises Failure if a server cannot be reached or serves another partition; ends the process after
-    timeout_s.
+    start of the trainers. Returns the number of trainers. Raises Failure if a server cannot be reached or serves another
+    partition; ends the process after timeout_s.
     """
     store = Store(path)
     machine = machine_of(rank, store.parts, store.trainers)
     servers = addresses(ip_config, store.machines)
     here = servers[machine]
     _check_shared(here, rank, machine)
-    os.environ.update(
-        DGL_ROLE="client",
-        DGL_DIST_MODE="distributed",
-        DGL_NUM_SERVER="1",
-        DGL_NUM_SAMPLER="0",
-        DGL_GROUP_ID=str(group),
-        DGL_DIST_MAX_TRY_TIMES=str(max(1, int(timeout_s / RETRY_S))),
-    )
+    os.environ.update(DGL_ROLE="client", DGL_DIST_MODE="distributed", DGL_NUM_SERVER="1", DGL_NUM_SAMPLER="0")
+    os.environ.update(DGL_GROUP_ID=str(group), DGL_DIST_MAX_TRY_TIMES=str(max(1, int(timeout_s / RETRY_S))))
     dgl_compat.set_machine(machine, here.host, here.name)
-    names, clients = ", ".join(map(str, servers)), store.parts * replicas
-    with _exit_after(timeout_s + RETRY_S, f"{names}: these servers and {clients} trainers did not all meet"):
+    names, trainers = ", ".join(map(str, servers)), store.parts * replicas
+    with _exit_after(timeout_s + RETRY_S, f"{names}: these servers and {trainers} trainers did not all meet"):
         try:
             dgl.distributed.initialize(str(ip_config), net_type="tensorpipe")
         except rpc.DistConnectError as error:
@@ -281,22 +269,7 @@ def connect(path: Path, rank: int, ip_config: Path, group: int, timeout_s: float
         dgl_compat.skip_exit_barrier()
         graph = DistGraph(here.name)
     set_source(store.path, ServerSource(graph, machine, servers, timeout_s))
-
-
-def enter(
-    path: Path,
-    rank: int,
-    ip_config: Path,
-    group: int,
-    address: str,
-    port: int,
-    interface: str,
-    timeout_s: float,
-    replicas: int = 1,
-) -> comm.Comm:
-    """Start a trainer on a host: ``connect`` to the servers, then ``comm.join_hosts`` the other trainers."""
-    connect(path, rank, ip_config, group, timeout_s, replicas)
-    return comm.join_hosts(rank, Store(path).parts * replicas, address, port, interface, timeout_s)
+    return trainers
 
 
 def leave(code: int) -> NoReturn:

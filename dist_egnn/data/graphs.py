@@ -49,10 +49,8 @@ def radius_edges(x: np.ndarray, radius: float, side: np.ndarray | None = None) -
 def check_side(radius: float, side: np.ndarray, where: str = "") -> None:
     """Raise Failure if a second image of a node could lie within the radius: from half the shortest side on."""
     if not 0 < 2 * radius < side.min():
-        half = f"{side.min() / 2:g}"
-        raise Failure(
-            f"{where}radius={radius:g}: must be below half the shortest side of the periodic box, {half}; lower it"
-        )
+        limit = f"below half the shortest side of the periodic box, {side.min() / 2:g}"
+        raise Failure(f"{where}radius={radius:g}: must be {limit}; lower it")
 
 
 def wrap(x: np.ndarray, side: np.ndarray) -> np.ndarray:

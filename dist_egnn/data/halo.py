@@ -59,17 +59,13 @@ class Halo:
         received = comm.all_to_all(sent, ones, ones)().tolist()
         for rank, (number, nodes, _) in enumerate(received):
             if (number, nodes) != (self.number, len(x)):
-                raise Failure(
-                    f"{self.where}: process {rank} reads snapshot {number} and expects {nodes} nodes here instead of {len(x)}: "
-                    "the processes read different stores; set data.path to the same store on all hosts"
-                )
+                reads = f"process {rank} reads snapshot {number} and expects {nodes} nodes here instead of {len(x)}"
+                raise Failure(f"{self.where}: {reads}; set data.path to the same store on all hosts")
         send_counts = [count for *_, count in received]
         send_rows = comm.all_to_all(torch.cat(self.recv_rows), recv_counts, send_counts)().split(send_counts)
         for rank, rows in enumerate(send_rows):
             if len(rows) and (rows[0] < 0 or rows[-1] >= len(x) or bool((rows.diff() <= 0).any())):
-                raise Failure(
-                    f"{self.where}: process {rank} requests nodes that are not among the {len(x)} here; partition again"
-                )
+                raise Failure(f"{self.where}: process {rank} requests nodes beyond the {len(x)} here; partition again")
         remote_x = comm.all_to_all(x.index_select(0, torch.cat(send_rows)), send_counts, recv_counts)()
         self.complete(x, send_rows, remote_x)
 
@@ -82,10 +78,8 @@ class Halo:
         positions = torch.cat([remote_x, x]).numpy()
         squared = graphs.squared_lengths(positions, self.src.numpy(), self.dst.numpy() + len(remote_x), self.side)
         if len(squared) and not squared.max() <= self.radius**2 * (1 + 1e-6):
-            raise Failure(
-                f"{self.where}: an edge from another part has length {squared.max() ** 0.5:.3g}, beyond the radius "
-                f"{self.radius:g}: its halo nodes are wrong; partition again"
-            )
+            length = f"{squared.max() ** 0.5:.3g}, beyond the radius {self.radius:g}"
+            raise Failure(f"{self.where}: an edge from another part has length {length}; partition again")
         self.edge = graphs.edge_fields(source, destination, self.side)
         self.send_rows = list(send_rows)
 

@@ -140,9 +140,8 @@ def write(
         text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
         filesystem.write_atomically(out.with_name(out.name + ".manifest.json"), text.encode())
     except OSError as error:
-        raise Failure(
-            f"{filesystem.describe_os_error(error, out)}; correct that, then run the same command again"
-        ) from error
+        reason = filesystem.describe_os_error(error, out)
+        raise Failure(f"{reason}; correct that, then run the same command again") from error
     shutil.rmtree(folder)
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {time.monotonic() - started:.0f} s")
 
@@ -155,9 +154,7 @@ def _prepare_folder(out: Path, settings: Mapping[str, Any]) -> Path:
     if not file.exists():
         filesystem.write_atomically(file, content.encode())
     elif file.read_text() != content:
-        raise Failure(
-            f"{folder} has parts made with other settings ({file}); delete that folder, or choose another --out"
-        )
+        raise Failure(f"{folder} has parts made with other settings ({file}); delete it, or choose another --out")
     return folder
 
 
@@ -188,9 +185,8 @@ def _make_missing(
                     del futures[future]
                     note, complete = f"{unit} {future.result()}", complete + 1
                 reached = sum(steps.reached(k) for future, k in futures.items() if future.running()) if steps else 0
-                shown = max(
-                    shown, complete * size + reached
-                )  # a part's own count disappears before the part is complete
+                # a part's own count disappears a little before the part is complete
+                shown = max(shown, complete * size + reached)
                 tick(note, completed=shown)
         finally:
             pool.shutdown(cancel_futures=True)

@@ -51,10 +51,9 @@ def select_snapshots(
         end = trajectory.frames - 1 - horizon
         frames = np.arange(max(first, 0), 1 + (end if last < 0 else min(last, end)))
         if not len(frames):
-            raise Failure(
-                f"{data.path}: trajectory {k} has {trajectory.frames} frames: none in {first}…{last} has a target "
-                f"{horizon} frames ahead; lower data.horizon or data.first_frame"
-            )
+            none = f"none in {first}…{last} has a target {horizon} frames ahead"
+            length = f"{data.path}: trajectory {k} has {trajectory.frames} frames"
+            raise Failure(f"{length}: {none}; lower data.horizon or data.first_frame")
         if 0 < count < len(frames):
             frames = np.sort(np.random.default_rng([seed, k]).choice(frames, count, replace=False))
         for frame in frames:

@@ -12,6 +12,7 @@ from typing import Any
 from .. import config as configs
 from ..config import Config
 from ..data import graph_server
+from ..distributed.comm import join_hosts
 from ..errors import Failure
 from ..train import resume, run_dir, trainer
 from ..utils import filesystem, progress, signals
@@ -31,17 +32,10 @@ def train(task: dict[str, Any], config: Config) -> dict[str, float]:
             stack.enter_context(filesystem.lock_folder(Path(config.run.dir), busy))
             check(config)  # again, now that no other process can start a run there
         try:
-            comm = graph_server.enter(
-                Path(config.data.path),
-                task["rank"],
-                Path(task["ip_config"]),
-                task["group"],
-                task["address"],
-                task["port"],
-                task["interface"],
-                config.train.timeout_s,
-                config.train.replicas,
-            )
+            path, timeout_s, rank = Path(config.data.path), config.train.timeout_s, task["rank"]
+            ip_config, replicas = Path(task["ip_config"]), config.train.replicas
+            size = graph_server.connect(path, rank, ip_config, task["group"], timeout_s, replicas)
+            comm = join_hosts(rank, size, task["address"], task["port"], task["interface"], timeout_s)
         except Failure as failure:
             raise PeersMissing(str(failure)) from failure
         if comm.size == 1:  # with several processes, `trainer.train` handles the signals

@@ -62,9 +62,8 @@ def equal(a: Part, b: Part) -> bool:
 def trainer(path: str, rank: str, ip_config: str, group: str, port: str, run: str) -> None:
     """Connect, compare every part with the disk's, and train; without a run, wait to be killed."""
     try:
-        group_comm = graph_server.enter(
-            Path(path), int(rank), Path(ip_config), int(group), HOST, int(port), "lo", LIMIT_S
-        )
+        size = graph_server.connect(Path(path), int(rank), Path(ip_config), int(group), LIMIT_S)
+        trainers = comm.join_hosts(int(rank), size, HOST, int(port), "lo", LIMIT_S)
     except Failure as failure:
         print(f"error: {failure}")
         graph_server.leave(2)
@@ -76,7 +75,7 @@ def trainer(path: str, rank: str, ip_config: str, group: str, port: str, run: st
     for machine in range(store.machines):
         assert equal(store.source.part("shard-00000", machine), store.disk.part("shard-00000", machine)), machine
     assert listening_addresses("self") == {LOOPBACK}  # torch's store on rank 0, gloo's and DGL's sockets on all
-    training.train(group_comm, config_of(Path(path), Path(run)))
+    training.train(trainers, config_of(Path(path), Path(run)))
     graph_server.leave(0)
 
 
