@@ -93,8 +93,7 @@ class _TorchBlock:
     def dst(self) -> Tensor:
         return self.endpoints[1::2].int() - (len(self.src_offsets) - 1)
 
-    def _multiples(self, step: int) -> Tensor:
-        """0, step, …, E·step."""
+    def _multiples(self, step: int) -> Tensor:  # 0, step, …, E·step
         end = len(self.by_source) * step + 1
         return torch.arange(0, end, step, dtype=torch.int32, device=self.endpoints.device)
 
@@ -102,11 +101,9 @@ class _TorchBlock:
         return _sum_rows(torch.cat([src, dst]), self.endpoints, self._multiples(2))
 
     def sum_to_src(self, value: Tensor) -> Tensor:
-        """The sum over the edges of each source: (E, …) → (n_src, …)."""
         return _sum_rows(value.contiguous(), self.by_source, self.src_offsets)
 
     def sum_to_dst(self, value: Tensor) -> Tensor:
-        """The sum over the in-edges of each destination: (E, …) → (n_dst, …)."""
         return _sum_rows(value.contiguous(), self._multiples(1)[:-1], self.dst_offsets)
 
 
@@ -214,11 +211,9 @@ def resolve_engine(name: str, device: torch.device | str = "cpu") -> Engine:
     """
     if name not in ("auto", "dgl", "torch"):
         raise Failure(f"model.engine={name}: unknown; use auto, dgl or torch")
-    if name != "dgl":
-        return TorchEngine()
-    if not dgl_supports(device):
+    if name == "dgl" and not dgl_supports(device):
         raise Failure(f"model.engine=dgl: this DGL has no build for {device}; use model.engine=torch")
-    return DGLEngine()
+    return DGLEngine() if name == "dgl" else TorchEngine()
 
 
 def dgl_supports(device: torch.device | str) -> bool:

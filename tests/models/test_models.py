@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import dgl
@@ -232,22 +233,13 @@ class TestFastEGNNWithOneVirtualNode(EGNNSuite):
 
 class TestFastEGNNWithEveryOption(EGNNSuite):
     name = "FastEGNN"
-    options: ClassVar = {
-        "hidden": 8,
-        "layers": 2,
-        "virtual_nodes": 5,
-        "normalize": True,
-        "attention": True,
-        "tanh": True,
-        "gravity": [0.0, -9.81, 0.0],
-    }
+    flags: ClassVar = dict.fromkeys(("normalize", "attention", "tanh"), True)
+    options: ClassVar = {"hidden": 8, "layers": 2, "virtual_nodes": 5, "gravity": [0.0, -9.81, 0.0], **flags}
 
     def rotation(self, seed: int, dtype: torch.dtype, determinant: int) -> Tensor:
         # symmetric under rotations about gravity, and reflections that keep it
-        angle = torch.tensor(1.1, dtype=dtype)
-        c, s = angle.cos(), angle.sin()
-        zero, one = torch.zeros_like(c), torch.ones_like(c)
-        return torch.stack([c, zero, s, zero, one, zero, -s * determinant, zero, c * determinant]).view(3, 3)
+        c, s = math.cos(1.1), math.sin(1.1)
+        return torch.tensor([[c, 0, s], [0, 1, 0], [-s * determinant, 0, c * determinant]], dtype=dtype)
 
 
 class NotEquivariant(network.FastEGNN):
@@ -260,12 +252,9 @@ class NotEquivariant(network.FastEGNN):
 
 def test_the_equivariance_check_fails_on_a_model_that_is_not() -> None:
     torch.manual_seed(0)
-    models = {
-        NotEquivariant(3, 2, hidden=8).double(): 1e-5,
-        TestFastEGNNWithEveryOption().model(): 1e-3,
-    }  # with gravity
-    for model, error in models.items():
-        zero, rotation = torch.zeros(3, dtype=torch.float64), orthogonal(1, torch.float64, 1)
+    with_gravity = TestFastEGNNWithEveryOption().model()
+    zero, rotation = torch.zeros(3, dtype=torch.float64), orthogonal(1, torch.float64, 1)
+    for model, error in ((NotEquivariant(3, 2, hidden=8).double(), 1e-5), (with_gravity, 1e-3)):
         assert equivariance_error(model, make_graph(30, 1), rotation, zero) > error
 
 
