@@ -174,10 +174,7 @@ def _bisection(problem: Problem) -> Array:
 
 
 def _metis(problem: Problem) -> Array:
-    """METIS recursive bisection of the graph with the least edge cut; it takes no seed.
-
-    Without edges (edge dropping p = 1) METIS would scatter the nodes, so coordinate bisection replaces it.
-    """
+    """METIS recursive bisection, the least edge cut; coordinate bisection for a graph without edges. No seed."""
     x, src, dst, parts, _, sizes = problem
     if not len(src):
         return _bisection(problem)

@@ -68,12 +68,9 @@ def build_inputs(
     weights = part_weights.validate(weights, parts * trainers)
     assign.check_method(method, parts, weights)
     values = {name: value for name, value in vars(settings).items() if name in Inputs.__dataclass_fields__}
-    if values["features"] is None:
-        values["features"] = [*data[0].attributes, "speed"]
-    for name in ("features", "node_attributes"):
-        values[name] = tuple(values[name])
-    for name in ("radius", "edge_drop"):
-        values[name] = float(values[name])
+    features = [*data[0].attributes, "speed"] if settings.features is None else settings.features
+    values |= {"features": tuple(features), "node_attributes": tuple(settings.node_attributes)}
+    values |= {"radius": float(settings.radius), "edge_drop": float(settings.edge_drop)}
     return Inputs(
         source=data.path.name,
         source_sha256=sha256(data.path),
@@ -88,10 +85,7 @@ def build_inputs(
 
 
 def list_snapshots(data: Trajectories, inputs: Inputs) -> list[Snapshot]:
-    """The snapshots of a store.
-
-    Raises Failure for a trajectory with fewer nodes than its parts or weights need, or without the periodic box it needs.
-    """
+    """The snapshots of a store. Raises Failure for a trajectory with too few nodes or without a necessary periodic box."""
     for k, trajectory in enumerate(data):
         if trajectory.nodes < inputs.processes:
             parts = f"{inputs.parts} parts" + (f" of {inputs.trainers} trainers" if inputs.trainers > 1 else "")
@@ -105,10 +99,7 @@ def list_snapshots(data: Trajectories, inputs: Inputs) -> list[Snapshot]:
 
 
 def check_inputs(data: Trajectories, inputs: Inputs) -> list[Snapshot]:
-    """The snapshots of a store; checks before anything is written.
-
-    Raises Failure where `list_snapshots` does, and where memory does not suffice for the largest snapshot.
-    """
+    """`list_snapshots`; also raises Failure if memory does not suffice for the largest snapshot."""
     selected = list_snapshots(data, inputs)
     if selected and snapshot.needs_all_edges(inputs):
         k, frame = max(((s.trajectory, s.frame) for s in selected), key=lambda one: data[one[0]].nodes)
@@ -200,10 +191,9 @@ def _save_part(folder: Path, graph: dgl.DGLGraph, features: dict[str, torch.Tens
 def _names_inputs(file: Path, inputs: Inputs) -> bool:
     """Whether a manifest.yaml or an unfinished run's inputs.json exists and names these inputs."""
     try:
-        content = (
-            yaml.safe_load(file.read_text()) if file.suffix == ".yaml" else {"inputs": json.loads(file.read_text())}
-        )
-        return DEFAULT_INPUTS | content["inputs"] == inputs.plain()
+        text = file.read_text()
+        stored = yaml.safe_load(text)["inputs"] if file.suffix == ".yaml" else json.loads(text)
+        return DEFAULT_INPUTS | stored == inputs.plain()
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return False
 
