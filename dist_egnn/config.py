@@ -85,8 +85,8 @@ class Model:
 
     name: str = _key(
         "FastEGNN",
-        "Linear; EGNN, RF, SchNet or TFN; with virtual nodes FastEGNN, FastRF, FastSchNet or FastTFN (on several parts: "
-        "Dist…); or MODULE:CLASS of your own",
+        "Linear; EGNN, RF, SchNet or TFN; with virtual nodes FastEGNN, FastRF, FastSchNet or FastTFN (on several "
+        "parts: Dist…); or MODULE:CLASS of your own",
     )
     hidden: int = _key(64, "width H of the hidden features", _least(1))
     layers: int = _key(4, "layers L", _least(1))

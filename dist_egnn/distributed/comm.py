@@ -1,7 +1,7 @@
-"""Every collective of the package, and the process group. Layers call `Comm` and never ask how many processes there are.
+"""All collectives of the package. Layers call the methods of `Comm` and never ask how many processes there are.
 
 A training step of a model with virtual nodes makes one all-reduce per layer in the forward pass, one per layer in the
-backward pass, and one for all gradients. With halos, each layer also sends rows (`all_to_all`); data/halo.py chooses them.
+backward pass, and one for all gradients. With halos, each layer also sends rows with `all_to_all` (data/halo.py).
 """
 
 from __future__ import annotations
@@ -223,7 +223,7 @@ class ProcessGroup(Comm):
 def join_local(rank: int, size: int, rendezvous: str, timeout_s: float) -> Comm:
     """Join ``size`` processes of this machine. rendezvous: the path of a file that does not exist yet.
 
-    gloo on every device: it sums CUDA tensors through host memory, and processes may share a device, which NCCL refuses.
+    gloo on every device: CUDA tensors go through host memory, and processes may share a device, unlike with NCCL.
     """
     if size == 1:
         return SingleProcess()

@@ -15,7 +15,7 @@ def terminal_width() -> int | None:
 
 
 def print_line(text: str, indent: int = 2) -> None:
-    """Print a line; a terminal that is too narrow gets it wrapped between words, with an indent after the first line."""
+    """Print a line, wrapped between words if the terminal is too narrow, with an indent after the first row."""
     if width := terminal_width():
         margin = " " * indent
         text = textwrap.fill(text, width, subsequent_indent=margin, break_long_words=False, break_on_hyphens=False)

@@ -53,7 +53,7 @@ def mallopt(option: int, value: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let malloc keep memory that a training step frees and the next one allocates again; otherwise the kernel zeroes it.
+    """Let malloc keep the memory that a step frees and the next one allocates; otherwise the kernel zeroes it anew.
 
     glibc raises both thresholds dynamically, but only up to these values. Settings in the environment take precedence.
     """

@@ -1,4 +1,4 @@
-"""One progress display for all long work: a bar on a terminal, plain lines elsewhere, JSON events for `distegnn launch`."""
+"""The progress display: a bar on a terminal, plain lines elsewhere, JSON events for `distegnn launch`."""
 
 from __future__ import annotations
 

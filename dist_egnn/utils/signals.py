@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as stop requests: the run goes on to the next checkpoint, writes it and exits with EXIT_STOPPED."""
+"""SIGTERM and SIGINT as stop requests: a run writes a checkpoint at the next step and exits with EXIT_STOPPED."""
 
 from __future__ import annotations
 

@@ -39,8 +39,8 @@ def test_limits_of_a_control_group(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "kept"), [("", True), ("GLIBC_TUNABLES=x.trim_threshold", False), ("MALLOC_TRIM_THRESHOLD_=0", False)]
 )
-def test_memory_that_is_taken_again_is_kept(setting, kept):
-    """The kernel brings no new pages for what was freed, as soon as all have come once; the user's own settings stand."""
+def test_freed_memory_is_kept(setting, kept):
+    """The kernel maps no new pages for freed memory after the first round, unless the user's own settings say otherwise."""
     code = (
         "import resource; from dist_egnn.utils.memory import keep_freed_memory; keep_freed_memory(); faults = []\n"
         "for _ in range(12):\n"

@@ -1,4 +1,4 @@
-"""Weights → sizes of parts."""
+"""Weights of processes and the sizes of their parts."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def test_sizes_are_within_a_node_of_their_shares(weights: list[float], nodes: in
         with pytest.raises(Failure, match=f"process {share.argmin()} would get .* of {nodes} nodes"):
             part_weights.sizes(nodes, weights)
     elif share.min() > 1 + 1e-6:
-        found = part_weights.sizes(nodes, weights)
-        assert found.sum() == nodes
-        assert found.min() >= 1
-        assert np.abs(found - share).max() < 1 + 1e-6
+        sizes = part_weights.sizes(nodes, weights)
+        assert sizes.sum() == nodes
+        assert sizes.min() >= 1
+        assert np.abs(sizes - share).max() < 1 + 1e-6
 
 
 def test_sizes_by_hand() -> None:
