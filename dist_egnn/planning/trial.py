@@ -167,7 +167,7 @@ def try_rank(
                 group.counter.enter("backward")
                 loss.backward()
             with watch("finish"):
-                group.sum_gradients(model.parameters(), torch.zeros(3, device=device))  # as in trainer.steps
+                group.sum_gradients(model.parameters(), torch.zeros(3, device=device))  # as in Trainer.steps
                 optimizer.step()
             calls.append(list(group.counter.calls))
         model.eval()
