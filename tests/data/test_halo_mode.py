@@ -279,27 +279,27 @@ def test_tiles_without_halo_nodes_run_during_the_exchange(make_store: MakeStore)
 def test_an_inconsistent_halo_is_refused_when_read(make_store: MakeStore) -> None:
     store = Store(make_store(2, "metis"))
     shard = store.snapshots.loc[1, "shard"]
-    held = store.source.part(shard, 0)
-    right = held.halo.clone()
+    shard_part = store.source.part(shard, 0)
+    right = shard_part.halo.clone()
     ours, other = store.first_ids[1].tolist()
     last = int(store.snapshots.index[store.snapshots["shard"] == shard][-1])
     assert last > 1  # so that the shard holds another snapshot
     lo = int((right < other).sum())  # the first halo node of the snapshot
     for wrong in (-1, 10**9, ours, int(store.first_ids[last, 1])):
-        held.halo[:] = right
-        held.halo[lo] = wrong
+        shard_part.halo[:] = right
+        shard_part.halo[lo] = wrong
         with pytest.raises(Failure, match=rf"snapshot 1, part 0: halo node {wrong} .* partition again"):
             store.read(1, 0, True)
         store.read(1, 0)  # bridge mode does not use it
-    held.halo[:] = right
-    held.halo[lo] = held.halo[lo + 1]
+    shard_part.halo[:] = right
+    shard_part.halo[lo] = shard_part.halo[lo + 1]
     with pytest.raises(Failure, match=r"snapshot 1, part 0: has \d+ halo, parts.csv says \d+"):
         store.read(1, 0, True)
-    held.halo[:] = right
+    shard_part.halo[:] = right
     store.read(1, 0, True)
     first, end, edges_lo, edges_hi = store.ranges[1, 0].tolist()
-    cross = (held.src[edges_lo:edges_hi] < first) | (held.src[edges_lo:edges_hi] >= end)
-    held.src[edges_lo + int(cross.nonzero()[0])] = first  # a cross edge becomes an inner one
+    cross = (shard_part.src[edges_lo:edges_hi] < first) | (shard_part.src[edges_lo:edges_hi] >= end)
+    shard_part.src[edges_lo + int(cross.nonzero()[0])] = first  # a cross edge becomes an inner one
     with pytest.raises(Failure, match=r"snapshot 1, part 0: has \d+ cut_edges, parts.csv says \d+"):
         store.read(1, 0, True)
 
