@@ -46,8 +46,8 @@ def cached_bytes(nodes: int, edges: int) -> int:
 class Dataset:
     """Samples by number, read on demand; the most recently used ones stay in memory.
 
-    sizes: bytes that each sample counts for in the cache, by default its own. In halo mode all ranks must use the same sizes,
-    so that they evict the same samples: they must link a halo at the same time.
+    sizes: bytes that each sample counts for in the cache, by default its own. In halo mode all ranks must use the same
+    sizes, so that they evict the same samples: they must link a halo at the same time.
     """
 
     read: Callable[[int], DGLGraph]
@@ -77,7 +77,7 @@ class Dataset:
 
 
 def is_store(path: str) -> bool:
-    """Whether data.path names a store (a folder) rather than a trajectories file. Raises Failure if it names neither."""
+    """Whether data.path names a store (a folder) and not a trajectories file. Raises Failure if it names neither."""
     if not path:
         example = "data.path=recipes/fluid113k/sample.h5"
         raise Failure(f"data.path is not set: name a trajectories.h5 or a store, for example {example}")
@@ -116,7 +116,7 @@ def sample_spec(data: Data, features: Iterable[str]) -> SampleSpec:
 
 
 def open_dataset(config: Config, part: int, processes: int) -> Dataset:
-    """The dataset of a config: this process's part of each snapshot of a store, or the whole ones of a trajectories file.
+    """The dataset of a config: this process's part of each snapshot of a store, or the samples of a trajectories file.
 
     processes: those of the run, which share CACHE_BYTES.
     """

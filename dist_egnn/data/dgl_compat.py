@@ -1,4 +1,4 @@
-"""All patches of DGL 1.1.3's distributed module. Call them before DGL connects to anything; remove them with that version."""
+"""All patches of DGL 1.1.3's distributed module. Call them before DGL connects; remove them with that version."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from dgl.distributed import dist_context, kvstore, rpc, rpc_client
 def set_machine(machine: int, host: str, prefix: str) -> None:
     """Fix this process's machine number and address, and prefix the names of its shared memory.
 
-    DGL 1.1.3 derives the machine number from the interfaces of the host, listens on any of them, and names shared memory after
-    the graph's fields only, so two servers on one host collide. It also cannot map empty arrays (a store without node
-    attributes), and its signal handler hangs.
+    DGL 1.1.3 derives the machine number from the interfaces of the host, listens on any of them, and names shared
+    memory after the graph's fields only, so two servers on one host collide. It also cannot map empty arrays (a store
+    without node attributes), and its signal handler hangs.
     """
     create_shared_memory = kvstore.empty_shared_mem
 
@@ -56,7 +56,7 @@ def ignore_lost_trainers() -> None:
 
 
 def print_when_listening(line: str) -> None:
-    """Print a line once this process's server listens. DGL 1.1.3 has no hook between listening and waiting for clients."""
+    """Print a line once this process's server listens. DGL 1.1.3 has no hook before it waits for clients."""
     wait_for_senders = rpc.wait_for_senders
 
     def wait_and_print(*args: Any, **options: Any) -> None:

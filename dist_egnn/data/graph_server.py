@@ -1,7 +1,7 @@
 """DGL's graph servers over a store: the server of one machine, and trainers that read through servers.
 
-A *machine* is a line ``ADDRESS PORT`` of DGL's ip_config: line m is where the server of partition m listens. Shared memory of a
-server has names that begin with its address; dgl_compat.py patches DGL 1.1.3 to this end.
+A *machine* is a line ``ADDRESS PORT`` of DGL's ip_config: line m is where the server of partition m listens. Shared
+memory of a server has names that begin with its address; dgl_compat.py patches DGL 1.1.3 to this end.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Address:
 
 
 def addresses(ip_config: Path, machines: int) -> list[Address]:
-    """The addresses in an ip_config. Raises Failure unless it names this many machines, each by an IPv4 address and a port."""
+    """The addresses in an ip_config. Raises Failure unless it has this many, each an IPv4 address and a port."""
     result = []
     try:
         for line in ip_config.read_text().splitlines():
@@ -81,7 +81,7 @@ def addresses(ip_config: Path, machines: int) -> list[Address]:
 
 @contextmanager
 def _exclusive(here: Address) -> Iterator[None]:
-    """Hold the lock of an address; Failure if another server holds it. The kernel frees this socket when the process ends."""
+    """Hold the lock of an address; Failure if another server holds it. The kernel frees it when the process ends."""
     with socket.socket(socket.AF_UNIX) as lock:
         try:
             lock.bind(f"\0{here.name}")
@@ -106,7 +106,7 @@ def _unlink(here: Address) -> int:
 
 
 def clear(here: Address) -> int:
-    """Remove what a killed server left in /dev/shm; returns the number of files. Raises Failure if a server runs there."""
+    """Remove what a killed server left in /dev/shm; returns the number of files. Raises Failure if one runs there."""
     with _exclusive(here):
         return _unlink(here)
 
@@ -175,7 +175,7 @@ def _dgl_config(store: Store, machine: int, here: Address) -> dict[str, Any]:
 
 
 class ServerSource:
-    """Parts of the store's only graph: this machine's from shared memory, without a copy; others pulled from their servers."""
+    """Parts of the store's only graph: this machine's from shared memory without a copy, others pulled from servers."""
 
     def __init__(self, graph: DistGraph, machine: int, servers: list[Address], timeout_s: float) -> None:
         self.graph, self.machine, self.servers, self.timeout_s = graph, machine, servers, timeout_s
@@ -229,7 +229,7 @@ def _exit_after(timeout_s: float, what: str) -> Iterator[None]:
 
 
 def _check_shared(here: Address, rank: int, machine: int) -> None:
-    """Raise Failure unless this user serves the machine's partition here. DGL unpickles what is shared: trust no other user."""
+    """Raise Failure unless this user serves the machine's partition here: DGL unpickles what is shared."""
     ours = {file.stat().st_uid for file in here.files()} == {os.getuid()}
     book = get_shared_mem_partition_book(here.name) if ours else None
     if book is None:
@@ -239,16 +239,16 @@ def _check_shared(here: Address, rank: int, machine: int) -> None:
 
 
 def machine_of(rank: int, parts: int, trainers: int) -> int:
-    """The machine of a rank: in each group of ``parts`` ranks, the machines have ``trainers`` consecutive ranks each."""
+    """The machine of a rank: in each group of ``parts`` ranks, a machine has ``trainers`` consecutive ones."""
     return rank % parts // trainers
 
 
 def connect(path: Path, rank: int, ip_config: Path, group: int, timeout_s: float, replicas: int = 1) -> int:
-    """Make this process read a store through its running servers. All trainers of a group call it and wait for each other.
+    """Make this process read a store through its running servers. All trainers of a group call it together.
 
     rank: torch's rank, which determines the part (rank mod P); DGL's own rank is not used. group: a new number for each
-    start of the trainers. Returns the number of trainers. Raises Failure if a server cannot be reached or serves another
-    partition; ends the process after timeout_s.
+    start of the trainers. Returns the number of trainers. Raises Failure if a server cannot be reached or serves
+    another partition; ends the process after timeout_s.
     """
     store = Store(path)
     machine = machine_of(rank, store.parts, store.trainers)

@@ -25,8 +25,8 @@ def radius_edges(x: np.ndarray, radius: float, side: np.ndarray | None = None) -
     """Every ordered pair j→i with ‖x_i − x_j‖ ≤ radius and i ≠ j; an infinite radius gives the complete graph.
 
     x: (N, 3), in a periodic box any image of each node. Squared distances are compared in float64. Returns source and
-    destination, int64 (E,), sorted by destination, then source. Raises Failure for a radius that is not positive or, in a
-    periodic box, not below half its shortest side, and for positions that are not finite.
+    destination, int64 (E,), sorted by destination, then source. Raises Failure for a radius that is not positive or, in
+    a periodic box, not below half its shortest side, and for positions that are not finite.
     """
     if not radius > 0:
         raise Failure(f"radius={radius}: must be positive (inf for the complete graph)")
@@ -152,7 +152,7 @@ def morton_order(x: np.ndarray, group: np.ndarray | None = None) -> np.ndarray:
 
 
 def in_edges(indptr: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Reorder edges that are sorted by destination, with row pointers indptr (N + 1,), to a new order (N,) of the nodes.
+    """Reorder edges sorted by destination, with row pointers indptr (N + 1,), to a new order (N,) of the nodes.
 
     Returns the new row pointers (N + 1,) and the edges (E,) in the new order.
     """

@@ -1,12 +1,13 @@
-"""Halo mode: features and gradients of the nodes at the borders between parts are exchanged, so P ranks equal one process.
+"""Halo mode: ranks exchange features and gradients of nodes at the borders of parts, so P ranks equal one process.
 
-Bridge mode drops the edges between parts. Halo mode (``partition.halo: exchange``) keeps them as *cross edges*: each runs from a
-*halo node*, which another rank owns, to an own node. Before every layer, one all-to-all sends the source fields of own nodes to
-the ranks that need them; in the backward pass, another returns the gradients, which the owners add.
+Bridge mode drops the edges between parts. Halo mode (``partition.halo: exchange``) keeps them as *cross edges*: each
+runs from a *halo node*, which another rank owns, to an own node. Before every layer, one all-to-all sends the source
+fields of own nodes to the ranks that need them; in the backward pass, another returns the gradients, which the owners
+add.
 
-A sample remains the graph of the own nodes and the edges among them, so virtual nodes, loss and sums are those of bridge
-mode; the halo is attached to it. Halo nodes are sorted by owner, then by the owner's row. Legend: n own nodes, m halo
-nodes, E cross edges.
+A sample remains the graph of the own nodes and the edges among them, so virtual nodes, loss and sums are those of
+bridge mode; the halo is attached to it. Halo nodes are sorted by owner, then by the owner's row. Legend: n own nodes, m
+halo nodes, E cross edges.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ ATTRIBUTE = "_dist_egnn_halo"
 
 @dataclass
 class Halo:
-    """The halo of a part of one snapshot. It is read without communication; ``link`` then exchanges rows and positions, once."""
+    """The halo of a part of one snapshot. Reading needs no communication; ``link`` exchanges rows and positions."""
 
     src: Tensor  # (E,) halo node of each cross edge
     dst: Tensor  # (E,) own node
@@ -70,7 +71,7 @@ class Halo:
         self.complete(x, send_rows, remote_x)
 
     def complete(self, x: Tensor, send_rows: Sequence[Tensor], remote_x: Tensor) -> None:
-        """Set what the other ranks sent: the rows of x (n, 3) that each needs, and the positions (m, 3) of the halo nodes.
+        """Set what the other ranks sent: the rows of x (n, 3) that each needs and the positions (m, 3) of halo nodes.
 
         Raises Failure for an edge that is longer than the radius.
         """
@@ -127,14 +128,14 @@ class Halos:
 
 @dataclass
 class HaloExchange:
-    """Sends rows of own nodes to other ranks and receives those of halo nodes; gradients travel in the opposite direction."""
+    """Sends rows of own nodes to other ranks and receives those of halo nodes; gradients travel back."""
 
     comm: Comm
     send_rows: list[Tensor]  # for each rank: the rows to send
     recv_counts: list[int]
 
     def start(self, fields: Fields) -> Callable[[], Fields]:
-        """Start to send the fields (n, …) of own nodes; the returned function waits for those of the halo nodes (m, …)."""
+        """Start to send fields (n, …) of own nodes; the returned function waits for those of the halo nodes (m, …)."""
         rows = torch.cat(self.send_rows)
         packed = torch.cat([t.detach().index_select(0, rows) for t in fields.values()], 1)
         wait = self.comm.all_to_all(packed, [len(r) for r in self.send_rows], self.recv_counts)
@@ -142,7 +143,7 @@ class HaloExchange:
         return lambda: dict(zip(fields, wait().split(widths, 1), strict=True))
 
     def start_backward(self, grads: Fields) -> Callable[[Fields], None]:
-        """Start to send the gradients (m, …) of halo nodes; the returned function adds the received ones to fields (n, …)."""
+        """Start to send gradients (m, …) of halo nodes; the returned function adds those received to fields (n, …)."""
         counts, widths = [len(r) for r in self.send_rows], [t.shape[1] for t in grads.values()]
         wait = self.comm.all_to_all(torch.cat(list(grads.values()), 1), self.recv_counts, counts)
 

@@ -1,7 +1,7 @@
 """Shared by every recipe's prepare.py: options, parallel and resumable writing, and a manifest beside the file.
 
-A source is divided into numbered *parts* of one or more trajectories. Each is written completely or not at all to OUT.parts/;
-then all are joined into OUT. Its bytes depend neither on interruptions nor on the number of workers.
+A source is divided into numbered *parts* of one or more trajectories. Each is written completely or not at all to
+OUT.parts/; then all are joined into OUT. Its bytes depend neither on interruptions nor on the number of workers.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def parse(from_parser: Parser, arguments: Sequence[str] | None = None) -> argpar
 
 
 def main(run: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None = None) -> int:
-    """Call run(arguments); returns the exit code: 2 after a failure (one line; a traceback with --debug), 130 after Ctrl-C."""
+    """Call run(arguments) and return the exit code, 2 after an error (--debug: with traceback), 130 after Ctrl-C."""
     try:
         run(arguments)
     except (Failure, OSError) as error:
@@ -114,9 +114,10 @@ def write(
 ) -> None:
     """Write OUT and OUT.manifest.json; make(k) yields the trajectories of part k as arguments of ``Writer.add``.
 
-    settings: everything that determines the data (seed, scale, versions, …), stored in OUT; parts made with other settings are
-    refused. workers: processes (make must then be picklable) or threads that call make; the result of make may depend on k only.
-    steps: for parts that take long. Raises Failure if something cannot be written; complete parts remain.
+    settings: everything that determines the data (seed, scale, versions, …), stored in OUT; parts made with other
+    settings are refused. workers: processes (make must then be picklable) or threads that call make; the result of make
+    may depend on k only. steps: for parts that take long. Raises Failure if something cannot be written; complete parts
+    remain.
     """
     if out.is_dir():
         raise Failure(f"{out} is a folder; --out must name a file")

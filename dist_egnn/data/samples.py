@@ -17,7 +17,8 @@ from .trajectories import Trajectories, check_displacement
 class SampleSpec:
     """How a frame becomes a sample.
 
-    Features are names of node attributes, 'speed' for ‖v‖, or 'name/max': divided by the largest magnitude in the snapshot.
+    Features are names of node attributes, 'speed' for ‖v‖, or 'name/max': divided by the largest magnitude in the
+    snapshot.
     """
 
     radius: float
@@ -42,8 +43,8 @@ def select_snapshots(
 ) -> Iterator[Snapshot]:
     """Up to ``count`` frames of each trajectory in first…last, in order of time; 0 selects all of them.
 
-    last: −1 means the last frame that has a target. Frames are drawn without replacement; the draw depends on the seed and
-    the trajectory's number only. Raises Failure if a trajectory has no such frame.
+    last: −1 means the last frame that has a target. Frames are drawn without replacement; the draw depends on the seed
+    and the trajectory's number only. Raises Failure if a trajectory has no such frame.
     """
     if horizon < 1:
         raise Failure(f"data.horizon={horizon}: must be at least 1 frame")

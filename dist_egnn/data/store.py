@@ -119,7 +119,7 @@ class Store:
 
     @functools.cached_property
     def ranges(self) -> np.ndarray:
-        """(snapshots, parts, 4): begin and end of the nodes, begin and end of the edges, in the machine's part of a shard."""
+        """(snapshots, parts, 4): begin and end of nodes, begin and end of edges in the machine's part of a shard."""
         shape = len(self.snapshots), self.machines, self.trainers
         counts = self.parts_table[["nodes", "edges"]].to_numpy().reshape(*shape, 2)
         ranges = np.empty((*shape, 4), np.int64)
@@ -151,8 +151,8 @@ class Store:
     def read(self, snapshot: int, part: int, exchange: bool = False) -> DGLGraph:
         """A part of a snapshot: its nodes and the edges among them; with ``exchange`` its halo is attached (halo mode).
 
-        Node fields x, v, f, a, y, gid and the whole graph's total and centroid; edge field e, in a periodic box also shift.
-        Raises Failure for missing or invalid fields and for an inconsistent halo.
+        Node fields x, v, f, a, y, gid and the whole graph's total and centroid; edge field e, in a periodic box also
+        shift. Raises Failure for missing or invalid fields and for an inconsistent halo.
         """
         row, machine = self.snapshots.loc[snapshot], part // self.trainers
         shard = self.source.part(row["shard"], machine)
@@ -190,7 +190,7 @@ class Store:
         return result
 
     def whole(self, snapshot: int, exchange: bool = False) -> DGLGraph:
-        """All parts of a snapshot as one graph, in the snapshot's node order; with ``exchange`` with the edges between parts."""
+        """All parts of a snapshot as one graph, in its own node order; ``exchange``: with the edges between parts."""
         parts = [self.read(snapshot, p, exchange) for p in range(self.parts)]
         gid = torch.cat([g.ndata["gid"] for g in parts])
         joined = dgl.batch(parts)

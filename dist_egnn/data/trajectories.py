@@ -56,10 +56,10 @@ class Writer:
     ) -> None:
         """Append a trajectory.
 
-        position, velocity: (T, N, 3); attributes: name → (N,); box: (2, 3) low and high corner. dt: time between frames.
-        periodic: nodes that leave the box enter on the other side (otherwise the box has walls); positions must then be
-        unwrapped, see ``unwrap``. Raises Failure for a wrong shape, an unknown split, a non-finite value, a periodic
-        trajectory without a box or with a node that jumps across it, or a full disk.
+        position, velocity: (T, N, 3); attributes: name → (N,); box: (2, 3) low and high corner. dt: time between
+        frames. periodic: nodes that leave the box enter on the other side (otherwise the box has walls); positions must
+        then be unwrapped, see ``unwrap``. Raises Failure for a wrong shape, an unknown split, a non-finite value, a
+        periodic trajectory without a box or with a node that jumps across it, or a full disk.
         """
         name = f"{len(self.group):06d}"
         where = f"{self.path}: trajectory {name}"
@@ -83,7 +83,7 @@ class Writer:
                 raise Failure(f"{where}: {key} has shape {value.shape}, expected {shape}")
             if not np.isfinite(value).all():
                 raise Failure(f"{where}: {key} holds NaN or infinite values")
-            # Chunks of one axis and four frames compress a third better than whole frames, and cost little more to read:
+            # Chunks of one axis and four frames compress a third better than whole frames and cost little more to read:
             # forward differences need the next frame too.
             large = value.ndim == 3 and value.size
             storage = {"chunks": (min(4, frames), nodes, 1), "shuffle": True, "compression": "gzip"} if large else {}
@@ -161,7 +161,7 @@ class Trajectory:
 
 
 class Trajectories(Sequence[Trajectory]):
-    """A trajectories file; frames are read on demand. Raises Failure for a file that is damaged or of another format."""
+    """A trajectories file; frames are read on demand. Raises Failure for a damaged file or another format."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -235,7 +235,7 @@ class Trajectories(Sequence[Trajectory]):
         return self._read(k, "box") if "box" in self.file["trajectories"][self._all[k].name] else None
 
     def sides(self, k: int, radius: float) -> np.ndarray:
-        """The sides (3,) float64 of the periodic box. Raises Failure if there is none or the radius is too large for it."""
+        """The sides (3,) float64 of the periodic box. Raises Failure without one, or for a radius too large for it."""
         from . import graphs
 
         box, where = self.box(k), f"{self.path}: trajectory {k}"

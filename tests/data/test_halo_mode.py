@@ -1,4 +1,4 @@
-"""Halo mode on ranks that are threads: P parts equal the full graph for every model, partition, engine; invalid halos."""
+"""Halo mode with threads as ranks: P parts equal the full graph for every model, partition, engine; invalid halos."""
 
 from __future__ import annotations
 
@@ -199,9 +199,9 @@ def test_any_graph_and_any_parts(seed: int, parts: int, more: int, edges: int, n
 
 
 def test_isolated_nodes_and_parts() -> None:
-    """A node whose neighbours are all on other ranks, a node without any, a part that needs nothing, one that nobody needs."""
+    """A node whose neighbours are all on other ranks, a node without any, parts that need or serve no other."""
     part = np.array([0, 1, 1, 1, 0, 2, 2, 3, 3])
-    # node 0 receives from part 1 only, node 4 from nobody; part 2 is isolated; part 3 receives from part 0, nobody from it
+    # node 0 receives from part 1 only, node 4 from nobody; part 2 is isolated; nobody receives from part 3
     pairs = np.array([[1, 0], [2, 0], [3, 0], [0, 1], [2, 3], [5, 6], [6, 5], [0, 7], [4, 7], [0, 8]])
     whole = graphs.build_graph(pairs[:, 0], pairs[:, 1], dict(random_graph(1, 9, 0).ndata))
     parts = extract_parts(whole, part, 4)

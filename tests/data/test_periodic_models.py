@@ -1,4 +1,4 @@
-"""Models in periodic boxes: predictions do not depend on which image of a node is given, nor on where the boundary lies."""
+"""Models in periodic boxes: predictions depend neither on the image of a node nor on the place of the boundary."""
 
 from __future__ import annotations
 

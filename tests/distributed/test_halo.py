@@ -1,4 +1,4 @@
-"""Halo mode in real processes: exact, also in training, and it ends after a rank dies or hangs. See also test_halo_mode.py."""
+"""Halo mode in real processes: exact, also in training; runs end after a rank dies or hangs. See test_halo_mode.py."""
 
 from __future__ import annotations
 

@@ -163,7 +163,7 @@ def one(make_store: Callable[..., Path]) -> Path:
 
 
 def test_training_through_servers_equals_training_from_disk(make_store: Callable[..., Path], tmp_path: Path) -> None:
-    """Own part or another machine's: all tensors are the disk's, losses and weights those of a run from disk, bit for bit."""
+    """Own part or another machine's: tensors, losses and weights are those of a run from disk, bit for bit."""
     path = make_store(2, shard_nodes=0, node_attributes=[])
     spawn.run_ranks(training.train, 2, config_of(path, tmp_path / "local"))
     with running_servers(path, tmp_path) as cluster:
