@@ -14,7 +14,8 @@ from dist_egnn import config
 from dist_egnn.train import checkpoint, trainer
 
 PLAIN_STEPS, PLAIN_TRAIN = trainer.Trainer.steps, trainer.train
-# 6 training samples, so 3 steps an epoch; the rate changes in the first epoch from step to step, then from epoch to epoch
+# 6 training samples, so 3 steps an epoch; the rate changes in the first epoch from step to step, then from epoch to
+# epoch
 SETTINGS = ["model.hidden=4", "model.layers=1", "train.accumulate=2", "train.clip=0.5", "train.lr=1e-2"]
 SETTINGS += ["train.schedule=cosine", "train.warmup=0.9", "train.checkpoint_minutes=0"]
 
@@ -48,7 +49,8 @@ def assert_same(run: Path, other: Path) -> None:
 
 
 class ActAfterStep:
-    """Replaces trainer.train: calls ``act`` after the n-th step of a rank (None: of all). Picklable, to be run by ranks."""
+    """Replaces trainer.train: calls ``act`` after the n-th step of a rank (None: of all). Picklable, to be run by
+    ranks."""
 
     def __init__(self, step: int, rank: int | None, act: Callable[..., object], *args: Any) -> None:
         self.step, self.rank, self.act, self.args = step, rank, act, args

@@ -1,4 +1,4 @@
-"""What is constant in a rollout: attributes, box, walls, fixed nodes, unit of the velocity; and when a rollout stops."""
+"""What is constant in a rollout (attributes, box, walls, fixed nodes, unit of velocity), and when it stops."""
 
 from __future__ import annotations
 

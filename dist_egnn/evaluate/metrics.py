@@ -1,8 +1,8 @@
 """Errors of predicted positions and properties of point clouds, as functions of arrays.
 
-x, y: (N, 3) predicted and true positions; v: (N, 3) velocities; mass: (N,), default 1. NumPy arrays or tensors; sums are in
-float64. Functions with ``comm`` are collective calls: every process passes the rows that it owns and receives the value for
-all rows. `density` and `sinkhorn.divergence` need all points: gather the frame first.
+x, y: (N, 3) predicted and true positions; v: (N, 3) velocities; mass: (N,), default 1. NumPy arrays or tensors; sums
+are in float64. Functions with ``comm`` are collective calls: every process passes the rows that it owns and receives
+the value for all rows. `density` and `sinkhorn.divergence` need all points: gather the frame first.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ def radius_of_gyration(x: Any, mass: Any = None, comm: Comm | None = None) -> fl
 def rmsd(x: Any, y: Any, mass: Any = None, comm: Comm | None = None) -> float:
     """min over rotations R and translations t of √(Σ_i m_i ‖R x_i + t − y_i‖² / Σ_i m_i), length (Kabsch 1976).
 
-    With both clouds about their centres of mass and H = Σ_i m_i x_i y_iᵀ = U S Vᵀ, the best R is V diag(1, 1, d) Uᵀ with
-    d = det(V Uᵀ) = ±1, which excludes reflections. Two all-reduces, of 7 and of 10 numbers.
+    With both clouds about their centres of mass and H = Σ_i m_i x_i y_iᵀ = U S Vᵀ, the best R is V diag(1, 1, d) Uᵀ
+    with d = det(V Uᵀ) = ±1, which excludes reflections. Two all-reduces, of 7 and of 10 numbers.
     """
     a, b = _pair(x, y)
     m = _weights(mass, len(a))
@@ -107,8 +107,9 @@ def rmsd(x: Any, y: Any, mass: Any = None, comm: Comm | None = None) -> float:
 def density(x: Any, mass: Any, support: float) -> np.ndarray:
     """Σ_j m_j W(‖x_i − x_j‖) at every point, j = i included: (N,), mass / length³.
 
-    W is the cubic spline of SPH (Monaghan 1992) with radius ``support``: 8 / (π support³) times 6 (q³ − q²) + 1 for q ≤ ½ and
-    2 (1 − q)³ for ½ < q ≤ 1, q = distance / support. Too low near a wall or a surface, where neighbours are missing.
+    W is the cubic spline of SPH (Monaghan 1992) with radius ``support``: 8 / (π support³) times 6 (q³ − q²) + 1 for q ≤
+    ½ and 2 (1 − q)³ for ½ < q ≤ 1, q = distance / support. Too low near a wall or a surface, where neighbours are
+    missing.
     """
     from scipy.spatial import KDTree
 

@@ -30,7 +30,7 @@ class StepResult:
 
 
 def randomize_output_weights(model: torch.nn.Module) -> None:
-    """Draw the last weights of φ_x, φ_xv and φ_z at full size: they start near zero, which would hide errors upstream."""
+    """Draw the last weights of φ_x, φ_xv and φ_z at full size: they start near zero, which would hide errors."""
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():
         if name.endswith(("phi_x.2.weight", "phi_xv.2.weight", "phi_z.2.weight")):
@@ -71,9 +71,9 @@ def relative_difference(a: Tensor, b: Tensor, least: float = 0.0) -> float:
 def compare(config: Config, store: Store, snapshot: int, folder: Path) -> dict[str, float]:
     """Relative differences between P processes and one, by quantity. ``folder`` takes temporary files.
 
-    One process computes on the same cut graph, in halo mode on the full graph. A gradient that is zero by symmetry (φ_z's for
-    a block of fluid at rest, say) consists of rounding errors, so gradients are compared relative to at least a thousandth of
-    the model's largest one.
+    One process computes on the same cut graph, in halo mode on the full graph. A gradient that is zero by symmetry
+    (φ_z's for a block of fluid at rest, say) consists of rounding errors, so gradients are compared relative to at
+    least a thousandth of the model's largest one.
     """
     config = copy.deepcopy(config)
     arguments = config, str(store.path), snapshot, str(folder)

@@ -30,8 +30,8 @@ ByName = Mapping[str, Array]
 class Predictor:
     """Predicts positions after the run's horizon from one snapshot, on one process and the whole graph.
 
-    Features (``speed``, ``NAME/max``), radius graph, edge dropping and edge attributes follow the data section of ``config``,
-    the run's config. features: names of the input features, None if the run used every attribute and speed.
+    Features (``speed``, ``NAME/max``), radius graph, edge dropping and edge attributes follow the data section of
+    ``config``, the run's config. features: names of the input features, None if the run used every attribute and speed.
     """
 
     def __init__(self, path: str | Path, device: str = "cpu") -> None:
@@ -63,12 +63,12 @@ class Predictor:
         node_attributes: ByName | Array | None = None,
         box: Array | None = None,
     ) -> Array:
-        """Predicted positions (N, 3) float32: an array if positions is an array, a tensor on its device if it is a tensor.
+        """Predicted positions (N, 3) float32: an array for an array, a tensor on its device for a tensor.
 
-        positions, velocities: (N, 3), in the units of the run's data; features: attributes by name, each (N,), from which the
-        run's features and node attributes are computed, or the features themselves (N, F). node_attributes: the same for
-        (N, K), if ``features`` does not contain them. box: low and high corner (2, 3), if the run's data are periodic.
-        Raises Failure for a wrong shape, missing attributes, NaN and infinite values.
+        positions, velocities: (N, 3), in the units of the run's data; features: attributes by name, each (N,), from
+        which the run's features and node attributes are computed, or the features themselves (N, F). node_attributes:
+        the same for (N, K), if ``features`` does not contain them. box: low and high corner (2, 3), if the run's data
+        are periodic. Raises Failure for a wrong shape, missing attributes, NaN and infinite values.
         """
         return self.with_virtual(positions, velocities, features, node_attributes=node_attributes, box=box)[0]
 

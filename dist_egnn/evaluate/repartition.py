@@ -36,9 +36,9 @@ class Repartitioner:
     def local_graph(self, x: np.ndarray, step: int) -> LocalGraph:
         """This process's part of the graph of a step. A collective call; x (N, 3): all positions.
 
-        The edges are those of the whole graph (radius, edge dropping) between nodes of one owner. Rank 0 alone partitions;
-        with edge dropping it also finds the longest edge of the whole graph that remains, in each step. In halo mode every
-        process computes all edges.
+        The edges are those of the whole graph (radius, edge dropping) between nodes of one owner. Rank 0 alone
+        partitions; with edge dropping it also finds the longest edge of the whole graph that remains, in each step. In
+        halo mode every process computes all edges.
         """
         job, comm, spec = self.job, self.comm, self.job.spec
         if comm.size == 1:

@@ -1,8 +1,8 @@
 """Rollout: feed a model with its own predictions, on one process or several; the file it writes; its errors by step.
 
-Every process holds positions and velocities of all N nodes and computes the next positions of the nodes that it owns, on its
-part of the graph as in training. One sum over processes of (N, 3) numbers, in which each process fills the rows that it owns,
-gives all of them the next frame. So nodes change owner without being sent, and rank 0 writes each frame.
+Every process holds positions and velocities of all N nodes and computes the next positions of the nodes that it owns,
+on its part of the graph as in training. One sum over processes of (N, 3) numbers, in which each process fills the rows
+that it owns, gives all of them the next frame. So nodes change owner without being sent, and rank 0 writes each frame.
 """
 
 from __future__ import annotations
@@ -134,8 +134,9 @@ def _writer(job: RolloutJob, conditions: BoundaryConditions, virtual: int) -> Ro
 def error_table(path: Path) -> pd.DataFrame:
     """Errors of a rollout's file, a row for each frame, beside those of the static and the linear prediction.
 
-    static: the first frame; linear: the first frame moved on by its velocity. Energies and radii of gyration use the attribute
-    `mass`, else mass 1. True velocities are differences over a step, as in the rollout. NaN where the data have ended.
+    static: the first frame; linear: the first frame moved on by its velocity. Energies and radii of gyration use the
+    attribute `mass`, else mass 1. True velocities are differences over a step, as in the rollout. NaN where the data
+    have ended.
     """
     rows = []
     with Rollout(path) as rollout:

@@ -1,7 +1,7 @@
 """The Sinkhorn divergence of two point clouds, in bounded memory also at 100,000 points and more.
 
-Sums run over pairs of blocks of points in torch; pairs with a provably negligible contribution are skipped. (geomloss needs
-pykeops and a compiler at run time for large clouds; POT needs the N × M matrix, 80 GB at 100,000 points.)
+Sums run over pairs of blocks of points in torch; pairs with a provably negligible contribution are skipped. (geomloss
+needs pykeops and a compiler at run time for large clouds; POT needs the N × M matrix, 80 GB at 100,000 points.)
 
 Legend: N, M points; a, b their weights, each summing to 1; C(x, y) = ‖x − y‖²; ε = blur².
 """
@@ -61,7 +61,7 @@ def _in_blocks(x: Tensor, weight: Tensor) -> _Cloud:
 
 
 def _compact(x: np.ndarray) -> np.ndarray:
-    """An order (N,) in which each BLOCK consecutive points fill a small box, by recursive bisection of the longest axis.
+    """An order (N,) in which each BLOCK points fill a small box, by recursive bisection of the longest axis.
 
     (A Z-order curve gives larger boxes: twice as many pairs of blocks contribute.)
     """
@@ -91,9 +91,9 @@ def _cloud(x: Any, weight: Any, centre: np.ndarray, device: torch.device) -> _Cl
 def _softmin(to: _Cloud, of: _Cloud, potential: Tensor, epsilon: float, comm: Comm | None) -> Tensor:
     """−ε log Σ_j w_j exp((g_j − ‖x_i − y_j‖²) / ε) for every point x_i of ``to``: (N,).
 
-    A block of columns is skipped for a block of rows if its terms are below e⁻³⁰ of each row's sum: their logarithm is at most
-    max g + max log w − d² / ε with d the distance of the two boxes, and the sum over the block with the largest such bound is
-    a lower bound of the row's. Processes of ``comm`` share the blocks of rows.
+    A block of columns is skipped for a block of rows if its terms are below e⁻³⁰ of each row's sum: their logarithm is
+    at most max g + max log w − d² / ε with d the distance of the two boxes, and the sum over the block with the largest
+    such bound is a lower bound of the row's. Processes of ``comm`` share the blocks of rows.
     """
     logit = of.log_weight + potential / epsilon
     top = of.block_max(logit)
@@ -182,7 +182,7 @@ def _anneal(x: _Cloud, y: _Cloud | None, blur: float, start: float, comm: Comm |
             break
     else:
         warnings.warn(
-            f"sinkhorn: after {LIMIT} iterations the plan's weights have an error of {error:.1e} (tolerance {tolerance:g}); "
+            f"sinkhorn: after {LIMIT} iterations the weights' error is {error:.1e} (tolerance {tolerance:g}); "
             "a larger blur needs fewer iterations",
             stacklevel=3,
         )
@@ -204,10 +204,10 @@ def divergence(
     """The Sinkhorn divergence S_ε = OT_ε(x, y) − ½ OT_ε(x, x) − ½ OT_ε(y, y) of clouds x (N, 3) and y (M, 3), length².
 
     OT_ε = min_π Σ π C + ε KL(π | a ⊗ b) with C = ‖x − y‖² and ε = blur² (Feydy et al., arXiv 1810.08278). It is zero for
-    equal clouds in any order, and ‖t‖² for a cloud and its copy shifted by t, at any ε. ``blur``: a length, for example the
-    points' spacing, below which differences are smoothed; ``weights``: positive, default 1; ``tolerance``: error of the plan's
-    weights, in sum, at which iterations end. A collective call with ``comm``: every process passes both whole clouds and
-    computes a share.
+    equal clouds in any order, and ‖t‖² for a cloud and its copy shifted by t, at any ε. ``blur``: a length, for example
+    the points' spacing, below which differences are smoothed; ``weights``: positive, default 1; ``tolerance``: error of
+    the plan's weights, in sum, at which iterations end. A collective call with ``comm``: every process passes both
+    whole clouds and computes a share.
     """
     if not blur > 0:
         raise Failure(f"blur={blur}: must be positive; the points' spacing is a good choice")

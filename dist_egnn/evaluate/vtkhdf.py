@@ -1,9 +1,9 @@
 """The file of a rollout: VTKHDF, which ParaView opens, written and read frame by frame. See docs/outputs.md.
 
-/VTKHDF contains what VTK reads: one UnstructuredGrid of N vertices whose points and point data change over time. /dist_egnn,
-which VTK ignores, contains the rest. Until it is complete the file is called PATH.partial. Arrays have their final size from
-the start and the number of complete frames is written last, so the frames up to that number can be read whenever the writer
-is killed.
+/VTKHDF contains what VTK reads: one UnstructuredGrid of N vertices whose points and point data change over time.
+/dist_egnn, which VTK ignores, contains the rest. Until it is complete the file is called PATH.partial. Arrays have
+their final size from the start and the number of complete frames is written last, so the frames up to that number can
+be read whenever the writer is killed.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Frame:
 class RolloutWriter:
     """Writes PATH.partial; `finish` renames it to PATH.
 
-    meta: JSON values, among them ``start`` and ``horizon`` in frames, ``dt`` per frame, and ``true_frames``, the number of
-    frames in the data. attributes: name → (N,). virtual: number of virtual nodes. Raises Failure if the disk is full.
+    meta: JSON values, among them ``start`` and ``horizon`` in frames, ``dt`` per frame, and ``true_frames``, the number
+    of frames in the data. attributes: name → (N,). virtual: number of virtual nodes. Raises Failure on a full disk.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class RolloutWriter:
 class Rollout(AbstractContextManager["Rollout"]):
     """Reads the file of a rollout frame by frame: ``for frame in Rollout(path)``; also PATH.partial of a killed one.
 
-    meta: see RolloutWriter; box: (2, 3) or None. Raises Failure for a file that is missing, damaged or of another format.
+    meta: see RolloutWriter; box: (2, 3) or None. Raises Failure for a file that is missing, damaged or foreign.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -40,9 +40,9 @@ def mmd(z: Tensor, graph: DGLGraph, total: Tensor, settings: Loss, generator: to
 
         1/C² Σ_cc' k(z_c, z_c') − 2/(nC) Σ_s Σ_c k(y_s, z_c)
 
-    n = settings.samples · C targets (at most all) are drawn from the whole graph, equally on all ranks; each rank sums over
-    those that it owns, and weights the first term by its share of the nodes. z: (B, C, 3); total: (B, 1), nodes of the whole
-    graphs. The graph may be on another device than z: only the chosen targets are moved.
+    n = settings.samples · C targets (at most all) are drawn from the whole graph, equally on all ranks; each sums over
+    those that it owns, and weights the first term by its share of the nodes. z: (B, C, 3); total: (B, 1), nodes of the
+    whole graphs. The graph may be on another device than z: only the chosen targets are moved.
     """
     count, result = z.shape[1], z.new_zeros(())
     ids, target = graph.ndata.get("gid"), graph.ndata["y"]

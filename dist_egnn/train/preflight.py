@@ -1,4 +1,4 @@
-"""Memory checks before a run starts: an estimate of a process's peak against the free memory. Imports no torch at first.
+"""Memory checks before a run starts: a process's estimated peak against free memory. Imports torch lazily.
 
 The estimate (`memory.step_bytes`) was fitted to measurements in docs/scaling.md; `distegnn plan` measures instead.
 """
@@ -79,8 +79,8 @@ def _estimated_sizes(config: Config, parts: int) -> np.ndarray:
 
 
 def check_rollout(config: Config, file: Trajectories, trajectory: int, start: int, processes: int, method: str) -> None:
-    """Raise Failure if a step of a rollout needs more memory than is free: a process's share without a backward pass, or
-    all edges where rank 0 must have them to partition."""
+    """Raise Failure if a step of a rollout needs more memory than is free: a process's share without a backward
+    pass, or all edges where rank 0 must have them to partition."""
     from ..partition import assign, neighbors, snapshot
     from .trainer import resolve_device
 

@@ -1,4 +1,4 @@
-"""Resuming a run: which settings may change, whether its files are complete, and restoring its checkpoint on all ranks."""
+"""Resuming a run: which settings may change, whether files are complete, restoring the checkpoint on all ranks."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ FREE = (
 def fingerprint(samples: Dataset, comm: Comm) -> dict[str, Any]:
     """A summary that is equal for the same snapshots, however they are partitioned.
 
-    listed: sha256 of number, trajectory and frame of the training and validation snapshots; bits: the sum, over all nodes
-    of the first training sample, of the bits of positions and targets as integers, which is exact in any order.
+    listed: sha256 of number, trajectory and frame of the training and validation snapshots; bits: the sum, over all
+    nodes of the first training sample, of the bits of positions and targets as integers, which is exact in any order.
     """
     numbers = [n for split in ("train", "valid") for n in samples.splits[split]]
     text = json.dumps([[n, *samples.frames[n]] for n in numbers] + [len(samples.splits["train"])])

@@ -72,7 +72,7 @@ class RunWriter:
     def end_epoch(
         self, epoch: int, row: dict[str, float], memory: list[float], z: Tensor | None, improved: bool
     ) -> None:
-        """Record an epoch. last.pt is written last, so that metrics.csv and best.pt include all epochs that it counts."""
+        """Record an epoch. last.pt is written last, after metrics.csv and best.pt, which include its epochs."""
         self.log.add(epoch, row, memory, z)
         if improved:
             checkpoint.save(self.folder / run_dir.BEST, self._checkpoint())

@@ -31,10 +31,10 @@ class TrainingState:
         return bool(settings.patience and self.step == 0 and self.waited >= settings.patience)
 
     def learning_rate(self, settings: Train, steps: int) -> float:
-        """The rate of the next step, of ``steps`` in an epoch. It depends on the state alone, so a resume needs no scheduler.
+        """The rate of the next of ``steps`` steps in an epoch; it depends on the state alone: a resume needs no scheduler.
 
-        It rises linearly over the first `train.warmup` epochs, step by step. Then "cosine" falls to zero at `train.epochs`,
-        epoch by epoch; "plateau" falls as `end_epoch` defines; "constant" stays.
+        It rises linearly over the first `train.warmup` epochs, step by step. Then "cosine" falls to zero at
+        `train.epochs`, epoch by epoch; "plateau" falls as `end_epoch` defines; "constant" stays.
         """
         rate, elapsed = settings.lr * self.scale, self.epoch + (self.step + 1) / steps
         if elapsed < settings.warmup:
@@ -47,7 +47,8 @@ class TrainingState:
     def end_epoch(self, valid_mse: float, settings: Train) -> bool:
         """Move to the start of the next epoch; returns whether the validation MSE improved.
 
-        With "plateau" the scale falls by `train.plateau_factor` after every `train.plateau_epochs` epochs without improvement.
+        With "plateau" the scale falls by `train.plateau_factor` after every `train.plateau_epochs` epochs without
+        improvement.
         """
         improved = valid_mse < self.best
         self.best, self.waited = (valid_mse, 0) if improved else (self.best, self.waited + 1)

@@ -47,8 +47,8 @@ def build_model(config: Config, widths: tuple[int, int], comm: Comm) -> Module:
     exchange = config.partition.halo == "exchange" and comm.size > 1
     if exchange and not issubclass(kind, (network.Linear, network.Network)):
         raise Failure(
-            f"model.name={config.model.name}: partition.halo=exchange needs a subclass of Network, whose layers receive halo "
-            "nodes; set partition.halo=bridge"
+            f"model.name={config.model.name}: partition.halo=exchange needs a subclass of Network, whose "
+            "layers receive halo nodes; set partition.halo=bridge"
         )
     torch.manual_seed(config.train.seed)
     model = kind(features=widths[0], node_attributes=widths[1], **options)
@@ -76,7 +76,7 @@ def _chunks(items: Sequence[Item], size: int) -> list[list[Item]]:
 
 
 def _own(items: list[Item], comm: Comm) -> list[Item]:
-    """The items (batches of a step or samples of a split) of this process's group: of K groups, group k takes k, k + K, …"""
+    """The items (batches of a step or samples of a split) of this process's group: k, k + K, … of K groups"""
     return items[comm.world.rank // comm.size :: comm.world.size // comm.size]
 
 
@@ -101,7 +101,7 @@ def _seeded(*seed: int) -> torch.Generator:
 def evaluate_split(
     model: Module, samples: Dataset, split: str, config: Config, comm: Comm, virtual: list[Tensor] | None = None
 ) -> float:
-    """The model's MSE over all samples of a split. Appends this group's virtual node positions (n, 3) to ``virtual``."""
+    """The model's MSE over all samples of a split. Appends virtual node positions (n, 3) to ``virtual``."""
     model.eval()
     batches = _own(_chunks(samples.splits[split], config.train.batch_size), comm)
 
@@ -167,8 +167,9 @@ class Trainer:
     def steps(self) -> Iterator[bool]:
         """The remaining optimizer steps of the epoch; yields after each whether any rank received a signal to stop.
 
-        Adds to state.sums the loss and MSE of each batch (summed over partitions and groups), the number of batches, the
-        gradient norm before clipping, and seconds. Raises Failure, before weights change, if loss or gradient is not finite.
+        Adds to state.sums the loss and MSE of each batch (summed over partitions and groups), the number of batches,
+        the gradient norm before clipping, and seconds. Raises Failure, before weights change, if loss or gradient is
+        not finite.
         """
         settings, state, sums, model = self.config.train, self.state, self.state.sums, self.model
         device, generator = self._device(), _seeded(settings.seed, state.epoch)

@@ -30,7 +30,8 @@ from dist_egnn.utils import signals
 
 @contextmanager
 def doubled() -> Iterator[None]:
-    """Models are in float64, so that nothing but rounding at 1e-16 parts the sums of groups; their last weights at full size."""
+    """Models are in float64, so that nothing but rounding at 1e-16 parts the sums of groups; their last weights at full
+    size."""
     plain = trainer.build_model
 
     def build(*given: Any) -> torch.nn.Module:
@@ -91,7 +92,8 @@ def _same(many: Result, one: Result) -> None:
 
 
 def _cases(small: Path, store: Path, replicas: int) -> list[config.Config]:
-    """Of six training samples: steps of four and of two batches; of two and of one, which leaves one of two groups idle."""
+    """Of six training samples: steps of four and of two batches; of two and of one, which leaves one of two groups
+    idle."""
     width = ["model.hidden=8", "model.layers=2", "train.clip=0", f"train.replicas={replicas}"]
     none = small.parent / "none"
     halved = ["train.batch_size=2", "train.accumulate=2", "partition.parts=2"]
@@ -103,7 +105,8 @@ def _cases(small: Path, store: Path, replicas: int) -> list[config.Config]:
 
 
 def test_groups_train_what_one_process_does(small: Path, make_store: Callable[..., Path]) -> None:
-    """2 × 2 in bridge and in halo mode, and 1 × 4, plain data parallelism: gradients of each step, losses, validation, weights."""
+    """2 × 2 in bridge and in halo mode, and 1 × 4, plain data parallelism: gradients of each step, losses, validation,
+    weights."""
     store = make_store(2, "metis")
     many = _cases(small, store, 2)
     many[-1].train.replicas = 4

@@ -268,7 +268,8 @@ def test_what_cannot_be_loaded(run, tmp_path):
 
 
 def test_the_page_works(run, tmp_path, monkeypatch, capsys):
-    """docs/inference.md's code, on a run of these features, in a folder where it has the name that the page gives it."""
+    """docs/inference.md's code, on a run of these features, in a folder where it has the name that the page gives
+    it."""
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "inference.md").read_text(), re.S)
     assert len([line for line in block.splitlines() if line.strip()]) <= 10
     (tmp_path / "runs").mkdir()

@@ -88,7 +88,8 @@ def roll_out(run: Path, out: Path, parts: int | None = None, double: bool = Fals
 
 @pytest.mark.parametrize("stored", [True, False], ids=["stored", "differences"])
 def test_linear_dynamics_in_closed_form(tmp_path: Path, stored: bool) -> None:
-    """x_{k+1} = x_k + t v_k and v_{k+1} = (x_{k+1} − x_k) / τ, so v_k = (t/τ)^k v_0 and x_k = x_0 + t v_0 Σ_{i<k} (t/τ)^i."""
+    """x_{k+1} = x_k + t v_k and v_{k+1} = (x_{k+1} − x_k) / τ, so v_k = (t/τ)^k v_0 and x_k = x_0 + t v_0 Σ_{i<k}
+    (t/τ)^i."""
     tau = HORIZON * DT if stored else HORIZON  # velocities are per time if stored, else per frame
     ratio, t = 0.8, 0.8 * tau
     frames = roll_out(make_run(tmp_path / "run", t=t, velocity=stored), tmp_path / "out.vtkhdf", double=True, start=1)
