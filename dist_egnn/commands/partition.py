@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import Config
-from ..data.store import Store
+from ..data.store import open_store
 from ..data.trajectories import Trajectories
 from ..partition import store_writer
 from ..utils.console import print_table
@@ -34,7 +34,7 @@ def write_store(file: Trajectories, out: Path, inputs: Inputs) -> None:
     started = time.perf_counter()
     with progress_bar("partitioning", len(store_writer.list_snapshots(file, inputs))) as tick:
         fresh = store_writer.write_store(file, out, inputs, lambda done, _all: tick(completed=done))
-    store = Store(out)
+    store = open_store(out)
     if not fresh:
         print(f"{out}: complete already, nothing to do")
     summary = store.summary()

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 
 from .. import config as configs
 from ..data import dataset
-from ..data.store import Store
+from ..data.store import open_store
 from ..data.store_inputs import check_settings
 from ..data.trajectories import Trajectories
 from ..errors import Failure
@@ -206,6 +206,6 @@ def check_data(sweep: Sweep) -> None:
         resolve_device(config)
         dataset.part_count(config)
         if dataset.is_store(config.data.path):
-            check_settings(Store(config.data.path).inputs, config.data.path, config.data)
+            check_settings(open_store(config.data.path).inputs, config.data.path, config.data)
         else:
             Trajectories(config.data.path)

@@ -19,7 +19,7 @@ def run_verification(path: Path, config: Config | None, snapshot: int | None = N
 
     snapshot: its number; None: the middle one, since the first may be more symmetric than most.
     """
-    store = Store(path)
+    store = Store(path)  # not open_store: the files are to be hashed now
     if snapshot is None:
         snapshot = len(store.snapshots) // 2
     if not 0 <= snapshot < len(store.snapshots):

@@ -15,7 +15,7 @@ from ..config import Config, Data
 from ..errors import Failure
 from ..utils import part_weights
 from .samples import SampleSpec, read_sample, select_snapshots
-from .store import Store
+from .store import open_store
 from .store_inputs import check_settings
 from .trajectories import SPLITS, Trajectories
 
@@ -82,7 +82,7 @@ def is_store(path: str) -> bool:
         example = "data.path=recipes/fluid113k/sample.h5"
         raise Failure(f"data.path is not set: name a trajectories.h5 or a store, for example {example}")
     if not Path(path).exists() and not path.endswith((".h5", ".hdf5")):
-        Store(path)  # raises the Failure
+        open_store(path)  # raises the Failure
     return Path(path).is_dir()
 
 
@@ -97,7 +97,7 @@ def part_count(config: Config) -> int:
     if not is_store(config.data.path):
         part_weights.validate(weights, requested or 1)
         return requested or 1
-    store = Store(config.data.path)
+    store = open_store(config.data.path)
     stored = store.inputs["weights"]
     if requested not in (0, store.parts):
         given, made = f"partition.parts={requested}", f"for {store.parts}"
@@ -122,7 +122,7 @@ def open_dataset(config: Config, part: int, processes: int) -> Dataset:
     """
     d, budget = config.data, CACHE_BYTES // processes
     if is_store(d.path):
-        store = Store(d.path)
+        store = open_store(d.path)
         check_settings(store.inputs, str(store.path), d)
         splits = {name: store.split(name) for name in SPLITS}
         widths = len(store.inputs["features"]), len(store.inputs["node_attributes"])

@@ -35,7 +35,7 @@ from ..errors import Failure
 from ..utils.filesystem import check_free_space
 from ..utils.memory import graph_server_bytes
 from . import dgl_compat
-from .store import Part, Store, set_source
+from .store import Part, Store, open_store
 
 SHARED = Path("/dev/shm")
 RETRY_S = 3.0  # between two of DGL's attempts to connect
@@ -77,6 +77,13 @@ def addresses(ip_config: Path, machines: int) -> list[Address]:
     if len(result) != machines or len(set(result)) != machines:
         raise Failure(f"{ip_config}: names {len(set(result))} machines, the store has {machines}; name each once")
     return result
+
+
+def server_address(store: Store, machine: int, ip_config: Path) -> Address:
+    """Where a machine's server listens. Raises Failure for an invalid ip_config or a machine that does not exist."""
+    if not 0 <= machine < store.machines:
+        raise Failure(f"machine {machine}: {store.path} has machines 0 to {store.machines - 1}; name one of them")
+    return addresses(ip_config, store.machines)[machine]
 
 
 @contextmanager
@@ -138,8 +145,8 @@ def serve(path: Path, machine: int, ip_config: Path, replicas: int = 1) -> None:
     replicas: groups of trainers, with one trainer a part each. Raises Failure for a store that has several graphs, is
     damaged, or does not fit into /dev/shm.
     """
-    store = Store(path)
-    here = addresses(ip_config, store.machines)[machine]
+    store = open_store(path)
+    here = server_address(store, machine, ip_config)
     with _exclusive(here):
         _unlink(here)
         config = _dgl_config(store, machine, here)
@@ -250,7 +257,7 @@ def connect(path: Path, rank: int, ip_config: Path, group: int, timeout_s: float
     start of the trainers. Returns the number of trainers. Raises Failure if a server cannot be reached or serves
     another partition; ends the process after timeout_s.
     """
-    store = Store(path)
+    store = open_store(path)
     machine = machine_of(rank, store.parts, store.trainers)
     servers = addresses(ip_config, store.machines)
     here = servers[machine]
@@ -268,7 +275,7 @@ def connect(path: Path, rank: int, ip_config: Path, group: int, timeout_s: float
             raise Failure(f"{where}: no graph server within {timeout_s:g} s; is it running and reachable?") from error
         dgl_compat.skip_exit_barrier()
         graph = DistGraph(here.name)
-    set_source(store.path, ServerSource(graph, machine, servers, timeout_s))
+    store.source = ServerSource(graph, machine, servers, timeout_s)  # for whoever opens this path in this process
     return trainers
 
 
@@ -292,7 +299,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         if args.clear:
-            here = addresses(args.ip_config, Store(args.store).machines)[args.machine]
+            here = server_address(open_store(args.store), args.machine, args.ip_config)
             print(f"{clear(here)} files removed from {SHARED}")
         else:
             serve(args.store, args.machine, args.ip_config, args.replicas)

@@ -78,12 +78,15 @@ class DiskSource:
         return Part(src, dst, inner, nodes, graph.ndata[dgl.NID][inner:])
 
 
-_sources: dict[Path, Source] = {}
+def open_store(path: str | Path) -> Store:
+    """The store at a path: opened, hashed and parsed once per process, again only if its manifest has changed."""
+    manifest = Path(path, "manifest.yaml")
+    return _open(manifest.resolve().parent, manifest.stat().st_mtime_ns) if manifest.is_file() else Store(path)
 
 
-def set_source(path: Path, source: Source) -> None:
-    """Make every Store of this path in this process read its parts from ``source``."""
-    _sources[path.resolve()] = source
+@functools.lru_cache(8)
+def _open(path: Path, _modified_ns: int) -> Store:
+    return Store(path)
 
 
 class Store:
@@ -111,7 +114,7 @@ class Store:
         if version != (FORMAT, VERSION):
             actual = f"{version[0]} version {version[1]}"
             raise Failure(f"{manifest}: {actual}, this program reads {FORMAT} {VERSION}; partition again")
-        self.source: Source = _sources.get(self.path.resolve(), self.disk)
+        self.source: Source = self.disk
         for name in ("snapshots.csv", "parts.csv"):
             self.disk.verify(name)
         self.snapshots = pd.read_csv(self.path / "snapshots.csv", float_precision="round_trip")

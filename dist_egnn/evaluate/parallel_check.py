@@ -11,7 +11,7 @@ from dgl import DGLGraph
 from torch import Tensor
 
 from ..config import Config
-from ..data.store import Store
+from ..data.store import Store, open_store
 from ..distributed import spawn
 from ..distributed.comm import Comm, SingleProcess
 from ..train import trainer
@@ -52,7 +52,7 @@ def _run_step(comm: Comm, config: Config, store: Store, graph: DGLGraph) -> Step
 
 def save_rank_results(comm: Comm, config: Config, path: str, snapshot: int, folder: str) -> None:
     """Run a step on this rank's part and save its results as RANK.pt in the folder."""
-    store = Store(path)
+    store = open_store(path)
     graph = store.read(snapshot, comm.rank, config.partition.halo == "exchange")
     step = _run_step(comm, config, store, graph)
     result = {"gid": graph.ndata["gid"], "predicted": step.predicted}

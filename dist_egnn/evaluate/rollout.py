@@ -21,7 +21,7 @@ from ..config import Config
 from ..data import graphs, halo
 from ..data.dataset import sample_spec
 from ..data.samples import SampleSpec, feature_columns
-from ..data.store import Store
+from ..data.store import open_store
 from ..data.trajectories import Trajectories
 from ..distributed import spawn
 from ..distributed.comm import Comm
@@ -203,7 +203,7 @@ def prepare(
         trainer.resolve_device(config)
     except Failure as failure:  # no option of this command sets the device: name the file that does
         raise Failure(f"{run / run_dir.CONFIG}: {failure}") from failure
-    store = Store(config.data.path) if Path(config.data.path, "manifest.yaml").is_file() else None
+    store = open_store(config.data.path) if Path(config.data.path, "manifest.yaml").is_file() else None
     if data is None and not Path(config.data.path).is_file():
         source = f", which was made from a file {store.inputs['source']}" if store else ""
         raise Failure(

@@ -31,11 +31,11 @@ def copy_store(path: Path, hosts: list[Host]) -> None:
 
     Raises Failure without rsync, for a host that it does not reach, and for a store that is damaged here.
     """
-    from ..data.store import Store  # imports torch and DGL, which the launcher does not need otherwise
+    from ..data.store import open_store  # imports torch and DGL, which the launcher does not need otherwise
 
     if shutil.which("rsync") is None:
         raise Failure("--dispatch: rsync is not installed here; install it here and on the hosts, or copy the store")
-    store = Store(path)
+    store = open_store(path)
     if store.machines != len(hosts) or store.snapshots["shard"].nunique() != 1:
         raise Failure(
             f"{path}: not a store for {len(hosts)} machines; partition with --parts {len(hosts)} --shard-nodes 0"

@@ -16,7 +16,7 @@ import torch
 
 from ..config import Config
 from ..data import dataset
-from ..data.store import Store
+from ..data.store import open_store
 from ..distributed import spawn
 from ..distributed.call_counter import PHASES, Call
 from ..errors import Failure
@@ -158,7 +158,7 @@ def make_plan(config: Config, say: Say = lambda line: None) -> Plan:
         snapshots = [[source.snapshots[index] for index in batch] for batch in batches]
         inputs: list[trial.HaloInputs] = [{}] * parts
         if config.partition.halo == "exchange" and parts > 1:
-            inputs = trial.halo_inputs(Store(source.config.data.path), sorted(source.snapshots[k] for k in picked))
+            inputs = trial.halo_inputs(open_store(source.config.data.path), sorted(source.snapshots[k] for k in picked))
         # a run of one process stays in the command's process, with its threads
         method, threads = ("spawn", torch.get_num_threads()) if parts == 1 else ("forkserver", 1)
         trials: list[Trial] = []

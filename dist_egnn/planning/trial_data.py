@@ -18,7 +18,7 @@ import numpy as np
 from ..config import Config
 from ..data import dataset, samples
 from ..data.samples import Snapshot
-from ..data.store import Store
+from ..data.store import Store, open_store
 from ..data.store_inputs import check_settings
 from ..data.trajectories import Trajectories
 from ..errors import Failure
@@ -131,7 +131,7 @@ def partitioned_source(config: Config, parts: int, folder: Path, say: Say) -> So
     store_writer.write_store(subset, folder / "store", inputs, lambda done, _all: None)
     seconds = time.perf_counter() - started
     trial.data.path = str(folder / "store")
-    table = _table(Store(trial.data.path))
+    table = _table(open_store(trial.data.path))
     nodes_of_snapshots = table[:, :, 0].sum(1)
     largest_ones = np.isclose(nodes_of_snapshots, nodes_of_snapshots.max())
     sizes = _computed(table[largest_ones].mean(0), config)
@@ -146,7 +146,7 @@ def open_source(config: Config, parts: int, folder: Path, say: Say) -> Source:
     Raises Failure for data that `train` would refuse.
     """
     if dataset.is_store(config.data.path):
-        store = Store(config.data.path)
+        store = open_store(config.data.path)
         check_settings(store.inputs, str(store.path), config.data)
         table = _table(store)
         counts = {name: _computed(table[store.split(name)], config) for name in ("train", "valid")}

@@ -45,10 +45,10 @@ def check_training(config: Config, parts: int) -> None:
 
 def _sizes_in_store(config: Config) -> tuple[np.ndarray, float]:
     """Nodes and edges (P, 2) of each part of the largest training snapshot, and the most halo nodes of a part."""
-    from ..data.store import Store
+    from ..data.store import open_store
     from ..data.store_inputs import check_settings
 
-    store = Store(config.data.path)
+    store = open_store(config.data.path)
     check_settings(store.inputs, str(store.path), config.data)
     table = store.parts_table
     if config.partition.halo != "exchange":

@@ -15,7 +15,7 @@ import torch
 from .. import config as configs
 from ..config import Config
 from ..data import dataset
-from ..data.store import Store
+from ..data.store import Store, open_store
 from ..data.trajectories import SPLITS
 from ..distributed.comm import SingleProcess
 from ..errors import Failure
@@ -176,7 +176,7 @@ class Report:
         model = trainer.build_model(self.config, data.widths, SingleProcess())
         checkpoint.load_weights(model, checkpoint.load(path), path)
         model.eval()
-        store = Store(self.config.data.path) if dataset.is_store(self.config.data.path) else None
+        store = open_store(self.config.data.path) if dataset.is_store(self.config.data.path) else None
         graph = store.whole(number) if store and store.parts > 1 else data[number]
         with torch.no_grad():
             predicted, z = model(graph)

@@ -24,7 +24,7 @@ from tiny_runs import assert_same, settings
 
 from dist_egnn import config
 from dist_egnn.data import graph_server
-from dist_egnn.data.store import Part, Store
+from dist_egnn.data.store import Part, Store, open_store
 from dist_egnn.distributed import comm, spawn
 from dist_egnn.errors import Failure
 from dist_egnn.train import trainer as training
@@ -70,7 +70,7 @@ def trainer(path: str, rank: str, ip_config: str, group: str, port: str, run: st
     if not run:
         print("entered", flush=True)
         time.sleep(LIMIT_S)
-    store = Store(path)
+    store = open_store(path)
     assert type(store.source) is graph_server.ServerSource
     for machine in range(store.machines):
         assert equal(store.source.part("shard-00000", machine), store.disk.part("shard-00000", machine)), machine
@@ -232,6 +232,9 @@ def test_what_a_server_refuses(
     ):
         with pytest.raises(Failure, match=message):
             graph_server.serve(make_store(**options), 0, ip_config)
+    for machine in (-1, 1):
+        with pytest.raises(Failure, match=f"machine {machine}: .*{one.name} has machines 0 to 0"):
+            graph_server.serve(one, machine, ip_config)
     for line in ("0.0.0.0 4000", "localhost 4000", HOST, f"{HOST} 70000"):
         ip_config.write_text(line)
         with pytest.raises(Failure, match=r"ip\.txt: line 1 is not `ADDRESS PORT`"):
