@@ -18,17 +18,8 @@ from .utils.console import example
 # one thread per process unless the user sets another number: DGL's kernels slow down when threads outnumber cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-app = Typer(
-    help="Train equivariant graph networks on geometric graphs too large for one device.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
-METHODS = (
-    "metis; random; kmeans; spectral (on a sample of 2,000 nodes, the others follow the nearest); bisection "
-    "(recursive, by coordinates); morton (ranges of a Z-order curve)"
-)
+app = Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+METHODS = "metis, random, kmeans, spectral (of 2,000 nodes), bisection (by coordinates) or morton (Z-order curve)"
 HOST_LINE = "[user@]host [port=22] [trainers=2] [interface=eth0] [python=/path]"
 
 Overrides = Annotated[list[str] | None, Argument(help="config keys to set, as key=value", show_default=False)]
@@ -48,12 +39,12 @@ def command(words: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 
 @app.callback()
 def main_options(debug: Annotated[bool, Option("--debug", help="show the traceback of a failure")] = False) -> None:
-    """Options that stand before the subcommand."""
+    """Train equivariant graph networks on geometric graphs too large for one device."""
 
 
-def data_config(config: Path | None, radius: float | None, overrides: list[str] | None, *more: str) -> configs.Config:
+def data_config(config: Path | None, radius: float | None, overrides: list[str] | None) -> configs.Config:
     """The config of a command that needs a data section: --config, then --radius and the overrides. Raises Failure."""
-    words = [*more, *([] if radius is None else [f"data.radius={radius}"]), *(overrides or ())]
+    words = [*([] if radius is None else [f"data.radius={radius}"]), *(overrides or ())]
     if config is None and not any(word.startswith("data.radius=") for word in words):
         raise Failure("--radius is missing: set it (inf joins every pair of nodes), or name a config with --config")
     return configs.load(config, words)
@@ -71,45 +62,31 @@ def partition(
     config: DataConfig = None,
     radius: Radius = None,
     seed: Annotated[int, Option(help="seed of random, kmeans and spectral")] = 0,
-    shard_nodes: Annotated[
-        int | None, Option(help="nodes per DistDGL graph; 0: one graph, for `distegnn launch`", show_default="262,144")
-    ] = None,
+    shard_nodes: Annotated[int | None, Option(help="nodes per DistDGL graph (262,144); 0: one, for `launch`")] = None,
     compare: Annotated[bool, Option("--compare", help="only compare all methods on the first snapshot")] = False,
 ) -> None:
-    """Partition every snapshot and write a store.
+    """Partition every snapshot and write a store, which DistDGL reads too.
 
     The data section (radius, horizon, features …) comes from --config and from overrides such as data.horizon=10.
-    DistDGL reads the store too.
     """
     for word in overrides or ():
         if "=" in word and not word.startswith("data."):
             raise Failure(f"override '{word}': only data.* keys can be set here; the partition has options: --parts …")
-    settings = data_config(config, radius, overrides).data
+    settings = data_config(config, radius, overrides)
     try:
         shares = None if weights is None else [float(word) for word in weights.split(",")]
     except ValueError as error:
         raise Failure(f"--weights {weights}: write one number per process, comma-separated, as 2,1,1") from error
-    from .commands.partition import run_comparison, write_store
-    from .data.trajectories import Trajectories
-    from .partition import store_writer
+    settings.data.path, settings.partition = str(data), configs.Partition(parts, method, seed, shares)
+    from .commands.partition import run_comparison, store_inputs, write_store
 
-    file = Trajectories(data)
-    inputs = store_writer.build_inputs(
-        file,
-        parts=parts,
-        trainers=trainers,
-        weights=shares,
-        method=method,
-        method_seed=seed,
-        settings=settings,
-        shard_nodes=store_writer.SHARD_NODES if shard_nodes is None else shard_nodes,
-    )
+    file, inputs = store_inputs(settings, trainers, shard_nodes)
     if compare:
         run_comparison(data, file, inputs)
     elif out is None:
         raise Failure("--out is missing: name the folder of the store, for example --out store")
     else:
-        write_store(file, out, inputs)
+        write_store(file, inputs, out)
 
 
 @command("verify store --model recipes/fluid113k/config.yaml")
@@ -118,13 +95,7 @@ def verify(
     model: Annotated[Path | None, Option(help="config of a model to compare on P processes and on one")] = None,
     overrides: Overrides = None,
     snapshot: Annotated[int | None, Option(help="snapshot to compare on", show_default="the middle one")] = None,
-    halo: Annotated[
-        str | None,
-        Option(
-            help="bridge: compare with one process on the cut graph; exchange: on the full graph",
-            show_default="partition.halo",
-        ),
-    ] = None,
+    halo: Annotated[str | None, Option(help="partition.halo; bridge: compare on the cut graph, exchange: full")] = None,
 ) -> None:
     """Check that a store is whole and correct.
 
@@ -141,10 +112,7 @@ def verify(
 
 @command("doctor --json")
 def doctor(as_json: Json = False) -> None:
-    """Check the installation and this machine.
-
-    Checks versions, DGL, threads, memory, network and GPU. Exit code 1 if there is a problem.
-    """
+    """Check this machine and the installation: versions, DGL, threads, memory, network, GPU. Exit code 1: a problem."""
     from .commands.doctor import run_doctor
 
     if not run_doctor(as_json):
@@ -185,9 +153,8 @@ def training_config(name: str, config: str | None, overrides: list[str] | None, 
 def train(config: TrainConfig = None, overrides: Overrides = None, resume: Resume = None) -> None:
     """Train a model, or resume a run.
 
-    Training runs one process per part of the graph. Continue a run that was killed or stopped with
-    `distegnn train --resume RUN`; add train.epochs=N for more epochs. SIGTERM and Ctrl-C write a checkpoint
-    before the exit, with code 75.
+    Training runs one process per part of the graph. SIGTERM and Ctrl-C write a checkpoint before the exit, with code
+    75. `distegnn train --resume RUN` continues a run that was killed or stopped; add train.epochs=N for more epochs.
     """
     from .commands.train import run_training
 
@@ -210,23 +177,17 @@ def launch(
     """Train a model on several machines.
 
     DistDGL servers hold the store, trainers run on every host; after a failure they restart from the last checkpoint.
-    Make the store with --parts MACHINES --trainers N --shard-nodes 0. It has the same path on every host; the folder
-    of the run is on the first host. Without --hosts and --local, the hosts are those of the Slurm job. See
-    docs/distributed.md.
+    Make the store with --parts MACHINES --trainers N --shard-nodes 0. It has the same path on every host; run.dir is on
+    the first. Without --hosts and --local, the hosts are those of the Slurm job. See docs/distributed.md.
     """
     from .launch import hostfile
     from .launch import main as launch_main
 
     if local and hosts:
         raise Failure(f"--local and --hosts {hosts}: use one of them")
+    settings, targets = training_config("launch", config, overrides, resume), hostfile.select_hosts(hosts, local, ssh)
     launch_main.run(
-        training_config("launch", config, overrides, resume),
-        hostfile.select_hosts(hosts, local, ssh),
-        resume=resume is not None,
-        port=port,
-        max_restarts=max_restarts,
-        dry_run=dry_run,
-        dispatch=dispatch,
+        settings, targets, resume=bool(resume), port=port, max_restarts=max_restarts, dry_run=dry_run, dispatch=dispatch
     )
 
 
@@ -262,18 +223,8 @@ def rollout(
     """
     from .evaluate.rollout import run_rollout
 
-    run_rollout(
-        run,
-        trajectory=trajectory,
-        steps=steps,
-        out=out,
-        start=start,
-        data=data,
-        parts=parts,
-        repartition=repartition,
-        bounds=bounds,
-        fixed=fixed,
-    )
+    options = {"parts": parts, "repartition": repartition, "bounds": bounds, "fixed": fixed}
+    run_rollout(run, data=data, trajectory=trajectory, start=start, steps=steps, out=out, **options)
 
 
 @command("report runs/fluid --rollout runs/fluid/rollout.vtkhdf")
@@ -294,9 +245,7 @@ def report(
 @command("render runs/fluid/rollout.vtkhdf --out runs/fluid/rollout.gif --fps 4")
 def render(
     rollout: Annotated[Path, Argument(help="file that `distegnn rollout` wrote")],
-    out: Annotated[
-        Path | None, Option(help=".mp4 (needs ffmpeg), .gif, or folder of PNG", show_default="ROLLOUT with .mp4")
-    ] = None,
+    out: Annotated[Path | None, Option(help=".mp4 (needs ffmpeg), .gif, or folder of PNG; else ROLLOUT.mp4")] = None,
     fps: Annotated[float, Option(help="frames per second")] = 5.0,
     every: Annotated[int, Option(help="draw every n-th frame")] = 1,
     colour: Annotated[str, Option(help="colour of the nodes: speed, error (with ground truth) or part")] = "speed",
@@ -328,7 +277,9 @@ def import_checkpoint(
         raise Failure("--out is missing: name the folder of the run to make, for example --out runs/published")
     from .commands.import_weights import run_import
 
-    run_import(file, data_config(config, radius, overrides, f"run.dir={out}"))
+    settings = data_config(config, radius, overrides)
+    settings.run.dir = str(out)
+    run_import(file, settings)
 
 
 @command("sweep recipes/nbody/sweep.yaml --jobs 2 --minutes 60")
@@ -384,27 +335,24 @@ def console(commands: Callable[..., Any] = app) -> None:
 
 def main(commands: Callable[..., Any] = app) -> None:
     """Exit codes: 0 done, 2 an error that the user can fix, 75 stopped with a checkpoint, 130 interrupted, 1 others."""
-    debug = "--debug" in sys.argv
     if len(sys.argv) == 1:  # not an error
         sys.argv.append("--help")
     try:
         if commands(standalone_mode=False) == 130:  # what typer returns after Ctrl-C
             raise KeyboardInterrupt
-    except Failure as failure:
-        if debug:
-            raise
-        print(f"error: {failure}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        if debug:
+        if "--debug" in sys.argv:
             raise
-        format_message = getattr(error, "format_message", None)  # of a usage error
         text = f"{type(error).__name__}: {error} (distegnn --debug COMMAND shows the traceback)"
-        print(f"error: {format_message() if format_message else text}", file=sys.stderr)
-        sys.exit(getattr(error, "exit_code", 1))
+        if isinstance(error, Failure):
+            text = str(error)
+        elif hasattr(error, "format_message"):  # a usage error
+            text = error.format_message()
+        print(f"error: {text}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, Failure) else getattr(error, "exit_code", 1))
 
 
 if __name__ == "__main__":

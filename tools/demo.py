@@ -114,7 +114,7 @@ def main() -> None:
     file = Trajectories(RECIPE / "sample.h5")
     data = settings(out, "EGNN", 1).data
     inputs = store_writer.build_inputs(file, parts=2, method="metis", settings=data)
-    write_store(file, out / "store", inputs)
+    write_store(file, inputs, out / "store")
     store = Store(out / "store")
 
     print("\n2. Verify the store, and that two processes compute the same as one")

@@ -30,10 +30,8 @@ def run_evaluation(run: Path, split: str = "test") -> dict[str, float]:
     processes, timeout_s = dataset.process_count(config), config.train.timeout_s
     errors = spawn.run_ranks(trainer.evaluate, processes, config, run / "best.pt", split, timeout_s=timeout_s)[0]
     table = pd.DataFrame([{"split": split, "prediction": k, "mse": v} for k, v in errors.items()])
-    path = run / "evaluate.csv"
-    if path.is_file():
-        old = pd.read_csv(path)
-        table = pd.concat([old[old["split"] != split], table])
+    if (path := run / "evaluate.csv").is_file():
+        table = pd.concat([pd.read_csv(path).query("split != @split"), table])
     try:
         table.to_csv(path, index=False)
     except OSError as error:  # a read-only run can be evaluated all the same

@@ -17,54 +17,41 @@ if TYPE_CHECKING:
     from ..partition.snapshot import Inputs
 
 
+HEADER = ["method", "edges cut", "largest/mean", "halo/nodes"]
+
+
 def run_comparison(path: Path, file: Trajectories, inputs: Inputs) -> None:
-    """Cut the first snapshot with every method and print one row per method."""
-    print_table(
-        f"first snapshot of {path}, {inputs.processes} parts",
-        ["method", "edges cut", "largest/mean", "halo/nodes", "seconds"],
-        [
-            [name, f"{quality.edge_cut:.1%}", f"{quality.balance:.3f}", f"{quality.halo_share:.1%}", f"{seconds:.2f}"]
-            for name, quality, seconds in store_writer.compare_methods(file, inputs)
-        ],
-    )
+    """Partition the first snapshot by every method and print one row per method."""
+    rows = [
+        [method, f"{q.edge_cut:.1%}", f"{q.balance:.3f}", f"{q.halo_share:.1%}", f"{seconds:.2f}"]
+        for method, q, seconds in store_writer.compare_methods(file, inputs)
+    ]
+    print_table(f"first snapshot of {path}, {inputs.processes} parts", [*HEADER, "seconds"], rows)
 
 
-def write_store(file: Trajectories, out: Path, inputs: Inputs) -> None:
+def write_store(file: Trajectories, inputs: Inputs, out: Path) -> None:
     """Write a store with a progress display and print what it holds. A complete store is left as it is."""
     started = time.perf_counter()
     with progress_bar("partitioning", len(store_writer.list_snapshots(file, inputs))) as tick:
         fresh = store_writer.write_store(file, out, inputs, lambda done, _all: tick(completed=done))
-    store = open_store(out)
     if not fresh:
         print(f"{out}: complete already, nothing to do")
-    summary = store.summary()
-    print_table(
-        f"{out}: {len(store.snapshots)} snapshots in {store.parts} parts, {time.perf_counter() - started:.1f} s",
-        ["method", "edges cut", "largest/mean", "halo/nodes"],
-        [[store.inputs["method"], f"{summary['edge_cut']:.1%}", f"{summary['balance']:.3f}", f"{summary['halo']:.1%}"]],
-    )
+    store = open_store(out)
+    q = store.summary()
+    title = f"{out}: {len(store.snapshots)} snapshots in {store.parts} parts, {time.perf_counter() - started:.1f} s"
+    row = [store.inputs["method"], f"{q['edge_cut']:.1%}", f"{q['balance']:.3f}", f"{q['halo']:.1%}"]
+    print_table(title, HEADER, [row])
 
 
-def store_inputs(config: Config) -> tuple[Trajectories, Inputs]:
-    """The trajectories file of a config, and the inputs of its store. Raises Failure if it cannot be partitioned."""
-    file = Trajectories(config.data.path)
-    inputs = store_writer.build_inputs(
-        file,
-        parts=config.partition.parts,
-        weights=config.partition.weights,
-        method=config.partition.method,
-        method_seed=config.partition.seed,
-        settings=config.data,
-    )
-    store_writer.check_inputs(file, inputs)
-    return file, inputs
+def store_inputs(config: Config, trainers: int = 1, shard_nodes: int | None = None) -> tuple[Trajectories, Inputs]:
+    """The trajectories file of a config, and the inputs of its store."""
+    file, p = Trajectories(config.data.path), config.partition
+    size = store_writer.SHARD_NODES if shard_nodes is None else shard_nodes
+    options = {"parts": p.parts, "weights": p.weights, "method": p.method, "method_seed": p.seed}
+    return file, store_writer.build_inputs(file, trainers=trainers, shard_nodes=size, settings=config.data, **options)
 
 
-def run_partition(config: Config, out: Path, checked: tuple[Trajectories, Inputs] | None = None) -> None:
-    """Write the store of a config's trajectories file, or complete it, and set data.path to it.
-
-    checked: what `store_inputs` returned, if it was called already.
-    """
-    file, inputs = checked or store_inputs(config)
-    write_store(file, out, inputs)
+def run_partition(config: Config, out: Path, opened: tuple[Trajectories, Inputs] | None = None) -> None:
+    """Write or complete the store of a config's file, and set data.path to it. opened: a result of `store_inputs`."""
+    write_store(*(opened or store_inputs(config)), out)
     config.data.path = str(out.absolute())

@@ -15,35 +15,37 @@ from ..utils.console import print_line, print_table
 
 
 def run_plan(config: Config, as_json: bool = False, measure: bool = False) -> None:
-    """Run a trial of every rank and print what the run will take. measure: also speeds, and weights made from them."""
+    """Run a trial of every rank and print what the run will take. measure: also speeds, and weights that balance them."""
     if measure and dataset.part_count(config) == 1:
         raise Failure("--measure: weights are for several processes; name them, for example partition.parts=2")
     plan = planning.make_plan(config, lambda line: print(line, file=sys.stderr, flush=True))
-    _print_ranks(plan)
-    _print_summary(plan)
-    if measure:
-        _print_weights(plan)
-    if as_json:
-        print(json.dumps(plan.to_dict()))
-
-
-def _print_ranks(plan: Plan) -> None:
+    snapshots = ", ".join(f"{n} {split}" for split, n in plan.snapshots.items())
+    title = f"{plan.data}: {snapshots} snapshots, {plan.parts} process{'es' * (plan.parts > 1)} on {plan.cores:g} cores"
     rows = []
     for r in plan.ranks:
         counts = [f"{count:,.0f}" for count in (r.nodes, r.edges, r.cut, r.halo)]
         rows.append([r.rank, *counts, f"{r.sent_bytes / 1e6:.3f}", f"{r.peak_gb:.2f}", f"{r.alone_s:.3f}"])
-    snapshots = ", ".join(f"{n} {split}" for split, n in plan.snapshots.items())
-    processes = f"{plan.parts} process{'es' * (plan.parts > 1)}"
     cut = "cross" if plan.halo == "exchange" else "cut"
-    header = ["rank", "nodes", "edges", cut, "halo", "sent [MB]", "memory [GB]", "alone [s]"]
-    print_table(f"{plan.data}: {snapshots} snapshots, {processes} on {plan.cores:g} cores", header, rows)
+    print_table(title, ["rank", "nodes", "edges", cut, "halo", "sent [MB]", "memory [GB]", "alone [s]"], rows)
+    _print_summary(plan)
+    if measure:
+        title = "speed of each process's device, in edges + 4 nodes a second of processor time"
+        print_table(title, ["rank", "speed"], [[rank.rank, f"{rank.speed:,.0f}"] for rank in plan.ranks])
+        if plan.weights is None:
+            print_line("all alike: no weights are needed (partition.weights=null)")
+        else:
+            busy = " (of a busy machine: measure again when it is quiet)" if plan.busy < 0.9 else ""
+            print_line(f"all are done at once with partition.weights={part_weights.to_text(plan.weights)}{busy}")
+    if as_json:
+        print(json.dumps(plan.to_dict()))
 
 
 def _print_summary(plan: Plan) -> None:
     print_line(f"memory: {plan.memory_gb:.2f} GB in all, {plan.free_gb:.1f} GB are free")
+    sums = "a step's sums and exchanges" if plan.halo == "exchange" else "a step's sums"
     print_line(
-        f"a step's sums{' and exchanges' * (plan.halo == 'exchange')}: {plan.calls} calls, up to "
-        f"{plan.payload_bytes:,.0f} bytes from a process, {plan.wire_bytes:,.0f} on the wire, {plan.exchange_s:.4f} s"
+        f"{sums}: {plan.calls} calls, up to {plan.payload_bytes:,.0f} bytes from a process, "
+        f"{plan.wire_bytes:,.0f} on the wire, {plan.exchange_s:.4f} s"
     )
     if plan.partition_s:
         print_line(f"partition: {plan.partition_s:.1f} s, once")
@@ -54,26 +56,8 @@ def _print_summary(plan: Plan) -> None:
         f"{plan.first_epoch_s:.2f} s; {plan.epochs} epochs: {total:.0f} s{hours}"
     )
     if plan.busy < 0.9:
-        print_line(
-            f"the machine is busy: the trial had {plan.busy:.0%} of a core; with nothing else to do a step takes "
-            f"{plan.idle_step_s:.3f} s, an epoch {plan.idle_epoch_s:.2f} s"
-        )
+        idle = f"with nothing else to do a step takes {plan.idle_step_s:.3f} s, an epoch {plan.idle_epoch_s:.2f} s"
+        print_line(f"the machine is busy: the trial had {plan.busy:.0%} of a core; {idle}")
     if plan.memory_gb > plan.free_gb:
-        print_line(
-            f"the {plan.parts} processes together need more memory than is free: "
-            "lower model.hidden, model.layers or train.batch_size"
-        )
-
-
-def _print_weights(plan: Plan) -> None:
-    """Print the speeds of the ranks and, unless they are alike, the weights that balance them, ready to paste."""
-    print_table(
-        "speed of each process's device, in edges + 4 nodes a second of processor time",
-        ["rank", "speed"],
-        [[rank.rank, f"{rank.speed:,.0f}"] for rank in plan.ranks],
-    )
-    if plan.weights is None:
-        print_line("all alike: no weights are needed (partition.weights=null)")
-    else:
-        busy = " (of a busy machine: measure again when it is quiet)" if plan.busy < 0.9 else ""
-        print_line(f"all are done at once with partition.weights={part_weights.to_text(plan.weights)}{busy}")
+        remedy = "lower model.hidden, model.layers or train.batch_size"
+        print_line(f"the {plan.parts} processes together need more memory than is free: {remedy}")

@@ -22,7 +22,6 @@ from .partition import run_partition
 from .train import run_training
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # as cli.py does
-
 MODELS = ("Linear", "EGNN", "FastEGNN")
 OPTIONS = {"run.dir": "--out", "model.name": "--models", "partition.parts": "--parts"}  # keys that options set
 
@@ -44,7 +43,7 @@ def parse(recipe: Path, scales: Mapping[str, Sequence[str]], arguments: Sequence
     option("--out", type=Path, help=f"folder of all results (default runs/{recipe.name}-SCALE)")
     option("--models", nargs="+", default=MODELS, metavar="MODEL", help=f"default {' '.join(MODELS)}")
     option("--parts", type=int, default=1, help="processes that share each graph, cut by METIS (default 1)")
-    option("--epochs", type=int, help="number of epochs (default: set by the scale, see below)")
+    option("--epochs", type=int, help="number of epochs (default: of the scale, see below)")
     option("--debug", action="store_true", help="print a traceback after an error")
     options = parser.parse_intermixed_args(arguments)
     options.overrides += [word for word in options.models if "=" in word]  # overrides that follow --models
@@ -58,29 +57,6 @@ def parse(recipe: Path, scales: Mapping[str, Sequence[str]], arguments: Sequence
     return options
 
 
-def prepare_data(recipe: Path, scale: str, path: Path) -> None:
-    """Run the recipe's prepare.py unless its file exists."""
-    if path.exists():
-        return
-    done = subprocess.run([sys.executable, str(recipe / "prepare.py"), "--scale", scale, "--out", str(path)])
-    if done.returncode < 0:
-        raise Failure(f"{recipe / 'prepare.py'}: killed by signal {-done.returncode}; was memory short?")
-    if done.returncode:
-        raise SystemExit(done.returncode)  # prepare.py has printed the error
-
-
-def is_finished(config: Config) -> bool:
-    """Whether the run of a config is finished. Raises Failure if its folder holds a run of another config."""
-    folder = Path(config.run.dir)
-    if not run_dir.can_resume(folder):
-        return False
-    for key, old, new in configs.differences(configs.load(folder / "config.yaml"), config):
-        raise Failure(
-            f"{folder / 'config.yaml'}: {key} is {old} there and {new} now; delete that folder, or choose another --out"
-        )
-    return resume.finished(folder, config.train)
-
-
 def run_recipe(recipe: Path, scales: Mapping[str, Sequence[str]], arguments: Sequence[str] | None = None) -> None:
     """Prepare, partition, train and evaluate what is missing; print a table and write it to OUT/results.csv.
 
@@ -91,11 +67,14 @@ def run_recipe(recipe: Path, scales: Mapping[str, Sequence[str]], arguments: Seq
         network.model_class(name)
     data = options.out / f"{recipe.name}-{options.scale}.h5"
     words = [f"data.path={data}", f"partition.parts={options.parts}", *scales[options.scale]]
-    words += [f"train.epochs={options.epochs}"] if options.epochs is not None else []
-    words += options.overrides
+    words += [*([] if options.epochs is None else [f"train.epochs={options.epochs}"]), *options.overrides]
     base = configs.load(recipe / "config.yaml", words)
-    if Path(base.data.path) == data:
-        prepare_data(recipe, options.scale, data)
+    if Path(base.data.path) == data and not data.exists():
+        done = subprocess.run([sys.executable, recipe / "prepare.py", "--scale", options.scale, "--out", data])
+        if done.returncode < 0:
+            raise Failure(f"{recipe / 'prepare.py'}: killed by signal {-done.returncode}; was memory short?")
+        if done.returncode:
+            raise SystemExit(done.returncode)  # prepare.py has printed the error
     base.data.path = str(Path(base.data.path).absolute())
     if options.parts > 1 and not dataset.is_store(base.data.path):
         run_partition(base, options.out / f"store-{options.parts}")
@@ -104,10 +83,7 @@ def run_recipe(recipe: Path, scales: Mapping[str, Sequence[str]], arguments: Seq
         folder = options.out / name
         config = configs.load(recipe / "config.yaml", [*words, f"model.name={name}", f"run.dir={folder.as_posix()}"])
         config.data.path = base.data.path
-        if is_finished(config):
-            print(f"{folder}: trained already")
-        else:
-            run_training(config, resume=run_dir.can_resume(folder))
+        _train(config, folder)
         errors |= run_evaluation(folder)
     table = pd.DataFrame({"prediction": errors.keys(), "test MSE": errors.values()})
     for baseline in ("linear", "static"):
@@ -116,3 +92,15 @@ def run_recipe(recipe: Path, scales: Mapping[str, Sequence[str]], arguments: Seq
     print(f"{options.out / 'results.csv'}: linear is x + t·v, t fitted on the training split; static is x")
     formats = {"test MSE": "{:.4e}".format, "of linear": "{:.3f}".format, "of static": "{:.3f}".format}
     print(table.to_string(index=False, formatters=formats))
+
+
+def _train(config: Config, folder: Path) -> None:
+    """Train or resume a run, unless it is finished. Raises Failure if the folder holds a run of another config."""
+    if resumable := run_dir.can_resume(folder):
+        for key, old, new in configs.differences(configs.load(folder / run_dir.CONFIG), config):
+            remedy = "delete that folder or choose another --out"
+            raise Failure(f"{folder / run_dir.CONFIG}: {key} is {old} there and {new} now; {remedy}")
+        if resume.finished(folder, config.train):
+            print(f"{folder}: trained already")
+            return
+    run_training(config, resumable)

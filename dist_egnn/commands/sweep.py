@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import re
 import sys
-import threading
 import time
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
@@ -23,6 +22,7 @@ import torch
 
 from .. import config as configs
 from ..data import dataset
+from ..distributed.spawn import exit_with_parent
 from ..train import checkpoint, run_dir
 from ..utils.console import print_table
 from ..utils.filesystem import lock_folder, write_atomically
@@ -38,17 +38,9 @@ NUMBERS = ("valid_mse", "epochs", "epoch_s", "seconds", "parameters", "processes
 BUSY = "another sweep is at work there; wait for it or choose another out"
 
 
-def _exit_with_parent() -> None:
-    """End this process when the sweep ends: a killed sweep must leave no run behind that the next sweep would meet."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _run_process(run: Run) -> None:
+def _run_process(run: Run, sweep_pid: int) -> None:
     """The process of a run: train, evaluate, and write result.json. Its output goes to log.txt."""
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    exit_with_parent(sweep_pid)  # a killed sweep must leave no run behind that the next sweep would meet
     folder = run.folder
     with (folder / "log.txt").open("a") as log:
         os.dup2(log.fileno(), 1)
@@ -57,25 +49,19 @@ def _run_process(run: Run) -> None:
     if run.store:
         run_partition(run.config, run.store)
     run_training(run.config, run_dir.can_resume(folder))
-    test_mse = run_evaluation(folder)[run.config.model.name]
-    epochs = pd.read_csv(folder / "metrics.csv")
-    result = {
-        "test_mse": test_mse,
-        "valid_mse": float(epochs["valid_mse"].min()),
-        "epochs": len(epochs),
-        "epoch_s": float(epochs["epoch_s"].mean()),
-        "seconds": float(epochs["epoch_s"].sum()),
-        "parameters": sum(t.numel() for t in checkpoint.load(folder / "best.pt")["model"].values()),
-        "processes": dataset.process_count(run.config),
-        "peak_gb": float(epochs["peak_gb"].max()),
-    }
+    errors, epochs = run_evaluation(folder), pd.read_csv(folder / "metrics.csv")
+    parameters = sum(t.numel() for t in checkpoint.load(folder / "best.pt")["model"].values())
+    result = {"test_mse": errors[run.config.model.name], "valid_mse": float(epochs["valid_mse"].min())}
+    result |= {"epochs": len(epochs), "epoch_s": float(epochs["epoch_s"].mean())}
+    result |= {"seconds": float(epochs["epoch_s"].sum()), "parameters": parameters}
+    result |= {"processes": dataset.process_count(run.config), "peak_gb": float(epochs["peak_gb"].max())}
     write_atomically(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
 
 
 def execute(sweep: Sweep, jobs: int = 1, minutes: float = math.inf) -> dict[str, str]:
     """Do the missing runs, ``jobs`` at a time; start none after ``minutes``. Returns why runs failed, by name."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    deadline, failed = time.monotonic() + 60 * minutes, {}
+    deadline, failed, context = time.monotonic() + 60 * minutes, {}, multiprocessing.get_context("spawn")
     live: dict[Any, tuple[Run, SpawnProcess]] = {}
     finished = len(sweep.runs) - sweep.missing()
     with lock_folder(sweep.out, BUSY), progress_bar("runs", len(sweep.runs), initial=finished) as tick:
@@ -83,13 +69,15 @@ def execute(sweep: Sweep, jobs: int = 1, minutes: float = math.inf) -> dict[str,
         try:
             while live or (queue and time.monotonic() < deadline):
                 # one run writes a store; the others that need it wait until it is complete
-                unfinished = {
-                    r.store for r, _ in live.values() if r.store and not (r.store / "manifest.yaml").is_file()
-                }
+                stores = {run.store for run, _ in live.values() if run.store}
+                unfinished = {store for store in stores if not (store / "manifest.yaml").is_file()}
                 ready = next((k for k, r in enumerate(queue) if r.store not in unfinished), None)
                 if ready is not None and len(live) < jobs and time.monotonic() < deadline:
                     run = queue.pop(ready)
-                    process = _start(run)
+                    run.folder.mkdir(parents=True, exist_ok=True)
+                    write_atomically(run.folder / "wanted.yaml", configs.to_yaml(run.config).encode())
+                    process = context.Process(target=_run_process, args=(run, os.getpid()))
+                    process.start()
                     live[process.sentinel] = run, process
                     continue
                 for sentinel in wait(list(live), timeout=0.5):
@@ -103,14 +91,6 @@ def execute(sweep: Sweep, jobs: int = 1, minutes: float = math.inf) -> dict[str,
                 process.terminate()
                 process.join()
     return failed
-
-
-def _start(run: Run) -> SpawnProcess:
-    run.folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(run.folder / "wanted.yaml", configs.to_yaml(run.config).encode())
-    process = multiprocessing.get_context("spawn").Process(target=_run_process, args=(run,))
-    process.start()
-    return process
 
 
 def _last_line(log: Path, code: int) -> str:
@@ -138,10 +118,7 @@ def write_table(sweep: Sweep) -> pd.DataFrame:
     if not rows:
         return table
     if sweep.baseline:
-        is_baseline = [all(row[k] == v for k, v in sweep.baseline.items()) for row in rows]
-        table.insert(
-            table.columns.get_loc("test_mse_std") + 1, "of_baseline", _ratios(table, is_baseline, sweep.varying)
-        )
+        table.insert(table.columns.get_loc("test_mse_std") + 1, "of_baseline", _ratios(sweep, table))
     write_atomically(sweep.out / "results.csv", table.to_csv(index=False).encode())
     write_atomically(sweep.out / "runs.csv", pd.DataFrame(single).to_csv(index=False).encode())
     if sweep.x:
@@ -149,13 +126,12 @@ def write_table(sweep: Sweep) -> pd.DataFrame:
     return table
 
 
-def _ratios(table: pd.DataFrame, is_baseline: list[bool], varying: list[str]) -> pd.Series:
+def _ratios(sweep: Sweep, table: pd.DataFrame) -> pd.Series:
     """Each row's test error, relative to the baseline with the same values of the keys in which baselines differ."""
-    baselines = table[is_baseline]
-    by = [k for k in varying if baselines[k].nunique() > 1]
-    if not by:
-        return table["test_mse"] / next(iter(baselines["test_mse"]), math.nan)
-    return table["test_mse"] / table[by].merge(baselines[[*by, "test_mse"]], on=by, how="left")["test_mse"]
+    baselines = table[(table[[*sweep.baseline]] == pd.Series(sweep.baseline)).all(axis=1)]
+    if by := [k for k in sweep.varying if baselines[k].nunique() > 1]:
+        return table["test_mse"] / table[by].merge(baselines[[*by, "test_mse"]], on=by, how="left")["test_mse"]
+    return table["test_mse"] / next(iter(baselines["test_mse"]), math.nan)
 
 
 def _plot(sweep: Sweep, table: pd.DataFrame) -> None:
@@ -180,13 +156,8 @@ def print_results(sweep: Sweep, table: pd.DataFrame, failed: dict[str, str]) -> 
             cells = [*(row[k] for k in sweep.varying), row["seeds"], f"{row['test_mse']:.4e}{spread}"]
             if sweep.baseline:
                 cells.append("" if math.isnan(row["of_baseline"]) else f"{row['of_baseline']:.3f}")
-            cells += [
-                f"{row['epochs']:g}",
-                f"{row['epoch_s']:.2f}",
-                f"{row['seconds']:.1f}",
-                f"{row['parameters']:,.0f}",
-            ]
-            lines.append([*cells, f"{row['processes']:g}", f"{row['peak_gb']:.2f}"])
+            cost = f"{row['epochs']:g}", f"{row['epoch_s']:.2f}", f"{row['seconds']:.1f}", f"{row['parameters']:,.0f}"
+            lines.append([*cells, *cost, f"{row['processes']:g}", f"{row['peak_gb']:.2f}"])
         header += ["epochs", "s/epoch", "s", "parameters", "processes", "GB/process"]
         title = f"{sweep.out}: test MSE of the best epoch, mean ± deviation over seeds"
         print_table(title, header, lines, len(sweep.varying))
@@ -199,9 +170,8 @@ def print_results(sweep: Sweep, table: pd.DataFrame, failed: dict[str, str]) -> 
 def run_sweep(file: Path, jobs: int, minutes: float, table_only: bool) -> bool:
     """Do the missing runs of a sweep file, then write and print its results. Returns whether no run failed."""
     sweep = sweep_config.load(file)
-    failed: dict[str, str] = {}
     if not table_only:
         sweep_config.check_data(sweep)
-        failed = execute(sweep, jobs, minutes)
+    failed = {} if table_only else execute(sweep, jobs, minutes)
     print_results(sweep, write_table(sweep), failed)
     return not failed

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,6 @@ class Run:
         return to_text(self.given[key]) if key in self.given else ""
 
     def result(self) -> dict[str, float] | None:
-        """The result of a finished run."""
         file = self.folder / "result.json"
         return json.loads(file.read_text()) if file.is_file() else None
 
@@ -86,27 +85,22 @@ def short(key: str) -> str:
     return leaf if sum(k.endswith(f".{leaf}") for k in KEYS) == 1 else key
 
 
-def _check_keys(given: Any, known: Collection[str], where: str) -> Settings:
-    """Return the mapping. Raises Failure for a key that is not known, with the known key that is closest to it."""
+def _check(given: Any, known: Collection[str], where: str, required: Collection[str] = ()) -> Settings:
+    """Return the mapping. Raises Failure for unknown and missing keys, and for values of other types than ``known`` has."""
     if not isinstance(given, dict):
         raise Failure(f"{where}: must be a mapping of keys to values")
-    for key in given:
-        if key in known:
-            continue
-        if key in RESERVED:
+    for key, value in given.items():
+        if key in RESERVED and key not in known:
             raise Failure(f"{where}: {key} is set by the sweep; use the file's key '{RESERVED[key]}'")
-        closest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
-        hint = f"did you mean {closest[0]}?" if closest else f"known: {', '.join(sorted(known))}"
-        if key in configs.SECTIONS:
-            hint = "this is a config; a sweep file names one under its key 'config'"
-        raise Failure(f"{where}: unknown key '{key}'; {hint}")
-    return given
-
-
-def _check_types(given: Any, types: Mapping[str, type], where: str, required: Collection[str] = ()) -> Settings:
-    for key, value in _check_keys(given, types, where).items():
-        if not isinstance(value, types[key]) or value == []:
-            raise Failure(f"{where}: {key} must be {TYPES[types[key]]}, not {value!r}")
+        if key not in known:
+            closest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
+            hint = f"did you mean {closest[0]}?" if closest else f"known: {', '.join(sorted(known))}"
+            if key in configs.SECTIONS:
+                hint = "this is a config; a sweep file names one under its key 'config'"
+            raise Failure(f"{where}: unknown key '{key}'; {hint}")
+        kind = known[key] if isinstance(known, dict) else object
+        if not isinstance(value, kind) or (kind is list and not value):
+            raise Failure(f"{where}: {key} must be {TYPES[kind]}, not {value!r}")
     for key in required:
         if key not in given:
             raise Failure(f"{where}: key '{key}' is missing")
@@ -121,13 +115,14 @@ def load(path: Path) -> Sweep:
         given = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:  # of the YAML reader
         raise Failure(f"{path}: not readable as YAML ({str(error).splitlines()[0]})") from error
-    given = _check_types(given, FILE, str(path), ("config", "out", "grids"))
+    given = _check(given, FILE, str(path), ("config", "out", "grids"))
+    fixed = _check(given.get("set", {}), SETTABLE, f"{path}: set")
     seeds, out = given.get("seeds", [0]), Path(given["out"])
     if not all(type(s) is int and s >= 0 for s in seeds) or len(set(seeds)) < len(seeds):
         raise Failure(f"{path}: seeds={seeds}: must be different whole numbers from 0")
     unique: dict[str, Run] = {}  # by config: two grids may share a run
     for number, grid in enumerate(given["grids"]):
-        for run in _runs_of_grid(path, given, grid, f"{path}: grids[{number}]"):
+        for run in _runs_of_grid(given["config"], out, fixed, grid, f"{path}: grids[{number}]"):
             unique.setdefault(configs.to_yaml(run.config), run).given.update(run.given)
     runs = list(unique.values())
     names = [run.setting for run in runs]
@@ -135,67 +130,54 @@ def load(path: Path) -> Sweep:
         raise Failure(f"{path}: {name[:60]}…: names of runs must differ and stay below 200 letters; use shorter values")
     keys = dict.fromkeys(k for run in runs for k in run.given)
     varying = [k for k in keys if len({run.cell(k) for run in runs}) > 1]
-    baseline = _check_keys(given.get("baseline", {}), varying, f"{path}: baseline, keys that vary")
+    baseline = _check(given.get("baseline", {}), varying, f"{path}: baseline, keys that vary")
     baseline = {k: to_text(v) for k, v in baseline.items()}
     if not any(all(run.cell(k) == v for k, v in baseline.items()) for run in runs):
         raise Failure(f"{path}: baseline: no run has {', '.join(f'{k}={v}' for k, v in baseline.items())}")
-    plot = _check_types(given.get("plot", {}), {"x": str, "lines": list}, f"{path}: plot", ["x"] * ("plot" in given))
+    plot = _check(given.get("plot", {}), {"x": str, "lines": list}, f"{path}: plot", ["x"] * ("plot" in given))
     x, lines = plot.get("x", ""), plot.get("lines", [k for k in varying if k != plot.get("x")])
-    _check_keys(dict.fromkeys([x, *lines] if x else []), varying, f"{path}: plot, keys that vary")
+    _check(dict.fromkeys([x, *lines] if x else []), varying, f"{path}: plot, keys that vary")
     if x and len({tuple(run.cell(k) for k in (x, *lines)) for run in runs}) < len(runs):
         raise Failure(f"{path}: plot: runs differ in more than x and lines; name all of {', '.join(varying)}")
-    sweep = Sweep(out, [_with_seed(run, seed, out) for seed in seeds for run in runs], varying, baseline, x, lines)
-    for run in sweep.runs:
-        _check_folder(run)
-    return sweep
+    return Sweep(out, [_with_seed(run, seed, out) for seed in seeds for run in runs], varying, baseline, x, lines)
 
 
-def _runs_of_grid(path: Path, given: Settings, grid: Any, where: str) -> Iterator[Run]:
-    """The settings of a grid, each once, without a seed."""
-    grid = _check_types(grid, GRID, where)
-    keys = _check_keys(grid.get("keys", {}), SETTABLE, f"{where}.keys")
-    own = _check_keys(grid.get("set", {}), SETTABLE, f"{where}.set")
-    fixed = _check_keys(given.get("set", {}), SETTABLE, f"{path}: set") | own
-    parts = _check_keys(grid.get("partition", {}), {"parts", "method", "seed"}, f"{where}.partition")
+def _runs_of_grid(base: str, out: Path, fixed: Settings, grid: Any, where: str) -> Iterator[Run]:
+    """The settings of a grid, each once, without a seed. base: the config; fixed: keys that the whole sweep sets."""
+    grid = _check(grid, GRID, where)
+    keys = _check(grid.get("keys", {}), dict.fromkeys(SETTABLE, list), f"{where}.keys")
+    own = _check(grid.get("set", {}), SETTABLE, f"{where}.set")
+    parts = _check(grid.get("partition", {}), {"parts", "method", "seed"}, f"{where}.partition")
     partition = {f"partition.{k}": v for k, v in parts.items()}
-    for key, values in keys.items():
-        if not isinstance(values, list) or not values:
-            raise Failure(f"{where}.keys: {key} must be {TYPES[list]}, not {values!r}")
     for values in itertools.product(*keys.values()):
         varied = dict(zip(keys, values, strict=True))
         chosen = {**varied, **own, **partition, **varied}  # first for the order of names and columns, last to win
         try:
-            config = configs.load(given["config"], [f"{k}={json.dumps(v)}" for k, v in (fixed | chosen).items()])
+            config = configs.load(base, [f"{k}={json.dumps(v)}" for k, v in (fixed | chosen).items()])
             network.model_class(config.model.name)
             needs_store = config.partition.parts > 1 and not dataset.is_store(config.data.path)
         except Failure as failure:
             raise Failure(f"{where}: {failure}") from failure
         used = {k: configs.value_of(config, k) for k in chosen}
         name = re.sub(r"[^\w.=,+-]+", "_", ",".join(f"{short(k)}={to_text(v)}" for k, v in used.items())) or "base"
-        yield Run(name, used, config, Path(given["out"]) / "stores" / _store_name(config) if needs_store else None)
+        yield Run(name, used, config, out / "stores" / _store_name(config) if needs_store else None)
 
 
 def _store_name(config: configs.Config) -> str:
-    """The same for all runs whose data are cut alike."""
-    # without weights, names are as in versions that had none
+    """The same for all runs whose data are partitioned alike; without weights, as in versions that had none."""
     partition = {k: v for k, v in asdict(config.partition).items() if (k, v) != ("weights", None)}
     digest = hashlib.sha256(json.dumps([asdict(config.data), partition]).encode()).hexdigest()[:10]
     return f"{config.partition.method}-{config.partition.parts}-{digest}"
 
 
 def _with_seed(run: Run, seed: int, out: Path) -> Run:
-    config = copy.deepcopy(run.config)
-    config.train.seed, config.run.dir = seed, str(out / f"{run.setting},seed={seed}")
+    """The run with a seed and a folder. Raises Failure if the folder holds a run with other settings."""
+    config, folder = copy.deepcopy(run.config), out / f"{run.setting},seed={seed}"
+    config.train.seed, config.run.dir = seed, str(folder)
+    if (file := folder / "wanted.yaml").is_file():
+        for key, old, new in configs.differences(configs.load(file), config):
+            raise Failure(f"{folder}: holds a run with {key}={old}, not {new}; remove it or change out")
     return replace(run, config=config)
-
-
-def _check_folder(run: Run) -> None:
-    """Raise Failure if the folder holds a run with other settings."""
-    file = run.folder / "wanted.yaml"
-    if not file.is_file() or file.read_text() == configs.to_yaml(run.config):
-        return
-    for key, old, new in configs.differences(configs.load(file), run.config):
-        raise Failure(f"{run.folder}: holds a run with {key}={old}, not {new}; remove it or change out")
 
 
 def check_data(sweep: Sweep) -> None:

@@ -15,12 +15,13 @@ from ..utils import filesystem, signals
 def run_training(config: Config, resume: bool = False) -> dict[str, float]:
     """Partition the data if needed, train, one process per part and replica, and print where the results are.
 
-    resume: continue the run in run.dir. Raises Stopped, after a checkpoint, if a signal asks this process to stop.
+    resume: continue the run in run.dir. Raises Stopped, after a checkpoint, on SIGTERM or Ctrl-C.
     """
     from ..data import dataset
     from ..distributed import spawn
     from ..models import network
     from ..ops import activation_offload
+    from ..partition import store_writer
     from ..train import preflight, run_dir, trainer
     from ..train import resume as resuming
     from .partition import run_partition, store_inputs
@@ -35,12 +36,14 @@ def run_training(config: Config, resume: bool = False) -> dict[str, float]:
     parts, processes = dataset.part_count(config), dataset.process_count(config)
     activation_offload.check_folder(config.train.kept, "train.kept=")
     preflight.check_training(config, parts)
-    checked = store_inputs(config) if parts > 1 and not dataset.is_store(config.data.path) else None
+    opened = store_inputs(config) if parts > 1 and not dataset.is_store(config.data.path) else None
+    if opened:
+        store_writer.check_inputs(*opened)
     with filesystem.lock_folder(folder, "another run is at work there; wait for it, or choose another run.dir"):
         if not resume:
             check(config)  # again, now that no other process can start a run there
-        if checked is not None:
-            run_partition(config, folder / (f"store-{parts}" if resume else "store"), checked)
+        if opened:
+            run_partition(config, folder / (f"store-{parts}" if resume else "store"), opened)
         with signals.catch_stop_signals():
             result = spawn.run_ranks(trainer.train, processes, config, resume, timeout_s=config.train.timeout_s)[0]
     report_result(folder, result, processes, "train")
@@ -53,12 +56,10 @@ def report_result(folder: Path, result: Mapping[str, float], processes: int, com
         where = f" in epoch {result['epoch']:g} after step {result['step']:g}" if "epoch" in result else ""
         print(f"{folder}: stopped{where}; go on: distegnn {command} --resume {folder}", file=sys.stderr)
         raise signals.Stopped
-    best = f"{folder}: best validation MSE {result['best_valid_mse']:.4e}"
+    time = "; all epochs were done before, train.epochs=N adds more"
     if "step_s" in result:
-        on = "1 process" if processes == 1 else f"{processes} processes"
-        print(f"{best}, {result['step_s']:.3f} s a step on {on}")
-    else:
-        print(f"{best}; all epochs were done before, train.epochs=N adds more")
+        time = f", {result['step_s']:.3f} s a step on {processes} process{'es' * (processes > 1)}"
+    print(f"{folder}: best validation MSE {result['best_valid_mse']:.4e}{time}")
 
 
 def resumed_config(run: Path, overrides: Sequence[str]) -> Config:
@@ -67,11 +68,9 @@ def resumed_config(run: Path, overrides: Sequence[str]) -> Config:
 
     run_dir.check_is_run(run)
     given = {override.partition("=")[0] for override in overrides}
-    if "data.path" in given and "partition.parts" not in given:  # the number of parts follows from the store
-        overrides = ["partition.parts=0", *overrides]
-    if given & {"data.path", "partition.parts"} and "partition.weights" not in given:  # they belong to the old parts
-        overrides = ["partition.weights=null", *overrides]
-    config = configs.load(run / "config.yaml", overrides)
+    reset = ["partition.parts=0"] if "data.path" in given else []  # the number of parts follows from the store
+    reset += ["partition.weights=null"] if given & {"data.path", "partition.parts"} else []  # those of the old parts
+    config = configs.load(run / "config.yaml", [*reset, *overrides])
     if "run.dir" in given:
         raise Failure(f"override 'run.dir': --resume continues in {run}; copy that folder to continue elsewhere")
     config.run.dir = str(run)

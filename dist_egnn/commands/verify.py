@@ -20,30 +20,24 @@ def run_verification(path: Path, config: Config | None, snapshot: int | None = N
     snapshot: its number; None: the middle one, since the first may be more symmetric than most.
     """
     store = Store(path)  # not open_store: the files are to be hashed now
-    if snapshot is None:
-        snapshot = len(store.snapshots) // 2
+    snapshot = len(store.snapshots) // 2 if snapshot is None else snapshot
     if not 0 <= snapshot < len(store.snapshots):
         raise Failure(f"--snapshot {snapshot}: {path} has snapshots 0 to {len(store.snapshots) - 1}")
     with progress_bar("verifying", len(store.snapshots)) as tick:
         counts = verify_store(store, lambda done, _all: tick(completed=done))
-    print(f"{path}: whole: " + ", ".join(f"{n:,} {what}" for what, n in counts.items()))
+    print(f"{path}: whole:", ", ".join(f"{n:,} {what}" for what, n in counts.items()))
     if config is None:
         return
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
         errors = parallel_check.compare(config, store, snapshot, Path(folder))
-    graph = "full graph" if config.partition.halo == "exchange" else "same cut graph"
     gradients = {k: v for k, v in errors.items() if k.startswith("gradient")}
-    worst = max(gradients, key=lambda k: gradients[k])
+    worst = max(gradients, key=gradients.__getitem__)
     rows = [[k, f"{v:.1e}"] for k, v in errors.items() if k not in gradients]
-    print_table(
-        f"{store.parts} processes against one on the {graph}, float64, snapshot {snapshot}",
-        ["compared", "largest relative error"],
-        [*rows, [f"{len(gradients)} gradients, worst {worst.removeprefix('gradient ')}", f"{gradients[worst]:.1e}"]],
-    )
-    # not `v > TOLERANCE`: NaN is an error too
-    wrong = [k for k, v in errors.items() if not v <= parallel_check.TOLERANCE]
-    if wrong:
-        raise Failure(
-            f"{path}: {wrong[0]} differs by {errors[wrong[0]]:.1e}, more than {parallel_check.TOLERANCE:.0e}: "
-            "P processes do not compute what one computes; please report this"
-        )
+    rows += [[f"{len(gradients)} gradients, worst {worst.removeprefix('gradient ')}", f"{gradients[worst]:.1e}"]]
+    graph = "full graph" if config.partition.halo == "exchange" else "same cut graph"
+    title = f"{store.parts} processes against one on the {graph}, float64, snapshot {snapshot}"
+    print_table(title, ["compared", "largest relative error"], rows)
+    for name, error in errors.items():
+        if not error <= parallel_check.TOLERANCE:  # NaN too
+            text = f"{path}: {name} differs by {error:.1e}, more than {parallel_check.TOLERANCE:.0e}"
+            raise Failure(f"{text}: P processes do not compute what one computes; please report this")
