@@ -65,7 +65,7 @@ def partition(
     shard_nodes: Annotated[int | None, Option(help="nodes per DistDGL graph (262,144); 0: one, for `launch`")] = None,
     compare: Annotated[bool, Option("--compare", help="only compare all methods on the first snapshot")] = False,
 ) -> None:
-    """Partition every snapshot and write a store, which DistDGL reads too.
+    """Partition every snapshot and write a store. DistDGL reads it too.
 
     The data section (radius, horizon, features …) comes from --config and from overrides such as data.horizon=10.
     """
@@ -112,7 +112,7 @@ def verify(
 
 @command("doctor --json")
 def doctor(as_json: Json = False) -> None:
-    """Check this machine and the installation: versions, DGL, threads, memory, network, GPU. Exit code 1: a problem."""
+    """Check the installation and this machine. Covers versions, DGL, threads, memory, network, GPU; exit code 1: problem."""
     from .commands.doctor import run_doctor
 
     if not run_doctor(as_json):
