@@ -37,10 +37,8 @@ def _choice(*names: str) -> Rule:
 
 
 def _key(default: Any, comment: str, rule: Rule | None = None) -> Any:
-    metadata = {"comment": comment, "rule": rule}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+    options: dict[str, Any] = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**options, metadata={"comment": comment, "rule": rule})
 
 
 POSITIVE = Rule(lambda value: value > 0, "must be positive")
@@ -84,9 +82,7 @@ class Model:
     """The network."""
 
     name: str = _key(
-        "FastEGNN",
-        "Linear; EGNN, RF, SchNet or TFN; with virtual nodes FastEGNN, FastRF, FastSchNet or FastTFN (on several "
-        "parts: Dist…); or MODULE:CLASS of your own",
+        "FastEGNN", "Linear, EGNN, RF, SchNet, TFN; FastEGNN … FastTFN: with virtual nodes; or MODULE:CLASS"
     )
     hidden: int = _key(64, "width H of the hidden features", _least(1))
     layers: int = _key(4, "layers L", _least(1))
@@ -165,37 +161,32 @@ def keys() -> list[str]:
 
 def check(config: Config) -> None:
     """Raise Failure for a value that its key does not accept, and for keys that contradict each other."""
-    for section in SECTIONS:
-        for f in fields(SECTIONS[section]):
+    for section, kind in SECTIONS.items():
+        for f in fields(kind):
             value, rule = getattr(getattr(config, section), f.name), f.metadata["rule"]
             if rule and not rule.accepts(value):
                 raise Failure(f"{section}.{f.name}={value}: {rule.text}")
-    data, partition, train = config.data, config.partition, config.train
-    devices.check_name(train.device, "train.device=", "auto")
-    if partition.weights is not None:
+    d, p, t = config.data, config.partition, config.train
+    devices.check_name(t.device, "train.device=", "auto")
+    if p.weights is not None:
         from .utils import part_weights  # here: it imports numpy
 
-        part_weights.validate(partition.weights, partition.parts or len(partition.weights))
-    if 0 <= data.last_frame < data.first_frame:
-        raise Failure(f"data.last_frame={data.last_frame}: lies before data.first_frame={data.first_frame}")
-    if train.replicas > train.accumulate:
-        raise Failure(
-            f"train.replicas={train.replicas}: replicas split the batches of a step, and train.accumulate="
-            f"{train.accumulate} is fewer; set train.accumulate={train.replicas} and a smaller train.batch_size"
-        )
-    if train.warmup >= train.epochs:
-        raise Failure(f"train.warmup={train.warmup}: must be shorter than train.epochs={train.epochs}")
-    if train.schedule == "plateau" and 0 < train.patience <= train.plateau_epochs:
-        raise Failure(
-            f"train.patience={train.patience}: training would stop before the learning rate is reduced; set it above "
-            f"train.plateau_epochs={train.plateau_epochs}"
-        )
+        part_weights.validate(p.weights, p.parts or len(p.weights))
+    if 0 <= d.last_frame < d.first_frame:
+        raise Failure(f"data.last_frame={d.last_frame}: lies before data.first_frame={d.first_frame}")
+    if t.replicas > t.accumulate:
+        remedy = f"set train.accumulate={t.replicas} and a smaller train.batch_size"
+        raise Failure(f"train.replicas={t.replicas}: more than the batches of a step, train.accumulate; {remedy}")
+    if t.warmup >= t.epochs:
+        raise Failure(f"train.warmup={t.warmup}: must be shorter than train.epochs={t.epochs}")
+    if t.schedule == "plateau" and 0 < t.patience <= t.plateau_epochs:
+        remedy = f"set it above train.plateau_epochs={t.plateau_epochs}"
+        raise Failure(f"train.patience={t.patience}: training would stop before the learning rate falls; {remedy}")
 
 
 def _unknown_key(key: str, source: str) -> Failure:
     known, leaf = keys(), key.rsplit(".", 1)[-1]
-    similar = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    similar = similar or [k for k in known if k.rsplit(".", 1)[-1] == leaf]
+    similar = difflib.get_close_matches(key, known, n=1, cutoff=0.5) or [k for k in known if k.endswith(f".{leaf}")]
     hint = f"did you mean {similar[0]}?" if similar else "see `distegnn config` for all keys"
     return Failure(f"{source}: unknown key '{key}'; {hint}")
 
@@ -263,10 +254,9 @@ def _build(layers: Sequence[tuple[Any, str]]) -> Config:
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """The config of a YAML file (on top of the file that it includes and the defaults), updated by key=value overrides.
+    """The config of a YAML file, or the defaults, updated by key=value overrides, of which later ones take precedence.
 
-    path: None for the defaults. The last override of a key takes precedence. Raises Failure that names the file or the
-    override, and the key.
+    Keys that the file does not set are those of the file that it includes. Raises Failure that names file and key.
     """
     layers = _read_files(Path(path)) if path is not None else []
     for override in overrides:

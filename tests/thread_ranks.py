@@ -47,8 +47,8 @@ class ThreadRank(Comm):
     """A rank of a group of threads. calls: name and number of elements of each collective."""
 
     def __init__(self, rank: int, board: Board) -> None:
-        self.rank, self.size, self.board = rank, board.size, board
-        self.calls: list[tuple[str, int]] = []
+        super().__init__(rank, board.size)
+        self.board, self.calls = board, list[tuple[str, int]]()
 
     def _gather(self, name: str, t: Tensor, counts: Any = None) -> list[Any]:
         self.calls.append((name, t.numel()))

@@ -1,22 +1,24 @@
 """Count what a rank communicates in a step, in a real group or for one rank without the others.
 
-`SimulatedRank` replaces the group: its calls are the sums and exchanges of a `Comm`. `simulated_group` and
-`counted_collectives` replace torch.distributed below `ProcessGroup`: their calls are torch's collectives.
+`SimulatedRank` counts the sums and exchanges of a `Comm`; `counted_collectives` and `simulated_group` replace functions
+of torch.distributed below `ProcessGroup` and count torch's collectives.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from .comm import ProcessGroup, SingleProcess, dist, sent_bytes
+from .comm import Counts, ProcessGroup, SingleProcess, complete_gradients, dist, sent_bytes
 
 PHASES = ("forward", "backward", "gradients")  # of a training step
 COLLECTIVES = (
@@ -28,10 +30,7 @@ COLLECTIVES = (
 
 @dataclass(frozen=True)
 class Call:
-    """One call: ``numbers`` numbers of ``width`` bytes, or, if there are counts, rows of so many numbers.
-
-    send_counts, receive_counts: rows to and from each rank; name: the collective.
-    """
+    """A collective on ``numbers`` numbers of ``width`` bytes or, with counts of rows by rank, on rows of so many."""
 
     phase: str
     numbers: int
@@ -43,12 +42,12 @@ class Call:
     @property
     def payload(self) -> int:
         """Bytes that the rank passes to the call."""
-        return self.numbers * self.width * (sum(self.send_counts) if self.send_counts else 1)
+        return self.numbers * self.width * sum(self.send_counts or (1,))
 
     @property
     def received(self) -> int:
         """Bytes that the rank gets from the call."""
-        return self.numbers * self.width * (sum(self.receive_counts) if self.receive_counts else 1)
+        return self.numbers * self.width * sum(self.receive_counts or (1,))
 
     def sent(self, size: int) -> float:
         """Bytes that the rank sends in a group of ``size``."""
@@ -68,18 +67,14 @@ class CallCounter:
         if phase == PHASES[0]:
             self.calls = []
 
-    def count(self, t: Tensor, name: str = "sum") -> None:
-        self.calls.append(Call(self.phase, t.numel(), t.element_size(), name=name))
-
-    def count_rows(
-        self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int], name: str = "all_to_all"
-    ) -> None:
+    def count(self, t: Tensor, name: str = "sum", send_counts: Counts = (), receive_counts: Counts = ()) -> None:
+        numbers = math.prod(t.shape[1:]) if send_counts else t.numel()
         counts = tuple(send_counts), tuple(receive_counts)
-        self.calls.append(Call(self.phase, math.prod(rows.shape[1:]), rows.element_size(), *counts, name))
+        self.calls.append(Call(self.phase, numbers, t.element_size(), *counts, name))
 
 
 class _CountedIdentity(torch.autograd.Function):
-    """The operand itself. Counts it in the forward pass and its gradient in the backward pass, as a sum would."""
+    """The operand, counted in the forward pass; its gradient is counted in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, t: Tensor, count: Callable[[Tensor], None]) -> Tensor:
@@ -97,42 +92,23 @@ class SimulatedRank(SingleProcess):
     """One rank of a group without the other ranks: a sum returns its operand, received rows are copies of sent rows."""
 
     def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size, self.counter = rank, size, CallCounter()
-
-    def _count(self, t: Tensor) -> None:
-        if self.size > 1:
-            self.counter.count(t)
+        super().__init__(rank, size)
+        self.counter = CallCounter()
 
     def sum(self, t: Tensor) -> Tensor:
-        return _CountedIdentity.apply(t, self._count)
+        return _CountedIdentity.apply(t, self.counter.count) if self.size > 1 else t
 
-    def all_to_all(
-        self, rows: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
-    ) -> Callable[[], Tensor]:
-        self.counter.count_rows(rows, send_counts, receive_counts)
+    def all_to_all(self, rows: Tensor, send_counts: Counts, receive_counts: Counts) -> Callable[[], Tensor]:
+        self.counter.count(rows, "all_to_all", send_counts, receive_counts)
         copied = torch.arange(sum(receive_counts), device=rows.device) % max(len(rows), 1)
         return lambda: rows.index_select(0, copied) if len(rows) else rows.new_zeros(len(copied), *rows.shape[1:])
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], extra: Tensor | None = None) -> Tensor | None:
-        parameters = list(parameters)
-        super().sum_gradients(parameters, extra)
-        gradients = [p.grad.reshape(-1) for p in parameters if p.grad is not None]
+        tensors = [*complete_gradients(parameters), *([] if extra is None else [extra])]
         self.counter.enter("gradients")
-        self._count(torch.cat([*gradients, *([] if extra is None else [extra])]))  # a real group copies them too
+        if self.size > 1:
+            self.counter.count(torch.cat([t.reshape(-1) for t in tensors]))  # a real group copies them too
         return extra
-
-
-@contextmanager
-def _replaced(functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Functions of torch.distributed, replaced within the block."""
-    originals = {name: getattr(dist, name) for name in functions}
-    try:
-        for name, function in functions.items():
-            setattr(dist, name, function)
-        yield
-    finally:
-        for name, function in originals.items():
-            setattr(dist, name, function)
 
 
 @contextmanager
@@ -140,18 +116,16 @@ def counted_collectives() -> Iterator[CallCounter]:
     """Count every collective of torch.distributed that this process calls within the block."""
     counter = CallCounter()
 
-    def counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
-            tensors = [t for t in (*args, *options.values()) if isinstance(t, Tensor)]
-            if name == "all_to_all_single":
-                counter.count_rows(args[1], args[3], args[2], name)
-            else:
-                counter.count(tensors[0] if tensors else torch.empty(0), name)
-            return function(*args, **options)
+    def call(name: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        if name == "all_to_all_single":
+            counter.count(args[1], name, args[3], args[2])
+        else:
+            tensors = (t for t in (*args, *options.values()) if isinstance(t, Tensor))
+            counter.count(next(tensors, torch.empty(0)), name)
+        return function(*args, **options)
 
-        return call
-
-    with _replaced({name: counted(name, getattr(dist, name)) for name in COLLECTIVES}):
+    functions: dict[str, Any] = {name: partial(call, name, getattr(dist, name)) for name in COLLECTIVES}
+    with mock.patch.multiple(dist, **functions):
         yield counter
 
 
@@ -172,6 +146,10 @@ def simulated_group(
             received[len(sent) :] = 0
         return SimpleNamespace(wait=lambda: None)
 
-    functions = {"get_rank": lambda group=None: rank, "get_world_size": lambda group=None: size}
-    with _replaced({**functions, "all_to_all_single": all_to_all_single}), counted_collectives() as counter:
+    simulated: dict[str, Any] = {
+        "get_rank": lambda group=None: rank,
+        "get_world_size": lambda group=None: size,
+        "all_to_all_single": all_to_all_single,
+    }
+    with mock.patch.multiple(dist, **simulated), counted_collectives() as counter:
         yield ProcessGroup(60.0), counter

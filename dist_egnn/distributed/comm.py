@@ -6,12 +6,13 @@ backward pass, and one for all gradients. With halos, each layer also sends rows
 
 from __future__ import annotations
 
-import datetime
 import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,15 +25,13 @@ Counts = Sequence[int]  # numbers of rows, one per rank
 
 
 class Comm:
-    """Communication of one rank with the ranks that share its graphs. This base class is a group of one rank."""
+    """Communication of one rank with the ``size`` ranks that share its graphs; by itself, a group of one rank.
 
-    rank, size = 0, 1
-    _world: Comm | None = None
+    world: all processes of the run, more than ``size`` if several replica groups train one model.
+    """
 
-    @property
-    def world(self) -> Comm:
-        """All processes of the run. There are more than ``size`` if several replica groups train one model."""
-        return self._world or self
+    def __init__(self, rank: int = 0, size: int = 1, world: Comm | None = None) -> None:
+        self.rank, self.size, self.world = rank, size, world or self
 
     def split(self, groups: int) -> Comm:
         """This rank's group after a split into ``groups`` groups of consecutive ranks; its ``world`` is this Comm."""
@@ -48,7 +47,7 @@ class Comm:
 
         extra (n,): numbers to sum in the same all-reduce; returns their sum.
         """
-        _gradients(parameters)
+        complete_gradients(parameters)
         return extra
 
     def max(self, value: float) -> float:
@@ -71,8 +70,8 @@ class SingleProcess(Comm):
     """A group of one rank: every sum is its operand."""
 
 
-def _gradients(parameters: Iterable[torch.nn.Parameter]) -> list[Tensor]:
-    """The gradients; missing ones are set to zeros, so that the optimizer treats unused parameters alike on any P."""
+def complete_gradients(parameters: Iterable[torch.nn.Parameter]) -> list[Tensor]:
+    """The gradients; missing ones become zeros, so that the optimizer treats unused parameters alike on any P."""
     gradients = []
     for parameter in parameters:
         if parameter.grad is None:
@@ -119,13 +118,12 @@ def _ordered_sum(t: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     size = dist.get_world_size(group)
     flat = t.detach().reshape(-1).cpu()  # gloo sends host memory
     n = len(flat)
-    if message_rounds(n * flat.element_size(), size) == 1:
-        total = _sum_rows(_transpose(flat.expand(size, n), group))
-    else:
-        chunks = flat.new_zeros(size, -(-n // size))
-        chunks.view(-1)[:n] = flat
-        own = _sum_rows(_transpose(chunks, group))
-        total = _transpose(own.expand(size, len(own)), group).view(-1)[:n]
+    one_round = message_rounds(n * flat.element_size(), size) == 1
+    rows = flat.expand(size, n) if one_round else torch.nn.functional.pad(flat, (0, -n % size)).view(size, -1)
+    received = _transpose(rows, group)
+    total = sum(received[1:], received[0])  # torch.sum adds in an order that depends on the processor
+    if not one_round:
+        total = _transpose(total.expand(size, len(total)), group).view(-1)[:n]
     return total.to(t.device).view(t.shape)
 
 
@@ -138,13 +136,6 @@ def _transpose(rows: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     with _timed():
         dist.all_to_all_single(received, sent, splits, splits, group=group)
     return torch.cat([received[:rank], own, received[rank:]])
-
-
-def _sum_rows(rows: Tensor) -> Tensor:
-    total = rows[0].clone()
-    for row in rows[1:]:  # the order of torch.sum depends on the processor
-        total += row
-    return total
 
 
 class _Sum(torch.autograd.Function):
@@ -164,8 +155,8 @@ class ProcessGroup(Comm):
     """The processes of a torch process group, by default all of them."""
 
     def __init__(self, timeout_s: float, group: dist.ProcessGroup | None = None, world: Comm | None = None) -> None:
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self._timeout_s, self._group, self._world = timeout_s, group, world
+        super().__init__(dist.get_rank(group), dist.get_world_size(group), world)
+        self._timeout_s, self._group = timeout_s, group
 
     def split(self, groups: int) -> Comm:
         assert self._group is None
@@ -173,18 +164,16 @@ class ProcessGroup(Comm):
         if groups == 1:
             return self
         if groups == self.size:
-            single = SingleProcess()
-            single._world = self
-            return single
+            return SingleProcess(world=self)
         # a DeviceMesh would also make groups across these, which nothing uses, and ignore our timeout
-        own, _ = dist.new_subgroups(self.size // groups, timeout=datetime.timedelta(seconds=self._timeout_s))
+        own, _ = dist.new_subgroups(self.size // groups, timeout=timedelta(seconds=self._timeout_s))
         return ProcessGroup(self._timeout_s, own, self)
 
     def sum(self, t: Tensor) -> Tensor:
         return _Sum.apply(t, self._group)
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], extra: Tensor | None = None) -> Tensor | None:
-        gradients = _gradients(parameters)
+        gradients = complete_gradients(parameters)
         tensors = [*gradients, *([] if extra is None else [extra.to(gradients[0])])]
         bucket = torch.cat([t.reshape(-1) for t in tensors])
         totals = _ordered_sum(bucket, self._group).split([t.numel() for t in tensors])
@@ -193,15 +182,15 @@ class ProcessGroup(Comm):
         return None if extra is None else totals[-1]
 
     def max(self, value: float) -> float:
-        own = torch.tensor([value], dtype=torch.float64, device="cpu")
-        return float(_transpose(own.expand(self.size, 1), self._group).max())
+        own = torch.full((self.size, 1), value, dtype=torch.float64, device="cpu")
+        return float(_transpose(own, self._group).max())
 
     def broadcast(self, content: bytes) -> bytes:
         size = torch.tensor(len(content), device="cpu")
         dist.broadcast(size, group=self._group, group_src=0)
         t = torch.empty(int(size), dtype=torch.uint8, device="cpu")
-        if self.rank == 0:
-            t.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else t)
+        if self.rank == 0 and content:
+            t.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
         dist.broadcast(t, group=self._group, group_src=0)
         return t.numpy().tobytes()
 
@@ -220,7 +209,7 @@ class ProcessGroup(Comm):
         return wait
 
 
-def join_local(rank: int, size: int, rendezvous: str, timeout_s: float) -> Comm:
+def join_local(rank: int, size: int, rendezvous: Path, timeout_s: float) -> Comm:
     """Join ``size`` processes of this machine. rendezvous: the path of a file that does not exist yet.
 
     gloo on every device: CUDA tensors go through host memory, and processes may share a device, unlike with NCCL.
@@ -228,7 +217,7 @@ def join_local(rank: int, size: int, rendezvous: str, timeout_s: float) -> Comm:
     if size == 1:
         return SingleProcess()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    timeout = datetime.timedelta(seconds=timeout_s)
+    timeout = timedelta(seconds=timeout_s)
     dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=size, timeout=timeout)
     return ProcessGroup(timeout_s)
 
@@ -244,12 +233,11 @@ def join_hosts(rank: int, size: int, address: str, port: int, interface: str, ti
     names = [name for _, name in socket.if_nameindex()]
     if interface not in names:
         raise Failure(f"{interface}: no network interface of this host; name one of {', '.join(names)}")
-    timeout, listener = datetime.timedelta(seconds=timeout_s), None
-    if rank == 0:
-        try:  # a TCPStore that opens its own socket listens on every interface
-            listener = socket.create_server((address, port), backlog=size).detach()
-        except OSError as error:
-            raise Failure(f"{address}:{port}: rank 0 cannot listen ({error.strerror}); name another port") from error
+    try:  # a TCPStore that opens its own socket listens on every interface
+        listener = None if rank else socket.create_server((address, port), backlog=size).detach()
+    except OSError as error:
+        raise Failure(f"{address}:{port}: rank 0 cannot listen ({error.strerror}); name another port") from error
+    timeout = timedelta(seconds=timeout_s)
     try:
         store = dist.TCPStore(address, port, size, rank == 0, timeout, master_listen_fd=listener)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timeout)

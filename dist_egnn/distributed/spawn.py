@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import shutil
@@ -37,26 +38,21 @@ def exit_with_parent(pid: int, folder: Path | None = None) -> None:
     threading.Thread(target=poll, daemon=True).start()
 
 
-def _stop_file(rendezvous: str) -> Path:
-    return Path(rendezvous).with_name("stop")
-
-
 def _rank_main(
-    function: Callable[..., Any], args: tuple, rank: int, size: int, rendezvous: str, timeout_s: float, pipe: Connection
+    function: Callable[..., Any], args: tuple, rank: int, size: int, folder: Path, timeout_s: float, pipe: Connection
 ) -> None:
+    """The main function of a rank. folder: where the ranks meet and the parent creates the file ``stop``."""
     import torch
 
     from . import comm
 
-    signals.watch_stop_file(_stop_file(rendezvous))
+    signals.watch_stop_file(folder / "stop")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which stops the ranks
-    parent = multiprocessing.parent_process()  # the process that called run_ranks, not the fork server
-    assert parent is not None
-    assert parent.pid is not None
-    exit_with_parent(parent.pid, Path(rendezvous).parent)
+    parent: Any = multiprocessing.parent_process()  # the process that called run_ranks, not the fork server
+    exit_with_parent(parent.pid, folder)
     torch.set_num_threads(1)
     try:
-        result = function(comm.join_local(rank, size, rendezvous, timeout_s), *args)
+        result = function(comm.join_local(rank, size, folder / "rendezvous", timeout_s), *args)
         pipe.send(("done", result))
         comm.leave_group()
     except BaseException as error:
@@ -68,30 +64,24 @@ def _rank_main(
 
 
 def _start_forkserver() -> None:
-    """Start the server that ranks are forked from; it imports torch and DGL once for all of them.
-
-    It starts as ``python -c``, which searches the working folder first: a dgl.py there would be imported as DGL.
-    """
+    """Start the server that ranks are forked from, which imports torch and DGL once for all of them."""
     forkserver.set_forkserver_preload(["dist_egnn.train.trainer"])
-    previous = os.environ.get("PYTHONSAFEPATH")
-    os.environ["PYTHONSAFEPATH"] = "1"
+    environment = dict(os.environ)
+    os.environ["PYTHONSAFEPATH"] = "1"  # `python -c` would import a dgl.py in the working folder as DGL
     try:
         forkserver.ensure_running()
     finally:
-        os.environ.pop("PYTHONSAFEPATH")
-        if previous is not None:
-            os.environ["PYTHONSAFEPATH"] = previous
+        del os.environ["PYTHONSAFEPATH"]
+        os.environ.update(environment)
 
 
 def run_ranks(
     function: Callable[..., Any], size: int, *args: Any, timeout_s: float = 300.0, start_method: str = ""
 ) -> list[Any]:
-    """Call function(comm, *args) on ``size`` ranks and return their results in the order of ranks.
+    """The results of function(comm, *args) on ``size`` ranks, in the order of ranks.
 
-    A single rank runs in this process unless ``start_method`` names how to start one: "forkserver", as for several
-    ranks, or "spawn", as a program, which maps 0.1 GB of libraries more.
-
-    Raises Failure with the message of the first rank that raised a Failure, or with the number of a rank that died.
+    start_method: "forkserver", or "spawn", which maps 0.1 GB of libraries more; by default a single rank runs in this
+    process. Raises Failure with the message of the first rank that raised one, or the number of a rank that died.
     """
     if size == 1 and not start_method:
         from . import comm
@@ -101,53 +91,50 @@ def run_ranks(
     context: Any = multiprocessing.get_context(start_method or "forkserver")
     if context.get_start_method() == "forkserver":
         _start_forkserver()
-    with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
-        rendezvous = str(Path(folder) / "rendezvous")
-        pipes, processes = [], []
+    with tempfile.TemporaryDirectory(prefix="dist_egnn-") as name:
+        folder, pipes, processes = Path(name), [], []
         for rank in range(size):
             receiver, sender = context.Pipe(duplex=False)
-            rank_args = (function, args, rank, size, rendezvous, timeout_s, sender)
+            rank_args = (function, args, rank, size, folder, timeout_s, sender)
             processes.append(context.Process(target=_rank_main, args=rank_args, daemon=True))
             processes[-1].start()
             sender.close()
             pipes.append(receiver)
         try:
-            with signals.forward_stop(_stop_file(rendezvous)):
+            with signals.forward_stop(folder / "stop"):
                 return _collect(pipes, processes)
+        except BaseException:
+            for process in processes:
+                process.kill()
+            raise
         finally:
             for process in processes:
                 process.join(5)
-                if process.is_alive():
-                    process.kill()
-                    process.join()
+                process.kill()
+                process.join()
 
 
 def _collect(pipes: list[Connection], processes: list[Any]) -> list[Any]:
-    """The results of all ranks. After an error all ranks are killed and the most informative error is raised."""
+    """The results of all ranks. If some fail, raises the most informative error."""
     results: dict[int, Any] = {}
     errors: list[tuple[int, tuple[Any, ...]]] = []
-    waiting = dict(enumerate(pipes))
-    deadline = None
-    try:
-        while waiting and (deadline is None or time.monotonic() < deadline):
-            for pipe in wait(list(waiting.values()), timeout=0.2):
-                rank = next(r for r, p in waiting.items() if p is pipe)
-                try:
-                    message = waiting.pop(rank).recv()
-                except EOFError:
-                    processes[rank].join(5)
-                    message = ("died", f"exit code {processes[rank].exitcode}", "")
-                if message[0] == "done":
-                    results[rank] = message[1]
-                else:
-                    errors.append((rank, message))
-                    # the other ranks fail within a second, and one of them may report the cause
-                    deadline = deadline or time.monotonic() + 3
-    finally:
-        if errors or waiting:
-            for process in processes:
-                if process.is_alive():
-                    process.kill()
+    waiting: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(pipes)}
+    deadline = math.inf
+    while waiting and time.monotonic() < deadline:
+        ready: list[Any] = wait([*waiting], timeout=0.2)
+        for pipe in ready:
+            rank = waiting.pop(pipe)
+            try:
+                message = pipe.recv()
+            except EOFError:
+                processes[rank].join(5)
+                message = ("died", f"exit code {processes[rank].exitcode}", "")
+            if message[0] == "done":
+                results[rank] = message[1]
+            else:
+                errors.append((rank, message))
+                # the other ranks fail within a second, and one of them may report the cause
+                deadline = min(deadline, time.monotonic() + 3)
     if not errors:
         return [results[rank] for rank in range(len(pipes))]
     order = {"failure": 0, "died": 1, "error": 2}

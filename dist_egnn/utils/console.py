@@ -8,6 +8,8 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any
 
+WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+
 
 def terminal_width() -> int | None:
     """Columns of the terminal on standard output; None if standard output is no terminal."""
@@ -15,10 +17,9 @@ def terminal_width() -> int | None:
 
 
 def print_line(text: str, indent: int = 2) -> None:
-    """Print a line, wrapped between words if the terminal is too narrow, with an indent after the first row."""
+    """Print a line, wrapped between words if the terminal is too narrow; later rows are indented."""
     if width := terminal_width():
-        margin = " " * indent
-        text = textwrap.fill(text, width, subsequent_indent=margin, break_long_words=False, break_on_hyphens=False)
+        text = textwrap.fill(text, width, subsequent_indent=" " * indent, **WHOLE_WORDS)
     print(text)
 
 
@@ -51,7 +52,5 @@ def _column_blocks(widths: list[int], labels: int, width: int | None) -> Iterato
 
 def example(command: str) -> str:
     """The last paragraph of a help text: the command in short lines joined by backslashes, ready for a shell."""
-    lines = textwrap.wrap(
-        f"Example: {command}", 74, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False
-    )
+    lines = textwrap.wrap(f"Example: {command}", 74, subsequent_indent="    ", **WHOLE_WORDS)
     return "\b\n" + " \\\n".join(lines)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import fcntl
 import hashlib
@@ -10,7 +9,7 @@ import io
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +25,7 @@ def sha256(path: Path) -> str:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write ``content`` to a temporary file beside ``path``, flush it to disk, and rename it. Raises OSError.
-
-    Readers see the old file or the new one, never a part of it.
-    """
+    """Replace a file: write ``content`` beside it, flush it to disk, rename it. Readers see old or new. Raises OSError."""
     temporary = path.with_name(path.name + ".partial")
     try:
         with temporary.open("wb") as file:
@@ -38,13 +34,13 @@ def replace_file(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         raise
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """`replace_file`, with a Failure in place of an OSError; an existing file stays as it is then."""
+    """`replace_file` that raises Failure in place of OSError; the existing file is then unchanged."""
     try:
         replace_file(path, content)
     except OSError as error:
@@ -52,16 +48,11 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def check_free_space(path: Path, needed: int, *, reusable: int = 0) -> None:
-    """Raise Failure unless ``needed`` bytes fit on the disk of ``path``, whose folder exists.
-
-    reusable: bytes there that the new content replaces.
-    """
+    """Raise Failure unless ``needed`` bytes fit on the disk of ``path``, where the new content replaces ``reusable``."""
     free = shutil.disk_usage(path.parent).free + reusable
     if free < needed:
-        raise Failure(
-            f"{path}: disk full: needs {needed / 1e6:,.2f} MB or more, {free / 1e6:,.2f} MB are free; "
-            "free disk space or choose another path"
-        )
+        sizes = f"needs {needed / 1e6:,.2f} MB or more, {free / 1e6:,.2f} MB are free"
+        raise Failure(f"{path}: disk full: {sizes}; free disk space or choose another path")
 
 
 def describe_os_error(error: OSError, path: Path) -> str:
@@ -73,9 +64,9 @@ def describe_os_error(error: OSError, path: Path) -> str:
 
 
 def save_verified(path: Path, size: int, save: Callable[[str], object]) -> None:
-    """Call save(str(path)) and verify that the file, of about ``size`` bytes, reached the disk.
+    """Call save(str(path)) and verify that the file, of about ``size`` bytes, reached the disk. Raises Failure or OSError.
 
-    For libraries such as DGL that ignore a write error at the end of a file. Raises Failure or OSError.
+    For libraries such as DGL that ignore a write error at the end of a file.
     """
     check_free_space(path, size)
     try:
@@ -91,10 +82,9 @@ def save_verified(path: Path, size: int, save: Callable[[str], object]) -> None:
 
 
 class DeferredErrorFile(io.FileIO):
-    """A file object for HDF5 that records the first write error instead of raising it; `check` raises it.
+    """A file object for HDF5, which crashes if a write fails while it closes a file; `check` raises the first error.
 
-    HDF5 crashes the process when a write fails while it closes a file. After the first error, data are discarded.
-    The file is locked: raises Failure while another process writes it. display_path: the path shown in messages.
+    Data after the error are discarded. Raises Failure while another process writes the file. display_path: for messages.
     """
 
     def __init__(self, path: Path, display_path: Path) -> None:
@@ -102,7 +92,7 @@ class DeferredErrorFile(io.FileIO):
         self.path, self.display_path = path, display_path
         self.error: OSError | None = None
         self.end = 0  # size of the complete file in bytes
-        with contextlib.suppress(OSError):  # some file systems have no locks
+        with suppress(OSError):  # some file systems have no locks
             try:
                 fcntl.flock(self.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -158,8 +148,7 @@ def _locked(lock: Path, path: Path, busy: str, *operations: int) -> Iterator[Non
 def lock_folder(folder: Path, busy: str, *, join: bool = False) -> Iterator[None]:
     """Lock a folder, created if missing, until the block ends or all processes that share the lock have exited.
 
-    join: share the lock of the process that locked the folder for the same run. Raises Failure(busy) if another run
-    holds the lock.
+    join: share the lock of the same run's process that locked the folder. Raises Failure(busy) if another run locked it.
     """
     exclusive = () if join else (fcntl.LOCK_EX,)  # excludes every other run before this one shares the lock
     with _locked(folder / "lock", folder, busy, *exclusive, fcntl.LOCK_SH):
@@ -168,10 +157,7 @@ def lock_folder(folder: Path, busy: str, *, join: bool = False) -> Iterator[None
 
 @contextmanager
 def lock_output(path: Path, busy: str) -> Iterator[None]:
-    """Lock an output file through PATH.lock, which is removed afterwards. Raises Failure(busy) if it is locked.
-
-    The lock of a killed process is released with the process.
-    """
+    """Lock an output file through PATH.lock, which is removed afterwards. Raises Failure(busy) if it is locked."""
     lock = path.with_name(path.name + ".lock")
     with _locked(lock, path, busy, fcntl.LOCK_EX):
         try:

@@ -53,22 +53,22 @@ def mallopt(option: int, value: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let malloc keep the memory that a step frees and the next one allocates; otherwise the kernel zeroes it anew.
+    """Let malloc keep the memory that a step frees for the next one; otherwise the kernel zeroes it anew.
 
-    glibc raises both thresholds dynamically, but only up to these values. Settings in the environment take precedence.
+    glibc raises both thresholds by itself, but only up to these values. Settings in the environment take precedence.
     """
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    settings = [tunables, *(name for name in os.environ if name.startswith("MALLOC_"))]
-    if not any("threshold" in setting.lower() for setting in settings):
+    malloc_variables = [name for name in os.environ if name.startswith("MALLOC_")]
+    settings = " ".join([os.environ.get("GLIBC_TUNABLES", ""), *malloc_variables]).lower()
+    if "threshold" not in settings:
         mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
         mallopt(M_TRIM_THRESHOLD, 64 * 2**20)
 
 
 def step_bytes(nodes: float, edges: float, hidden: int, layers: int, block: float) -> float:
-    """Estimated memory of the process of one training step in bytes, torch and DGL included (docs/scaling.md).
+    """Estimated bytes of a training process, torch and DGL included (docs/scaling.md).
 
-    layers: layers whose inputs and means are kept in memory (0: they are offloaded to files, one layer at a time).
-    block: edges of a tile block; if it is at least ``edges``, the graph is not tiled and autograd keeps all messages.
+    layers: those whose inputs and means stay in memory (0: they are offloaded one by one). block: edges of a tile block;
+    a graph with fewer edges is not tiled, and autograd keeps all messages.
     """
     row = 4 * (hidden + 3)
     base = 0.4e9 + nodes * ((2 * max(layers, 1) + 2) * row + 250) + edges * 26
@@ -78,8 +78,7 @@ def step_bytes(nodes: float, edges: float, hidden: int, layers: int, block: floa
 def graph_server_bytes(nodes: int, edges: int, halo: int, floats: int, trainers: int) -> int:
     """Upper bound of what a graph server allocates in its machine's /dev/shm, in bytes.
 
-    The graph in two formats, ids and flags of nodes and edges, and ``floats`` single-precision numbers for each of its
-    own nodes. The sum counts halo nodes that several trainers of one machine share more than once.
+    The graph in two formats, ids, flags, and ``floats`` float32 numbers per own node. halo: counted once per trainer.
     """
     fields = 4 * floats + 8 * (3 if trainers > 1 else 2)
     return 41 * edges + 17 * (nodes + halo) + fields * nodes + (64 << 10)

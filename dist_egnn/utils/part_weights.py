@@ -19,10 +19,7 @@ def to_text(weights: Sequence[float] | None) -> str:
 
 
 def validate(weights: Sequence[float] | None, processes: int) -> Weights | None:
-    """The weights of ``processes`` processes; None if all are equal.
-
-    Raises Failure for a wrong number of weights and for weights that are not positive and finite.
-    """
+    """The weights of ``processes`` processes; None if all are equal. Raises Failure unless each has a positive one."""
     if weights is None:
         return None
     if len(weights) != processes:
@@ -45,17 +42,12 @@ def equivalent(a: Sequence[float] | None, b: Sequence[float] | None) -> bool:
 
 
 def sizes(nodes: int, weights: Sequence[float]) -> np.ndarray:
-    """Number of nodes of each process (P,) int64: their sum is ``nodes``, each is within one node of its share.
-
-    Raises Failure if a share is less than one node.
-    """
+    """Number of nodes of each process (P,) int64, within a node of its share. Raises Failure if one gets none."""
     share = nodes * fractions(weights, len(weights))
     smallest = int(share.argmin())
     if share[smallest] < 1 - 1e-9:
-        raise Failure(
-            f"{KEY}={to_text(weights)}: process {smallest} would get {share[smallest]:.2g} of {nodes} nodes; "
-            "raise its weight or remove it"
-        )
+        reason = f"process {smallest} would get {share[smallest]:.2g} of {nodes} nodes"
+        raise Failure(f"{KEY}={to_text(weights)}: {reason}; raise its weight or remove it")
     ends = np.floor(np.cumsum(share) + 0.5 + 1e-9).astype(np.int64)  # round half up: a share of 1 is one node
     ends[-1] = nodes
     return np.diff(ends, prepend=0)

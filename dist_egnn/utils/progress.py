@@ -53,20 +53,16 @@ def _terminal_bar(title: str, total: int, initial: int) -> Iterator[Callable[...
 
 
 def _lines(title: str, total: int, initial: int) -> Callable[..., None]:
-    count = initial
-    started = last_line = time.monotonic()
+    count, started, last_line = initial, time.monotonic(), 0.0
 
     def update(note: str = "", completed: int | None = None) -> None:
         nonlocal count, last_line
-        new_count = count + 1 if completed is None else completed
-        if new_count == count:
-            return
-        count = new_count
-        now = time.monotonic()
-        due = now - last_line >= max(LINE_INTERVAL_S, (now - started) / 20)
-        if due or (count == total and now - started >= LINE_INTERVAL_S):
-            last_line = now
-            left = (now - started) / max(count - initial, 1) * (total - count)
+        previous, count = count, count + 1 if completed is None else completed
+        elapsed = time.monotonic() - started
+        due = elapsed - last_line >= max(LINE_INTERVAL_S, elapsed / 20)
+        if count != previous and (due or (count == total and elapsed >= LINE_INTERVAL_S)):
+            last_line = elapsed
+            left = elapsed / max(count - initial, 1) * (total - count)
             print(f"{title}: {count}/{total}, {left:.0f} s left  {note}".rstrip(), file=sys.stderr, flush=True)
 
     return update

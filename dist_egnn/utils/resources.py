@@ -10,27 +10,19 @@ from pathlib import Path
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
-def _cgroup_folders(controller: str, root: Path) -> list[Path]:
-    """Folders that may hold the limits of our control group (v1 and v2); inside a container that is the root."""
+def read_cgroup(controller: str, *names: str, root: Path = CGROUP_ROOT) -> list[list[str]]:
+    """The words of each of the files in the folders of our control group (v1 and v2; ``root`` inside a container)."""
     own = ""
-    try:
+    with suppress(OSError, ValueError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if controller in controllers.split(",") or not controllers:
                 own = path.strip("/") or own
-    except (OSError, ValueError):
-        pass
     bases = [root, root / controller, root / f"{controller},cpuacct"]
-    return [*bases, *(base / own for base in bases if own)]
-
-
-def read_cgroup(controller: str, *names: str, root: Path = CGROUP_ROOT) -> list[list[str]]:
-    """The words of each file of these names in the folders of our control group."""
     contents = []
-    for folder in _cgroup_folders(controller, root):
-        for name in names:
-            with suppress(OSError):
-                contents.append((folder / name).read_text().split())
+    for file in (folder / name for folder in [*bases, *(base / own for base in bases if own)] for name in names):
+        with suppress(OSError):
+            contents.append(file.read_text().split())
     return contents
 
 
