@@ -32,8 +32,6 @@ MAX_IMBALANCE = 1.05  # of a balanced method: nodes of the largest part / mean
 WEIGHT_TOLERANCE = 0.02  # relative error of a weighted part's size; machine and trainer levels together stay within 5%
 M_PERTURB = -6  # <malloc.h>: fill memory on malloc (with the value's complement) and on free
 LANDMARKS = 2000  # nodes that spectral clustering sees; its eigenvectors cost far more than the rest
-
-
 Weights = Sequence[float] | None  # (parts,) in any unit; None: equal parts
 
 
@@ -61,12 +59,10 @@ def check_method(method: str, parts: int, weights: Weights = None) -> None:
         raise Failure(f"partition method={method!r}: unknown; did you mean {closest}? (one of {', '.join(METHODS)})")
     if parts < 1:
         raise Failure(f"parts={parts}: must be at least 1")
-    if weights is None:
-        return
-    if not METHODS[method].balanced:
-        *names, last = (name for name, entry in METHODS.items() if entry.balanced)
-        raise Failure(f"partition method={method}: does not follow weights; use {', '.join(names)} or {last}")
-    if method == "metis" and importlib.util.find_spec("pymetis") is None:
+    if weights is not None and not METHODS[method].balanced:
+        names = ", ".join(name for name, entry in METHODS.items() if entry.balanced)
+        raise Failure(f"partition method={method}: does not follow weights; use one of {names}")
+    if weights is not None and method == "metis" and importlib.util.find_spec("pymetis") is None:
         raise Failure("partition method=metis: weights need pymetis; pip install pymetis, or use bisection")
 
 
@@ -81,11 +77,9 @@ def check_size(nodes: int, parts: int, weights: Weights = None) -> None:
 def assign(method: str, x: Array, src: Array, dst: Array, parts: int, seed: int = 0, weights: Weights = None) -> Array:
     """The part of every node, (N,) int64. No part is empty, and equal arguments give equal results.
 
-    METIS repeats its result only with GLIBC_TUNABLES=glibc.malloc.tcache_count=0, which `distegnn` sets.
-
-    The largest part of a balanced method (METHODS) has at most ⌈1.05·N/parts⌉ nodes. With weights (parts,), each part of a
-    balanced method is within ⌈2%⌉ of its share of the nodes. Raises Failure for an unknown method, invalid weights,
-    N < parts and positions that are not finite.
+    METIS repeats its result only with GLIBC_TUNABLES=glibc.malloc.tcache_count=0, which `distegnn` sets. The largest
+    part of a balanced method has at most ⌈1.05·N/parts⌉ nodes; with weights (parts,), each is within ⌈2%⌉ of its share.
+    Raises Failure for an unknown method, invalid weights, N < parts and positions that are not finite.
     """
     unequal = part_weights.validate(weights, parts)
     check_method(method, parts, unequal)
@@ -110,24 +104,18 @@ def assign(method: str, x: Array, src: Array, dst: Array, parts: int, seed: int 
 
 def fill_empty_parts(x: Array, part: Array, parts: int) -> None:
     """Give each empty part half of the currently largest part, cut across its longest axis; in place."""
-    counts = np.bincount(part, minlength=parts)
-    for empty in np.flatnonzero(counts == 0):
-        largest = counts.argmax()
-        _, moved = split_longest_axis(x, np.flatnonzero(part == largest), counts[largest] // 2)
-        part[moved] = empty
-        counts[largest] -= len(moved)
-        counts[empty] = len(moved)
+    for empty in np.flatnonzero(np.bincount(part, minlength=parts) == 0):
+        largest = np.flatnonzero(part == np.bincount(part).argmax())
+        part[split_longest_axis(x, largest, len(largest) // 2)[1]] = empty
 
 
 def rebalance(x: Array, part: Array, capacity: Array) -> None:
     """Move nodes, in place, until no part exceeds its capacity (parts,). Requires Σ capacity ≥ N and no empty part.
 
-    Each round takes the part furthest above its capacity and moves its nodes nearest to the centroid of the nearest part
-    with room. A round finishes the one or fills the other, so there are fewer than 2 · parts rounds.
+    Each of fewer than 2 · parts rounds moves nodes of the fullest part to the nearest part with room, nearest first.
     """
     parts = len(capacity)
-    counts = np.bincount(part, minlength=parts)
-    while (counts > capacity).any():
+    while ((counts := np.bincount(part, minlength=parts)) > capacity).any():
         centroid = np.stack([np.bincount(part, axis, parts) for axis in x.T], 1) / counts[:, None]
         largest, room = (counts - capacity).argmax(), np.flatnonzero(counts < capacity)
         to = room[((centroid[room] - centroid[largest]) ** 2).sum(1).argmin()]
@@ -135,15 +123,12 @@ def rebalance(x: Array, part: Array, capacity: Array) -> None:
         nodes = np.flatnonzero(part == largest)
         distance = ((x[nodes] - centroid[to]) ** 2).sum(1)
         part[nodes[np.argsort(distance, kind="stable")[:moved]]] = to
-        counts[largest] -= moved
-        counts[to] += moved
 
 
 def split_longest_axis(x: Array, nodes: Array, first: int) -> tuple[Array, Array]:
     """Split nodes (n,) across their longest axis into the first ``first`` along it and the rest.
 
-    Nodes on the cut itself (a lattice plane) are ordered by the other axes, then by id, so that the cut stays straight and
-    the sizes exact.
+    Nodes on the cut itself (a lattice plane) are ordered by the other axes, then by id: it is straight, sizes exact.
     """
     box = x[nodes]
     axis = int(np.ptp(box, 0).argmax())
@@ -183,7 +168,7 @@ def _metis(problem: Problem) -> Array:
     graph = dgl.graph((torch.from_numpy(src), torch.from_numpy(dst)), num_nodes=len(x), idtype=torch.int64)
     try:
         # not k-way: that halves the time, cuts up to a quarter more edges of small graphs and is harder to repeat
-        with _suppressed_output(), _zeroed_malloc(), ThreadPoolExecutor(1) as thread:
+        with _silent_and_repeatable(), ThreadPoolExecutor(1) as thread:
             return thread.submit(dgl.metis_partition_assignment, graph, parts, mode="recursive").result().numpy()
     except dgl.DGLError as error:
         reason = str(error).strip().splitlines()[-1]
@@ -206,30 +191,21 @@ def _pymetis(nodes: int, src: Array, dst: Array, sizes: Array) -> Array:
 
 
 @contextlib.contextmanager
-def _zeroed_malloc() -> Iterator[None]:
-    """Make malloc return zeroed memory (glibc only).
+def _silent_and_repeatable() -> Iterator[None]:
+    """Drop Python's standard output and the process's standard error; make malloc return zeroed memory (glibc only).
 
-    When it drops edges of a coarse graph, DGL's METIS takes a median beyond the end of what it wrote, so its result would
-    depend on earlier contents of the heap. Blocks in a thread's cache (tcache) are not zeroed: `cli.console` switches the
-    cache off, and a new thread starts with an almost empty one.
+    When it drops edges of a coarse graph, DGL's METIS takes a median beyond the end of what it wrote. Blocks in a
+    thread's cache (tcache) are not zeroed: `cli.console` switches it off, and a new thread's is almost empty.
     """
-    memory.mallopt(M_PERTURB, 255)
-    try:
-        yield
-    finally:
-        memory.mallopt(M_PERTURB, 0)
-
-
-@contextlib.contextmanager
-def _suppressed_output() -> Iterator[None]:
-    """Drop Python's standard output and the standard error of the whole process, including C code."""
     sys.stderr.flush()
     stderr = os.dup(2)
     try:
         with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
             os.dup2(sink.fileno(), 2)
+            memory.mallopt(M_PERTURB, 255)
             yield
     finally:
+        memory.mallopt(M_PERTURB, 0)
         os.dup2(stderr, 2)
         os.close(stderr)
 
@@ -266,12 +242,9 @@ def _spectral(problem: Problem) -> Array:
     if size == parts:  # as many eigenvectors as nodes, which ARPACK refuses
         return np.arange(size)
     landmarks = x[np.sort(np.random.default_rng(seed).choice(len(x), size, replace=False))]
+    # cluster_qr: better balanced than k-means on the eigenvectors, and not random
     model = SpectralClustering(
-        parts,
-        affinity="nearest_neighbors",
-        n_neighbors=min(10, size),
-        assign_labels="cluster_qr",  # better balanced than k-means on the eigenvectors, and not random
-        random_state=seed,
+        parts, affinity="nearest_neighbors", n_neighbors=min(10, size), assign_labels="cluster_qr", random_state=seed
     )
     with _deterministic_sklearn():  # warns of landmarks in several components, which are clustered all the same
         label = model.fit_predict(landmarks)

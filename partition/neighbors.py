@@ -1,12 +1,9 @@
-"""In-edges of selected nodes of a snapshot, computed from positions box by box.
+"""In-edges of selected nodes of a snapshot, from the radius graph of each box of these nodes and of all nodes near it.
 
-The selected nodes are split into boxes. A box and all nodes within the radius of it form a small radius graph, which gives
-the in-edges of the box's own nodes. Memory: the graph of one box, and 4 or 8 bytes for each edge of the result.
+Memory: the graph of one box, and 4 or 8 bytes for each edge of the result.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import numpy as np
 from dist_egnn.partition.assign import split_longest_axis
@@ -26,13 +23,12 @@ def index_dtype(count: int) -> type[np.signedinteger]:
 def in_neighbors(x: Array, radius: float, nodes: Array, side: Array | None = None) -> tuple[Array, Array]:
     """The in-edges of ``nodes`` (n,) in the radius graph of x (N, 3), as ``graphs.radius_edges`` gives and orders them.
 
-    side: (3,) sides of a periodic box, in which x must lie.
-    Returns indptr (n + 1,) and the sources (E,): those of nodes[i] are sources[indptr[i] : indptr[i + 1]], in order.
-    Raises Failure where radius_edges does.
+    side: (3,) sides of a periodic box, in which x must lie. Returns indptr (n + 1,) and the sources (E,): those of
+    nodes[i] are sources[indptr[i] : indptr[i + 1]], in order. Raises Failure where radius_edges does.
     """
     degree = np.empty(len(nodes), np.int64)
     boxes = []
-    for rows in _boxes(x[nodes]):
+    for rows in _boxes(x[nodes], np.arange(len(nodes))):
         local = candidates(x, x[nodes[rows]], radius, side)
         src, dst = graphs.radius_edges(x[local], radius, side)
         local_indptr = np.concatenate([[0], np.cumsum(np.bincount(dst, minlength=len(local)))])
@@ -48,34 +44,26 @@ def in_neighbors(x: Array, radius: float, nodes: Array, side: Array | None = Non
     return indptr, sources
 
 
-def _boxes(x: Array) -> Iterator[Array]:
-    """The rows of x (n, 3), halved across the longest axis until no box has more than BOX."""
-    pending = [np.arange(len(x))]
-    while pending:
-        rows = pending.pop()
-        if len(rows) <= BOX:
-            yield rows
-        else:
-            pending += split_longest_axis(x, rows, len(rows) // 2)
+def _boxes(x: Array, rows: Array) -> list[Array]:
+    """These rows of x, halved across the longest axis until no box has more than BOX."""
+    if len(rows) <= BOX:
+        return [rows]
+    return [box for half in split_longest_axis(x, rows, len(rows) // 2) for box in _boxes(x, half)]
 
 
 def candidates(x: Array, box: Array, radius: float, side: Array | None = None) -> Array:
-    """The nodes (m,) of x (N, 3), in order, within the radius of the bounding box of the points ``box`` (n, 3).
-
-    May include a few nodes slightly further away.
-    """
+    """The nodes (m,) of x (N, 3), in order, within the radius of the bounding box of ``box`` (n, 3), and a few more."""
     low, high = box.min(0).astype(np.float64), box.max(0).astype(np.float64)
-    # bounds are compared in the precision of x; a few additional nodes do no harm
+    # bounds are compared in the precision of x
     reach = radius + 1e-6 * (radius + np.abs([low, high]).max())
-    nodes: Array | slice = slice(None)
+    nodes: Array | None = None
     for axis, (a, b) in enumerate(zip((low - reach).tolist(), (high + reach).tolist(), strict=True)):
-        along = x[nodes, axis]
+        along = x[:, axis] if nodes is None else x[nodes, axis]
         inside = (along >= a) & (along <= b)
         if side is not None:
             inside |= (along >= a + side[axis]) | (along <= b - side[axis])
-        selected = np.flatnonzero(inside)
-        nodes = selected if isinstance(nodes, slice) else nodes[selected]
-    assert not isinstance(nodes, slice)
+        nodes = np.flatnonzero(inside) if nodes is None else nodes[inside]
+    assert nodes is not None
     return nodes
 
 

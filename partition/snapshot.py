@@ -1,7 +1,6 @@
 """Partition one snapshot and write one file for each part: its nodes in order, its in-edges and its halo nodes.
 
-Memory: the node fields of the snapshot and the edges of one part at a time. METIS, edge dropping and complete graphs
-(`needs_all_edges`) hold all edges of the snapshot.
+Memory: the node fields of the snapshot, and the edges of one part or, where `needs_all_edges`, of the snapshot.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from dist_egnn.errors import Failure
 from dist_egnn.utils import memory, part_weights
 
 NO_EDGES = np.zeros(0, np.int64)
-METIS_EDGE_BYTES, EDGE_BYTES = 90, 75  # memory of an edge at the peak, for METIS and for other methods
+CENTROID = ("centroid_x", "centroid_y", "centroid_z")
 
 
 @dataclass(frozen=True)
@@ -64,10 +63,7 @@ class Inputs:
 
 
 def node_arrays(data: Trajectories, snapshot: Snapshot, inputs: Inputs) -> tuple[dict[str, Array], Array, Array | None]:
-    """Node fields of a snapshot, the positions (N, 3) to partition by, and the sides (3,) of its periodic box or None.
-
-    In a periodic box these positions are wrapped into it, so that neighbours across the boundary can share a part.
-    """
+    """Node fields; positions (N, 3) to partition by, wrapped into a periodic box; the sides (3,) of the box or None."""
     fields = node_fields(data, snapshot, inputs.sample)
     side = data.sides(snapshot.trajectory, inputs.radius) if inputs.periodic else None
     return fields, fields["x"] if side is None else graphs.wrap(fields["x"], side), side
@@ -80,25 +76,15 @@ def needs_all_edges(inputs: Inputs) -> bool:
 
 def memory_needed(method: str, nodes: float, edges: float) -> float:
     """Estimated bytes to partition a snapshot with all its edges in memory, measured at 10⁶ nodes (docs/scaling.md)."""
-    return 0.4e9 + 200 * nodes + (METIS_EDGE_BYTES if assign.METHODS[method].needs_edges else EDGE_BYTES) * edges
+    return 0.4e9 + 200 * nodes + (90 if assign.METHODS[method].needs_edges else 75) * edges
 
 
 def check_memory(x: Array, inputs: Inputs, side: Array | None, where: str) -> None:
     """Raise Failure, prefixed with ``where``, if all edges of a snapshot at x (N, 3) do not fit into memory."""
     edges = len(x) * neighbors.mean_degree(x, inputs.radius, side)
-    settings = f"method {inputs.method} with edge_drop={inputs.edge_drop:g}"
-    memory.require_memory(
-        memory_needed(inputs.method, len(x), edges),
-        "cpu",
-        f"{where}: {settings} on {len(x):,} nodes, {edges:,.0f} edges,",
-        "use bisection or morton without edge_drop, or a smaller radius",
-    )
-
-
-def all_edges(x: Array, inputs: Inputs, side: Array | None, where: str) -> tuple[Array, Array]:
-    """Source and destination (E,) of all edges of a snapshot at x (N, 3); checks memory first (`check_memory`)."""
-    check_memory(x, inputs, side, where)
-    return graphs.sample_edges(x, inputs.radius, inputs.edge_drop, side)
+    what = f"{where}: method {inputs.method}, edge_drop={inputs.edge_drop:g}, {len(x):,} nodes, {edges:,.0f} edges,"
+    remedy = "use bisection or morton without edge_drop, or a smaller radius"
+    memory.require_memory(memory_needed(inputs.method, len(x), edges), "cpu", what, remedy)
 
 
 def assign_ranks(method: str, x: Array, src: Array, dst: Array, inputs: Inputs) -> Array:
@@ -124,17 +110,15 @@ def assign_ranks(method: str, x: Array, src: Array, dst: Array, inputs: Inputs) 
     return rank
 
 
-InNeighbors = Callable[[Array], tuple[Array, Array]]  # nodes (n,) → indptr (n + 1,), sources (E,)
-
-
 def _ranks_and_edges(
     x: Array, wrapped: Array, inputs: Inputs, side: Array | None, where: str
-) -> tuple[Array, InNeighbors]:
-    """The rank (N,) of each node, and a function that gives the in-edges of nodes."""
+) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
+    """The rank (N,) of each node, and a function of nodes (n,): their in-edges as indptr (n + 1,) and sources (E,)."""
     if not needs_all_edges(inputs):
         rank = assign_ranks(inputs.method, wrapped, NO_EDGES, NO_EDGES, inputs)
         return rank, lambda nodes: neighbors.in_neighbors(wrapped, inputs.radius, nodes, side)
-    src, dst = all_edges(x, inputs, side, where)
+    check_memory(x, inputs, side, where)
+    src, dst = graphs.sample_edges(x, inputs.radius, inputs.edge_drop, side)
     rank = assign_ranks(inputs.method, wrapped, src, dst, inputs)
     indptr = np.concatenate([[0], np.cumsum(np.bincount(dst, minlength=len(x)))])
 
@@ -146,11 +130,10 @@ def _ranks_and_edges(
 
 
 def write_parts(data: Trajectories, snapshot: Snapshot, index: int, inputs: Inputs, folder: Path) -> dict[str, Any]:
-    """Partition one snapshot and write each part to folder/INDEX-PART.npz.
+    """Partition one snapshot, number its nodes by rank and along a Z-order curve, write parts to folder/INDEX-PART.npz.
 
-    Nodes of the snapshot are renumbered by rank, then along a Z-order curve. A part's file holds the fields of its inner
-    nodes; src and dst (E,) in local numbers, inner nodes first, then halo nodes; and the numbers (m,) of its halo nodes.
-    Returns "row", the snapshot's row of snapshots.csv, and "parts": nodes, edges, cut edges and halo nodes of each rank.
+    A file holds fields of a part's inner nodes, src and dst (E,) in local numbers (inner nodes, then halo nodes), and the
+    numbers (m,) of its halo. Returns "row" of snapshots.csv, and "parts": nodes, edges, cut edges and halo of each rank.
     """
     fields, wrapped, side = node_arrays(data, snapshot, inputs)
     n, trainers = len(wrapped), inputs.trainers
@@ -180,19 +163,11 @@ def write_parts(data: Trajectories, snapshot: Snapshot, index: int, inputs: Inpu
         if trainers > 1:
             rows["trainer_id"] = owner[nodes]
         dst = np.repeat(np.arange(hi - lo, dtype=src.dtype), np.diff(indptr))
-        with open(folder / f"{index:06d}-{p}.npz", "wb") as file:
-            np.savez(file, src=src, dst=dst, halo=halo, **rows)
+        np.savez(folder / f"{index:06d}-{p}.npz", src=src, dst=dst, halo=halo, **rows)
         del src, dst, outside, halo_index, rows  # before the next part takes as much
-    centroid = fields["x"].astype(np.float64).mean(0)
-    row = {
-        "snapshot": index,
-        "split": snapshot.split,
-        "trajectory": snapshot.trajectory,
-        "frame": snapshot.frame,
-        "target_frame": snapshot.frame + inputs.horizon,
-        "nodes": n,
-        "edges": sum(edges for _, edges, _, _ in ranks),
-        **dict(zip(("centroid_x", "centroid_y", "centroid_z"), centroid.tolist(), strict=True)),
-        **({} if side is None else dict(zip(SIDES, side.tolist(), strict=True))),
-    }
+    row: dict[str, Any] = {"snapshot": index, **asdict(snapshot), "target_frame": snapshot.frame + inputs.horizon}
+    row |= {"nodes": n, "edges": sum(edges for _, edges, _, _ in ranks)}
+    row |= zip(CENTROID, fields["x"].astype(np.float64).mean(0).tolist(), strict=True)
+    if side is not None:
+        row |= zip(SIDES, side.tolist(), strict=True)
     return {"row": row, "parts": ranks}

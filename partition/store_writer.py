@@ -1,24 +1,21 @@
 """Write a store: DistDGL partitions of every snapshot, snapshots.csv, parts.csv and manifest.yaml (docs/formats.md).
 
-A store is a sequence of *shards*. Each shard is one graph in DistDGL's on-disk format that holds several snapshots side by
-side, so that DGL's loaders and servers accept it. Memory is bounded by one snapshot's nodes and one part's edges: the parts
-of each snapshot are first written to a spool folder (snapshot.py), then joined into shards part by part. Everything is
-written under OUT.partial and renamed at the end; an interrupted run continues after its last complete snapshot.
+A store is a sequence of *shards*: graphs in DistDGL's on-disk format, each of several snapshots side by side. The parts
+of each snapshot are first written to a spool folder (snapshot.py), then joined into shards part by part, all under
+OUT.partial, which is renamed at the end. An interrupted run continues after its last complete snapshot.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
 import json
 import os
 import shutil
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import dgl
 import numpy as np
@@ -30,6 +27,8 @@ from dist_egnn.partition.snapshot import Inputs
 from numpy import ndarray as Array
 
 from dist_egnn import __version__
+from dist_egnn.config import Data
+from dist_egnn.data import graphs
 from dist_egnn.data.samples import Snapshot, select_snapshots
 from dist_egnn.data.store import FORMAT, GRAPH, VERSION
 from dist_egnn.data.store_inputs import DEFAULT_INPUTS
@@ -38,12 +37,8 @@ from dist_egnn.errors import Failure
 from dist_egnn.utils import part_weights
 from dist_egnn.utils.filesystem import describe_os_error, replace_file, save_verified, sha256
 
-if TYPE_CHECKING:
-    from dist_egnn.config import Data
-
 SHARD_NODES = 262_144  # loading a part of a shard costs little beside a training step, and files are few
-# trainer_id only if a part has several trainers
-NODE_FIELDS = ("x", "v", "f", "a", "y", "gid", "snapshot", "trainer_id")
+NODE_FIELDS = ("x", "v", "f", "a", "y", "gid", "snapshot", "trainer_id")  # the last only with several trainers a part
 
 
 def build_inputs(
@@ -57,12 +52,10 @@ def build_inputs(
     settings: Data,
     shard_nodes: int = SHARD_NODES,
 ) -> Inputs:
-    """The inputs of a store from a config's data section; `data.features` of null means every node attribute, then speed.
+    """The inputs of a store; `data.features` of null means every node attribute, then speed.
 
-    weights: (parts × trainers,) share of each graph that a process is to own, in any unit.
-    Raises Failure for an unknown method, invalid counts and weights that the method cannot follow.
+    weights: (parts × trainers,), in any unit. Raises Failure for an unknown method and for invalid counts and weights.
     """
-    assign.check_method(method, parts)
     if trainers < 1:
         raise Failure(f"trainers={trainers}: must be at least 1")
     weights = part_weights.validate(weights, parts * trainers)
@@ -70,22 +63,12 @@ def build_inputs(
     values = {name: value for name, value in vars(settings).items() if name in Inputs.__dataclass_fields__}
     features = [*data[0].attributes, "speed"] if settings.features is None else settings.features
     values |= {"features": tuple(features), "node_attributes": tuple(settings.node_attributes)}
-    values |= {"radius": float(settings.radius), "edge_drop": float(settings.edge_drop)}
-    return Inputs(
-        source=data.path.name,
-        source_sha256=sha256(data.path),
-        parts=parts,
-        trainers=trainers,
-        weights=weights,
-        method=method,
-        method_seed=method_seed,
-        shard_nodes=shard_nodes,
-        **values,
-    )
+    values |= {"radius": float(settings.radius), "edge_drop": float(settings.edge_drop), "shard_nodes": shard_nodes}
+    return Inputs(data.path.name, sha256(data.path), parts, trainers, weights, method, method_seed, **values)
 
 
 def list_snapshots(data: Trajectories, inputs: Inputs) -> list[Snapshot]:
-    """The snapshots of a store. Raises Failure for a trajectory with too few nodes or without a necessary periodic box."""
+    """The snapshots of a store. Raises Failure for a trajectory with too few nodes or without a required box."""
     for k, trajectory in enumerate(data):
         if trajectory.nodes < inputs.processes:
             parts = f"{inputs.parts} parts" + (f" of {inputs.trainers} trainers" if inputs.trainers > 1 else "")
@@ -102,7 +85,7 @@ def check_inputs(data: Trajectories, inputs: Inputs) -> list[Snapshot]:
     """`list_snapshots`; also raises Failure if memory does not suffice for the largest snapshot."""
     selected = list_snapshots(data, inputs)
     if selected and snapshot.needs_all_edges(inputs):
-        k, frame = max(((s.trajectory, s.frame) for s in selected), key=lambda one: data[one[0]].nodes)
+        k, frame = max(((s.trajectory, s.frame) for s in selected), key=lambda pair: data[pair[0]].nodes)
         side = data.sides(k, inputs.radius) if inputs.periodic else None
         snapshot.check_memory(data.position(k, frame), inputs, side, f"{data.path}: trajectory {k}")
     return selected
@@ -122,35 +105,26 @@ def _shards(data: Trajectories, selected: list[Snapshot], limit: int) -> Iterato
 
 def _starts(counts: Array, axis: int = 0) -> Array:
     """Where each of consecutive runs of these lengths begins, and the end of the last."""
-    zero = np.zeros_like(counts.take([0], axis))
-    return np.concatenate([zero, np.cumsum(counts, axis)], axis)
+    return np.cumsum(np.insert(counts, 0, 0, axis), axis)
 
 
 def _write_shard(folder: Path, spool: Path, indices: range, counts: Array) -> None:
-    """Join the spooled parts of a shard's snapshots into DistDGL partitions. counts: (snapshots, parts, 2) nodes, edges."""
+    """Join the spooled parts of snapshots into DistDGL partitions. counts: (snapshots, parts, …) of nodes and edges."""
     # global ids: part after part, within a part snapshot after snapshot
     node_lo, edge_lo = _starts(counts[..., 0].sum(0)), _starts(counts[..., 1].sum(0))
     within = _starts(counts[..., 0])  # (snapshots + 1, parts): first node of a snapshot in its part
     starts = _starts(counts[..., 0], 1)  # (snapshots, parts + 1): first node of a part in its snapshot
     parts = counts.shape[1]
-    meta: dict[str, Any] = {
-        "graph_name": GRAPH,
-        "num_nodes": int(node_lo[-1]),
-        "num_edges": int(edge_lo[-1]),
-        "part_method": "dist_egnn",
-        "num_parts": parts,
-        "halo_hops": 1,
-        "node_map": {"_N": [list(ends) for ends in itertools.pairwise(node_lo.tolist())]},
-        "edge_map": {"_N:_E:_N": [list(ends) for ends in itertools.pairwise(edge_lo.tolist())]},
-        "ntypes": {"_N": 0},
-        "etypes": {"_N:_E:_N": 0},
-    }
+    node_map, edge_map = (np.stack([lo[:-1], lo[1:]], 1).tolist() for lo in (node_lo, edge_lo))
+    meta: dict[str, Any] = {"graph_name": GRAPH, "num_nodes": int(node_lo[-1]), "num_edges": int(edge_lo[-1])}
+    meta |= {"part_method": "dist_egnn", "num_parts": parts, "halo_hops": 1}
+    meta |= {"node_map": {"_N": node_map}, "edge_map": {"_N:_E:_N": edge_map}}
+    meta |= {"ntypes": {"_N": 0}, "etypes": {"_N:_E:_N": 0}}
     for p in range(parts):
         inner, edges = int(node_lo[p + 1] - node_lo[p]), int(edge_lo[p + 1] - edge_lo[p])
         src, dst = np.empty(edges, np.int64), np.empty(edges, np.int64)
-        edges_done, halo_done = 0, 0
-        halo_ids = []
-        rows: dict[str, list[Array]] = defaultdict(list)
+        edges_done, halo_done, halo_ids = 0, 0, []
+        rows: dict[str, list[Array]] = {}
         for s, index in enumerate(indices):
             with np.load(spool / f"{index:06d}-{p}.npz") as arrays:
                 n, halo, own_src = counts[s, p, 0], arrays["halo"], arrays["src"]
@@ -163,7 +137,7 @@ def _write_shard(folder: Path, spool: Path, indices: range, counts: Array) -> No
                 halo_done += len(halo)
                 for name in NODE_FIELDS:
                     if name in arrays:
-                        rows[name].append(arrays[name])
+                        rows.setdefault(name, []).append(arrays[name])
         graph = dgl.graph((torch.from_numpy(src), torch.from_numpy(dst)), num_nodes=inner + halo_done)
         ids = np.concatenate([np.arange(node_lo[p], node_lo[p + 1]), *halo_ids])
         graph.ndata[dgl.NID] = torch.from_numpy(ids)
@@ -171,28 +145,23 @@ def _write_shard(folder: Path, spool: Path, indices: range, counts: Array) -> No
         graph.edata[dgl.EID] = torch.arange(edge_lo[p], edge_lo[p + 1])
         graph.edata["inner_edge"] = torch.ones(graph.num_edges(), dtype=torch.uint8)
         features = {f"_N/{name}": torch.from_numpy(np.concatenate(value)) for name, value in rows.items()}
-        _save_part(folder / f"part{p}", graph, features)
+        part = folder / f"part{p}"
+        part.mkdir(parents=True, exist_ok=True)
+        # int64: both ends and the number of an edge, the number of a node; one byte: inner or not
+        size = 25 * edges + 9 * len(ids)
+        save_verified(part / "graph.dgl", size, partial(dgl.save_graphs, g_list=[graph], formats=["coo"]))
+        size = sum(tensor.nbytes for tensor in features.values())
+        save_verified(part / "node_feat.dgl", size, partial(dgl.data.utils.save_tensors, tensor_dict=features))
+        save_verified(part / "edge_feat.dgl", 0, partial(dgl.data.utils.save_tensors, tensor_dict={}))
         files = {"node_feats": "node_feat", "edge_feats": "edge_feat", "part_graph": "graph"}
         meta[f"part-{p}"] = {key: f"part{p}/{name}.dgl" for key, name in files.items()}
     (folder / f"{GRAPH}.json").write_text(json.dumps(meta, indent=1))
 
 
-def _save_part(folder: Path, graph: dgl.DGLGraph, features: dict[str, torch.Tensor]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    # int64: both ends and the number of an edge, the number of a node; one byte: inner or not
-    size = 25 * graph.num_edges() + 9 * graph.num_nodes()
-    save_verified(folder / "graph.dgl", size, functools.partial(dgl.save_graphs, g_list=[graph], formats=["coo"]))
-    tables: dict[str, dict[str, torch.Tensor]] = {"node_feat": features, "edge_feat": {}}
-    for name, tensors in tables.items():
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        save_verified(folder / f"{name}.dgl", size, functools.partial(dgl.data.utils.save_tensors, tensor_dict=tensors))
-
-
 def _names_inputs(file: Path, inputs: Inputs) -> bool:
     """Whether a manifest.yaml or an unfinished run's inputs.json exists and names these inputs."""
     try:
-        text = file.read_text()
-        stored = yaml.safe_load(text)["inputs"] if file.suffix == ".yaml" else json.loads(text)
+        stored = yaml.safe_load(file.read_text())["inputs"] if file.suffix == ".yaml" else json.loads(file.read_text())
         return DEFAULT_INPUTS | stored == inputs.plain()
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return False
@@ -209,34 +178,26 @@ def _open_folder(out: Path, inputs: Inputs) -> Path | None:
     if not stamp.exists() and _names_inputs(work / "manifest.yaml", inputs):  # only the last rename was missing
         os.replace(work, out)
         return None
-    if work.exists() and not _names_inputs(stamp, inputs):
+    if work.exists() and any(work.iterdir()) and not _names_inputs(stamp, inputs):
         raise Failure(f"{work}: left by an unfinished run with other settings; remove it or choose another --out")
-    created = not work.exists()
     work.mkdir(parents=True, exist_ok=True)
-    try:
-        replace_file(stamp, json.dumps(inputs.plain()).encode())
-    except OSError:
-        if created:  # without its stamp the folder would be refused as another run's
-            shutil.rmtree(work)
-        raise
+    replace_file(stamp, json.dumps(inputs.plain()).encode())
     return work
 
 
 def write_store(data: Trajectories, out: Path, inputs: Inputs, progress: Callable[[int, int], None]) -> bool:
     """Write the store of a trajectories file to ``out``; False if it is complete already.
 
-    progress(done, total) is called after each snapshot. Raises Failure for inputs that cannot be partitioned, for an
-    ``out`` with other content, and for write errors; complete snapshots are kept, and the same call continues.
+    progress(done, total) is called after each snapshot. Raises Failure for inputs that cannot be partitioned, other
+    content at ``out`` and write errors; complete snapshots are kept, and the same call continues.
     """
     selected = check_inputs(data, inputs)
     try:
-        work = _open_folder(out, inputs)
-        if work is not None:
-            shards = _write_shards(data, work, inputs, selected, progress)
-            _finish(work, out, inputs, shards)
+        if work := _open_folder(out, inputs):
+            _finish(work, out, inputs, _write_shards(data, work, inputs, selected, progress))
+        return work is not None
     except OSError as error:
         raise Failure(f"{describe_os_error(error, out)}; correct this and run the same command to continue") from error
-    return work is not None
 
 
 def _write_shards(
@@ -259,14 +220,12 @@ def _write_shards(
                 rows.append(json.loads(mark.read_text()))
                 progress(index + 1, len(selected))
             shutil.rmtree(work / shard, ignore_errors=True)
-            counts = np.array([r["parts"] for r in rows])[:, :, :2]
-            counts = counts.reshape(len(rows), inputs.parts, inputs.trainers, 2).sum(2)
+            counts = np.reshape([row["parts"] for row in rows], (len(rows), inputs.parts, inputs.trainers, 4)).sum(2)
             _write_shard(work / shard, spool, indices, counts)
             files = {str(f.relative_to(work)): sha256(f) for f in sorted((work / shard).rglob("*")) if f.is_file()}
             replace_file(complete, json.dumps({"rows": rows, "files": files, "shard": shard}).encode())
-            for index in indices:
-                for file in spool.glob(f"{index:06d}*"):
-                    file.unlink()
+            for file in spool.iterdir():
+                file.unlink()
         progress(indices.stop, len(selected))
         shards.append(json.loads(complete.read_text()))
     return shards
@@ -274,26 +233,16 @@ def _write_shards(
 
 def _finish(work: Path, out: Path, inputs: Inputs, shards: list[dict[str, Any]]) -> None:
     """Write the tables and the manifest, then rename the folder, which makes it a store."""
-    rows = [{**r["row"], "shard": shard["shard"]} for shard in shards for r in shard["rows"]]
-    parts = [
-        (r["row"]["snapshot"], part, *counts)
-        for shard in shards
-        for r in shard["rows"]
-        for part, counts in enumerate(r["parts"])
-    ]
+    entries = [(shard["shard"], entry["row"], entry["parts"]) for shard in shards for entry in shard["rows"]]
+    rows = [{**row, "shard": shard} for shard, row, _ in entries]
+    parts = [(row["snapshot"], part, *counts) for _, row, ranks in entries for part, counts in enumerate(ranks)]
     pd.DataFrame(rows).to_csv(work / "snapshots.csv", index=False)
     columns = ["snapshot", "part", "nodes", "edges", "cut_edges", "halo"]
     pd.DataFrame(parts, columns=columns).to_csv(work / "parts.csv", index=False)
     files = {name: digest for shard in shards for name, digest in shard["files"].items()}
     files.update({name: sha256(work / name) for name in ("snapshots.csv", "parts.csv")})
-    packages = {"dgl": dgl.__version__, "torch": str(torch.__version__), "numpy": np.__version__}
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "inputs": inputs.plain(),
-        "versions": {"dist_egnn": __version__, **packages},
-        "files": files,
-    }
+    versions = {"dist_egnn": __version__} | {module.__name__: str(module.__version__) for module in (dgl, torch, np)}
+    manifest = {"format": FORMAT, "version": VERSION, "inputs": inputs.plain(), "versions": versions, "files": files}
     (work / "manifest.yaml").write_text(yaml.safe_dump(manifest, sort_keys=False))
     shutil.rmtree(work / "spool")
     for file in [*work.glob("shard-*.json"), work / "inputs.json"]:  # inputs.json last, see _open_folder
@@ -303,9 +252,9 @@ def _finish(work: Path, out: Path, inputs: Inputs, shards: list[dict[str, Any]])
 
 def compare_methods(data: Trajectories, inputs: Inputs) -> list[tuple[str, assign.Quality, float]]:
     """Apply every method that can follow the weights to the first snapshot: name, quality, seconds."""
-    first = list_snapshots(data, inputs)[0]
-    fields, wrapped, side = snapshot.node_arrays(data, first, inputs)
-    src, dst = snapshot.all_edges(fields["x"], replace(inputs, method="metis"), side, str(data.path))
+    fields, wrapped, side = snapshot.node_arrays(data, list_snapshots(data, inputs)[0], inputs)
+    snapshot.check_memory(fields["x"], replace(inputs, method="metis"), side, str(data.path))
+    src, dst = graphs.sample_edges(fields["x"], inputs.radius, inputs.edge_drop, side)
     rows = []
     for name in assign.METHODS:
         try:

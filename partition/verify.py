@@ -19,9 +19,8 @@ LoadedPart = tuple[dgl.DGLGraph, dict[str, Tensor]]  # a part's graph and node f
 def verify_store(store: Store, progress: Callable[[int, int], None]) -> dict[str, int]:
     """Check every file and every snapshot; returns how many files, snapshots, nodes and edges were checked.
 
-    Checks hashes; that all parts hold the same snapshots; that every node, and every edge that follows from the positions and
-    the radius, is in exactly one part; that all values are finite; and loads each part with DGL's own checks enabled.
-    progress(done, total) is called after each snapshot. Raises Failure at the first error.
+    Checks hashes, DGL's own assertions, that values are finite, and that every node, and every edge that follows from
+    positions and radius, is in exactly one part. progress(done, total) is called after each snapshot. Raises Failure.
     """
     files = {str(f.relative_to(store.path)) for f in store.path.rglob("*") if f.is_file()} - {"manifest.yaml"}
     if extra := sorted(files - set(store.manifest["files"])):
@@ -43,11 +42,17 @@ def verify_store(store: Store, progress: Callable[[int, int], None]) -> dict[str
 
 
 def _check_snapshot(store: Store, snapshot: int, parts: list[LoadedPart], snapshot_of: np.ndarray) -> tuple[int, int]:
-    """Check one snapshot of a shard; returns its numbers of nodes and edges. snapshot_of: (N,) of all nodes of the shard."""
+    """Check one snapshot of a shard; returns its numbers of nodes and edges. snapshot_of: (N,) of the shard's nodes."""
     where = f"{store.path}: snapshot {snapshot}"
     gid_of = np.concatenate([feats["_N/gid"].numpy() for _, feats in parts])  # by DGL's global id, for remote sources
     for rank in range(store.parts):
-        _check_rank(store, snapshot, rank, parts[rank // store.trainers][1])
+        lo, hi = store.ranges[snapshot, rank, :2].tolist()
+        feats = parts[rank // store.trainers][1]
+        own = feats["_N/snapshot"] == snapshot
+        if store.trainers > 1:
+            own &= feats["_N/trainer_id"] == rank
+        if int(own.sum()) != hi - lo or not own[lo:hi].all():
+            raise Failure(f"{where}: part {rank} does not hold the {hi - lo} nodes of parts.csv; partition again")
     n = int(store.snapshots.loc[snapshot, "nodes"])
     if not np.array_equal(np.sort(gid_of[snapshot_of == snapshot]), np.arange(n)):
         raise Failure(f"{where}: its {n} nodes are not each in exactly one part; partition again")
@@ -67,34 +72,17 @@ def _check_snapshot(store: Store, snapshot: int, parts: list[LoadedPart], snapsh
     return n, len(src)
 
 
-def _check_rank(store: Store, snapshot: int, rank: int, feats: dict[str, Tensor]) -> None:
-    """Raise Failure unless a rank's nodes of a snapshot have the number and the rows that parts.csv gives."""
-    lo, hi = store.ranges[snapshot, rank, :2].tolist()
-    own = feats["_N/snapshot"] == snapshot
-    if store.trainers > 1:
-        own &= feats["_N/trainer_id"] == rank
-    count = int(own.sum())
-    if count != hi - lo or not own[lo:hi].all():
-        others = ", others" if count == hi - lo else ""
-        raise Failure(
-            f"{store.path}: snapshot {snapshot}: part {rank} holds {count} of its nodes, parts.csv lists {hi - lo}{others}; "
-            "partition again"
-        )
-
-
 def _load_part(config: str, part: int, trainers: int) -> LoadedPart:
     """Load a part with DGL's loader and its debug assertions."""
-    before = os.environ.get("DGL_DIST_DEBUG")
-    os.environ["DGL_DIST_DEBUG"] = "1"
+    added = "DGL_DIST_DEBUG" not in os.environ
+    os.environ.setdefault("DGL_DIST_DEBUG", "1")
     try:
         graph, feats, *_ = dgl.distributed.load_partition(config, part)
     except AssertionError as error:
         raise Failure(f"{config}: part {part} fails DGL's own checks ({error}); partition again") from error
     finally:
-        if before is None:
+        if added:
             del os.environ["DGL_DIST_DEBUG"]
-        else:
-            os.environ["DGL_DIST_DEBUG"] = before
     for name in ("gid", "snapshot", *(["trainer_id"] if trainers > 1 else [])):
         if f"_N/{name}" not in feats:
             raise Failure(f"{config}: part {part}: node field '{name}' is missing; partition again")

@@ -1,4 +1,4 @@
-"""One conformance test for all partition methods, on ordinary and degenerate input; `quality` equals a brute-force count."""
+"""One conformance test for all partition methods, on ordinary and degenerate input; `quality` by brute force."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def test_weighted_parts_are_compact(method):
         ("metis", 0, None, "parts=0: must be at least 1"),
         ("kmeans", -1, None, "parts=-1"),
         ("random", 6, None, "parts=6: .* use parts=5"),
-        ("kmeans", 2, [2, 1], "method=kmeans: .* use metis, random, bisection or morton"),
+        ("kmeans", 2, [2, 1], "method=kmeans: .* use one of metis, random, bisection, morton"),
         ("spectral", 2, [2, 1], "method=spectral: "),
         ("morton", 2, [2, 1, 1], r"partition\.weights=\[2,1,1\]: 3 "),
         ("morton", 2, [2, 0], r"partition\.weights=\[2,0\]: must be positive"),
