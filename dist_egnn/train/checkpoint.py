@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -41,13 +40,9 @@ def of_training(
     model: Module, config: Config, optimizer: Optimizer, state: TrainingState, samples: dict[str, Any]
 ) -> Checkpoint:
     """A checkpoint to resume from. samples: `resume.fingerprint` of the data."""
-    return {
-        **weights_only(model, config),
-        "optimizer": optimizer.state_dict(),
-        "rng": torch.get_rng_state(),  # one for all ranks: every rank makes the same draws
-        **vars(state) | {"sums": dict(state.sums)},
-        "samples": samples,
-    }
+    training = {"optimizer": optimizer.state_dict(), **vars(state), "sums": dict(state.sums), "samples": samples}
+    # one random state for all ranks: every rank makes the same draws
+    return weights_only(model, config) | training | {"rng": torch.get_rng_state()}
 
 
 def training_state(checkpoint: Checkpoint) -> TrainingState:
@@ -61,7 +56,7 @@ def load_weights(model: Module, checkpoint: Checkpoint, path: Path) -> None:
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
-        reason = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+        reason = str(error).splitlines()[:2][-1].strip()
         raise Failure(f"{path}: its weights do not fit this model: {reason}") from error
 
 
@@ -75,11 +70,11 @@ def restore(checkpoint: Checkpoint, model: Module, optimizer: Optimizer, path: P
 
 def _on_cpu(value: Any) -> Any:
     """Move all tensors of a nested structure to the CPU, so that a checkpoint does not depend on the device."""
-    if isinstance(value, torch.Tensor):
-        return value.cpu()
     if isinstance(value, dict):
         return {key: _on_cpu(item) for key, item in value.items()}
-    return [_on_cpu(item) for item in value] if isinstance(value, list) else value
+    if isinstance(value, list):
+        return [_on_cpu(item) for item in value]
+    return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
@@ -97,14 +92,6 @@ def _comment(content: bytes) -> bytes:
     return b"sha256 " + hashlib.sha256(content).hexdigest().encode()
 
 
-def save_last(folder: Path, checkpoint: Checkpoint, keep_previous: bool = True) -> None:
-    """Write last.pt. keep_previous: the present last.pt becomes previous.pt."""
-    last = folder / LAST
-    if keep_previous and last.exists():  # between the two renames there is no last.pt: `load_last` reads previous.pt
-        os.replace(last, folder / PREVIOUS)
-    save(last, checkpoint)
-
-
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint. Raises Failure if it is missing or of another program, Damaged if its content is."""
     return parse(_read(path), path)
@@ -118,50 +105,44 @@ def _read(path: Path) -> bytes:
 
 def parse(content: bytes, path: Path) -> Checkpoint:
     """The checkpoint in the content of a file. Raises Failure as ``load`` does."""
+    remedy = "use another checkpoint of the run"
     end = len(content) - len(_comment(b""))
     has_checksum = end > 0 and content[end:].startswith(b"sha256 ")
     if has_checksum and content[end:] != _comment(content[:end]):
-        raise Damaged(f"{path}: damaged: its sha256 does not match; use another checkpoint of the run")
+        raise Damaged(f"{path}: damaged: its sha256 does not match; {remedy}")
     try:
         checkpoint = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds of errors for a damaged file
-        kind = type(error).__name__
-        raise Damaged(f"{path}: damaged or not a checkpoint ({kind}); use another checkpoint of the run") from error
+        raise Damaged(f"{path}: damaged or not a checkpoint ({type(error).__name__}); {remedy}") from error
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
         raise Failure(f"{path}: not a checkpoint of dist_egnn")
-    if checkpoint["version"] == 1:  # has no checksum, and was always written at the end of an epoch
+    version = checkpoint["version"]
+    if version == 1:  # has no checksum, and was always written at the end of an epoch
         return {**checkpoint, "epoch": checkpoint["epoch"] + 1, "scale": 1.0}
-    if checkpoint["version"] != VERSION:
-        raise Failure(
-            f"{path}: checkpoint version {checkpoint['version']}, this program reads {VERSION}; use a newer dist_egnn"
-        )
+    if version != VERSION:
+        raise Failure(f"{path}: checkpoint version {version}, this program reads {VERSION}; use a newer dist_egnn")
     if not has_checksum:
-        raise Damaged(f"{path}: damaged: its end is missing; use another checkpoint of the run")
+        raise Damaged(f"{path}: damaged: its end is missing; {remedy}")
     return checkpoint
 
 
-def load_last(folder: Path) -> tuple[Checkpoint, str]:
-    """The newest intact checkpoint of a run, and why it is not last.pt (empty if it is)."""
-    content, warning = read_last(folder)
-    return parse(content, folder / LAST), warning
+def load_last(folder: Path) -> Checkpoint:
+    """The newest intact checkpoint of a run."""
+    return parse(read_last(folder)[0], folder / LAST)
 
 
 def read_last(folder: Path) -> tuple[bytes, str]:
-    """The content of the file that ``load_last`` reads, and the same warning."""
+    """The content of the newest intact checkpoint of a run, and why it is not last.pt (empty if it is)."""
+    last, previous = folder / LAST, folder / PREVIOUS
     try:
-        return _read_intact(folder / LAST), ""
+        parse(content := _read(last), last)
+        return content, ""
     except Failure as failure:
-        missing = not (folder / LAST).exists() and (folder / PREVIOUS).exists()
-        if not (missing or isinstance(failure, Damaged)):
+        if not isinstance(failure, Damaged) and (last.exists() or not previous.exists()):
             raise
         warning = str(failure).split(";")[0]
     try:
-        return _read_intact(folder / PREVIOUS), warning
+        parse(content := _read(previous), previous)
+        return content, warning
     except Failure as failure:
         raise Failure(f"{warning}; and {failure}") from failure
-
-
-def _read_intact(path: Path) -> bytes:
-    content = _read(path)
-    parse(content, path)
-    return content

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -31,14 +32,15 @@ def phase(name: str, sums: dict[str, float], device: torch.device) -> Iterator[N
     sums[name] += time.perf_counter() - started - communication
 
 
-def _kind(value: Tensor) -> str:
-    return "NaN" if bool(value.isnan().any()) else "infinite" if not bool(value.isfinite().all()) else ""
+def _nonfinite(values: Iterable[tuple[str, Tensor]]) -> str:
+    """Describes the first value that is not finite; empty if all are."""
+    first = next(((name, value) for name, value in values if not value.isfinite().all()), None)
+    return f"{first[0]} is {'NaN' if first[1].isnan().any() else 'infinite'}" if first else ""
 
 
 def nonfinite_parameter(model: Module) -> str:
     """Describes the first parameter that is not finite; empty if all are."""
-    kinds = ((name, _kind(parameter.detach())) for name, parameter in model.named_parameters())
-    return next((f"parameter {name} is {kind}" for name, kind in kinds if kind), "")
+    return _nonfinite((f"parameter {name}", parameter) for name, parameter in model.named_parameters())
 
 
 def nonfinite_cause(model: Module, samples: Dataset, numbers: list[int], group: Comm) -> str:
@@ -49,31 +51,25 @@ def nonfinite_cause(model: Module, samples: Dataset, numbers: list[int], group: 
     problem = nonfinite_parameter(model)
     if group.max(float(bool(problem))):  # parameters are equal on all ranks, unless something is broken
         return problem or "a parameter of another rank is not finite"
-    names = ("the predicted positions", "the virtual nodes' positions", "the squared error")
+    names = ("predicted positions", "virtual nodes' positions", "squared error")
+    problems = [f"{kind} {name}" for name in names for kind in ("NaN", "infinite")]
     for number in numbers:
-        graph = samples[number]
+        graph, (trajectory, frame) = samples[number], samples.frames[number]
         with torch.no_grad():
             predicted, z = model(graph)
-        error = (predicted - graph.ndata["y"].to(predicted)).square().sum()
-        kinds = [_kind(value) for value in (predicted, z, error)]
-        # the first value on any rank, encoded as 2k for NaN and 2k + 1 for infinite
-        own = min((2 * k + (kind != "NaN") for k, kind in enumerate(kinds) if kind), default=9)
-        if (first := -int(group.max(-own))) < 9:
-            trajectory, frame = samples.frames[number]
-            verb = "is" if first // 2 == 2 else "are"
-            kind = "infinite" if first % 2 else "NaN"
-            return f"{names[first // 2]} of sample {number} (trajectory {trajectory}, frame {frame}) {verb} {kind}"
+        values = (predicted, z, (predicted - graph.ndata["y"].to(predicted)).square().sum())
+        occurs = torch.stack([test(value).any() for value in values for test in (torch.isnan, torch.isinf)])
+        for problem in itertools.compress(problems, group.sum(occurs.float()).tolist()):
+            return f"{problem} of sample {number} (trajectory {trajectory}, frame {frame})"
     shown = f"samples {', '.join(map(str, numbers[:8]))}{', …' * (len(numbers) > 8)}"
-    gradients = ((name, _kind(p.grad)) for name, p in model.named_parameters() if p.grad is not None)
-    last = [(name, kind) for name, kind in gradients if kind][-1:]  # the backward pass starts at the end
-    return f"the gradient of {last[0][0]} is {last[0][1]} ({shown})" if last else f"the loss is not finite ({shown})"
+    backward = reversed(list(model.named_parameters()))  # the backward pass starts at the end
+    problem = _nonfinite((f"the gradient of {name}", p.grad) for name, p in backward if p.grad is not None)
+    return f"{problem or 'the loss is not finite'} ({shown})"
 
 
 def divergence(config: Config, epoch: int, step: int | None, cause: str) -> Failure:
     """The error of a run that diverged. step: None in validation."""
-    where = f"epoch {epoch}, {'validation' if step is None else f'step {step}'}"
-    folder = config.run.dir
-    return Failure(
-        f"{folder}: {where}: {cause}; last.pt still holds the last good checkpoint, lower train.lr or set train.clip: "
-        f"distegnn train --resume {folder} train.lr={config.train.lr / 4:g} train.clip={config.train.clip or 1:g}"
-    )
+    folder, where = config.run.dir, f"epoch {epoch}, {'validation' if step is None else f'step {step}'}"
+    remedy = f"--resume {folder} train.lr={config.train.lr / 4:g} train.clip={config.train.clip or 1:g}"
+    advice = "last.pt still holds the last good checkpoint, lower train.lr or set train.clip"
+    return Failure(f"{folder}: {where}: {cause}; {advice}: distegnn train {remedy}")

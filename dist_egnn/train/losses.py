@@ -44,9 +44,8 @@ def mmd(z: Tensor, graph: DGLGraph, total: Tensor, settings: Loss, generator: to
     those that it owns, and weights the first term by its share of the nodes. z: (B, C, 3); total: (B, 1), nodes of the
     whole graphs. The graph may be on another device than z: only the chosen targets are moved.
     """
-    count, result = z.shape[1], z.new_zeros(())
+    count, result, lo = z.shape[1], z.new_zeros(()), 0
     ids, target = graph.ndata.get("gid"), graph.ndata["y"]
-    lo = 0
     for b, nodes in enumerate(graph.batch_num_nodes().tolist()):
         n = int(total[b])
         drawn = draw(n, settings.samples * count, generator).to(target.device)
@@ -54,9 +53,7 @@ def mmd(z: Tensor, graph: DGLGraph, total: Tensor, settings: Loss, generator: to
         # without ids the graph is whole and row numbers are ids
         chosen = own[drawn if ids is None else torch.isin(ids[lo : lo + nodes], drawn)].to(z)
         virtual = kernel(z[b, :, None], z[b, None, :], settings.sigma, settings.kernel).mean() * (nodes / n)
-        cross = kernel(chosen[:, None], z[b, None, :], settings.sigma, settings.kernel).sum() * (
-            2 / (len(drawn) * count)
-        )
-        result = result + virtual - cross
+        cross = kernel(chosen[:, None], z[b, None, :], settings.sigma, settings.kernel).sum()
+        result = result + virtual - cross * (2 / (len(drawn) * count))
         lo += nodes
     return result / len(z)

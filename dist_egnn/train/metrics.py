@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,11 +16,8 @@ def peak_memory_gb(device: torch.device | None = None) -> float:
     """Peak resident memory of this process, or of its CUDA device, in GB (10⁹ bytes)."""
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    status = Path("/proc/self/status")
-    if status.is_file():  # unlike ru_maxrss, not inherited from the parent through exec
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024 / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    status = Path("/proc/self/status").read_text()  # unlike ru_maxrss, not inherited from the parent through exec
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
 
 
 def mean_squared_error(pairs: Iterable[tuple[Tensor, Tensor]], comm: Comm) -> float:

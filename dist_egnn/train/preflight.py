@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ..utils import memory
 
 if TYPE_CHECKING:
@@ -36,15 +34,15 @@ def check_training(config: Config, parts: int) -> None:
     from ..data.dataset import is_store
     from .trainer import resolve_device
 
-    device = str(resolve_device(config))
-    sizes, halo = _sizes_in_store(config) if is_store(config.data.path) else (_estimated_sizes(config, parts), 0.0)
-    needed = max((training_bytes(config, nodes, edges, halo, device) for nodes, edges in sizes.tolist()), default=0.0)
+    device, path = str(resolve_device(config)), config.data.path
+    sizes = _sizes_in_store(config) if is_store(path) else _estimated_sizes(config, parts)
+    needed = max((training_bytes(config, *size, device) for size in sizes), default=0.0)
     remedy = "raise partition.parts, or lower model.hidden, model.layers or train.batch_size, or set train.kept"
-    memory.require_memory(needed, device, f"{config.data.path}: a step of one of {parts} processes", remedy)
+    memory.require_memory(needed, device, f"{path}: a step of one of {parts} processes", remedy)
 
 
-def _sizes_in_store(config: Config) -> tuple[np.ndarray, float]:
-    """Nodes and edges (P, 2) of each part of the largest training snapshot, and the most halo nodes of a part."""
+def _sizes_in_store(config: Config) -> list[tuple[float, float, float]]:
+    """Nodes and edges of each part of the largest training snapshot, and the most halo nodes of any part."""
     from ..data.store import open_store
     from ..data.store_inputs import check_settings
 
@@ -53,44 +51,41 @@ def _sizes_in_store(config: Config) -> tuple[np.ndarray, float]:
     table = store.parts_table
     if config.partition.halo != "exchange":
         table = table.assign(edges=table["edges"] - table["cut_edges"])
-    train = table[table["snapshot"].isin(store.split("train"))]
-    return train.groupby("part")[["nodes", "edges"]].max().to_numpy(float), float(table["halo"].max())
+    largest = table[table["snapshot"].isin(store.split("train"))].groupby("part")[["nodes", "edges"]].max()
+    return list(largest.assign(halo=table["halo"].max()).itertuples(index=False))
 
 
-def _estimated_sizes(config: Config, parts: int) -> np.ndarray:
-    """Nodes and edges (1, 2) of the largest part of the largest training snapshot of a trajectories file."""
+def _estimated_sizes(config: Config, parts: int) -> list[tuple[float, float, float]]:
+    """Nodes and edges of the largest part of the largest training snapshot of a trajectories file."""
     from ..data.samples import select_snapshots
     from ..data.trajectories import Trajectories
     from ..partition import neighbors
     from ..utils import part_weights
 
-    d = config.data
-    file = Trajectories(d.path)
+    d, file = config.data, Trajectories(config.data.path)
     listed = select_snapshots(file, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed)
     train = [snapshot for snapshot in listed if snapshot.split == "train"]
     if not train:
-        return np.zeros((0, 2))
+        return []
     largest = max(train, key=lambda snapshot: file[snapshot.trajectory].nodes)
     x = file.position(largest.trajectory, largest.frame)
     side = file.sides(largest.trajectory, d.radius) if d.periodic else None
-    edges = neighbors.mean_degree(x, d.radius, side) * (1 - d.edge_drop)
-    fraction = part_weights.fractions(config.partition.weights, parts).max()
-    return fraction * len(x) * np.array([[1.0, edges]])
+    nodes = part_weights.fractions(config.partition.weights, parts).max() * len(x)
+    return [(nodes, nodes * neighbors.mean_degree(x, d.radius, side) * (1 - d.edge_drop), 0.0)]
 
 
 def check_rollout(config: Config, file: Trajectories, trajectory: int, start: int, processes: int, method: str) -> None:
-    """Raise Failure if a step of a rollout needs more memory than is free: a process's share without a backward
+    """Raise Failure if a step of a rollout needs more memory than is free: a share of the graph without a backward
     pass, or all edges where rank 0 must have them to partition."""
     from ..partition import assign, neighbors, snapshot
     from .trainer import resolve_device
 
-    d, m = config.data, config.model
-    x = file.position(trajectory, start)
-    edges = len(x) * neighbors.mean_degree(x, d.radius, file.sides(trajectory, d.radius) if d.periodic else None)
-    edges *= 1 - d.edge_drop
+    d, m, x = config.data, config.model, file.position(trajectory, start)
+    side = file.sides(trajectory, d.radius) if d.periodic else None
+    edges = len(x) * neighbors.mean_degree(x, d.radius, side) * (1 - d.edge_drop)
     needed = memory.step_bytes(len(x) / processes, edges / processes, m.hidden, 0, m.tile)
     if processes > 1 and (assign.METHODS[method].needs_edges or d.edge_drop or config.partition.halo == "exchange"):
         needed = max(needed, snapshot.memory_needed(method, len(x), edges))
-    what = f"{file.path}: a step of trajectory {trajectory} on one of {processes} processes"
+    purpose = f"{file.path}: a step of trajectory {trajectory} on one of {processes} processes"
     remedy = "raise --parts, or use a machine with more memory"
-    memory.require_memory(needed, str(resolve_device(config)), what, remedy)
+    memory.require_memory(needed, str(resolve_device(config)), purpose, remedy)

@@ -17,7 +17,8 @@ from ..config import Config, Train
 from ..data.dataset import Dataset
 from ..distributed.comm import Comm
 from ..errors import Failure
-from . import checkpoint, metrics_log, run_dir
+from . import checkpoint, run_dir
+from .run_writer import rows_before
 from .state import TrainingState
 
 # Keys that a resume may change: how a run is executed rather than what it computes, and remedies for one that diverged
@@ -43,20 +44,6 @@ def fingerprint(samples: Dataset, comm: Comm) -> dict[str, Any]:
     return {"listed": hashlib.sha256(text.encode()).hexdigest(), "bits": int(comm.sum(torch.as_tensor(bits)))}
 
 
-def _load_on_all_ranks(comm: Comm, folder: Path) -> tuple[checkpoint.Checkpoint, str]:
-    """`checkpoint.load_last` of rank 0 on every rank, also its Failure: other ranks may not see the folder."""
-    content, error, warning = b"", "", ""
-    if comm.rank == 0:
-        try:
-            content, warning = checkpoint.read_last(folder)
-        except Failure as failure:
-            error = str(failure)
-    error, warning = json.loads(comm.broadcast(json.dumps([error, warning]).encode()))
-    if error:
-        raise Failure(error)
-    return checkpoint.parse(comm.broadcast(content), folder / run_dir.LAST), warning
-
-
 def restore(
     comm: Comm, config: Config, model: Module, optimizer: Optimizer, samples: dict[str, Any]
 ) -> tuple[TrainingState, str]:
@@ -64,21 +51,27 @@ def restore(
 
     samples: fingerprint of the data. Raises Failure if the run was trained on other data.
     """
-    folder = Path(config.run.dir)
-    last, warning = _load_on_all_ranks(comm, folder)
+    folder, content, warning, error = Path(config.run.dir), b"", "", ""
+    if comm.rank == 0:  # other ranks may not see the folder
+        try:
+            content, warning = checkpoint.read_last(folder)
+        except Failure as failure:
+            error = str(failure)
+    error, warning = json.loads(comm.broadcast(json.dumps([error, warning]).encode()))
+    if error:
+        raise Failure(error)
+    last = checkpoint.parse(comm.broadcast(content), folder / run_dir.LAST)
     trained_on = last.get("samples", samples)
     for key, what in (("listed", "frames"), ("bits", "positions")):
         if trained_on[key] != samples[key]:
-            raise Failure(
-                f"{config.data.path}: its {what} are not those that {folder} was trained on; set data.path to the same "
-                "data, or to a store made from them"
-            )
+            remedy = "set data.path to the same data, or to a store made from them"
+            raise Failure(f"{config.data.path}: its {what} are not those that {folder} was trained on; {remedy}")
     return checkpoint.restore(last, model, optimizer, folder / run_dir.LAST), warning
 
 
 def finished(folder: Path, settings: Train) -> bool:
     """Whether a run has reached the end that the settings define."""
-    return checkpoint.training_state(checkpoint.load_last(folder)[0]).finished(settings)
+    return checkpoint.training_state(checkpoint.load_last(folder)).finished(settings)
 
 
 def check_resume(config: Config) -> None:
@@ -86,14 +79,10 @@ def check_resume(config: Config) -> None:
     folder = Path(config.run.dir)
     run_dir.check_is_run(folder)
     for key, before, now in configs.differences(configs.load(folder / run_dir.CONFIG), config, FREE):
-        raise Failure(
-            f"{folder}: was started with {key}={before}, not {now}; a resume may only change {', '.join(FREE[:-1])}; "
-            "start a new run to change others"
-        )
-    state = checkpoint.training_state(checkpoint.load_last(folder)[0])
-    remedy = "the copy of the folder is incomplete: copy it again"
+        remedy = f"start a new run, or change only {', '.join(FREE[:-1])}"
+        raise Failure(f"{folder}: was started with {key}={before}, not {now}; {remedy}")
+    state, remedy = checkpoint.training_state(checkpoint.load_last(folder)), "the copy is incomplete: copy it again"
     if state.best < math.inf and not (folder / run_dir.BEST).is_file():
         raise Failure(f"{folder / run_dir.BEST}: missing; {remedy}")
-    rows = len(metrics_log.rows_before(folder / run_dir.METRICS, state.epoch))
-    if rows < state.epoch:
+    if (rows := len(rows_before(folder / run_dir.METRICS, state.epoch))) < state.epoch:
         raise Failure(f"{folder / run_dir.METRICS}: has {rows} of {state.epoch} epochs; {remedy}")

@@ -29,9 +29,8 @@ def check_new_run(config: Config) -> None:
     """Raise Failure if a new run in run.dir would overwrite files of another one."""
     folder = Path(config.run.dir)
     if can_resume(folder):
-        raise Failure(
-            f"{folder}: holds a run already; choose another run.dir, or resume it: distegnn train --resume {folder}"
-        )
+        remedy = f"choose another run.dir, or resume it: distegnn train --resume {folder}"
+        raise Failure(f"{folder}: holds a run already; {remedy}")
     for name in (METRICS, BEST):
         if (folder / name).exists():
             raise Failure(f"{folder}: contains {name}, but no config.yaml with a checkpoint; choose another run.dir")

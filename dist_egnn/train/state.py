@@ -26,9 +26,7 @@ class TrainingState:
 
     def finished(self, settings: Train) -> bool:
         """Whether `train.epochs` or `train.patience` ends the training here."""
-        if self.epoch >= settings.epochs:
-            return True
-        return bool(settings.patience and self.step == 0 and self.waited >= settings.patience)
+        return self.epoch >= settings.epochs or (self.step == 0 and 0 < settings.patience <= self.waited)
 
     def learning_rate(self, settings: Train, steps: int) -> float:
         """The rate of the next of ``steps`` steps in an epoch; it depends on the state alone: a resume needs no scheduler.
@@ -47,8 +45,7 @@ class TrainingState:
     def end_epoch(self, valid_mse: float, settings: Train) -> bool:
         """Move to the start of the next epoch; returns whether the validation MSE improved.
 
-        With "plateau" the scale falls by `train.plateau_factor` after every `train.plateau_epochs` epochs without
-        improvement.
+        With "plateau" the scale falls after every `train.plateau_epochs` epochs without improvement.
         """
         improved = valid_mse < self.best
         self.best, self.waited = (valid_mse, 0) if improved else (self.best, self.waited + 1)

@@ -46,10 +46,8 @@ def build_model(config: Config, widths: tuple[int, int], comm: Comm) -> Module:
     kind, options = network.resolve_model(asdict(config.model), asdict(Model()), config.data.radius)
     exchange = config.partition.halo == "exchange" and comm.size > 1
     if exchange and not issubclass(kind, (network.Linear, network.Network)):
-        raise Failure(
-            f"model.name={config.model.name}: partition.halo=exchange needs a subclass of Network, whose "
-            "layers receive halo nodes; set partition.halo=bridge"
-        )
+        needed = "partition.halo=exchange needs a subclass of Network"
+        raise Failure(f"model.name={config.model.name}: {needed}; set partition.halo=bridge")
     torch.manual_seed(config.train.seed)
     model = kind(features=widths[0], node_attributes=widths[1], **options)
     model.comm = comm  # type: ignore[assignment]
@@ -137,14 +135,14 @@ class Trainer:
 
     def train(self, writer: RunWriter | None) -> dict[str, float]:
         """Train the remaining epochs; returns what `train` does. writer: on rank 0 only."""
-        settings, state, row = self.config.train, self.state, dict[str, float]()
+        settings, state, world, row = self.config.train, self.state, self.comm.world, dict[str, float]()
         count = math.ceil(math.ceil(len(self.samples.splits["train"]) / settings.batch_size) / settings.accumulate)
         total, done = settings.epochs * count, state.epoch * count + state.step
         with progress_bar("training", total, enabled=writer is not None, initial=done) as tick:
             while not state.finished(settings):
-                mark = time.perf_counter()
+                started = time.perf_counter() - state.sums["epoch_s"]  # its seconds before a resume
                 for stop in self.steps():
-                    mark = self._add_epoch_time(mark)
+                    state.sums["epoch_s"] = time.perf_counter() - started
                     tick(self._progress_note(row))
                     if writer and (stop or writer.checkpoint_due()):
                         writer.save()
@@ -154,8 +152,11 @@ class Trainer:
                 valid = evaluate_split(self.model, self.samples, "valid", self.config, self.comm, virtual)
                 if not math.isfinite(valid):
                     raise self._divergence(self.samples.splits["valid"], None)
-                stop, memory = self._stop_and_memory()
-                self._add_epoch_time(mark)
+                values = torch.zeros(world.size + 1, dtype=torch.float64, device="cpu")
+                values[world.rank] = metrics.peak_memory_gb(next(self.model.parameters()).device)
+                values[-1] = float(signals.stop_requested())
+                *memory, stop = world.sum(values).tolist()
+                state.sums["epoch_s"] = time.perf_counter() - started
                 row = self._metrics_row(count, valid, max(memory))
                 epoch, improved = state.epoch, state.end_epoch(valid, settings)
                 if writer:
@@ -167,20 +168,17 @@ class Trainer:
     def steps(self) -> Iterator[bool]:
         """The remaining optimizer steps of the epoch; yields after each whether any rank received a signal to stop.
 
-        Adds to state.sums the loss and MSE of each batch (summed over partitions and groups), the number of batches,
-        the gradient norm before clipping, and seconds. Raises Failure, before weights change, if loss or gradient is
-        not finite.
+        Adds to state.sums the batches' loss and MSE, their number, the gradient norms before clipping, and seconds.
+        Raises Failure, before weights change, if loss or gradient is not finite.
         """
         settings, state, sums, model = self.config.train, self.state, self.state.sums, self.model
-        device, generator = self._device(), _seeded(settings.seed, state.epoch)
-        train = self.samples.splits["train"]
-        order = torch.randperm(len(train), generator=generator, device=generator.device).tolist()
+        device, train = next(model.parameters()).device, self.samples.splits["train"]
+        order = torch.randperm(len(train), generator=_seeded(settings.seed, state.epoch), device="cpu").tolist()
         batches = _chunks([train[i] for i in order], settings.batch_size)
-        batches_of_steps = _chunks(range(len(batches)), settings.accumulate)
-        remaining = batches_of_steps[state.step :]
-        own = [batches[index] for step in remaining for index in _own(step, self.comm)]
+        steps = _chunks(range(len(batches)), settings.accumulate)
+        own = [batches[index] for step in steps[state.step :] for index in _own(step, self.comm)]
         graphs = prepared_batches(model, self.samples, own)
-        for step in remaining:
+        for step in steps[state.step :]:
             model.train()
             started = time.perf_counter()
             self.optimizer.zero_grad(set_to_none=True)
@@ -204,57 +202,34 @@ class Trainer:
                 graphs.close()  # ends the thread that reads samples
                 raise self._divergence([number for index in step for number in batches[index]], state.step)
             for options in self.optimizer.param_groups:
-                options["lr"] = state.learning_rate(settings, len(batches_of_steps))
+                options["lr"] = state.learning_rate(settings, len(steps))
             self.optimizer.step()
             devices.synchronize(device)
             state.step += 1
-            for name, value in (("loss", loss_sum), ("mse", mse_sum), ("batches", len(step)), ("grad_norm", norm)):
+            for name, value in {"loss": loss_sum, "mse": mse_sum, "batches": len(step), "grad_norm": norm}.items():
                 sums[name] += value
             sums["step_s"] += time.perf_counter() - started
             yield stop > 0
-
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    def _add_epoch_time(self, mark: float) -> float:
-        """Add the time since ``mark`` to the epoch's; returns now."""
-        now = time.perf_counter()
-        self.state.sums["epoch_s"] += now - mark
-        return now
 
     def _divergence(self, numbers: list[int], step: int | None) -> Failure:
         cause = diagnostics.nonfinite_cause(self.model, self.samples, numbers, self.comm.world)
         return diagnostics.divergence(self.config, self.state.epoch, step, cause)
 
-    def _stop_and_memory(self) -> tuple[bool, list[float]]:
-        """Whether any rank received a signal to stop, and every rank's peak memory in GB."""
-        world = self.comm.world
-        values = torch.zeros(world.size + 1, dtype=torch.float64, device="cpu")
-        values[world.rank], values[-1] = metrics.peak_memory_gb(self._device()), float(signals.stop_requested())
-        *memory, stop = world.sum(values).tolist()
-        return stop > 0, memory
-
     def _stopped(self) -> dict[str, float]:
         return {"best_valid_mse": self.state.best, "stopped": 1.0, "epoch": self.state.epoch, "step": self.state.step}
 
     def _progress_note(self, row: dict[str, float]) -> str:
-        """The most important numbers first, because a narrow terminal cuts the end off."""
-        sums = self.state.sums
+        sums, epoch = self.state.sums, f"epoch {self.state.epoch + 1}/{self.config.train.epochs}"
         valid = f"  valid {row['valid_mse']:.1e}" if row else ""
-        loss, seconds = sums["loss"] / sums["batches"], sums["step_s"] / self.state.step
-        return f"loss {loss:.1e}  {seconds:.2g} s/step  epoch {self.state.epoch + 1}/{self.config.train.epochs}{valid}"
+        # the most important numbers first, because a narrow terminal cuts the end off
+        step_s = sums["step_s"] / self.state.step
+        return f"loss {sums['loss'] / sums['batches']:.1e}  {step_s:.2g} s/step  {epoch}{valid}"
 
     def _metrics_row(self, steps: int, valid: float, peak_gb: float) -> dict[str, float]:
-        sums = self.state.sums
-        return {
-            "train_loss": sums["loss"] / sums["batches"],
-            "train_mse": sums["mse"] / sums["batches"],
-            "lr": self.optimizer.param_groups[0]["lr"],
-            **{name: sums[name] / steps for name in ("step_s", *diagnostics.PHASES, "grad_norm")},
-            "valid_mse": valid,
-            "peak_gb": peak_gb,
-            "epoch_s": sums["epoch_s"],
-        }
+        sums, rate = self.state.sums, self.optimizer.param_groups[0]["lr"]
+        train = {f"train_{name}": sums[name] / sums["batches"] for name in ("loss", "mse")}
+        means = {name: sums[name] / steps for name in ("step_s", *diagnostics.PHASES, "grad_norm")}
+        return {**train, "lr": rate, **means, "valid_mse": valid, "peak_gb": peak_gb, "epoch_s": sums["epoch_s"]}
 
 
 def _open(world: Comm, config: Config, *splits: str) -> tuple[torch.device, Comm, Dataset]:
@@ -270,17 +245,14 @@ def _open(world: Comm, config: Config, *splits: str) -> tuple[torch.device, Comm
 def train(world: Comm, config: Config, resume: bool = False) -> dict[str, float]:
     """Train a model, or resume the run in run.dir; returns the last row of metrics.csv and `best_valid_mse`.
 
-    A run that a signal stops returns `stopped`, `epoch` and `step` instead of the row. Every rank runs the same loop.
+    A run that a signal stops returns `stopped`, `epoch` and `step` instead of the row. Graphs stay on the CPU.
     world: `train.replicas` groups, each of as many ranks as a graph has parts; the groups share the batches.
-    Parameters, losses and sums are on `train.device`; graphs stay on the CPU (DGL from PyPI supports no other device).
     """
     device, comm, samples = _open(world, config, "train", "valid")
     batches = len(_chunks(samples.splits["train"], config.train.batch_size))
     if config.train.replicas > batches:
-        raise Failure(
-            f"train.replicas={config.train.replicas}: {config.data.path} makes only {batches} batches of "
-            f"train.batch_size={config.train.batch_size}, so some groups would be idle; lower one of the two"
-        )
+        made = f"only {batches} batches of train.batch_size={config.train.batch_size}; lower one of the two"
+        raise Failure(f"train.replicas={config.train.replicas}: {config.data.path} makes {made}")
     model = build_model(config, samples.widths, comm).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay)
     data = fingerprint(samples, comm)
@@ -292,8 +264,8 @@ def train(world: Comm, config: Config, resume: bool = False) -> dict[str, float]
         if world.rank == 0:
             # shared with the launching process, exclusive against other runs
             stack.enter_context(filesystem.lock_folder(Path(config.run.dir), "another run is at work there", join=True))
-            writer = RunWriter(config, model, optimizer, state, data).open(world.size, resume, warning)
-            stack.enter_context(writer)
+            opened = RunWriter(config, model, optimizer, state, data).open(world.size, resume, warning)
+            writer = stack.enter_context(opened)
         return Trainer(comm, config, model, optimizer, samples, state).train(writer)
 
 

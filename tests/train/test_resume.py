@@ -27,7 +27,7 @@ from dist_egnn.commands.train import resume_training, run_training
 from dist_egnn.data.trajectories import Writer
 from dist_egnn.distributed import spawn
 from dist_egnn.errors import Failure
-from dist_egnn.train import checkpoint, run_dir, trainer
+from dist_egnn.train import checkpoint, run_dir, run_writer, trainer
 from dist_egnn.utils import signals
 
 LONG, SHORT = "train.epochs=20", "train.epochs=4"  # 60 steps, 12 steps
@@ -66,16 +66,16 @@ def test_two_runs_with_one_seed_are_equal(inputs, whole, tmp_path, parts):
 
 def _train_and_die(chosen: config.Config, resume: bool, writes: int, delay_s: float) -> None:
     """Train; kill -9 this process some time after it wrote so many checkpoints."""
-    save = checkpoint.save_last
+    save = run_writer.RunWriter.save
 
-    def counting_save(*arguments: Any) -> None:
+    def counting_save(*arguments: Any, **options: Any) -> None:
         nonlocal writes
-        save(*arguments)
+        save(*arguments, **options)
         writes -= 1
         if writes == 0:
             threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
 
-    checkpoint.save_last = counting_save
+    run_writer.RunWriter.save = counting_save
     run_training(chosen, resume)
 
 
@@ -95,7 +95,7 @@ def test_killed_ten_times_at_random(inputs, whole, tmp_path):
         process.start()
         process.join()
         assert process.exitcode == -signal.SIGKILL
-    saved = checkpoint.load_last(run)[0]
+    saved = checkpoint.load_last(run)
     assert (saved["epoch"], saved["step"]) > (2, 0)
     resume_training(run, [])
     assert_same(run, whole(1, LONG))

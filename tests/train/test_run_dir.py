@@ -18,7 +18,7 @@ from tiny_runs import PLAIN_STEPS, assert_same, settings
 from dist_egnn.commands.evaluate import run_evaluation
 from dist_egnn.commands.train import resume_training, run_training
 from dist_egnn.errors import Failure
-from dist_egnn.train import checkpoint, metrics_log, provenance, trainer
+from dist_egnn.train import checkpoint, run_writer, trainer
 from dist_egnn.utils import filesystem
 
 EPOCHS = "train.epochs=4"
@@ -223,7 +223,7 @@ def test_a_full_disk(small, disk, whole, monkeypatch, epoch):
     (folder / "filler").unlink()
     resume_training(folder / "run", [])
     assert_same(folder / "run", whole)
-    assert len(metrics_log.rows_before(folder / "run" / "metrics.csv", 9)) == 4
+    assert len(run_writer.rows_before(folder / "run" / "metrics.csv", 9)) == 4
 
 
 def test_about(run):
@@ -250,13 +250,13 @@ def test_git_state(tmp_path):
 
     folder = tmp_path / "folder"
     folder.mkdir()
-    assert provenance.git_state(folder) == {}
+    assert run_writer.git_state(folder) == {}
     git("init")
     (folder / "a.py").write_text("1\n")
-    assert provenance.git_state(folder) == {}
+    assert run_writer.git_state(folder) == {}
     git("add", "folder")
     git("commit", "-m", "x")
     (folder / "untracked").touch()
-    assert provenance.git_state(folder) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
+    assert run_writer.git_state(folder) == {"commit": git("rev-parse", "HEAD"), "dirty": False}
     (folder / "a.py").write_text("2\n")
-    assert provenance.git_state(folder)["dirty"] is True
+    assert run_writer.git_state(folder)["dirty"] is True
