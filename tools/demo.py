@@ -34,7 +34,7 @@ from dist_egnn.train import checkpoint, trainer
 from dist_egnn.train.metrics import fitted_time, mean_squared_error
 from dist_egnn.utils.console import print_table
 from dist_egnn.utils.filesystem import write_atomically
-from dist_egnn.viz import figures
+from dist_egnn.viz import plots
 from dist_egnn.viz.html_report import node_parts
 
 HERE = Path(__file__).resolve().parent.parent
@@ -82,15 +82,15 @@ def picture(out: Path, store: Store, epochs: int) -> None:
     lines = {name: pd.read_csv(out / name / "metrics.csv")["valid_mse"].tolist() for name in MODELS}
     axis = range(1, epochs + 1), lines, baselines, "epoch", "validation MSE [m²]"
     panels: dict[str, Callable[[Any], None]] = {
-        f"Input, coloured by partition ({store.parts} parts)": lambda f: figures.parts(f, x, node_parts(store, number)),
-        f"Target, {name}, and virtual nodes after the last layer": lambda f: figures.positions(
+        f"Input, coloured by partition ({store.parts} parts)": lambda f: plots.parts(f, x, node_parts(store, number)),
+        f"Target, {name}, and virtual nodes after the last layer": lambda f: plots.positions(
             f, y, predicted[name], virtual
         ),
-        "Displacement of each particle of one test snapshot [m]": lambda f: figures.displacement(f, x, y, predicted),
-        "Validation error": lambda f: figures.curves(f, *axis),
+        "Displacement of each particle of one test snapshot [m]": lambda f: plots.displacement(f, x, y, predicted),
+        "Validation error": lambda f: plots.curves(f, *axis),
     }
     title = f"Fluid, {len(x):,} particles, {store.inputs['horizon']} frames ahead: two processes, METIS"
-    write_atomically(out / "report.png", figures.png_of_panels(title, panels))
+    write_atomically(out / "report.png", plots.png_of_panels(title, panels))
 
 
 def main() -> None:

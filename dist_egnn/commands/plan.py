@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 
 from ..config import Config
 from ..data import dataset
@@ -37,7 +38,7 @@ def run_plan(config: Config, as_json: bool = False, measure: bool = False) -> No
             busy = " (of a busy machine: measure again when it is quiet)" if plan.busy < 0.9 else ""
             print_line(f"all are done at once with partition.weights={part_weights.to_text(plan.weights)}{busy}")
     if as_json:
-        print(json.dumps(plan.to_dict()))
+        print(json.dumps(asdict(plan)))
 
 
 def _print_summary(plan: Plan) -> None:

@@ -52,17 +52,14 @@ class Finding:
     """Result of a check. state: ok, note (nothing to repair) or problem; remedy: one line, for every problem."""
 
     check: str
-    state: str
     text: str
+    state: str = "ok"
     remedy: str = ""
 
 
-def ok(check: str, text: str) -> Finding:
-    return Finding(check, "ok", text)
-
-
-def problem(check: str, text: str, remedy: str) -> Finding:
-    return Finding(check, "problem", text, remedy)
+def problem(check: str, text: str, remedy: str, wrong: bool = True) -> Finding:
+    """A problem if it is ``wrong``, otherwise ok."""
+    return Finding(check, text, "problem", remedy) if wrong else Finding(check, text)
 
 
 def check_versions(name: str = "dist_egnn") -> list[Finding]:
@@ -76,15 +73,22 @@ def check_versions(name: str = "dist_egnn") -> list[Finding]:
         return [problem("versions", f"{name} is not installed", "make setup, or pip install -e . in the checkout")]
     requirements = [Requirement(text) for text in package.requires or []]
     version, allowed = platform.python_version(), package.metadata["Requires-Python"] or ""
-    findings = [ok("python", f"{version} ({sys.executable})")]
+    findings = [Finding("python", f"{version} ({sys.executable})")]
     if not SpecifierSet(allowed).contains(version, prereleases=True):
         findings = [problem("python", f"{version} is not {allowed}", "make PYTHON=python3.11 setup")]
     base = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
     shown = ", ".join(f"{r.name} {metadata.version(r.name)}" for r in base[:5] if not _mismatches("versions", [r]))
-    findings += _mismatches("versions", base) or [ok("versions", f"{len(base)} packages fit: {shown}, …")]
+    findings += _mismatches("versions", base) or [Finding("versions", f"{len(base)} packages fit: {shown}, …")]
     for extra in package.metadata.get_all("Provides-Extra") or []:
+        check, use = f"extra {extra}", EXTRAS.get(extra, "")
         own = [r for r in requirements if r not in base and r.marker and r.marker.evaluate({"extra": extra})]
-        findings.append(_check_extra(extra, own))
+        mismatches = _mismatches(check, own)
+        wrong = [finding for finding in mismatches if "is not installed" not in finding.text]
+        if missing := ", ".join(finding.text.split()[0] for finding in mismatches):  # a note
+            text, remedy = f"without {missing} ({use})", f"to add it: pip install -e '.[{extra}]'"
+            findings.append(wrong[0] if wrong else Finding(check, text, "note", remedy))
+        else:
+            findings.append(Finding(check, f"installed ({use})"))
     return findings
 
 
@@ -103,17 +107,6 @@ def _mismatches(check: str, requirements: list[Requirement]) -> list[Finding]:
     return findings
 
 
-def _check_extra(extra: str, requirements: list[Requirement]) -> Finding:
-    """A wrong version is a problem, a missing package is a note."""
-    check, use = f"extra {extra}", EXTRAS.get(extra, "")
-    mismatches = _mismatches(check, requirements)
-    if wrong := [finding for finding in mismatches if "is not installed" not in finding.text]:
-        return wrong[0]
-    if missing := ", ".join(finding.text.split()[0] for finding in mismatches):
-        return Finding(check, "note", f"without {missing} ({use})", f"to add it: pip install -e '.[{extra}]'")
-    return ok(check, f"installed ({use})")
-
-
 def check_threads(environ: Mapping[str, str] = os.environ, cores: float | None = None) -> list[Finding]:
     """Compare OMP_NUM_THREADS with the available cores."""
     threads, remedy = environ.get("OMP_NUM_THREADS", ""), "export OMP_NUM_THREADS=1"
@@ -124,7 +117,7 @@ def check_threads(environ: Mapping[str, str] = os.environ, cores: float | None =
         return [problem("threads", f"OMP_NUM_THREADS={threads} on {cores:g} cores makes DGL and torch slow", remedy)]
     limit = "" if math.isinf(resources.cpu_quota()) else " (control group)"
     text = f"{threads or 'all cores'} per process; {cores:g} of {os.cpu_count()} cores available{limit}"
-    return [ok("threads", text)]
+    return [Finding("threads", text)]
 
 
 def check_memory(free: float | None = None) -> list[Finding]:
@@ -132,9 +125,7 @@ def check_memory(free: float | None = None) -> list[Finding]:
     free, limit = memory.available_memory() if free is None else free, memory.cgroup_limit()
     text = f"{free / 1e9:.1f} GB are free"
     text += "" if math.isinf(limit) else f"; limit of the control group: {limit / 1e9:.1f} GB"
-    if free < MIN_MEMORY:
-        return [problem("memory", text, "end other programs, or raise the limit of the container")]
-    return [ok("memory", text)]
+    return [problem("memory", text, "end other programs, or raise the limit of the container", free < MIN_MEMORY)]
 
 
 def check_disk(folders: Iterable[Path] | None = None) -> list[Finding]:
@@ -143,19 +134,18 @@ def check_disk(folders: Iterable[Path] | None = None) -> list[Finding]:
     for folder in dict.fromkeys(folders or (Path.cwd(), Path(tempfile.gettempdir()))):
         free = shutil.disk_usage(folder).free
         text = f"{free / 1e9:.1f} GB are free at {folder}"
-        if not os.access(folder, os.W_OK):
-            findings.append(problem("disk", f"{folder} cannot be written", "use another folder, or set TMPDIR"))
-        elif free < MIN_DISK:
-            findings.append(problem("disk", text, "remove files, or use another disk (run.dir, --out, TMPDIR)"))
+        if os.access(folder, os.W_OK):
+            remedy = "remove files, or use another disk (run.dir, --out, TMPDIR)"
+            findings.append(problem("disk", text, remedy, free < MIN_DISK))
         else:
-            findings.append(ok("disk", text))
+            findings.append(problem("disk", f"{folder} cannot be written", "use another folder, or set TMPDIR"))
     return findings
 
 
 def check_shared_memory(folder: Path = Path("/dev/shm"), min_age_s: float = 60) -> list[Finding]:
     """Free space in /dev/shm, where DGL's servers hold graphs, and stale files of this user there."""
     if not folder.is_dir():
-        return [Finding("shared memory", "note", f"no {folder}: graph servers need it, training does not")]
+        return [Finding("shared memory", f"no {folder}: graph servers need it, training does not", "note")]
     findings, usage = [], shutil.disk_usage(folder)
     text = f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB are free in {folder}"
     if usage.free < MIN_SHM:
@@ -164,7 +154,7 @@ def check_shared_memory(folder: Path = Path("/dev/shm"), min_age_s: float = 60) 
         remedy = f"rm {' '.join(map(str, stale[:5]))}" + " …" * (len(stale) > 5)
         size = sum(file.stat().st_size for file in stale) / 1e6
         findings.append(problem("shared memory", f"{len(stale)} stale files in {folder}, {size:.1f} MB", remedy))
-    return findings or [ok("shared memory", text)]
+    return findings or [Finding("shared memory", text)]
 
 
 def _stale_files(folder: Path, min_age_s: float) -> list[Path]:
@@ -195,7 +185,7 @@ def check_network(environ: Mapping[str, str] = os.environ) -> list[Finding]:
     except OSError as error:
         remedy = "put '127.0.0.1 localhost' into /etc/hosts, and: ip link set lo up"
         findings.append(problem("network", f"localhost: {error}: processes cannot connect", remedy))
-    return findings or [ok("network", f"localhost is {address[0]}, processes connect on {name}")]
+    return findings or [Finding("network", f"localhost is {address[0]}, processes connect on {name}")]
 
 
 def try_torch() -> str:
@@ -221,12 +211,11 @@ def try_gpu(devices: Path = Path("/dev")) -> str:
 
     from ..ops import message_passing
 
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    names = ", ".join(torch.cuda.get_device_name(k) for k in range(count))
-    if not count:
+    if not torch.cuda.is_available():
         if any(devices.glob("nvidia[0-9]*")):
             raise Failure("there is a GPU, but torch cannot use it")
         return "none; training runs on the CPU"
+    names = ", ".join(torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count()))
     if float(torch.ones(8, device="cuda").sum()) != 8:
         raise Failure(f"{names}: torch computes wrong results")
     if message_passing.dgl_supports("cuda"):
@@ -259,10 +248,10 @@ STAGES: dict[str, tuple[Callable[[], str], str]] = {
 
 
 def run_stages() -> None:
-    """Print the finding of each stage as a line of JSON, as soon as the stage is done."""
+    """Print the finding of each stage as a line of JSON, as soon as it is known."""
     for stage, (attempt, remedy) in STAGES.items():
         try:
-            finding = ok(stage, attempt())
+            finding = Finding(stage, attempt())
         except Failure as failure:
             finding = problem(stage, str(failure), remedy)
         print(json.dumps(asdict(finding)), flush=True)

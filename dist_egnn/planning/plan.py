@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -34,68 +33,46 @@ SIMILAR_SPEED = 1.1  # largest ratio of two devices' speeds that may be noise of
 
 @dataclass(frozen=True)
 class Rank:
-    """One process of the run, means over snapshots.
-
-    edges: edges that it computes on; cut: in-edges from nodes of other ranks (bridge mode drops them, halo mode has them
-    among ``edges``); halo: those nodes; sent_bytes: per step; peak_gb: largest resident memory of the process, or of the
-    device, in 10⁹ bytes; alone_s, cpu_s: its own work in a step, by the wall clock and by the processor's clock; speed:
-    edges + 4 nodes, forward and backward, per second of its fastest batches.
-    """
+    """One process of the run, means over snapshots."""
 
     rank: int
     nodes: float
-    edges: float
-    cut: float
-    halo: float
-    sent_bytes: float
-    peak_gb: float
-    alone_s: float
-    cpu_s: float
-    speed: float
+    edges: float  # that it computes on
+    cut: float  # in-edges from nodes of other ranks; halo mode has them among ``edges``, bridge mode drops them
+    halo: float  # those nodes
+    sent_bytes: float  # per step
+    peak_gb: float  # largest resident memory of the process, or of the device, in 10⁹ bytes
+    alone_s: float  # its own work in a step by the wall clock
+    cpu_s: float  # the same by the processor's clock
+    speed: float  # edges + 4 nodes, forward and backward, per second of its fastest batches
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Estimates for a run.
-
-    halo: bridge or exchange; snapshots: by split; calls: all-reduces and halo exchanges of a step; payload_bytes: what a
-    rank passes to them, wire_bytes: what it sends, each of the rank with most; exchange_s: their time in a step; epoch_s:
-    an epoch with validation, samples in memory as far as they fit; first_epoch_s: the first epoch, which reads all samples;
-    idle_…: the same by the processor's clock, as on an otherwise idle machine; busy: share of a core that the trials got;
-    partition_s: time to write the store, from a trajectories file; memory_gb: of all ranks together.
-    """
+    """Estimates for a run. idle_…: by the processor's clock, as on an otherwise idle machine."""
 
     data: str
     parts: int
-    halo: str
-    snapshots: dict[str, int]
+    halo: str  # bridge or exchange
+    snapshots: dict[str, int]  # by split
     ranks: list[Rank]
     steps: int
-    calls: int
-    payload_bytes: float
-    wire_bytes: float
-    exchange_s: float
+    calls: int  # all-reduces and halo exchanges of a step
+    payload_bytes: float  # that the rank with most passes to them
+    wire_bytes: float  # that the rank with most sends
+    exchange_s: float  # their time in a step
     step_s: float
-    epoch_s: float
-    first_epoch_s: float
+    epoch_s: float  # with validation; samples are in memory as far as they fit
+    first_epoch_s: float  # which reads all samples
     idle_step_s: float
     idle_epoch_s: float
-    busy: float
+    busy: float  # share of a core that the trials got
     epochs: int
-    partition_s: float
-    memory_gb: float
+    partition_s: float  # to write the store; 0 if it exists
+    memory_gb: float  # of all ranks together
     free_gb: float
     cores: float
-
-    @property
-    def weights(self) -> list[float] | None:
-        """`partition.weights` with which all devices finish together, 1 for the slowest; None if speeds are similar."""
-        slowest = min(rank.speed for rank in self.ranks)
-        weights = [round(rank.speed / slowest, 2) for rank in self.ranks]
-        return None if max(weights) < SIMILAR_SPEED else weights
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"weights": self.weights}
+    weights: list[float] | None  # with which all devices finish together, 1 for the slowest; None: speeds are similar
 
 
 def _rows(counts: np.ndarray) -> np.ndarray:
@@ -106,12 +83,10 @@ def _rows(counts: np.ndarray) -> np.ndarray:
 def pick_batches(source: Source, size: int) -> list[list[int]]:
     """Batches of indices into ``source.snapshots``: the largest snapshot, and others spread over all.
 
-    MIN_BATCHES to MAX_BATCHES, up to MAX_ROWS edges + 4 nodes: many of small graphs, whose peak memory varies with their
-    sizes if they have no tiles.
+    MIN_BATCHES to MAX_BATCHES, up to MAX_ROWS edges + 4 nodes: many of small graphs, whose peak memory varies most.
     """
-    count = len(source.snapshots)
+    count, rows = len(source.snapshots), _rows(source.tried).max(1)  # of the slowest rank
     size = min(size, count)
-    rows = _rows(source.tried).max(1)  # of the slowest rank
     batches = int(np.clip(MAX_ROWS // (size * rows.mean()), MIN_BATCHES, MAX_BATCHES))
     spread = np.linspace(0, count - 1, min(batches * size, count)).round().astype(int).tolist()
     indices = list(dict.fromkeys([int(rows.argmax()), *spread]))
@@ -134,8 +109,7 @@ def peak_bytes(source: Source, picked: list[int], trials: list[Trial], group: fl
     """Peak memory of each rank's process: the trial's, the group's, and the samples that only a whole run caches."""
     tried = cached_bytes(source.tried[picked], source.config)
     total = sum(cached_bytes(counts, source.config) for counts in source.counts.values())
-    cached = np.minimum(total, np.maximum(dataset.CACHE_BYTES // len(trials), tried))
-    more = (cached - tried).clip(0).tolist()
+    more = (np.minimum(total, dataset.CACHE_BYTES // len(trials)) - tried).clip(0).tolist()
     return [t.peak + group + extra * t.held_ratio for t, extra in zip(trials, more, strict=True)]
 
 
@@ -148,8 +122,7 @@ def make_plan(config: Config, say: Say = lambda line: None) -> Plan:
     device = trainer.resolve_device(config)
     parts = dataset.part_count(config)
     if config.train.replicas > 1:
-        remedy = "plan with train.replicas=1: N groups take N times its memory and cores and share its batches"
-        raise Failure(f"train.replicas={config.train.replicas}: cannot be planned; {remedy}")
+        raise Failure("train.replicas: plan with 1; N groups take N times its memory and cores and share its batches")
     preflight.check_training(config, parts)
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
         source = trial_data.open_source(config, parts, Path(folder), say)
@@ -168,8 +141,7 @@ def make_plan(config: Config, say: Say = lambda line: None) -> Plan:
             say(f"rank {rank}: {trials[-1].wall.batch:.3f} s a batch, {trials[-1].peak / 1e9:.2f} GB")
         timings = [(dict.fromkeys(PHASES, 0.0), 0.0)]
         if parts > 1:
-            calls = [trial.calls for trial in trials]
-            timings = spawn.run_ranks(trial.time_calls, parts, calls, work_between_calls(trials))
+            timings = spawn.run_ranks(trial.time_calls, parts, [t.calls for t in trials], work_between_calls(trials))
     call_s = {phase: max(seconds[phase] for seconds, _ in timings) for phase in PHASES}
     peaks = [trial.peak for trial in trials]
     if device.type == "cpu":  # samples and calls stay on the CPU
@@ -178,7 +150,7 @@ def make_plan(config: Config, say: Say = lambda line: None) -> Plan:
 
 
 class TimeEstimate:
-    """Seconds of a step and an epoch by one of the trials' clocks. call_s: seconds of a batch's calls by phase."""
+    """Seconds of a step and of an epoch with validation, by one of the trials' clocks. call_s: of a batch, by phase."""
 
     def __init__(self, config: Config, source: Source, picked: list[int], times: list[Times], call_s: dict[str, float]):
         tried = _rows(source.tried[picked]).mean(0)  # (P,)
@@ -204,7 +176,6 @@ class TimeEstimate:
         return self.batch("train", fresh) * self.batches["train"] / self.steps + self.finish
 
     def epoch(self, fresh: bool) -> float:
-        """Seconds of an epoch with its validation."""
         return self.steps * self.step(fresh) + self.batches["valid"] * self.batch("valid", fresh)
 
     def alone(self, rank: int) -> float:
@@ -232,6 +203,7 @@ def summarize(
     fresh = total > dataset.CACHE_BYTES  # not all samples can stay in memory
     batch_rows = min(config.train.batch_size, len(source.snapshots)) * _rows(source.tried[picked]).mean(0)  # (P,)
     speeds = (batch_rows / [trial.fastest for trial in trials]).tolist()
+    weights = [round(speed / min(speeds), 2) for speed in speeds]
     batches = min(config.train.accumulate, now.batches["train"])  # of a step
     communication = [step_communication(trial.calls, batches, parts) for trial in trials]
     sent = [wire for _, _, wire in communication]
@@ -262,4 +234,5 @@ def summarize(
         memory_gb=sum(peaks) / 1e9,
         free_gb=memory.available_memory("cpu") / 1e9,
         cores=now.cores,
+        weights=weights if max(weights) >= SIMILAR_SPEED else None,
     )

@@ -31,40 +31,33 @@ from ..utils import devices, resources
 # snapshot → what the other parts send when halos are linked: rows to send to each, positions of halo nodes (Halo.complete)
 HaloInputs = dict[int, tuple[list[np.ndarray], np.ndarray]]
 
-# Passes over the batches end after this processor time and this number of timed batches, at the latest after MAX_PASSES:
-# the peak memory of a graph without tiles grows over about twenty steps.
+# Passes over the batches end after this processor time and this number of timed batches, or after MAX_PASSES. The peak
+# memory of a graph without tiles grows over about twenty steps.
 MIN_BATCHES, MIN_SECONDS, MAX_PASSES = 3, 8.0, 20
 
 
 @dataclass(frozen=True)
 class Times:
-    """Median seconds. batch: forward and backward pass of a batch; forward: forward pass without gradients; finish: sum of
-    gradients and optimizer step; fresh: read a batch and prepare it; ready: prepare a batch whose samples are in memory."""
+    """Median seconds."""
 
-    batch: float
-    forward: float
-    finish: float
-    fresh: float
-    ready: float
+    batch: float  # forward and backward pass of a batch
+    forward: float  # forward pass of a batch without gradients
+    finish: float  # sum of gradients and optimizer step
+    fresh: float  # read a batch and prepare it
+    ready: float  # prepare a batch whose samples are in memory
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Measurements of one rank.
+    """Measurements of one rank."""
 
-    wall: times of the wall clock; cpu: of the thread's processor clock, which an otherwise idle machine would take (the same
-    as wall unless the rank computes on one CPU thread); busy: processor seconds per wall second; peak: largest memory of
-    the process in bytes, with the tried samples; held_ratio: bytes that a sample occupies per byte that the dataset counts
-    for it; calls: of one step on each batch; fastest: processor seconds of a batch, the mean over batches of the minimum.
-    """
-
-    wall: Times
-    cpu: Times
-    busy: float
-    peak: float
-    held_ratio: float
-    calls: list[list[Call]]
-    fastest: float
+    wall: Times  # by the wall clock
+    cpu: Times  # by the thread's processor clock, as on an idle machine; the same as wall unless on one CPU thread
+    busy: float  # processor seconds per wall second
+    peak: float  # largest memory of the process in bytes, with the tried samples
+    held_ratio: float  # bytes that a sample occupies per byte that the dataset counts for it
+    calls: list[list[Call]]  # of one step on each batch
+    fastest: float  # processor seconds of a batch, the mean over batches of the minimum
 
 
 def graph_bytes(graph: DGLGraph) -> int:
@@ -80,17 +73,12 @@ def graph_bytes(graph: DGLGraph) -> int:
 
 def _tensors(value: Any) -> Iterator[Tensor]:
     """The tensors in nested dicts, sequences, dataclasses and halos."""
+    if isinstance(value, halo.Halos) or is_dataclass(value):
+        value = vars(value)
     if isinstance(value, Tensor):
         yield value
-        return
-    if isinstance(value, halo.Halos):
-        value = vars(value)
-    elif is_dataclass(value):
-        value = [getattr(value, f.name) for f in fields(value)]
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)):
-        for item in value:
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
             yield from _tensors(item)
 
 

@@ -31,19 +31,14 @@ COLUMNS = ["nodes", "edges", "cut_edges", "halo"]
 
 @dataclass
 class Source:
-    """Data of the trial, and sizes of the run's data.
+    """Data of the trial, and sizes of the run's data."""
 
-    config: names the data of the trial; snapshots: its training snapshots; tried (S, P, 2): their nodes and the in-edges that
-    each part computes on, in halo mode all in-edges; counts: the same of all snapshots of the run, by split; table (S, P, 4):
-    COLUMNS; partition_s: seconds to write the run's store, 0 if it exists.
-    """
-
-    config: Config
-    snapshots: list[int]
-    tried: np.ndarray
-    counts: dict[str, np.ndarray]
-    table: np.ndarray
-    partition_s: float = 0.0
+    config: Config  # names the data of the trial
+    snapshots: list[int]  # the trial's training snapshots
+    tried: np.ndarray  # (S, P, 2): their nodes and the in-edges that each part computes on, in halo mode all in-edges
+    counts: dict[str, np.ndarray]  # the same of all snapshots of the run, by split
+    table: np.ndarray  # (S, P, 4): COLUMNS
+    partition_s: float = 0.0  # seconds to write the run's store, 0 if it exists
 
 
 class _Subset(Trajectories):
@@ -75,16 +70,13 @@ def _open_file(config: Config) -> tuple[Trajectories, list[Snapshot]]:
     return file, selected
 
 
-def _scaled(file: Trajectories, selected: list[Snapshot], sizes: np.ndarray, complete: bool) -> dict[str, np.ndarray]:
-    """Nodes and edges (S, P, 2) of all snapshots by split, scaled from those of one (P, 2) by the number of nodes.
-
-    complete: the graphs are complete, so that edges grow with the square.
-    """
-    counts = {}
+def _scaled(config: Config, file: Trajectories, selected: list[Snapshot], sizes: np.ndarray) -> dict[str, np.ndarray]:
+    """Nodes and edges (S, P, 2) of all snapshots by split, scaled from those of one (P, 2) by the number of nodes."""
+    counts, power = {}, 2 if math.isinf(config.data.radius) else 1  # edges of a complete graph grow with the square
     for split in ("train", "valid"):
         nodes = np.array([file[s.trajectory].nodes for s in selected if s.split == split], float).reshape(-1, 1)
         scale = nodes / sizes[:, 0].sum()
-        counts[split] = np.stack([scale * sizes[:, 0], (scale**2 if complete else scale) * sizes[:, 1]], -1)
+        counts[split] = np.stack([scale * sizes[:, 0], scale**power * sizes[:, 1]], -1)
     return counts
 
 
@@ -94,8 +86,7 @@ def whole_source(config: Config) -> Source:
     train = [k for k, s in enumerate(selected) if s.split == "train"]
     largest = max(train, key=lambda k: file[selected[k].trajectory].nodes)
     graph = dataset.open_dataset(config, 0, 1)[largest]
-    sizes = np.array([[graph.num_nodes(), graph.num_edges()]], float)
-    counts = _scaled(file, selected, sizes, math.isinf(config.data.radius))
+    counts = _scaled(config, file, selected, np.array([[graph.num_nodes(), graph.num_edges()]], float))
     table = np.pad(np.concatenate([*counts.values()]), ((0, 0), (0, 0), (0, 2)))  # no edge is cut
     return Source(config, train, counts["train"], counts, table)
 
@@ -118,10 +109,9 @@ def partitioned_source(config: Config, parts: int, folder: Path, say: Say) -> So
         if nodes < target or len(chosen) * frames < MIN_BATCHES * config.train.batch_size:
             chosen.append(k)
             nodes += file[k].nodes * min(frames, frames_of[k])
-    subset, trial = _Subset(file.path, chosen), deepcopy(config)
+    subset, trial, cut = _Subset(file.path, chosen), deepcopy(config), config.partition
     if frames < max(frames_of.values()):
         trial.data.frames = frames
-    cut = config.partition
     inputs = store_writer.build_inputs(
         subset, parts=parts, weights=cut.weights, method=cut.method, method_seed=cut.seed, settings=trial.data
     )
@@ -132,11 +122,10 @@ def partitioned_source(config: Config, parts: int, folder: Path, say: Say) -> So
     seconds = time.perf_counter() - started
     trial.data.path = str(folder / "store")
     table = _table(open_store(trial.data.path))
-    nodes_of_snapshots = table[:, :, 0].sum(1)
-    largest_ones = np.isclose(nodes_of_snapshots, nodes_of_snapshots.max())
-    sizes = _computed(table[largest_ones].mean(0), config)
-    counts = _scaled(file, selected, sizes, math.isinf(config.data.radius))
-    seconds *= sum(file[s.trajectory].nodes for s in selected) / table[:, :, 0].sum()
+    snapshot_nodes = table[:, :, 0].sum(1)
+    largest_ones = np.isclose(snapshot_nodes, snapshot_nodes.max())
+    counts = _scaled(config, file, selected, _computed(table[largest_ones].mean(0), config))
+    seconds *= sum(file[s.trajectory].nodes for s in selected) / snapshot_nodes.sum()
     return Source(trial, list(range(len(table))), _computed(table, config), counts, table, seconds)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from ..evaluate.vtkhdf import Rollout
 from ..train import checkpoint, run_dir, trainer
 from ..train.diagnostics import PHASES
 from ..utils.filesystem import write_atomically
-from . import figures, plots
+from . import plots
 
 STYLE = """
 :root { color-scheme: light; }
@@ -35,8 +36,7 @@ h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; border-bottom: 1px solid #ccc; }
 figure { margin: 0; break-inside: avoid; }
 img { width: 100%; height: auto; }
 figcaption, .left-out { color: #555; font-size: .9rem; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; }
-.wide + .wide { margin-top: 1rem; }
+.wide { overflow-x: auto; margin-bottom: 1rem; }
 table { border-collapse: collapse; }
 th, td { padding: .2rem .8rem .2rem 0; text-align: right; font-variant-numeric: tabular-nums; border-bottom: 1px solid #eee; }
 th:first-child, td:first-child { text-align: left; }
@@ -44,8 +44,7 @@ pre { font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; backgrou
 @media print { .pictures { grid-template-columns: 1fr 1fr; } }
 @media print { body { max-width: none; padding: 0; font-size: 10pt; } h2 { break-after: avoid; } pre { background: none; } }
 """
-# the browser may show what is in the page, and load nothing
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the browser loads nothing
 
 
 def _text(value: object) -> str:
@@ -53,9 +52,9 @@ def _text(value: object) -> str:
 
 
 def _figure(caption: str, panel: Callable[..., None], *arguments: object) -> str:
-    """A panel of figures.py; arguments: the panel's. The first sentence of the caption describes the picture."""
-    data = base64.b64encode(figures.png(panel, *arguments)).decode()
-    width, height = (round(side * figures.DPI) for side in figures.SIZE)
+    """A panel of plots.py; arguments: the panel's. The first sentence of the caption describes the picture."""
+    data = base64.b64encode(plots.panel_png(panel, *arguments)).decode()
+    width, height = (round(side * plots.DPI) for side in plots.SIZE)
     alt = _text(caption.partition(". ")[0])
     image = f'<img src="data:image/png;base64,{data}" width="{width}" height="{height}" alt="{alt}">'
     return f"<figure>{image}<figcaption>{_text(caption)}</figcaption></figure>"
@@ -106,63 +105,58 @@ class Report:
     def scores(self) -> dict[str, dict[str, float]]:
         """evaluate.csv: split → prediction → MSE."""
         table = self.read("evaluate.csv", {"split", "prediction", "mse"}, f"written by: distegnn evaluate {self.run}")
-        groups = table.groupby("split", sort=False)
-        return {str(split): dict(zip(rows["prediction"], rows["mse"], strict=True)) for split, rows in groups}
+        return {
+            str(split): dict(rows[["prediction", "mse"]].values) for split, rows in table.groupby("split", sort=False)
+        }
 
     def numbers(self) -> str:
         table = self.metrics()
         known, last = table["valid_mse"].dropna(), table.iloc[-1]  # NaN: a validation split without samples
         best = f"{known.min():.4e} (epoch {int(table.loc[known.idxmin(), 'epoch'])})" if len(known) else "none"
-        rows: list[list[object]] = [
-            ["model", self.config.model.name],
-            ["epochs", len(table)],
-            ["best validation MSE", best],
-            ["last validation MSE", f"{last['valid_mse']:.4e}"],
-            ["last training MSE", f"{last['train_mse']:.4e}"],
-        ]
-        if "step_s" in table:
-            rows.append(["seconds per step, last epoch", f"{last['step_s']:.3f}"])
-        if "epoch_s" in table:
-            rows.append(["seconds of training", f"{table['epoch_s'].sum():,.0f}"])
-        if "peak_gb" in table:
-            rows.append(["memory of the largest process [GB]", f"{last['peak_gb']:.2f}"])
+        rows = [("model", self.config.model.name), ("epochs", len(table)), ("best validation MSE", best)]
+        for name, column, values, form in (
+            ("last validation MSE", "valid_mse", last, ".4e"),
+            ("last training MSE", "train_mse", last, ".4e"),
+            ("seconds per step, last epoch", "step_s", last, ".3f"),
+            ("seconds of training", "epoch_s", table.sum(), ",.0f"),
+            ("memory of the largest process [GB]", "peak_gb", last, ".2f"),
+        ):
+            if column in table:  # older versions wrote fewer
+                rows.append((name, format(values[column], form)))
         return _table(["", ""], rows)
 
     def errors(self) -> str:
         tables = []
         for split, scores in self.scores().items():
-            linear = scores.get("linear", np.nan)
-            ratios = ["" if np.isnan(linear) else f"{mse / linear:.3f}" for mse in scores.values()]
-            rows = [[name, f"{mse:.4e}", ratio] for (name, mse), ratio in zip(scores.items(), ratios, strict=True)]
+            linear = scores.get("linear", 0)
+            rows = [[name, f"{mse:.4e}", f"{mse / linear:.3f}" if linear > 0 else ""] for name, mse in scores.items()]
             tables.append(_table([f"split {split}", "MSE", "relative to linear"], rows))
         return "".join(tables)
 
     def curves(self) -> str:
-        table = self.metrics()
-        try:
+        table, scores = self.metrics(), dict[str, float]()
+        with suppress(Failure):
             scores = self.scores().get("valid", {})
-        except Failure:
-            scores = {}
         levels = {f"{name}, validation": scores[name] for name in ("static", "linear") if name in scores}
         caption = "Training and validation error by epoch. Training error is the mean while weights change."
         caption += "" if levels else f" To add static and linear: distegnn evaluate {self.run} --split valid"
-        epochs, lines = table["epoch"].tolist(), {"training": table["train_mse"], "validation": table["valid_mse"]}
-        shown = [_figure(caption, figures.curves, epochs, lines, levels, "epoch", "mean squared error")]
+        epochs, lines = table["epoch"], {"training": table["train_mse"], "validation": table["valid_mse"]}
+        shown = [_figure(caption, plots.curves, epochs, lines, levels, "epoch", "mean squared error")]
         if "lr" in table and "grad_norm" in table:
             lines = {"gradient norm before clipping": table["grad_norm"], "learning rate": table["lr"]}
             caption = "Gradient norm and learning rate by epoch."
-            shown.append(_figure(caption, figures.curves, epochs, lines, {}, "epoch", "norm, rate"))
+            shown.append(_figure(caption, plots.curves, epochs, lines, {}, "epoch", "norm, rate"))
         return _pictures(*shown)
 
     def timing(self) -> str:
-        columns = [*PHASES, "step_s"]
-        table = self.metrics()
-        table = table.dropna(subset=[name for name in columns if name in table])  # epochs of an older version
-        if not set(columns) <= set(table) or not len(table):
+        table = (
+            self.metrics().reindex(columns=["epoch", *PHASES, "step_s"]).dropna()
+        )  # without epochs of an older version
+        if not len(table):
             raise Failure("recorded by an older version, without seconds by phase; train again to have them")
-        seconds, step = {n.removesuffix("_s"): table[n].tolist() for n in PHASES}, table["step_s"].tolist()
+        seconds = {name.removesuffix("_s"): table[name] for name in PHASES}
         caption = "Mean seconds of a step on rank 0 by phase. Data: waiting for samples; communication: with waiting."
-        return _pictures(_figure(caption, figures.timing, table["epoch"].tolist(), seconds, step))
+        return _pictures(_figure(caption, plots.timing, table["epoch"], seconds, table["step_s"]))
 
     def sample(self) -> str:
         """A test sample: its partition, and the prediction of the best checkpoint."""
@@ -181,20 +175,20 @@ class Report:
         with torch.no_grad():
             predicted, z = model(graph)
         x, y, guess = graph.ndata["x"].numpy(), graph.ndata["y"].numpy(), predicted.numpy()
-        mse = float(np.square(guess.astype(np.float64) - y).mean())
+        mse = np.square(guess.astype(np.float64) - y).mean()
         what = f"A {split} sample: trajectory {trajectory}, frame {frame}, {len(x):,} nodes"
         shown, note = [], ""
         if store and store.parts > 1:
             part = node_parts(store, number)
             sizes = ", ".join(f"{n:,}" for n in np.bincount(part, minlength=store.parts))
             caption = f"Nodes of the input, coloured by part. {what}; in the {store.parts} parts: {sizes}."
-            shown.append(_figure(caption, figures.parts, x, part))
+            shown.append(_figure(caption, plots.parts, x, part))
         else:
             note = '<p class="left-out">No partition: the graphs are whole (partition.parts=P or a store divides them).</p>'
         caption = f"Predicted over true displacement of each node. {what}; MSE {mse:.3e}."
-        shown.append(_figure(caption, figures.displacement, x, y, {self.config.model.name: guess}))
+        shown.append(_figure(caption, plots.displacement, x, y, {self.config.model.name: guess}))
         caption = "True and predicted positions." + " Stars: virtual nodes after the last layer." * bool(z.shape[1])
-        shown.append(_figure(caption, figures.positions, y, guess, z[0].numpy()))
+        shown.append(_figure(caption, plots.positions, y, guess, z[0].numpy()))
         return _pictures(*shown) + note
 
     def rollout(self) -> str:
@@ -214,18 +208,17 @@ class Report:
         if len(known):
             lines = {"rollout": known["mse"], "static": known["static_mse"], "linear": known["linear_mse"]}
             caption = "Error of the rollout by step. Static: the first frame; linear: moved on by its own velocity."
-            x = known["step"].tolist()
-            shown.append(_figure(caption, figures.curves, x, lines, {}, "step", "mean squared error"))
+            shown.append(_figure(caption, plots.curves, known["step"], lines, {}, "step", "mean squared error"))
             if len(known) < steps:
                 text += f" The data end after step {int(known['step'].max())} of {steps}."
         else:
             text += " The data have no frame to compare with: errors by step need an earlier start (--start)."
         lines = {"rollout": table["kinetic_energy"], "truth": table["true_kinetic_energy"]}
-        caption, x = "Kinetic energy by step, each a mean over the step.", table["step"].tolist()
-        shown.append(_figure(caption, figures.curves, x, lines, {}, "step", "kinetic energy"))
+        caption = "Kinetic energy by step, each a mean over the step."
+        shown.append(_figure(caption, plots.curves, table["step"], lines, {}, "step", "kinetic energy"))
         if virtual:
             caption = "Paths of the virtual nodes after the last layer."
-            shown.append(_figure(caption, figures.virtual_node_paths, start, np.stack(virtual)))
+            shown.append(_figure(caption, plots.virtual_node_paths, start, np.stack(virtual)))
         else:
             text += " No paths of virtual nodes: the model has none."
         return f"<p>{_text(text)}</p>" + _pictures(*shown)

@@ -77,10 +77,9 @@ class DrawnFrames:
 
 
 def shared_limits(frames: DrawnFrames, box: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, float]:
-    """Limits of all pictures: two corners (3,) of the view, and the end of the colour scale.
+    """Two corners (3,) of the view of all pictures and the end of their colour scale, the largest 99th percentile.
 
-    The view contains the box and at most a quarter of its sides outside; without a box, the nodes of all frames. The
-    colour scale ends at the largest 99th percentile of a frame.
+    The view contains the box and at most a quarter of its sides outside; without a box, the nodes of all frames.
     """
     low, high, top = np.full(3, np.inf), np.full(3, -np.inf), 0.0
     with progress_bar("reading", len(frames)) as tick:
@@ -111,12 +110,15 @@ class Camera:
     """A figure of one view, or of two if there is a truth, drawn anew for each frame."""
 
     def __init__(self, frames: DrawnFrames) -> None:
-        plt = plots.pyplot()
-        rollout, colour = frames.rollout, frames.colour
-        self.frames, self.box, self.shows_error = frames, rollout.box, colour == "error"
-        self.low, self.high, top = shared_limits(frames, rollout.box)
-        self.nodes, self.last = rollout.nodes, len(rollout) - 1
-        views = 1 + frames.has_truth
+        plt, rollout, colour, box = plots.pyplot(), frames.rollout, frames.colour, frames.rollout.box
+        self.frames, views = frames, 1 + frames.has_truth
+        self.low, self.high, top = shared_limits(frames, box)
+        self.edges: list[np.ndarray] = []  # of the box, each (2, 3)
+        if box is not None:
+            corners = np.array(list(itertools.product(*np.clip(box, self.low, self.high).T)))
+            edges = [np.array(ends) for ends in itertools.combinations(corners, 2) if sum(ends[0] != ends[1]) == 1]
+            has_lid = self.high[1] >= box[1, 1]  # otherwise the box is higher than the view
+            self.edges = [ends for ends in edges if has_lid or (ends[:, 1] < self.high[1]).any()]
         self.figure = plt.figure(figsize=(5.2 * views + 0.8, 5.2), dpi=DPI)
         self.axes = [self.figure.add_subplot(1, views, k + 1, projection="3d") for k in range(views)]
         self.figure.subplots_adjust(left=0.01, right=0.9 - 0.04 * (views == 1), bottom=0.08, top=0.89, wspace=0.02)
@@ -142,16 +144,19 @@ class Camera:
 
     def draw(self, drawn: DrawnFrame) -> np.ndarray:
         """The picture, (height, width, 3) bytes."""
-        frame, count = drawn.frame, len(drawn.position)
+        frame, count, rollout = drawn.frame, len(drawn.position), self.frames.rollout
         outside = int(np.isnan(self._inside(drawn.position)).any(1).sum())
-        title = f"step {frame.step} of {self.last}: frame {frame.frame}, t = {frame.time:.4g}"
-        title += f", {count:,} of {self.nodes:,} nodes drawn" if count < self.nodes else ""
+        title = f"step {frame.step} of {len(rollout) - 1}: frame {frame.frame}, t = {frame.time:.4g}"
+        title += f", {count:,} of {rollout.nodes:,} nodes drawn" if count < rollout.nodes else ""
         self.figure.suptitle(title + (f", {outside:,} outside the view" if outside else ""))
         self._view(self.axes[0], drawn.position, drawn.colour)
-        error = f", MSE {drawn.mse:.2e}" if drawn.mse is not None else " (grey: no true frame)" * self.shows_error
+        grey = " (grey: no true frame)" * (self.frames.colour == "error")
+        error = grey if drawn.mse is None else f", MSE {drawn.mse:.2e}"
         self.axes[0].set_title(f"predicted{error}" if frame.step else "start", fontsize=11)
         if frame.virtual is not None and len(frame.virtual):
-            self._virtual_nodes(frame.virtual)
+            stars = plots.draw_virtual_nodes(self.axes[0], self._inside(frame.virtual), 230)
+            if not self.figure.legends:
+                self.figure.legend(handles=[stars], loc="upper left", fontsize=10, frameon=False)
         if len(self.axes) > 1:
             self._view(self.axes[1], drawn.true, drawn.true_colour)
             self.axes[1].set_title("true" if drawn.true is not None else "true: no data", fontsize=11)
@@ -163,30 +168,11 @@ class Camera:
         axes.computed_zorder = False
         plots.view(axes, self.low, self.high, zoom=1.08)
         axes.tick_params(labelsize=7, pad=-2)
-        if self.box is not None:
-            for ends in self._edges(self.box):
-                axes.plot(*ends[:, [0, 2, 1]].T, color="0.4", lw=0.8, zorder=0.5)
+        for ends in self.edges:
+            axes.plot(*ends[:, [0, 2, 1]].T, color="0.4", lw=0.8, zorder=0.5)
         if x is not None:
             c = GREY if colour is None else self.colours(colour)
             axes.scatter(*self._inside(x)[:, [0, 2, 1]].T, c=c, s=self.size, linewidths=0, depthshade=False)
-
-    def _virtual_nodes(self, z: np.ndarray) -> None:
-        axes, z = self.axes[0], self._inside(z)[:, [0, 2, 1]]
-        axes.scatter(*z.T, marker="*", s=230, c="white", edgecolors="black", linewidths=1.1, zorder=9, depthshade=False)
-        if not self.figure.legends:
-            mark = axes.plot([], [], "*", c="white", ms=13, mec="black", mew=1.1, label="virtual nodes")
-            self.figure.legend(handles=mark, loc="upper left", fontsize=10, frameon=False)
-
-    def _edges(self, box: np.ndarray) -> Iterator[np.ndarray]:
-        """The twelve edges of the box, each (2, 3), without the lid of a box that is higher than the view."""
-        corners = np.clip(box, self.low, self.high)
-        for axis in range(3):
-            for one, two in itertools.product((0, 1), repeat=2):
-                ends = np.empty((2, 3))
-                ends[:, axis] = corners[:, axis]
-                ends[:, (axis + 1) % 3], ends[:, (axis + 2) % 3] = corners[one, axis - 2], corners[two, axis - 1]
-                if self.high[1] == box[1, 1] or (ends[:, 1] < self.high[1]).any():
-                    yield ends
 
     def _inside(self, x: np.ndarray) -> np.ndarray:
         """x, with NaN outside the view: matplotlib does not clip 3-D plots."""
@@ -206,7 +192,6 @@ def run_render(path: Path, out: Path | None, fps: float, every: int, colour: str
         raise Failure(f"{out}: exists; remove it or choose another --out")
     if out.suffix == ".mp4" and shutil.which("ffmpeg") is None:
         raise Failure(f"{out}: MP4 needs the program ffmpeg; install it, or write --out {out.with_suffix('.gif')}")
-    plots.pyplot()  # fails before any work
     with Rollout(path) as rollout:
         if not len(rollout):
             raise Failure(f"{path}: no frame; run the rollout again")

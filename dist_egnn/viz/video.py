@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -62,11 +62,7 @@ def _write_mp4(path: Path, pictures: Pictures, fps: float) -> None:
             raise Failure(f"{path}: ffmpeg failed ({reason}); write a .gif, or a folder of PNG")
 
 
-WRITERS: dict[str, Callable[[Path, Pictures, float], None]] = {
-    "": _write_folder,
-    ".gif": _write_gif,
-    ".mp4": _write_mp4,
-}
+WRITERS = {"": _write_folder, ".gif": _write_gif, ".mp4": _write_mp4}  # by suffix
 
 
 def write_video(path: Path, pictures: Pictures, fps: float) -> None:

@@ -51,12 +51,12 @@ def test_problems_have_their_remedy_and_exit_code(monkeypatch: pytest.MonkeyPatc
     def check_broken() -> list[Finding]:
         raise OSError("no such thing")
 
-    monkeypatch.setattr(doctor, "CHECKS", (lambda: [doctor.ok("a", "fine")], check_broken))
+    monkeypatch.setattr(doctor, "CHECKS", (lambda: [Finding("a", "fine")], check_broken))
     ran = CliRunner().invoke(cli.app, ["doctor"])
     assert ran.exit_code == 1
     assert "ok      a: fine\nPROBLEM broken: could not be checked: OSError: no such thing\n        → " in ran.output
     assert ran.output.endswith("1 problem\n")
-    monkeypatch.setattr(doctor, "CHECKS", (lambda: [doctor.ok("a", "fine"), Finding("b", "note", "so")],))
+    monkeypatch.setattr(doctor, "CHECKS", (lambda: [Finding("a", "fine"), Finding("b", "so", "note")],))
     ran = CliRunner().invoke(cli.app, ["doctor"])
     assert (ran.exit_code, ran.output) == (0, "ok      a: fine\nnote    b: so\nall well\n")
 
@@ -156,7 +156,7 @@ def test_network(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_stage_that_stops_is_named(script: str, text: str) -> None:
     timeout_s = 5 if "sleep" in script else 300
-    torch = json.dumps(asdict(doctor.ok("torch", "loads")))
+    torch = json.dumps(asdict(Finding("torch", "loads")))
     findings = doctor.check_stages(
         [sys.executable, "-c", f"print('{torch}', flush=True)\n{script}"], timeout_s=timeout_s
     )

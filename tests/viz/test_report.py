@@ -79,7 +79,9 @@ def test_page_has_every_section(run, capsys):
 def test_sample_is_the_models_own_prediction(run, monkeypatch):
     """Panels get the sample's positions in the order of the whole graph, and the parts of the store."""
     drawn = {}
-    monkeypatch.setattr(html_report.figures, "png", lambda panel, *args: drawn.update({panel.__name__: args}) or b"")
+    monkeypatch.setattr(
+        html_report.plots, "panel_png", lambda panel, *args: drawn.update({panel.__name__: args}) or b""
+    )
     content = sections(run)["A sample"]
     x, y, predictions = drawn["displacement"]
     _, part = drawn["parts"]
