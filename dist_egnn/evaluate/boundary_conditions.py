@@ -44,16 +44,13 @@ class BoundaryConditions:
         invalid = ~np.isfinite(x).all(1)
         if invalid.any():
             return f"{invalid.sum()} positions are NaN or infinite, the first of node {invalid.argmax()}"
-        if self.side is not None:  # positions are unwrapped: only a single step can be too long
-            moved = np.abs(x - before).max(1)
-            if moved.max() > self.limit:
-                return f"node {moved.argmax()} moves by {moved.max():.3g}, over {MAX_SIZES:g} times the box's size"
+        periodic = self.side is not None  # positions are unwrapped: only a single step can be too long
+        distance = np.abs(x - (before if periodic else self.centre)).max(1)
+        most, size = distance.max(), "data" if self.box is None else "box"
+        if most <= self.limit:
             return ""
-        distance = np.abs(x - self.centre).max(1)
-        if distance.max() > self.limit:
-            size = f"over {MAX_SIZES:g} times the {'box' if self.box is not None else 'data'}'s size"
-            return f"node {distance.argmax()} is {distance.max():.3g} from the centre, {size}"
-        return ""
+        what = f"moves by {most:.3g}" if periodic else f"is {most:.3g} from the centre"
+        return f"node {distance.argmax()} {what}, over {MAX_SIZES:g} times the {size}'s size"
 
     def apply(self, x: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The next positions and velocities (N, 3), from the present and the predicted positions."""

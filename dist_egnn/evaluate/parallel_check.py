@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,17 +14,7 @@ from ..distributed import spawn
 from ..distributed.comm import Comm, SingleProcess
 from ..train import trainer
 
-TOLERANCE = 1e-10
-
-
-@dataclass
-class StepResult:
-    """A forward and backward pass. predicted: (N, 3); virtual: (B, C, 3); gradients by parameter name."""
-
-    predicted: Tensor
-    virtual: Tensor
-    loss: Tensor
-    gradients: dict[str, Tensor]
+TOLERANCE, PREDICTION = 1e-10, "prediction x"
 
 
 def randomize_output_weights(model: torch.nn.Module) -> None:
@@ -38,7 +26,8 @@ def randomize_output_weights(model: torch.nn.Module) -> None:
             parameter.data = drawn.to(parameter)
 
 
-def _run_step(comm: Comm, config: Config, store: Store, graph: DGLGraph) -> StepResult:
+def _run_step(comm: Comm, config: Config, store: Store, graph: DGLGraph) -> dict[str, Tensor]:
+    """A forward and backward pass: x (N, 3) of own nodes, z (B, C, 3), the loss, and the gradient of each parameter."""
     widths = len(store.inputs["features"]), len(store.inputs["node_attributes"])
     model = trainer.build_model(config, widths, comm).double()
     randomize_output_weights(model)
@@ -46,20 +35,16 @@ def _run_step(comm: Comm, config: Config, store: Store, graph: DGLGraph) -> Step
     loss, _ = trainer.compute_loss(config, model, graph, comm, torch.Generator().manual_seed(2))
     loss.backward()
     comm.sum_gradients(model.parameters())
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return StepResult(predicted.detach(), z.detach(), comm.sum(loss.detach()), gradients)
+    gradients = {f"gradient {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {PREDICTION: predicted.detach(), "virtual nodes z": z.detach(), "loss": comm.sum(loss.detach()), **gradients}
 
 
 def save_rank_results(comm: Comm, config: Config, path: str, snapshot: int, folder: str) -> None:
     """Run a step on this rank's part and save its results as RANK.pt in the folder."""
     store = open_store(path)
     graph = store.read(snapshot, comm.rank, config.partition.halo == "exchange")
-    step = _run_step(comm, config, store, graph)
-    result = {"gid": graph.ndata["gid"], "predicted": step.predicted}
-    if comm.rank == 0:
-        result |= {"virtual": step.virtual, "loss": step.loss}
-        result |= {f"gradient {name}": gradient for name, gradient in step.gradients.items()}
-    torch.save(result, Path(folder) / f"{comm.rank}.pt")
+    result = _run_step(comm, config, store, graph)
+    torch.save({"gid": graph.ndata["gid"], **result}, Path(folder) / f"{comm.rank}.pt")
 
 
 def relative_difference(a: Tensor, b: Tensor, least: float = 0.0) -> float:
@@ -71,11 +56,8 @@ def relative_difference(a: Tensor, b: Tensor, least: float = 0.0) -> float:
 def compare(config: Config, store: Store, snapshot: int, folder: Path) -> dict[str, float]:
     """Relative differences between P processes and one, by quantity. ``folder`` takes temporary files.
 
-    One process computes on the same cut graph, in halo mode on the full graph. A gradient that is zero by symmetry
-    (φ_z's for a block of fluid at rest, say) consists of rounding errors, so gradients are compared relative to at
-    least a thousandth of the model's largest one.
+    One process computes on the same cut graph, in halo mode on the full graph.
     """
-    config = copy.deepcopy(config)
     arguments = config, str(store.path), snapshot, str(folder)
     spawn.run_ranks(save_rank_results, store.parts, *arguments, timeout_s=config.train.timeout_s)
     return compare_with_one_process(config, store, snapshot, folder)
@@ -85,13 +67,10 @@ def compare_with_one_process(config: Config, store: Store, snapshot: int, folder
     """The result of `compare`, from the files of `save_rank_results`."""
     one = _run_step(SingleProcess(), config, store, store.whole(snapshot, config.partition.halo == "exchange"))
     ranks = [torch.load(folder / f"{p}.pt", weights_only=True) for p in range(store.parts)]
-    predicted = torch.cat([r["predicted"] for r in ranks])[torch.cat([r["gid"] for r in ranks]).argsort()]
-    differences = {
-        "prediction x": relative_difference(predicted, one.predicted),
-        "virtual nodes z": relative_difference(ranks[0]["virtual"], one.virtual),
-        "loss": relative_difference(ranks[0]["loss"], one.loss),
-    }
-    least = 1e-3 * max((float(g.abs().max()) for g in one.gradients.values()), default=0.0)
-    for name, gradient in one.gradients.items():
-        differences[f"gradient {name}"] = relative_difference(ranks[0][f"gradient {name}"], gradient, least)
-    return differences
+    order = torch.cat([r["gid"] for r in ranks]).argsort()
+    many = ranks[0] | {PREDICTION: torch.cat([r[PREDICTION] for r in ranks])[order]}
+    # a gradient that is zero by symmetry (φ_z's for a block of fluid at rest, say) consists of rounding errors, so
+    # gradients are compared relative to at least a thousandth of the model's largest one
+    gradients = {name for name in one if name.startswith("gradient ")}
+    least = 1e-3 * max((float(one[name].abs().max()) for name in gradients), default=0.0)
+    return {key: relative_difference(many[key], one[key], least if key in gradients else 0.0) for key in one}

@@ -36,35 +36,33 @@ class _Cloud:
 
     x: Tensor
     log_weight: Tensor
-    starts: Tensor  # (K,) first point of each block
-    low: Tensor  # (K, 3) corners of its bounding box
+    low: Tensor  # (K, 3) corners of the bounding box of each block
     high: Tensor
+
+    def block(self) -> Tensor:
+        """The number of each point's block: (N,)."""
+        return torch.arange(len(self.x), device=self.x.device) // BLOCK
 
     def block_max(self, value: Tensor) -> Tensor:
         """The maximum of values (N,) over each block: (K,)."""
-        block = torch.arange(len(self.x), device=value.device) // BLOCK
-        return value.new_full((len(self.starts),), -math.inf).scatter_reduce(0, block, value, "amax")
+        return value.new_full((len(self.low),), -math.inf).scatter_reduce(0, self.block(), value, "amax")
 
     def centres(self) -> _Cloud:
         """A coarse cloud: the centre of mass and the weight of each block."""
-        block = torch.arange(len(self.x), device=self.x.device) // BLOCK
-        weight = self.log_weight.exp()
-        total = weight.new_zeros(len(self.starts)).index_add(0, block, weight)
+        block, weight = self.block(), self.log_weight.exp()
+        total = weight.new_zeros(len(self.low)).index_add(0, block, weight)
         mean = weight.new_zeros(len(total), 3).index_add(0, block, weight[:, None] * self.x) / total[:, None]
         return _in_blocks(mean, total)  # consecutive centres are close in space, too
 
 
 def _in_blocks(x: Tensor, weight: Tensor) -> _Cloud:
-    starts = torch.arange(0, len(x), BLOCK)
     padded = torch.cat([x, x[-1:].expand(-len(x) % BLOCK, 3)]).view(-1, BLOCK, 3)
-    return _Cloud(x, weight.log(), starts, padded.amin(1), padded.amax(1))
+    return _Cloud(x, weight.log(), padded.amin(1), padded.amax(1))
 
 
 def _compact(x: np.ndarray) -> np.ndarray:
-    """An order (N,) in which each BLOCK points fill a small box, by recursive bisection of the longest axis.
-
-    (A Z-order curve gives larger boxes: twice as many pairs of blocks contribute.)
-    """
+    """An order (N,) in which each BLOCK points fill a small box, by recursive bisection of the longest axis."""
+    # a Z-order curve gives larger boxes: twice as many pairs of blocks contribute
     pending, blocks = [np.arange(len(x))], []
     while pending:
         nodes = pending.pop()
@@ -102,9 +100,9 @@ def _softmin(to: _Cloud, of: _Cloud, potential: Tensor, epsilon: float, comm: Co
     columns = torch.cat([of.x * (2 / epsilon), squares[:, None]], 1)  # x·y and |y|² of the cost in one product
     along = torch.arange(BLOCK, device=to.x.device)
     rank, size = (comm.rank, comm.size) if comm is not None else (0, 1)
-    for k in range(rank, len(to.starts), size):
-        lo = int(to.starts[k])
-        x = to.x[lo : lo + BLOCK]
+    for k in range(rank, len(to.low), size):
+        rows = slice(k * BLOCK, (k + 1) * BLOCK)
+        x = to.x[rows]
         gap = (of.low - to.high[k]).clamp(min=0).maximum(to.low[k] - of.high)
         reach = top - gap.square().sum(1) / epsilon
         best = int(reach.argmax())
@@ -122,7 +120,7 @@ def _softmin(to: _Cloud, of: _Cloud, potential: Tensor, epsilon: float, comm: Co
         # exponentials in float32 are four times as fast, with an error of 1e-7 ε in the result; the clamp prevents
         # denormal numbers, which are twenty times as slow
         summed = terms.sub_(largest).clamp_(min=-2 * NEGLIGIBLE).float().exp_().sum(1)
-        result[lo : lo + BLOCK] = (largest - bias).squeeze(1) + summed.log()
+        result[rows] = (largest - bias).squeeze(1) + summed.log()
     return -epsilon * (comm.sum(result) if comm is not None else result)
 
 
@@ -131,64 +129,48 @@ def _iterate(
 ) -> tuple[Tensor, Tensor, float]:
     """One iteration of Sinkhorn's algorithm, and the error of the plan's marginal before it, Σ_i |Σ_j π_ij − a_i|.
 
-    Over-relaxation near the end reduces the number of iterations (Thibault et al., arXiv 1711.01851).
+    For a cloud and itself (y is x) both potentials are equal, and averaging converges fast. Otherwise over-relaxation
+    near the end reduces the number of iterations (Thibault et al., arXiv 1711.01851).
     """
     new = _softmin(x, y, g, epsilon, comm)
-    error = _marginal_error(x, f, new, epsilon)
+    error = float((x.log_weight.exp() * torch.expm1((f - new) / epsilon).abs()).sum())
+    if y is x:
+        f = (f + new) / 2
+        return f, f, error
     relax = RELAX if error < 0.3 else 1.0
     f = f + relax * (new - f)
     return f, g + relax * (_softmin(y, x, f, epsilon, comm) - g), error
 
 
-def _iterate_self(x: _Cloud, f: Tensor, epsilon: float, comm: Comm | None) -> tuple[Tensor, float]:
-    """The same for a cloud and itself, whose two potentials are equal: averaging converges fast."""
-    new = _softmin(x, x, f, epsilon, comm)
-    return (f + new) / 2, _marginal_error(x, f, new, epsilon)
-
-
-def _marginal_error(x: _Cloud, f: Tensor, new: Tensor, epsilon: float) -> float:
-    return float((x.log_weight.exp() * torch.expm1((f - new) / epsilon).abs()).sum())
-
-
-def _anneal(x: _Cloud, y: _Cloud | None, blur: float, start: float, comm: Comm | None, tolerance: float) -> float:
-    """OT_ε of x and y (of x and itself if y is None) as the dual value Σ a f + Σ b g; ε falls from start² to blur².
+def _anneal(x: _Cloud, y: _Cloud, blur: float, start: float, comm: Comm | None, tolerance: float) -> float:
+    """OT_ε of x and y, which may be the same object, as the dual value Σ a f + Σ b g; ε falls from start² to blur².
 
     While blur exceeds half a block's diagonal, the coarse clouds provide the start of the iterations on all points.
     """
-
-    def step(p: _Cloud, q: _Cloud, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, float]:
-        if y is not None:
-            return _iterate(p, q, f, g, epsilon, comm)
-        f, error = _iterate_self(p, f, epsilon, comm)
-        return f, f, error
-
-    other = x if y is None else y
     least, epsilon = blur**2, start**2
-    size = max(float((c.high - c.low).square().sum(1).mean()) / 4 for c in (x, other))
-    coarse, coarse_other = x.centres(), other.centres()
-    f, g = coarse.x.new_zeros(len(coarse.x)), coarse.x.new_zeros(len(coarse_other.x))
+    size = max(float((c.high - c.low).square().sum(1).mean()) / 4 for c in (x, y))
+    coarse_x = x.centres()
+    coarse_y = coarse_x if y is x else y.centres()
+    f, g = torch.zeros_like(coarse_x.log_weight), torch.zeros_like(coarse_y.log_weight)
     while True:
         for _ in range(20):  # cheap, and each saves an iteration on all points
-            f, g, error = step(coarse, coarse_other, f, g)
+            f, g, error = _iterate(coarse_x, coarse_y, f, g, epsilon, comm)
         if epsilon * SCALING < max(least, size):
             break
         epsilon *= SCALING
-    f, g = _softmin(x, coarse_other, g, epsilon, comm), _softmin(other, coarse, f, epsilon, comm)
+    f, g = _softmin(x, coarse_y, g, epsilon, comm), _softmin(y, coarse_x, f, epsilon, comm)
     for _ in range(LIMIT):
         epsilon = max(epsilon * SCALING, least)
         before = error
-        f, g, error = step(x, other, f, g)
+        f, g, error = _iterate(x, y, f, g, epsilon, comm)
         if epsilon == least and max(before, error) <= tolerance:  # twice, because over-relaxation oscillates
             break
     else:
-        warnings.warn(
-            f"sinkhorn: after {LIMIT} iterations the weights' error is {error:.1e} (tolerance {tolerance:g}); "
-            "a larger blur needs fewer iterations",
-            stacklevel=3,
-        )
+        state = f"the weights' error is {error:.1e} (tolerance {tolerance:g})"
+        warnings.warn(f"sinkhorn: after {LIMIT} iterations {state}; a larger blur needs fewer", stacklevel=3)
     # an exact half iteration, after which the plan has weight 1 and the sum is the dual value
-    g = _softmin(other, x, f, epsilon, comm)
-    return float((x.log_weight.exp() * f).sum() + (other.log_weight.exp() * g).sum())
+    g = _softmin(y, x, f, epsilon, comm)
+    return float((x.log_weight.exp() * f).sum() + (y.log_weight.exp() * g).sum())
 
 
 def divergence(
@@ -219,5 +201,5 @@ def divergence(
     centre, start = (both.max(0) + both.min(0)) / 2, max(float(np.linalg.norm(np.ptp(both, 0))), blur)
     a, b = (_cloud(c, w, centre, torch.device(device)) for c, w in zip(points, weights, strict=True))
     with torch.no_grad():
-        cross, own, others = (_anneal(p, q, blur, start, comm, tolerance) for p, q in ((a, b), (a, None), (b, None)))
+        cross, own, others = (_anneal(p, q, blur, start, comm, tolerance) for p, q in ((a, b), (a, a), (b, b)))
     return cross - (own + others) / 2

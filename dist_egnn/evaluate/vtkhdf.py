@@ -1,9 +1,8 @@
 """The file of a rollout: VTKHDF, which ParaView opens, written and read frame by frame. See docs/outputs.md.
 
-/VTKHDF contains what VTK reads: one UnstructuredGrid of N vertices whose points and point data change over time.
-/dist_egnn, which VTK ignores, contains the rest. Until it is complete the file is called PATH.partial. Arrays have
-their final size from the start and the number of complete frames is written last, so the frames up to that number can
-be read whenever the writer is killed.
+/VTKHDF: one UnstructuredGrid of N vertices whose points and point data change over time; /dist_egnn: what VTK does not
+read. Until it is complete the file is called PATH.partial. Arrays have their final size from the start and the number
+of complete frames is written last, so these can be read whenever the writer is killed.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from ..errors import Failure
 FORMAT, VERSION = "dist_egnn.rollout", 1
 VTK, VTK_VERTEX = (2, 0), 1
 VECTORS = ("velocity", "error")
+Array = np.ndarray
 
 
 def partial_path(path: Path) -> Path:
@@ -32,16 +32,14 @@ def partial_path(path: Path) -> Path:
 
 @dataclass(frozen=True)
 class Frame:
-    """One frame of a rollout."""
-
     step: int
     frame: int  # of the trajectory
     time: float  # in the unit of the source
-    position: np.ndarray  # (N, 3)
-    velocity: np.ndarray  # (N, 3), in the unit of the data
-    error: np.ndarray | None  # (N, 3) position minus the true one; None after the end of the data
-    part: np.ndarray  # (N,) the process that computed the node
-    virtual: np.ndarray | None  # (C, 3) after the last layer; None in the first frame and for models without
+    position: Array  # (N, 3)
+    velocity: Array  # (N, 3), in the unit of the data
+    error: Array | None  # (N, 3) position minus the true one; None after the end of the data
+    part: Array  # (N,) the process that computed the node
+    virtual: Array | None  # (C, 3) after the last layer; None in the first frame and for models without
 
 
 class RolloutWriter:
@@ -57,8 +55,8 @@ class RolloutWriter:
         frames: int,
         nodes: int,
         meta: Mapping[str, Any],
-        attributes: Mapping[str, np.ndarray],
-        box: np.ndarray | None,
+        attributes: Mapping[str, Array],
+        box: Array | None,
         virtual: int,
         dtype: np.dtype,
     ) -> None:
@@ -73,9 +71,8 @@ class RolloutWriter:
         if virtual:
             self.ours.create_dataset("virtual", (frames, virtual, 3), dtype)
         self.root = self.file.create_group("VTKHDF")
-        kind = b"UnstructuredGrid"
-        self.root.attrs.create("Version", np.array(VTK, np.int64))
-        self.root.attrs.create("Type", kind, dtype=h5py.string_dtype("ascii", len(kind)))
+        self.root.attrs["Version"] = np.array(VTK, np.int64)
+        self.root.attrs["Type"] = np.bytes_("UnstructuredGrid")  # of fixed length, as VTK requires
         for name in ("NumberOfPoints", "NumberOfCells", "NumberOfConnectivityIds"):
             self.root[name] = np.array([nodes], np.int64)
         self.root["Connectivity"] = np.arange(nodes, dtype=np.int64)
@@ -90,31 +87,19 @@ class RolloutWriter:
             if name in data:
                 raise Failure(f"{path}: node attribute '{name}' has the name of an array of every rollout; rename it")
             data[name] = value
-        self._write_steps(
-            (int(meta["start"]) + int(meta["horizon"]) * np.arange(frames)) * float(meta["dt"]), attributes
-        )
-        self.file.flush()
-
-    def _write_steps(self, times: np.ndarray, attributes: Mapping[str, np.ndarray]) -> None:
-        """Offsets of each step: points and arrays over time advance by N rows, cells and attributes stay."""
         steps = self.root.create_group("Steps")
-        steps.attrs["NSteps"] = np.int64(len(times))
-        steps["Values"] = times
-        starts, zeros = self.nodes * np.arange(len(times), dtype=np.int64), np.zeros(len(times), np.int64)
+        steps.attrs["NSteps"] = np.int64(frames)
+        steps["Values"] = (int(meta["start"]) + int(meta["horizon"]) * np.arange(frames)) * float(meta["dt"])
+        # the rows of points and arrays over time advance by N each step, cells and attributes stay
+        starts, zeros = nodes * np.arange(frames, dtype=np.int64), np.zeros(frames, np.int64)
         steps["PointOffsets"], steps["PartOffsets"], steps["NumberOfParts"] = starts, zeros, zeros + 1
         steps["CellOffsets"] = steps["ConnectivityIdOffsets"] = zeros[:, None]
         offsets = steps.create_group("PointDataOffsets")
         for name in (*VECTORS, "part", *attributes):
             offsets[name] = zeros if name in attributes else starts
+        self.file.flush()
 
-    def add(
-        self,
-        position: np.ndarray,
-        velocity: np.ndarray,
-        part: np.ndarray,
-        error: np.ndarray | None,
-        virtual: np.ndarray | None,
-    ) -> None:
+    def add(self, position: Array, velocity: Array, part: Array, error: Array | None, virtual: Array | None) -> None:
         """Append a frame."""
         rows = slice(self.count * self.nodes, (self.count + 1) * self.nodes)
         try:
@@ -157,14 +142,13 @@ class Rollout(AbstractContextManager["Rollout"]):
             raise Failure(f"{path}: {version[0]} version {version[1]}, expected {FORMAT} {VERSION}; roll out again")
         try:
             self.meta: dict[str, Any] = json.loads(ours.attrs["meta"])
-            self.box: np.ndarray | None = ours["box"][()] if "box" in ours else None
+            self.box: Array | None = ours["box"][()] if "box" in ours else None
             self._count = int(ours["frames"][()])
             self._root = self.file["VTKHDF"]
             self.nodes = int(self._root["NumberOfPoints"][0])
             self._virtual = ours.get("virtual")
             data = self._root["PointData"]
-            names = [name for name in data if name not in (*VECTORS, "part")]
-            self.attributes: dict[str, np.ndarray] = {name: data[name][()] for name in names}
+            self.attributes: dict[str, Array] = {k: v[()] for k, v in data.items() if k not in (*VECTORS, "part")}
         except (KeyError, ValueError, OSError) as error:
             raise Failure(f"{path}: damaged ({error}); roll out again") from error
 
@@ -206,7 +190,7 @@ def finish(path: Path) -> int:
     with Rollout(partial) as source:
         frames, planned = len(source), len(source.file["VTKHDF/Steps/Values"])
         if 0 < frames < planned:
-            # VTK reads all of Steps, and missing rows would take up space: copy the complete frames
+            # copy them: VTK reads all of Steps, and missing rows would take up space
             short = path.with_name(path.name + ".short")
             virtual = 0 if source._virtual is None else source._virtual.shape[1]
             dtype = source.file["VTKHDF/Points"].dtype
