@@ -69,8 +69,7 @@ def displacement_error(x: Any, y: Any, comm: Comm | None = None) -> float:
 
 def baselines(start: Any, v: Any, time: float, y: Any, comm: Comm | None = None) -> tuple[float, float]:
     """The MSE of the static prediction ``start`` (N, 3) and of the linear one, start + time · v."""
-    x0, velocity = to_float64(start), to_float64(v)
-    return position_mse(x0, y, comm), position_mse(x0 + time * velocity, y, comm)
+    return position_mse(start, y, comm), position_mse(to_float64(start) + time * to_float64(v), y, comm)
 
 
 def kinetic_energy(v: Any, mass: Any = None, comm: Comm | None = None) -> float:
@@ -107,9 +106,8 @@ def rmsd(x: Any, y: Any, mass: Any = None, comm: Comm | None = None) -> float:
 def density(x: Any, mass: Any, support: float) -> np.ndarray:
     """Σ_j m_j W(‖x_i − x_j‖) at every point, j = i included: (N,), mass / length³.
 
-    W is the cubic spline of SPH (Monaghan 1992) with radius ``support``: 8 / (π support³) times 6 (q³ − q²) + 1 for q ≤
-    ½ and 2 (1 − q)³ for ½ < q ≤ 1, q = distance / support. Too low near a wall or a surface, where neighbours are
-    missing.
+    W is SPH's cubic spline (Monaghan 1992): 8 / (π support³) times 6 (q³ − q²) + 1 for q ≤ ½ and 2 (1 − q)³ for
+    ½ < q ≤ 1, q = distance / support. Too low near a wall or a surface, where neighbours are missing.
     """
     from scipy.spatial import KDTree
 

@@ -30,12 +30,11 @@ ByName = Mapping[str, Array]
 class Predictor:
     """Predicts positions after the run's horizon from one snapshot, on one process and the whole graph.
 
-    Features (``speed``, ``NAME/max``), radius graph, edge dropping and edge attributes follow the data section of
-    ``config``, the run's config. features: names of the input features, None if the run used every attribute and speed.
+    path: a run's folder, whose best.pt is loaded, or a checkpoint. Features (``speed``, ``NAME/max``), radius graph,
+    edge dropping and edge attributes follow ``config.data``. Raises Failure if the checkpoint cannot be loaded.
     """
 
     def __init__(self, path: str | Path, device: str = "cpu") -> None:
-        """path: a run's folder, whose best.pt is loaded, or a checkpoint. Raises Failure if it cannot be loaded."""
         devices.check_name(device, "device=", "auto")
         if device != "auto":
             devices.check_available(device, "device=")
@@ -65,10 +64,9 @@ class Predictor:
     ) -> Array:
         """Predicted positions (N, 3) float32: an array for an array, a tensor on its device for a tensor.
 
-        positions, velocities: (N, 3), in the units of the run's data; features: attributes by name, each (N,), from
-        which the run's features and node attributes are computed, or the features themselves (N, F). node_attributes:
-        the same for (N, K), if ``features`` does not contain them. box: low and high corner (2, 3), if the run's data
-        are periodic. Raises Failure for a wrong shape, missing attributes, NaN and infinite values.
+        positions, velocities: (N, 3), in the units of the run's data; features: attributes by name, each (N,), or the
+        run's features (N, F). node_attributes: the same for (N, K), if ``features`` does not contain them. box: low and
+        high corner (2, 3), for periodic data. Raises Failure for wrong shapes, missing attributes, NaN and infinity.
         """
         return self.with_virtual(positions, velocities, features, node_attributes=node_attributes, box=box)[0]
 
@@ -83,19 +81,12 @@ class Predictor:
     ) -> tuple[Array, Array]:
         """The same, and the positions of the virtual nodes (C, 3) after the last layer."""
         x = _numbers(positions, "positions", (None, 3))
-        n = len(x)
-        v = _numbers(velocities, "velocities", (n, 3))
-
-        def field(given: ByName | Array, names: Sequence[str], width: int, what: str) -> np.ndarray:
-            if not isinstance(given, Mapping):
-                return _numbers(given, what, (n, width))
-            return feature_columns(names, v, lambda name: _named(given, name, what, n))
-
-        given = {} if features is None else features
-        named: ByName = given if isinstance(given, Mapping) else {}
-        f = field(given, self._names(named) if given is named else (), self.width, "features")
-        a_given = named if node_attributes is None else node_attributes
-        a = field(a_given, self.node_attributes, len(self.node_attributes), "node_attributes")
+        v = _numbers(velocities, "velocities", (len(x), 3))
+        features = {} if features is None else features
+        if node_attributes is None:
+            node_attributes = features if isinstance(features, Mapping) else {}
+        f = _columns("features", features, self.features, self.width, v)
+        a = _columns("node_attributes", node_attributes, self.node_attributes, len(self.node_attributes), v)
         side = None if box is None else box_sides(_numbers(box, "box", (2, 3)))
         with torch.no_grad():
             predicted, z = self.model(build_sample({"x": x, "v": v, "f": f, "a": a}, self.spec, side))
@@ -103,24 +94,25 @@ class Predictor:
             return predicted.to(positions.device), z[0].to(positions.device)
         return predicted.cpu().numpy(), z[0].cpu().numpy()
 
-    def _names(self, given: ByName) -> tuple[str, ...]:
-        """The input features in the model's order."""
-        if self.features is not None:
-            return tuple(self.features)
-        names = (*sorted(given), "speed")  # what data.features: null means
-        if len(names) != self.width:
-            raise Failure(
-                f"features: the model uses all {self.width - 1} attributes of its data and speed; "
-                f"given are {len(given)}: {', '.join(sorted(given)) or 'none'}"
-            )
-        return names
 
+def _columns(what: str, given: ByName | Array, names: Sequence[str] | None, width: int, v: np.ndarray) -> np.ndarray:
+    """The columns (N, width) of these names, or as given. names: None if the model uses all attributes and speed."""
+    n = len(v)
+    if not isinstance(given, Mapping):
+        return _numbers(given, what, (n, width))
+    listed = ", ".join(sorted(given)) or "none"
+    if names is None:
+        names = (*sorted(given), "speed")
+        if len(names) != width:
+            used = f"all {width - 1} attributes of its data and speed"
+            raise Failure(f"{what}: the model uses {used}; given are {len(given)}: {listed}")
 
-def _named(given: ByName, name: str, what: str, n: int) -> np.ndarray:
-    if name not in given:
-        names = ", ".join(sorted(given)) or "none"
-        raise Failure(f"{what}: '{name}' is missing; pass {{'{name}': array of {n}}} (given: {names})")
-    return _numbers(given[name], f"{what}: '{name}'", (n,))
+    def attribute(name: str) -> np.ndarray:
+        if name not in given:
+            raise Failure(f"{what}: '{name}' is missing; pass {{'{name}': array of {n}}} (given: {listed})")
+        return _numbers(given[name], f"{what}: '{name}'", (n,))
+
+    return feature_columns(names, v, attribute)
 
 
 def _numbers(value: Any, what: str, shape: tuple[int | None, ...]) -> np.ndarray:
@@ -132,9 +124,8 @@ def _numbers(value: Any, what: str, shape: tuple[int | None, ...]) -> np.ndarray
             array = np.array(value, dtype=np.float32)
     except (TypeError, ValueError) as error:
         raise Failure(f"{what}: not an array of numbers ({error})") from error
-    expected = ", ".join("N" if size is None else str(size) for size in shape)
     if array.ndim != len(shape) or any(s not in (None, t) for s, t in zip(shape, array.shape, strict=True)):
-        raise Failure(f"{what}: shape {array.shape}, expected ({expected}{',' if len(shape) == 1 else ''})")
+        raise Failure(f"{what}: shape {array.shape}, expected {str(shape).replace('None', 'N')}")
     if not len(array):
         raise Failure(f"{what}: no node")
     if not np.isfinite(array).all():

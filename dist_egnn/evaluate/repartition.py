@@ -34,24 +34,23 @@ class Repartitioner:
         self.comm, self.job, self.part, self.side = comm, job, np.zeros(nodes, np.int64), side
 
     def local_graph(self, x: np.ndarray, step: int) -> LocalGraph:
-        """This process's part of the graph of a step. A collective call; x (N, 3): all positions.
+        """This process's part of the graph of a step: the edges of the whole graph between nodes of one owner.
 
-        The edges are those of the whole graph (radius, edge dropping) between nodes of one owner. Rank 0 alone
-        partitions; with edge dropping it also finds the longest edge of the whole graph that remains, in each step. In
-        halo mode every process computes all edges.
+        x: (N, 3), all positions. A collective call. Rank 0 partitions; with edge dropping it also finds the longest
+        edge of the whole graph that remains, in each step. In halo mode every process computes all edges.
         """
-        job, comm, spec = self.job, self.comm, self.job.spec
+        comm, spec, section = self.comm, self.job.spec, self.job.config.partition
         if comm.size == 1:
             return LocalGraph(np.arange(len(x)), *graphs.sample_edges(x, spec.radius, spec.edge_drop, self.side), None)
-        due, longest = step % job.repartition == 0, np.zeros(3)
-        exchange = job.config.partition.halo == "exchange"
+        due, longest = step % self.job.repartition == 0, np.zeros(3)
+        exchange = section.halo == "exchange"
         part = np.zeros_like(self.part)
         if exchange or (comm.rank == 0 and (due or spec.edge_drop)):
             src, dst = graphs.sample_edges(x, spec.radius, spec.edge_drop, self.side)
             if due and comm.rank == 0:
                 wrapped = x if self.side is None else graphs.wrap(x, self.side)  # as partition/snapshot.py
-                part = assign.assign(job.method, wrapped, src, dst, comm.size, job.method_seed, job.part_weights)
-                part = part if step == 0 else relabel(part, self.part, comm.size, job.part_weights)
+                part = assign.assign(section.method, wrapped, src, dst, comm.size, section.seed, section.weights)
+                part = part if step == 0 else relabel(part, self.part, comm.size, section.weights)
             longest = longest if exchange else self._longest(x, src, dst)
         if due:
             self.part = comm.sum(torch.from_numpy(part)).numpy()
@@ -62,22 +61,19 @@ class Repartitioner:
         src, dst = graphs.radius_edges(x[own], spec.radius, self.side)
         if spec.edge_drop:
             length, to, by = comm.sum(torch.from_numpy(longest)).numpy()
-            squared, d, s = self._sort_keys(x, own[src], own[dst])
-            remaining = (squared < length) | ((squared == length) & ((d < to) | ((d == to) & (s <= by))))
+            squared = graphs.squared_lengths(x, own[src], own[dst], self.side)
+            before = (own[dst] < to) | ((own[dst] == to) & (own[src] <= by))
+            remaining = (squared < length) | ((squared == length) & before)
             src, dst = src[remaining], dst[remaining]
         return LocalGraph(own, src, dst, None)
 
-    def _sort_keys(self, x: np.ndarray, src: np.ndarray, dst: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The order of edge dropping: by squared length, then by destination and source."""
-        return graphs.squared_lengths(x, src, dst, self.side), dst, src
-
     def _longest(self, x: np.ndarray, src: np.ndarray, dst: np.ndarray) -> np.ndarray:
-        """The sort keys (3,) of the last edge."""
+        """The last edge in the order of edge dropping: its squared length, destination and source."""
         if not len(src):
             return np.array([-1.0, 0, 0])
-        keys = self._sort_keys(x, src, dst)
-        last = np.lexsort(keys[::-1])[-1]
-        return np.array([key[last] for key in keys], np.float64)
+        squared = graphs.squared_lengths(x, src, dst, self.side)
+        last = np.lexsort((src, dst, squared))[-1]
+        return np.array([squared[last], dst[last], src[last]], np.float64)
 
 
 def relabel(part: np.ndarray, before: np.ndarray, parts: int, weights: Sequence[float] | None = None) -> np.ndarray:

@@ -1,20 +1,20 @@
 """Rollout: feed a model with its own predictions, on one process or several; the file it writes; its errors by step.
 
-Every process holds positions and velocities of all N nodes and computes the next positions of the nodes that it owns,
-on its part of the graph as in training. One sum over processes of (N, 3) numbers, in which each process fills the rows
-that it owns, gives all of them the next frame. So nodes change owner without being sent, and rank 0 writes each frame.
+Every process holds positions and velocities of all N nodes and computes the next positions of the nodes that it owns.
+One sum over processes of (N, 3) numbers, in which each process fills its own rows, gives all of them the next frame.
 """
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from torch.nn import Module
 
 from .. import config as configs
 from ..config import Config
@@ -37,12 +37,14 @@ from .boundary_conditions import BOUNDS, BoundaryConditions, parse_fixed
 from .repartition import LocalGraph, Repartitioner
 from .vtkhdf import Rollout, RolloutWriter, finish, partial_path
 
+Arrays = tuple[np.ndarray, ...]
+
 
 @dataclass(frozen=True)
 class RolloutJob:
     """Everything that determines a rollout."""
 
-    config: Config
+    config: Config  # with the partition section by which the rollout partitions
     weights: str  # a checkpoint
     data: str  # trajectories.h5
     spec: SampleSpec
@@ -50,9 +52,6 @@ class RolloutJob:
     start: int  # frame
     steps: int
     repartition: int  # steps between partitions
-    method: str
-    method_seed: int
-    part_weights: part_weights.Weights | None  # None: equal parts
     bounds: str
     fixed: tuple[str, float] | None  # attribute and value of the nodes that do not move
     out: str
@@ -95,12 +94,7 @@ def roll_out(comm: Comm, job: RolloutJob) -> str:
 
 
 def _predict(
-    model: torch.nn.Module,
-    comm: Comm,
-    spec: SampleSpec,
-    state: tuple[np.ndarray, ...],
-    local: LocalGraph,
-    conditions: BoundaryConditions,
+    model: Module, comm: Comm, spec: SampleSpec, state: Arrays, local: LocalGraph, conditions: BoundaryConditions
 ) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the next frame (N, 3) and of the virtual nodes (C, 3), from x, v and a of all nodes in ``state``."""
     (x, v, a), own = state, local.nodes
@@ -132,36 +126,34 @@ def _writer(job: RolloutJob, conditions: BoundaryConditions, virtual: int) -> Ro
 
 
 def error_table(path: Path) -> pd.DataFrame:
-    """Errors of a rollout's file, a row for each frame, beside those of the static and the linear prediction.
+    """Errors of a rollout's file by frame; also of the first frame (static), and of that moved by its velocity (linear).
 
-    static: the first frame; linear: the first frame moved on by its velocity. Energies and radii of gyration use the
-    attribute `mass`, else mass 1. True velocities are differences over a step, as in the rollout. NaN where the data
-    have ended.
+    Energies and radii of gyration use the attribute `mass`, else mass 1. True velocities are differences over a step,
+    as in the rollout. NaN where the data have ended.
     """
     rows = []
     with Rollout(path) as rollout:
         meta, mass = rollout.meta, rollout.attributes.get("mass")
         stored, step_time = meta["velocity"] == "stored", meta["horizon"] * meta["dt"]
         per_time = 1.0 if stored else 1 / meta["dt"]  # velocities that the data do not store are per frame
-        previous: np.ndarray | None = None
         for frame in rollout:
             x = frame.position.astype(np.float64)
             if frame.step == 0:
-                x0, v0 = x, frame.velocity.astype(np.float64)
+                x0 = previous = x
+                v0 = frame.velocity.astype(np.float64)
             row: dict[str, float] = {"step": frame.step, "frame": frame.frame, "time": frame.time}
             row["kinetic_energy"] = metrics.kinetic_energy(frame.velocity * per_time, mass)
             row["radius_of_gyration"] = metrics.radius_of_gyration(x, mass)
             if frame.error is not None:
                 y = x - frame.error
-                row["mse"] = metrics.position_mse(x, y)
-                row["mae"] = metrics.mean_absolute_error(x, y)
-                row["displacement"] = metrics.displacement_error(x, y)
+                true_v = (y - previous) / step_time if frame.step else v0 * per_time
                 elapsed = frame.step * (step_time if stored else meta["horizon"])
-                row["static_mse"], row["linear_mse"] = metrics.baselines(x0, v0, elapsed, y)
-                row["rmsd"] = metrics.rmsd(x, y, mass)
-                true_v = v0 * per_time if previous is None else (y - previous) / step_time
-                row["true_kinetic_energy"] = metrics.kinetic_energy(true_v, mass)
-                row["true_radius_of_gyration"] = metrics.radius_of_gyration(y, mass)
+                static, linear = metrics.baselines(x0, v0, elapsed, y)
+                row |= {"static_mse": static, "linear_mse": linear, "mse": metrics.position_mse(x, y)}
+                row |= {"mae": metrics.mean_absolute_error(x, y), "rmsd": metrics.rmsd(x, y, mass)}
+                row |= {"displacement": metrics.displacement_error(x, y)}
+                row |= {"true_kinetic_energy": metrics.kinetic_energy(true_v, mass)}
+                row |= {"true_radius_of_gyration": metrics.radius_of_gyration(y, mass)}
                 previous = y
             rows.append(row)
     names = ["step", "frame", "time", "mse", "mae", "displacement", "static_mse", "linear_mse", "rmsd"]
@@ -169,9 +161,9 @@ def error_table(path: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
-def _print_errors(path: Path, table: pd.DataFrame, rows: int = 10) -> None:
-    """Print at most so many rows of the table, evenly spaced, the last among them."""
-    selected = np.unique(np.linspace(min(1, len(table) - 1), len(table) - 1, rows).round().astype(int))
+def _print_errors(path: Path, table: pd.DataFrame) -> None:
+    """Print at most ten rows of the table, evenly spaced, the last among them."""
+    selected = np.unique(np.linspace(min(1, len(table) - 1), len(table) - 1, 10).round().astype(int))
     header = {"mse": "MSE", "static_mse": "static", "linear_mse": "linear", "mae": "MAE"}
     header |= {"kinetic_energy": "energy", "true_kinetic_energy": "true"}
     numbers = table.iloc[selected][list(header)].map(lambda value: "" if np.isnan(value) else f"{value:.3e}")
@@ -192,8 +184,8 @@ def prepare(
     repartition: int = 1,
     bounds: str = "none",
     fixed: str | None = None,
-) -> tuple[RolloutJob, int]:
-    """The job of a run's best checkpoint, and its number of processes: ``parts``, or the parts of a graph in training.
+) -> RolloutJob:
+    """The job of a run's best checkpoint on ``parts`` processes, or on as many as shared a graph in training.
 
     Raises Failure for options and data that do not fit, and where a step needs more memory than is free.
     """
@@ -201,14 +193,12 @@ def prepare(
     config = configs.load(run / run_dir.CONFIG)
     try:
         trainer.resolve_device(config)
-    except Failure as failure:  # no option of this command sets the device: name the file that does
+    except Failure as failure:  # no option sets the device: name the file that does
         raise Failure(f"{run / run_dir.CONFIG}: {failure}") from failure
     store = open_store(config.data.path) if Path(config.data.path, "manifest.yaml").is_file() else None
     if data is None and not Path(config.data.path).is_file():
         source = f", which was made from a file {store.inputs['source']}" if store else ""
-        raise Failure(
-            f"{run}: was trained on {config.data.path}{source}; name a trajectories.h5 to roll out with --data"
-        )
+        raise Failure(f"{run}: was trained on {config.data.path}{source}; name a trajectories.h5 with --data")
     file = Trajectories(data or config.data.path)
     if not 0 <= trajectory < len(file):
         raise Failure(f"--trajectory {trajectory}: {file.path} has trajectories 0 to {len(file) - 1}")
@@ -226,39 +216,26 @@ def prepare(
     for path in (out, out.with_suffix(".csv")):
         if path.exists():
             raise Failure(f"{path}: exists; remove it or choose another --out")
-    features = config.data.features
-    if features is None:
-        features = store.inputs["features"] if store else [*file[0].attributes, "speed"]
+    p = config.partition
     if store:
-        trained, weights = store.parts, store.inputs["weights"]
-        method, method_seed = store.inputs["method"], store.inputs["method_seed"]
-    else:
-        trained, method, method_seed = config.partition.parts or 1, config.partition.method, config.partition.seed
-        weights = part_weights.validate(config.partition.weights, trained)
+        made = store.inputs
+        p = replace(p, parts=store.parts, method=made["method"], seed=made["method_seed"], weights=made["weights"])
+    trained = p.parts or 1
     processes = trained if parts is None else parts
-    weights = weights if processes == trained else None
-    assign.check_method(method, processes, weights)
+    valid = part_weights.validate(p.weights, trained)
+    weights = list(valid) if valid and processes == trained else None
+    assign.check_method(p.method, processes, weights)
     assign.check_size(file[trajectory].nodes, processes, weights)
-    preflight.check_rollout(config, file, trajectory, start, processes, method)
-    job = RolloutJob(
-        config=config,
-        weights=str((run / run_dir.BEST).absolute()),
-        data=str(file.path.absolute()),
-        spec=sample_spec(config.data, features),
-        trajectory=trajectory,
-        start=start,
-        steps=steps,
-        repartition=repartition,
-        method=method,
-        method_seed=method_seed,
-        part_weights=weights,
-        bounds=bounds,
-        fixed=None if fixed is None else parse_fixed(fixed),
-        out=str(out.absolute()),
-    )
+    preflight.check_rollout(config, file, trajectory, start, processes, p.method)
+    config = replace(config, partition=replace(p, parts=processes, weights=weights))
+    features = store.inputs["features"] if store else [*file[0].attributes, "speed"]  # what data.features: null means
+    spec = sample_spec(config.data, features if config.data.features is None else config.data.features)
+    best, trajectories, output = (str(p.absolute()) for p in (run / run_dir.BEST, file.path, out))
+    unmoved = None if fixed is None else parse_fixed(fixed)
+    job = RolloutJob(config, best, trajectories, spec, trajectory, start, steps, repartition, bounds, unmoved, output)
     BoundaryConditions(file, job)  # raises before processes start
     file.close()
-    return job, processes
+    return job
 
 
 def run_rollout(run: Path, **options: Any) -> pd.DataFrame:
@@ -266,12 +243,13 @@ def run_rollout(run: Path, **options: Any) -> pd.DataFrame:
 
     However it ends, unless this process is killed, --out contains all complete frames.
     """
-    job, processes = prepare(run, **options)
+    job = prepare(run, **options)
+    processes, timeout_s = job.config.partition.parts, job.config.train.timeout_s
     out, shown = Path(job.out), options["out"]
     with lock_output(out, "another rollout is writing it; wait for it, or choose another --out"):
         partial_path(out).unlink(missing_ok=True)  # of a killed rollout
         try:
-            stopped = spawn.run_ranks(roll_out, processes, job, timeout_s=job.config.train.timeout_s)[0]
+            stopped = spawn.run_ranks(roll_out, processes, job, timeout_s=timeout_s)[0]
         finally:
             frames = finish(out) if partial_path(out).is_file() else 0
             if 0 < frames < job.steps + 1:
@@ -280,8 +258,6 @@ def run_rollout(run: Path, **options: Any) -> pd.DataFrame:
     write_atomically(out.with_suffix(".csv"), table.to_csv(index=False).encode())
     _print_errors(shown, table)
     if stopped:
-        raise Failure(
-            f"{shown}: stopped at {stopped}; the file has the {frames} frames before it. Train longer, use a shorter "
-            "data.horizon, or keep nodes in the box with --bounds"
-        )
+        remedy = "train longer, use a shorter data.horizon, or keep nodes in the box with --bounds"
+        raise Failure(f"{shown}: stopped at {stopped}; the file has the {frames} frames before it; {remedy}")
     return table

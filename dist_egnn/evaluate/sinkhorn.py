@@ -1,8 +1,7 @@
 """The Sinkhorn divergence of two point clouds, in bounded memory also at 100,000 points and more.
 
-Sums run over pairs of blocks of points in torch; pairs with a provably negligible contribution are skipped. (geomloss
-needs pykeops and a compiler at run time for large clouds; POT needs the N × M matrix, 80 GB at 100,000 points.)
-
+Sums run over pairs of blocks of points; pairs with a provably negligible contribution are skipped. (geomloss needs
+pykeops and a compiler for large clouds; POT needs the N × M matrix, 80 GB at 100,000 points.)
 Legend: N, M points; a, b their weights, each summing to 1; C(x, y) = ‖x − y‖²; ε = blur².
 """
 
@@ -185,11 +184,10 @@ def divergence(
 ) -> float:
     """The Sinkhorn divergence S_ε = OT_ε(x, y) − ½ OT_ε(x, x) − ½ OT_ε(y, y) of clouds x (N, 3) and y (M, 3), length².
 
-    OT_ε = min_π Σ π C + ε KL(π | a ⊗ b) with C = ‖x − y‖² and ε = blur² (Feydy et al., arXiv 1810.08278). It is zero for
-    equal clouds in any order, and ‖t‖² for a cloud and its copy shifted by t, at any ε. ``blur``: a length, for example
-    the points' spacing, below which differences are smoothed; ``weights``: positive, default 1; ``tolerance``: error of
-    the plan's weights, in sum, at which iterations end. A collective call with ``comm``: every process passes both
-    whole clouds and computes a share.
+    OT_ε = min_π Σ π C + ε KL(π | a ⊗ b), ε = blur² (Feydy et al., arXiv 1810.08278). Zero for equal clouds in any order,
+    ‖t‖² for a cloud and its copy shifted by t. ``blur``: a length, for example the points' spacing; ``weights``:
+    positive, default 1; ``tolerance``: summed error of the plan's weights at which iterations end. A collective call
+    with ``comm``: every process passes both whole clouds and computes a share.
     """
     if not blur > 0:
         raise Failure(f"blur={blur}: must be positive; the points' spacing is a good choice")

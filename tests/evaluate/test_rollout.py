@@ -78,8 +78,8 @@ def make_run(folder: Path, *overrides: str, data: Path | None = None, t: float |
 
 
 def roll_out(run: Path, out: Path, parts: int | None = None, double: bool = False, **options: Any) -> list[Frame]:
-    job, processes = rollout.prepare(run, trajectory=0, out=out, parts=parts, **{"steps": STEPS, **options})
-    job = replace(job, double=double)
+    job = rollout.prepare(run, trajectory=0, out=out, parts=parts, **{"steps": STEPS, **options})
+    job, processes = replace(job, double=double), job.config.partition.parts
     assert spawn.run_ranks(rollout.roll_out, processes, job, timeout_s=60) == [""] * processes
     assert finish(out) == job.steps + 1
     with Rollout(out) as frames:
@@ -180,15 +180,14 @@ def test_part_sizes_follow_the_weights(tmp_path: Path) -> None:
     frames = roll_out(run, tmp_path / "out.vtkhdf")
     assert [np.bincount(frame.part).tolist() for frame in frames] == [[10, 30, 20]] * (STEPS + 1)
     assert any((a.part != b.part).any() for a, b in itertools.pairwise(frames))
-    job, processes = rollout.prepare(run, trajectory=0, steps=1, out=tmp_path / "o.vtkhdf", parts=2)
-    assert (job.part_weights, processes) == (None, 2)
+    section = rollout.prepare(run, trajectory=0, steps=1, out=tmp_path / "o.vtkhdf", parts=2).config.partition
+    assert (section.weights, section.parts) == (None, 2)
 
 
 class LatticeJob:
     """The attributes of a RolloutJob that a Repartitioner reads."""
 
-    repartition, method, method_seed, part_weights = 1, "bisection", 0, None
-    config = config.load(None)
+    repartition, config = 1, config.load(None, ["partition.method=bisection"])
 
     class spec:
         radius, edge_drop = 1.5, 0.37
@@ -232,7 +231,7 @@ def test_walls_by_hand(tmp_path: Path) -> None:
     moves = {"none": [0.4, -1.1, 1.5, -0.2], "clamp": [0.1, -0.9, 0.1, -0.2], "reflect": [-0.4, 1.1, 1.5, -0.2]}
     moving = [0, 2, 3]  # node 1 is of kind 1 and fixed
     for bounds in BOUNDS:
-        job, _ = rollout.prepare(run, trajectory=0, steps=1, out=tmp_path / "o.vtkhdf", bounds=bounds, fixed="kind=1")
+        job = rollout.prepare(run, trajectory=0, steps=1, out=tmp_path / "o.vtkhdf", bounds=bounds, fixed="kind=1")
         after, v = BoundaryConditions(Trajectories(tmp_path / "a.h5"), job).apply(x, predicted)
         np.testing.assert_allclose(after[moving, 0], np.array(positions[bounds])[moving], atol=1e-12)
         np.testing.assert_allclose(v[moving, 0] * HORIZON * DT, np.array(moves[bounds])[moving], atol=1e-12)
@@ -492,7 +491,7 @@ def test_wrong_options_are_refused_before_any_work(tmp_path: Path) -> None:
     uneven = ["partition.parts=2", "partition.weights=[1,1000]", "partition.method=bisection"]
     with pytest.raises(Failure, match=r"partition\.weights=\[1,1000\]"):
         rollout.prepare(make_run(tmp_path / "uneven", *uneven, data=tmp_path / "a.h5"), **valid)
-    assert rollout.prepare(run, **valid, start=10)[0].start == 10
+    assert rollout.prepare(run, **valid, start=10).start == 10
     assert names(tmp_path) == ["a.h5", "p.h5", "run", "there.vtkhdf", "uneven"]
 
 
