@@ -78,7 +78,7 @@ def list_snapshots(data: Trajectories, inputs: Inputs) -> list[Snapshot]:
         if inputs.periodic:
             data.sides(k, inputs.radius)
     frames = inputs.frames, inputs.first_frame, inputs.last_frame, inputs.frame_seed
-    return list(select_snapshots(data, inputs.horizon, *frames))
+    return select_snapshots(data, inputs.horizon, *frames)
 
 
 def check_inputs(data: Trajectories, inputs: Inputs) -> list[Snapshot]:

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,13 +29,10 @@ CACHE_BYTES = 2 << 30  # of cached samples, for all processes of a machine toget
 def prefetch(make: Callable[[Key], Item], keys: Iterable[Key]) -> Generator[Item, None, None]:
     """make(key) for each key in order; a thread makes the next item while the caller uses the current one."""
     with ThreadPoolExecutor(1, thread_name_prefix="prefetch") as thread:
-        pending: Future[Item] | None = None
-        for key in keys:
-            ready, pending = pending, thread.submit(make, key)
-            if ready is not None:
-                yield ready.result()
-        if pending is not None:
-            yield pending.result()
+        futures = (thread.submit(make, key) for key in keys)
+        end: Future[Item] = Future()
+        for future, _ in pairwise(chain(futures, [end])):
+            yield future.result()
 
 
 def cached_bytes(nodes: int, edges: int) -> int:
@@ -44,17 +42,15 @@ def cached_bytes(nodes: int, edges: int) -> int:
 
 @dataclass
 class Dataset:
-    """Samples by number, read on demand; the most recently used ones stay in memory.
-
-    sizes: bytes that each sample counts for in the cache, by default its own. In halo mode all ranks must use the same
-    sizes, so that they evict the same samples: they must link a halo at the same time.
-    """
+    """Samples by number, read on demand; the most recently used ones stay in memory."""
 
     read: Callable[[int], DGLGraph]
     splits: dict[str, list[int]]  # name → numbers of the samples
     widths: tuple[int, int]  # F and K of the fields f and a
     budget: int  # bytes of the cache
     frames: list[tuple[int, int]]  # trajectory and frame of each sample
+    # what each sample counts for in the cache, by default its own bytes; in halo mode all ranks need the same sizes, so
+    # that they evict the same samples: they link a halo together
     sizes: list[int] | None = None
     _cache: OrderedDict[int, tuple[DGLGraph, int]] = field(default_factory=OrderedDict)
     _used: int = 0
@@ -64,9 +60,8 @@ class Dataset:
             self._cache.move_to_end(number)
             return self._cache[number][0]
         graph = self.read(number)
-        size = self.size(number, graph)
-        self._cache[number] = graph, size
-        self._used += size
+        self._cache[number] = graph, self.size(number, graph)
+        self._used += self._cache[number][1]
         while self._used > self.budget and len(self._cache) > 1:
             self._used -= self._cache.popitem(last=False)[1][1]
         return graph
@@ -79,8 +74,7 @@ class Dataset:
 def is_store(path: str) -> bool:
     """Whether data.path names a store (a folder) and not a trajectories file. Raises Failure if it names neither."""
     if not path:
-        example = "data.path=recipes/fluid113k/sample.h5"
-        raise Failure(f"data.path is not set: name a trajectories.h5 or a store, for example {example}")
+        raise Failure("data.path is not set: name a trajectories.h5 or a store, as recipes/fluid113k/sample.h5")
     if not Path(path).exists() and not path.endswith((".h5", ".hdf5")):
         open_store(path)  # raises the Failure
     return Path(path).is_dir()
@@ -110,25 +104,19 @@ def part_count(config: Config) -> int:
 
 def sample_spec(data: Data, features: Iterable[str]) -> SampleSpec:
     """The spec of a data section; features: those of the section, or the ones that null stands for."""
-    return SampleSpec(
-        data.radius, data.horizon, tuple(features), tuple(data.node_attributes), data.edge_drop, data.periodic
-    )
+    names = tuple(features), tuple(data.node_attributes)
+    return SampleSpec(data.radius, data.horizon, *names, data.edge_drop, data.periodic)
 
 
 def open_dataset(config: Config, part: int, processes: int) -> Dataset:
-    """The dataset of a config: this process's part of each snapshot of a store, or the samples of a trajectories file.
-
-    processes: those of the run, which share CACHE_BYTES.
-    """
+    """This process's part of each snapshot of a store, or a file's samples; ``processes`` share CACHE_BYTES."""
     d, budget = config.data, CACHE_BYTES // processes
     if is_store(d.path):
         store = open_store(d.path)
         check_settings(store.inputs, str(store.path), d)
         splits = {name: store.split(name) for name in SPLITS}
-        widths = len(store.inputs["features"]), len(store.inputs["node_attributes"])
-        table = store.snapshots
-        frames = list(zip(table["trajectory"].tolist(), table["frame"].tolist(), strict=True))
-        sizes = None
+        widths, sizes = (len(store.inputs["features"]), len(store.inputs["node_attributes"])), None
+        frames = list(store.snapshots[["trajectory", "frame"]].itertuples(index=False, name=None))
         if exchange := config.partition.halo == "exchange" and store.parts > 1:
             largest = store.parts_table.groupby("snapshot")[["nodes", "edges"]].max().to_numpy().tolist()
             sizes = [cached_bytes(nodes, edges) for nodes, edges in largest]
@@ -138,7 +126,7 @@ def open_dataset(config: Config, part: int, processes: int) -> Dataset:
     if spec.periodic:
         for k in range(len(file)):
             file.sides(k, spec.radius)
-    snapshots = list(select_snapshots(file, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed))
+    snapshots = select_snapshots(file, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed)
     splits = {name: [i for i, s in enumerate(snapshots) if s.split == name] for name in SPLITS}
     widths, frames = (len(spec.features), len(spec.node_attributes)), [(s.trajectory, s.frame) for s in snapshots]
     return Dataset(lambda number: read_sample(file, snapshots[number], spec), splits, widths, budget, frames)

@@ -13,9 +13,8 @@ from dgl.distributed import dist_context, kvstore, rpc, rpc_client
 def set_machine(machine: int, host: str, prefix: str) -> None:
     """Fix this process's machine number and address, and prefix the names of its shared memory.
 
-    DGL 1.1.3 derives the machine number from the interfaces of the host, listens on any of them, and names shared
-    memory after the graph's fields only, so two servers on one host collide. It also cannot map empty arrays (a store
-    without node attributes), and its signal handler hangs.
+    DGL derives the number from the host's interfaces, listens on any, and two servers on one host collide in shared
+    memory. It also cannot map empty arrays (a store without node attributes), and its signal handler hangs.
     """
     create_shared_memory = kvstore.empty_shared_mem
 
@@ -36,10 +35,7 @@ def set_machine(machine: int, host: str, prefix: str) -> None:
 
 
 def ignore_lost_trainers() -> None:
-    """Keep a server alive when trainers exit before they are connected.
-
-    DGL 1.1.3's server fails when it cannot connect back to a client, and the next group of trainers hangs.
-    """
+    """Keep a server alive when trainers exit before it connects back to them: DGL's fails, and the next group hangs."""
     connect_receiver, send_response = rpc.connect_receiver, rpc.send_response
     lost_groups: set[int] = set()
 

@@ -1,4 +1,4 @@
-"""The fields of a sample: one table of names, shapes, units and transformations.
+"""The fields of a sample: names, shapes, units and transformations.
 
 A sample is a DGLGraph; edges run j→i from source to destination. Legend: N nodes, E edges, F input features,
 K node attributes, A edge attributes. A *point* moves with rotations and translations, a *vector* with rotations only.

@@ -1,7 +1,6 @@
 """DGL's graph servers over a store: the server of one machine, and trainers that read through servers.
 
-A *machine* is a line ``ADDRESS PORT`` of DGL's ip_config: line m is where the server of partition m listens. Shared
-memory of a server has names that begin with its address; dgl_compat.py patches DGL 1.1.3 to this end.
+A *machine* is a line ``ADDRESS PORT`` of DGL's ip_config: where the server of the partition of this number listens.
 """
 
 from __future__ import annotations
@@ -20,14 +19,12 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import dgl
 import torch
-from dgl.distributed import rpc
-from dgl.distributed.dist_graph import DistGraph, DistGraphServer
+from dgl.distributed import DistGraph, DistGraphServer, rpc
 from dgl.distributed.graph_partition_book import get_shared_mem_partition_book
 
 from ..distributed import comm
@@ -41,8 +38,7 @@ SHARED = Path("/dev/shm")
 RETRY_S = 3.0  # between two of DGL's attempts to connect
 
 
-@dataclass(frozen=True)
-class Address:
+class Address(NamedTuple):
     """Where a machine's server listens."""
 
     host: str
@@ -63,7 +59,7 @@ class Address:
 
 def addresses(ip_config: Path, machines: int) -> list[Address]:
     """The addresses in an ip_config. Raises Failure unless it has this many, each an IPv4 address and a port."""
-    result = []
+    result: list[Address] = []
     try:
         for line in ip_config.read_text().splitlines():
             host, port = line.split()
@@ -140,10 +136,9 @@ def _exit_on_signals(here: Address) -> None:
 
 
 def serve(path: Path, machine: int, ip_config: Path, replicas: int = 1) -> None:
-    """Serve a machine's partition until a signal ends this process; prints a line once trainers may connect.
+    """Serve a machine's partition to ``replicas`` groups of trainers, one a part, until a signal ends this process.
 
-    replicas: groups of trainers, with one trainer a part each. Raises Failure for a store that has several graphs, is
-    damaged, or does not fit into /dev/shm.
+    Prints a line once trainers may connect. Raises Failure for several graphs, damaged files, a full /dev/shm.
     """
     store = open_store(path)
     here = server_address(store, machine, ip_config)
@@ -156,12 +151,12 @@ def serve(path: Path, machine: int, ip_config: Path, replicas: int = 1) -> None:
         dgl_compat.ignore_lost_trainers()
         dgl_compat.print_when_listening(f"distegnn server {machine} ready on {here}")
         try:
-            with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
-                file = Path(folder) / "served.json"
-                file.write_text(json.dumps(config))
+            with tempfile.NamedTemporaryFile("w", prefix="dist_egnn-", suffix=".json") as file:
+                json.dump(config, file)
+                file.flush()
                 rpc.reset()
                 options: dict[str, Any] = {"graph_format": ["coo", "csc"], "keep_alive": True, "net_type": "tensorpipe"}
-                server = DistGraphServer(machine, str(ip_config), 1, store.parts * replicas, str(file), **options)
+                server = DistGraphServer(machine, str(ip_config), 1, store.parts * replicas, file.name, **options)
             server.start()
         finally:
             _unlink(here)
@@ -174,11 +169,9 @@ def _dgl_config(store: Store, machine: int, here: Address) -> dict[str, Any]:
         raise Failure(f"{store.path}: has {graphs} graphs, a server serves one; partition again with --shard-nodes 0")
     if not store.parts_table["edges"].groupby(store.parts_table["part"] // store.trainers).sum().all():
         raise Failure(f"{store.path}: a part has no edges at all, which DGL cannot share; train without servers")
-    config = json.loads(store.disk.config(shards[0], machine).read_text())
-    config["graph_name"] = here.name
-    files = config[f"part-{machine}"]
-    config[f"part-{machine}"] = {kind: str(store.path.absolute() / shards[0] / name) for kind, name in files.items()}
-    return config
+    config, own = json.loads(store.disk.config(shards[0], machine).read_text()), f"part-{machine}"
+    files = {kind: str(store.path.absolute() / shards[0] / name) for kind, name in config[own].items()}
+    return config | {"graph_name": here.name, own: files}
 
 
 class ServerSource:
@@ -189,14 +182,13 @@ class ServerSource:
         self.part: Callable[[str, int], Part] = functools.lru_cache(1)(self._load)
 
     def _load(self, shard: str, part: int) -> Part:
-        with _exit_after(self.timeout_s, f"{self.servers[part]}: part {part} did not arrive"):
-            return self._local() if part == self.machine else self._pull(part)
-
-    def _local(self) -> Part:
+        if part != self.machine:
+            with _exit_after(self.timeout_s, f"{self.servers[part]}: part {part} did not arrive"):
+                return self._pull(part)
         graph = self.graph.local_partition
-        src, dst = graph.edges(order="eid")
         nodes = {name: field.local_partition for name, field in self.graph.ndata.items()}
         inner = len(nodes["gid"])
+        src, dst = graph.edges(order="eid")
         return Part(src, dst, inner, nodes, graph.ndata[dgl.NID][inner:])
 
     def _pull(self, part: int) -> Part:
@@ -235,33 +227,20 @@ def _exit_after(timeout_s: float, what: str) -> Iterator[None]:
         timer.cancel()
 
 
-def _check_shared(here: Address, rank: int, machine: int) -> None:
-    """Raise Failure unless this user serves the machine's partition here: DGL unpickles what is shared."""
-    ours = {file.stat().st_uid for file in here.files()} == {os.getuid()}
-    book = get_shared_mem_partition_book(here.name) if ours else None
-    if book is None:
+def connect(path: Path, rank: int, ip_config: Path, group: int, timeout_s: float, replicas: int = 1) -> int:
+    """Make this process read a store through its servers; returns the number of trainers, which call this together.
+
+    rank: torch's, which determines the part (rank mod P). group: a new number for each start of the trainers. Raises
+    Failure if a server is not reached or serves another partition; ends the process after timeout_s.
+    """
+    store = open_store(path)
+    machine = rank % store.parts // store.trainers
+    here = (servers := addresses(ip_config, store.machines))[machine]
+    ours = {file.stat().st_uid for file in here.files()} == {os.getuid()}  # DGL unpickles what is shared
+    if not ours or (book := get_shared_mem_partition_book(here.name)) is None:
         raise Failure(f"{here}: no server of this user shares a graph; start the server of machine {machine} first")
     if book.partid != machine:
         raise Failure(f"{here}: serves partition {book.partid}, rank {rank} needs {machine}; correct ip_config")
-
-
-def machine_of(rank: int, parts: int, trainers: int) -> int:
-    """The machine of a rank: in each group of ``parts`` ranks, a machine has ``trainers`` consecutive ones."""
-    return rank % parts // trainers
-
-
-def connect(path: Path, rank: int, ip_config: Path, group: int, timeout_s: float, replicas: int = 1) -> int:
-    """Make this process read a store through its running servers. All trainers of a group call it together.
-
-    rank: torch's rank, which determines the part (rank mod P); DGL's own rank is not used. group: a new number for each
-    start of the trainers. Returns the number of trainers. Raises Failure if a server cannot be reached or serves
-    another partition; ends the process after timeout_s.
-    """
-    store = open_store(path)
-    machine = machine_of(rank, store.parts, store.trainers)
-    servers = addresses(ip_config, store.machines)
-    here = servers[machine]
-    _check_shared(here, rank, machine)
     os.environ.update(DGL_ROLE="client", DGL_DIST_MODE="distributed", DGL_NUM_SERVER="1", DGL_NUM_SAMPLER="0")
     os.environ.update(DGL_GROUP_ID=str(group), DGL_DIST_MAX_TRY_TIMES=str(max(1, int(timeout_s / RETRY_S))))
     dgl_compat.set_machine(machine, here.host, here.name)
@@ -270,9 +249,9 @@ def connect(path: Path, rank: int, ip_config: Path, group: int, timeout_s: float
         try:
             dgl.distributed.initialize(str(ip_config), net_type="tensorpipe")
         except rpc.DistConnectError as error:
-            peer = re.search(r"\[(.*?)\]", error.message)
-            where = peer[1] if peer else names
-            raise Failure(f"{where}: no graph server within {timeout_s:g} s; is it running and reachable?") from error
+            where = re.search(r"\[(.*?)\]", error.message)
+            message = f"no graph server within {timeout_s:g} s; is it running and reachable?"
+            raise Failure(f"{where[1] if where else names}: {message}") from error
         dgl_compat.skip_exit_barrier()
         graph = DistGraph(here.name)
     store.source = ServerSource(graph, machine, servers, timeout_s)  # for whoever opens this path in this process
@@ -291,9 +270,8 @@ def leave(code: int) -> NoReturn:
 def main() -> None:
     """Serve one machine's partition of a store, or with --clear remove what its killed server left in shared memory."""
     parser = argparse.ArgumentParser(prog="python -m dist_egnn.data.graph_server", description=main.__doc__)
-    parser.add_argument("store", type=Path)
-    parser.add_argument("machine", type=int)
-    parser.add_argument("ip_config", type=Path)
+    for name, kind in (("store", Path), ("machine", int), ("ip_config", Path)):
+        parser.add_argument(name, type=kind)
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--clear", action="store_true")
     args = parser.parse_args()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import dgl
 import numpy as np
@@ -18,20 +19,20 @@ from torch import Tensor
 
 from ..errors import Failure
 
+Edges = tuple[np.ndarray, np.ndarray]  # source and destination, (E,)
+Side = np.ndarray | None
 CHUNK_EDGES = 1 << 20  # edges whose positions are gathered at once
 
 
-def radius_edges(x: np.ndarray, radius: float, side: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Every ordered pair j→i with ‖x_i − x_j‖ ≤ radius and i ≠ j; an infinite radius gives the complete graph.
+def radius_edges(x: np.ndarray, radius: float, side: Side = None) -> Edges:
+    """All pairs j→i, i ≠ j, with ‖x_i − x_j‖ ≤ radius in float64; an infinite radius gives the complete graph.
 
-    x: (N, 3), in a periodic box any image of each node. Squared distances are compared in float64. Returns source and
-    destination, int64 (E,), sorted by destination, then source. Raises Failure for a radius that is not positive or, in
-    a periodic box, not below half its shortest side, and for positions that are not finite.
+    x: (N, 3), any image of each node. Returns source and destination, int64 (E,), sorted by destination, then source.
+    Raises Failure for a radius that is not positive or too large for the box, and for non-finite positions.
     """
     if not radius > 0:
         raise Failure(f"radius={radius}: must be positive (inf for the complete graph)")
-    x = np.asarray(x, dtype=np.float64)
-    n = len(x)
+    n = len(x := np.asarray(x, dtype=np.float64))
     if not np.isfinite(x).all():
         raise Failure("positions are NaN or infinite: no radius graph can be built; correct the source data")
     if side is not None:
@@ -48,9 +49,10 @@ def radius_edges(x: np.ndarray, radius: float, side: np.ndarray | None = None) -
 
 def check_side(radius: float, side: np.ndarray, where: str = "") -> None:
     """Raise Failure if a second image of a node could lie within the radius: from half the shortest side on."""
-    if not 0 < 2 * radius < side.min():
-        limit = f"below half the shortest side of the periodic box, {side.min() / 2:g}"
-        raise Failure(f"{where}radius={radius:g}: must be {limit}; lower it")
+    if not 0 < 2 * radius < (least := side.min()):
+        raise Failure(
+            f"{where}radius={radius:g}: must be below half the shortest side of the box, {least / 2:g}; lower it"
+        )
 
 
 def wrap(x: np.ndarray, side: np.ndarray) -> np.ndarray:
@@ -59,9 +61,7 @@ def wrap(x: np.ndarray, side: np.ndarray) -> np.ndarray:
     return np.where(x < side, x, 0.0)  # mod(−1e−20, side) rounds up to the side itself
 
 
-def drop_longest(
-    x: np.ndarray, src: np.ndarray, dst: np.ndarray, p: float, side: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def drop_longest(x: np.ndarray, src: np.ndarray, dst: np.ndarray, p: float, side: Side = None) -> Edges:
     """Drop the share p of the edges that is longest (FastEGNN's edge dropping); the others keep their order."""
     if not 0 <= p <= 1:
         raise Failure(f"edge_drop={p}: must lie in [0, 1]")
@@ -72,7 +72,7 @@ def drop_longest(
     return src[shortest], dst[shortest]
 
 
-def squared_lengths(x: np.ndarray, src: np.ndarray, dst: np.ndarray, side: np.ndarray | None = None) -> np.ndarray:
+def squared_lengths(x: np.ndarray, src: np.ndarray, dst: np.ndarray, side: Side = None) -> np.ndarray:
     """‖x_i − x_j‖² (E,) of edges j→i in float64."""
     x = np.asarray(x, dtype=np.float64)
     r = x[dst] - x[src]
@@ -81,30 +81,21 @@ def squared_lengths(x: np.ndarray, src: np.ndarray, dst: np.ndarray, side: np.nd
     return (r**2).sum(1)
 
 
-def sample_edges(
-    x: np.ndarray, radius: float, edge_drop: float = 0.0, side: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def sample_edges(x: np.ndarray, radius: float, edge_drop: float = 0.0, side: Side = None) -> Edges:
     """The edges of a sample: ``radius_edges``, then ``drop_longest``."""
     return drop_longest(x, *radius_edges(x, radius, side), edge_drop, side)
 
 
-def empty_graph(src: Tensor, dst: Tensor, nodes: int) -> DGLGraph:
-    """A DGLGraph of edges src→dst without fields, in int32 to halve its memory."""
-    return dgl.graph((src, dst), num_nodes=nodes, idtype=torch.int32)
-
-
-def build_graph(
-    src: np.ndarray, dst: np.ndarray, nodes: Mapping[str, np.ndarray | Tensor], side: np.ndarray | None = None
-) -> DGLGraph:
-    """A DGLGraph with these node fields and the edge fields of ``edge_fields``."""
-    graph = empty_graph(torch.from_numpy(src), torch.from_numpy(dst), len(nodes["x"]))
-    for name, value in nodes.items():
-        graph.ndata[name] = torch.as_tensor(value)
+def build_graph(src: np.ndarray, dst: np.ndarray, nodes: Mapping[str, Any], side: Side = None) -> DGLGraph:
+    """A DGLGraph with these node fields (arrays or tensors) and the edge fields of ``edge_fields``."""
+    ends = torch.from_numpy(src), torch.from_numpy(dst)
+    graph = dgl.graph(ends, num_nodes=len(nodes["x"]), idtype=torch.int32)  # int32 halves the memory
+    graph.ndata.update({name: torch.as_tensor(value) for name, value in nodes.items()})
     set_edge_lengths(graph, side)
     return graph
 
 
-def set_edge_lengths(graph: DGLGraph, side: np.ndarray | None = None) -> None:
+def set_edge_lengths(graph: DGLGraph, side: Side = None) -> None:
     """Set the edge fields of ``edge_fields`` from the node field x."""
     src, dst = graph.edges()
     x = graph.ndata["x"]
@@ -116,13 +107,9 @@ def set_edge_lengths(graph: DGLGraph, side: np.ndarray | None = None) -> None:
     graph.edata.update(fields)
 
 
-def edge_fields(source: Tensor, destination: Tensor, side: np.ndarray | None = None) -> dict[str, Tensor]:
-    """The edge fields for these positions (E, 3): e (E, 2) is the length twice, as in the benchmarks (A = 2).
-
-    In a periodic box also shift (E, 3), the lattice vector to subtract from x_i − x_j to reach the nearest image.
-    """
-    fields = {}
-    r = destination - source
+def edge_fields(source: Tensor, destination: Tensor, side: Side = None) -> dict[str, Tensor]:
+    """The edge fields for positions (E, 3): e (E, 2), the length twice as in the benchmarks; in a box also shift (E, 3)."""
+    fields, r = {}, destination - source
     if side is not None:
         sides = torch.tensor(side, dtype=torch.float64)
         # float64 for any dtype of x, as in radius_edges: both must choose the same image
@@ -133,16 +120,15 @@ def edge_fields(source: Tensor, destination: Tensor, side: np.ndarray | None = N
 
 
 def morton_order(x: np.ndarray, group: np.ndarray | None = None) -> np.ndarray:
-    """Node numbers (N,) int64 along a Z-order curve (Morton 1966): consecutive nodes are close in space.
+    """Node numbers (N,) int64 along a Z-order curve (Morton 1966), in which consecutive nodes are close in space.
 
-    group: (N,) graph of each node; graphs then follow one another, each in its own Z-order.
+    group: (N,) graph of each node; graphs then follow one another.
     """
     x = np.asarray(x, dtype=np.float64)
     if not len(x):
         return np.zeros(0, np.int64)
-    low = x.min(0)
-    side = float((x.max(0) - low).max())
-    cell = ((x - low) * ((2**21 - 1) / side if side > 0 else 0.0)).astype(np.uint64)
+    side = float(np.ptp(x, 0).max())
+    cell = ((x - x.min(0)) * ((2**21 - 1) / side if side > 0 else 0.0)).astype(np.uint64)
     # spread the 21 bits of each axis to every third bit
     masks = (0x1F00000000FFFF, 0x1F0000FF0000FF, 0x100F00F00F00F00F, 0x10C30C30C30C30C3, 0x1249249249249249)
     for shift, mask in zip((32, 16, 8, 4, 2), masks, strict=True):
@@ -152,10 +138,7 @@ def morton_order(x: np.ndarray, group: np.ndarray | None = None) -> np.ndarray:
 
 
 def in_edges(indptr: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Reorder edges sorted by destination, with row pointers indptr (N + 1,), to a new order (N,) of the nodes.
-
-    Returns the new row pointers (N + 1,) and the edges (E,) in the new order.
-    """
+    """The row pointers (N + 1,) and edges (E,) by destination in another order (N,) of the nodes."""
     start = indptr[order]
     degree = indptr[order + 1] - start
     ends = np.concatenate([[0], np.cumsum(degree)])

@@ -1,13 +1,8 @@
 """Halo mode: ranks exchange features and gradients of nodes at the borders of parts, so P ranks equal one process.
 
-Bridge mode drops the edges between parts. Halo mode (``partition.halo: exchange``) keeps them as *cross edges*: each
-runs from a *halo node*, which another rank owns, to an own node. Before every layer, one all-to-all sends the source
-fields of own nodes to the ranks that need them; in the backward pass, another returns the gradients, which the owners
-add.
-
-A sample remains the graph of the own nodes and the edges among them, so virtual nodes, loss and sums are those of
-bridge mode; the halo is attached to it. Halo nodes are sorted by owner, then by the owner's row. Legend: n own nodes, m
-halo nodes, E cross edges.
+Halo mode keeps the edges between parts as *cross edges*, from *halo nodes*, which other ranks own, to own nodes. Before
+a layer, an all-to-all sends the source fields of own nodes; in the backward pass, another returns their gradients. The
+halo is attached to bridge mode's sample, its nodes sorted by owner and row. n own nodes, m halo nodes, E cross edges.
 """
 
 from __future__ import annotations
@@ -29,7 +24,6 @@ from ..errors import Failure
 from . import graphs
 
 Fields = dict[str, Tensor]
-ATTRIBUTE = "_dist_egnn_halo"
 
 
 @dataclass
@@ -48,15 +42,14 @@ class Halo:
     edge: Fields = field(default_factory=dict)  # fields of the cross edges; set by link
 
     def link(self, x: Tensor, comm: Comm) -> None:
-        """Exchange which rows each rank needs and their positions; all ranks must call it. x: (n, 3) own positions.
+        """Exchange which rows each rank needs and their positions, x: (n, 3); all ranks must call it.
 
-        Raises Failure if the ranks read different data.
+        Raises Failure if they read different data.
         """
         if self.send_rows:
             return
-        recv_counts = [len(rows) for rows in self.recv_rows]
+        recv_counts, ones = [len(rows) for rows in self.recv_rows], [1] * comm.size
         sent = torch.tensor([[self.number, *sizes] for sizes in zip(self.nodes, recv_counts, strict=True)])
-        ones = [1] * comm.size
         received = comm.all_to_all(sent, ones, ones)().tolist()
         for rank, (number, nodes, _) in enumerate(received):
             if (number, nodes) != (self.number, len(x)):
@@ -71,7 +64,7 @@ class Halo:
         self.complete(x, send_rows, remote_x)
 
     def complete(self, x: Tensor, send_rows: Sequence[Tensor], remote_x: Tensor) -> None:
-        """Set what the other ranks sent: the rows of x (n, 3) that each needs and the positions (m, 3) of halo nodes.
+        """Set the rows of x (n, 3) that each rank needs, and the positions (m, 3) of halo nodes.
 
         Raises Failure for an edge that is longer than the radius.
         """
@@ -86,10 +79,7 @@ class Halo:
 
 
 class Halos:
-    """The halos of a batch, numbered as in dgl.batch; halo nodes are sorted by owner, snapshot, row.
-
-    nodes: number of own nodes of each snapshot.
-    """
+    """The halos of a batch of snapshots with these numbers of own nodes; halo nodes are sorted by owner, snapshot, row."""
 
     def __init__(self, parts: Sequence[Halo], nodes: Sequence[int]) -> None:
         self.parts, self.first = list(parts), [0, *accumulate(nodes)]
@@ -102,11 +92,7 @@ class Halos:
         self.src = torch.cat(src)
         self.dst = torch.cat([part.dst + first for part, first in zip(self.parts, self.first, strict=False)])
         self.recv_counts: list[int] = counts.sum(0).tolist()
-
-    @property
-    def size(self) -> int:
-        """m."""
-        return sum(self.recv_counts)
+        self.size = sum(self.recv_counts)  # m
 
     def link(self, x: Tensor, comm: Comm) -> None:
         """Link the halos that are not yet linked; x: (n, 3) of the batch."""
@@ -136,10 +122,9 @@ class HaloExchange:
 
     def start(self, fields: Fields) -> Callable[[], Fields]:
         """Start to send fields (n, …) of own nodes; the returned function waits for those of the halo nodes (m, …)."""
-        rows = torch.cat(self.send_rows)
+        rows, widths = torch.cat(self.send_rows), [t.shape[1] for t in fields.values()]
         packed = torch.cat([t.detach().index_select(0, rows) for t in fields.values()], 1)
         wait = self.comm.all_to_all(packed, [len(r) for r in self.send_rows], self.recv_counts)
-        widths = [t.shape[1] for t in fields.values()]
         return lambda: dict(zip(fields, wait().split(widths, 1), strict=True))
 
     def start_backward(self, grads: Fields) -> Callable[[Fields], None]:
@@ -171,21 +156,20 @@ class _Refresh(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         needed = {name: g for name, g, need in zip(ctx.names, grads, ctx.needs_input_grad[2:], strict=True) if need}
-        add = ctx.exchange.start_backward(needed)
         totals = {name: g.new_zeros(ctx.rows, *g.shape[1:]) for name, g in needed.items()}
-        add(totals)
+        ctx.exchange.start_backward(needed)(totals)
         return None, None, *(totals.get(name) for name in ctx.names)
 
 
 def attach(graph: DGLGraph, halos: Halos) -> DGLGraph:
     """Attach a halo to a graph; returns the graph."""
-    graph.__dict__[ATTRIBUTE] = halos
+    graph.__dict__["halos"] = halos
     return graph
 
 
 def get(graph: DGLGraph) -> Halos | None:
     """The halo of a graph; None in bridge mode."""
-    return graph.__dict__.get(ATTRIBUTE)
+    return graph.__dict__.get("halos")
 
 
 def batch(samples: Sequence[DGLGraph]) -> DGLGraph:
@@ -200,10 +184,9 @@ def batch(samples: Sequence[DGLGraph]) -> DGLGraph:
 def extract_part(
     src: np.ndarray, dst: np.ndarray, part: np.ndarray, rank: int, parts: int, **about: Any
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Halo]:
-    """A rank's part of a graph with edges src→dst (E,), for the part (N,) of each node.
+    """A rank's part of a graph with edges src→dst (E,), for the part (N,) of each node; about: as in ``from_edges``.
 
-    Returns the part's nodes, ascending; source and destination of the edges among them, by row; and its halo.
-    about: as in ``from_edges``.
+    Returns its nodes, ascending; source and destination of the edges among them, by row; and its halo.
     """
     counts = np.bincount(part, minlength=parts)
     order = np.argsort(part, kind="stable")
@@ -216,7 +199,7 @@ def extract_part(
 
 
 def from_edges(owner: np.ndarray, row: np.ndarray, dst: np.ndarray, nodes: Sequence[int], **about: Any) -> Halo:
-    """The halo of a part from its cross edges (E,): rank and row there of each source, own node of each destination.
+    """A part's halo from its cross edges (E,): owner and row of each source, own node of each destination.
 
     nodes: number of own nodes of each rank; about: the other fields of Halo.
     """

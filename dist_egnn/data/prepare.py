@@ -114,30 +114,28 @@ def write(
 ) -> None:
     """Write OUT and OUT.manifest.json; make(k) yields the trajectories of part k as arguments of ``Writer.add``.
 
-    settings: everything that determines the data (seed, scale, versions, …), stored in OUT; parts made with other
-    settings are refused. workers: processes (make must then be picklable) or threads that call make; the result of make
-    may depend on k only. steps: for parts that take long. Raises Failure if something cannot be written; complete parts
-    remain.
+    settings: all that determines the data, stored in OUT; parts made with others are refused. workers: processes or
+    threads that call make. Raises Failure if something cannot be written; complete parts remain.
     """
     if out.is_dir():
         raise Failure(f"{out} is a folder; --out must name a file")
     started = time.monotonic()
+    pool: Executor = ThreadPoolExecutor(workers)
+    if not threads:
+        context = multiprocessing.get_context("forkserver")
+        pool = ProcessPoolExecutor(workers, context, exit_with_parent, (os.getpid(),))
     try:
         folder = _prepare_folder(out, settings)
         paths = [folder / f"{k:06d}.h5" for k in range(parts)]
-        _make_missing(out, functools.partial(_write_part, make, folder), paths, workers, threads, unit, steps)
+        _make_missing(out.name, functools.partial(_write_part, make, folder), paths, pool, unit, steps)
         filesystem.check_free_space(out, sum(path.stat().st_size for path in paths))
         with progress.progress_bar(f"{out.name} (joining)", parts) as tick, Writer(out, settings) as joined:
             for path in paths:
                 joined.copy(path)
                 tick()
-        manifest = {
-            "command": shlex.join(["python", *sys.argv]),
-            "seconds": round(time.monotonic() - started, 1),
-            "settings": dict(settings),
-            "sha256": filesystem.sha256(out),
-            "bytes": out.stat().st_size,
-        }
+        command, seconds = shlex.join(["python", *sys.argv]), round(time.monotonic() - started, 1)
+        manifest = {"command": command, "seconds": seconds, "settings": dict(settings)}
+        manifest |= {"sha256": filesystem.sha256(out), "bytes": out.stat().st_size}
         text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
         filesystem.write_atomically(out.with_name(out.name + ".manifest.json"), text.encode())
     except OSError as error:
@@ -160,23 +158,11 @@ def _prepare_folder(out: Path, settings: Mapping[str, Any]) -> Path:
 
 
 def _make_missing(
-    out: Path,
-    make: Callable[[int], int],
-    paths: Sequence[Path],
-    workers: int,
-    threads: bool,
-    unit: str,
-    steps: Steps | None,
+    name: str, make: Callable[[int], int], paths: Sequence[Path], pool: Executor, unit: str, steps: Steps | None
 ) -> None:
     """Make the parts that do not exist yet, with a progress bar."""
-    pool: Executor
-    if threads:
-        pool = ThreadPoolExecutor(workers)
-    else:
-        context = multiprocessing.get_context("forkserver")
-        pool = ProcessPoolExecutor(workers, context, initializer=exit_with_parent, initargs=(os.getpid(),))
     missing = [k for k, path in enumerate(paths) if not path.exists()]
-    size, title = (steps.size, f"{out.name} ({steps.unit})") if steps else (1, out.name)
+    size, title = (steps.size, f"{name} ({steps.unit})") if steps else (1, name)
     complete, shown, note = len(paths) - len(missing), 0, ""
     with progress.progress_bar(title, len(paths) * size, initial=complete * size) as tick:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,11 +15,7 @@ from .trajectories import Trajectories, check_displacement
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """How a frame becomes a sample.
-
-    Features are names of node attributes, 'speed' for ‖v‖, or 'name/max': divided by the largest magnitude in the
-    snapshot.
-    """
+    """How a frame becomes a sample. Features: a node attribute, 'speed' for ‖v‖, 'name/max' for name / max |name|."""
 
     radius: float
     horizon: int
@@ -38,34 +34,28 @@ class Snapshot:
     frame: int
 
 
-def select_snapshots(
-    data: Trajectories, horizon: int, count: int, first: int, last: int, seed: int
-) -> Iterator[Snapshot]:
-    """Up to ``count`` frames of each trajectory in first…last, in order of time; 0 selects all of them.
+def select_snapshots(data: Trajectories, horizon: int, count: int, first: int, last: int, seed: int) -> list[Snapshot]:
+    """Up to ``count`` (0: all) frames of each trajectory in first…last (−1: the last with a target), in order of time.
 
-    last: −1 means the last frame that has a target. Frames are drawn without replacement; the draw depends on the seed
-    and the trajectory's number only. Raises Failure if a trajectory has no such frame.
+    The draw depends on the seed and the trajectory's number only. Raises Failure if a trajectory has no such frame.
     """
     if horizon < 1:
         raise Failure(f"data.horizon={horizon}: must be at least 1 frame")
+    result: list[Snapshot] = []
     for k, trajectory in enumerate(data):
         end = trajectory.frames - 1 - horizon
         frames = np.arange(max(first, 0), 1 + (end if last < 0 else min(last, end)))
         if not len(frames):
-            none = f"none in {first}…{last} has a target {horizon} frames ahead"
-            length = f"{data.path}: trajectory {k} has {trajectory.frames} frames"
-            raise Failure(f"{length}: {none}; lower data.horizon or data.first_frame")
+            none = f"has {trajectory.frames} frames, none in {first}…{last} with a target {horizon} frames ahead"
+            raise Failure(f"{data.path}: trajectory {k} {none}; lower data.horizon or data.first_frame")
         if 0 < count < len(frames):
             frames = np.sort(np.random.default_rng([seed, k]).choice(frames, count, replace=False))
-        for frame in frames:
-            yield Snapshot(trajectory.split, k, int(frame))
+        result += (Snapshot(trajectory.split, k, int(frame)) for frame in frames)
+    return result
 
 
 def feature_columns(names: Sequence[str], v: np.ndarray, attribute: Callable[[str], np.ndarray]) -> np.ndarray:
-    """The features of these names as defined by SampleSpec: (N, len(names)), in the dtype of v (N, 3).
-
-    attribute: returns a node attribute (N,) by name. Raises Failure for an unknown scaling.
-    """
+    """SampleSpec's features (N, len(names)) in the dtype of v (N, 3). Raises Failure for an unknown scaling."""
 
     def column(name: str) -> np.ndarray:
         base, _, scale = name.partition("/")
@@ -95,10 +85,7 @@ def node_fields(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> dic
 
 
 def build_sample(fields: Mapping[str, np.ndarray], spec: SampleSpec, side: np.ndarray | None = None) -> DGLGraph:
-    """The graph of these node fields, with its edge fields.
-
-    side: (3,) sides of the periodic box. Raises Failure unless it is given exactly if spec.periodic.
-    """
+    """The graph of these node fields. Raises Failure unless side (3,) is given exactly if spec.periodic."""
     if spec.periodic != (side is not None):
         raise Failure("data.periodic=true needs a box" if side is None else "data.periodic=false: leave the box out")
     return graphs.build_graph(*graphs.sample_edges(fields["x"], spec.radius, spec.edge_drop, side), fields, side)

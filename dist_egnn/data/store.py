@@ -43,9 +43,7 @@ class Part:
 
 
 class Source(Protocol):
-    """Where a store's parts come from."""
-
-    part: Callable[[str, int], Part]  # of a shard
+    part: Callable[[str, int], Part]  # a machine's part of a shard
 
 
 class DiskSource:
@@ -72,9 +70,9 @@ class DiskSource:
 
     def _load(self, shard: str, part: int) -> Part:
         graph, node_feats, *_ = dgl.distributed.load_partition(str(self.config(shard, part)), part)
-        src, dst = graph.edges(order="eid")
         inner = int(graph.ndata["inner_node"].sum())
         nodes = {k.removeprefix("_N/"): t for k, t in node_feats.items()}
+        src, dst = graph.edges(order="eid")
         return Part(src, dst, inner, nodes, graph.ndata[dgl.NID][inner:])
 
 
@@ -147,27 +145,22 @@ class Store:
 
     def sides(self, snapshot: int) -> np.ndarray | None:
         """The sides (3,) of the snapshot's periodic box; None unless the store was made with data.periodic."""
-        if not self.inputs["periodic"]:
-            return None
-        return self.snapshots.loc[snapshot, list(SIDES)].to_numpy(np.float64)
+        return self.snapshots.loc[snapshot, list(SIDES)].to_numpy(np.float64) if self.inputs["periodic"] else None
 
     def read(self, snapshot: int, part: int, exchange: bool = False) -> DGLGraph:
         """A part of a snapshot: its nodes and the edges among them; with ``exchange`` its halo is attached (halo mode).
 
-        Node fields x, v, f, a, y, gid and the whole graph's total and centroid; edge field e, in a periodic box also
-        shift. Raises Failure for missing or invalid fields and for an inconsistent halo.
+        Raises Failure for missing or invalid fields and for an inconsistent halo.
         """
         row, machine = self.snapshots.loc[snapshot], part // self.trainers
         shard = self.source.part(row["shard"], machine)
         lo, hi, edges_lo, edges_hi = self.ranges[snapshot, part].tolist()
         src, dst = shard.src[edges_lo:edges_hi], shard.dst[edges_lo:edges_hi] - lo
         own = (src >= lo) & (src < hi)
-        graph = graphs.empty_graph(src[own] - lo, dst[own], hi - lo)
-        for name in NODE_FIELDS:
-            if name not in shard.nodes:
-                where = f"{self.path}/{row['shard']}/part{machine}"
-                raise Failure(f"{where}: node field '{name}' is missing; partition again")
-            graph.ndata[name] = shard.nodes[name][lo:hi]
+        graph = dgl.graph((src[own] - lo, dst[own]), num_nodes=hi - lo, idtype=torch.int32)
+        for name in set(NODE_FIELDS) - set(shard.nodes):
+            raise Failure(f"{self.path}/{row['shard']}/part{machine}: node field '{name}' is missing; partition again")
+        graph.ndata.update({name: shard.nodes[name][lo:hi] for name in NODE_FIELDS})
         self._set_global_fields(graph, row)
         if exchange:
             halo.attach(graph, halo.Halos([self._halo(snapshot, part, shard, src[~own], dst[~own])], [hi - lo]))
@@ -176,8 +169,7 @@ class Store:
     def _halo(self, snapshot: int, part: int, shard: Part, src: Tensor, dst: Tensor) -> halo.Halo:
         """The halo of a part, from its cross edges: local numbers src in the shard's part, own nodes dst."""
         where = f"{self.path}: snapshot {snapshot}, part {part}"
-        first = self.first_ids[snapshot]
-        nodes = self.ranges[snapshot, :, 1] - self.ranges[snapshot, :, 0]
+        first, nodes = self.first_ids[snapshot], self.ranges[snapshot, :, 1] - self.ranges[snapshot, :, 0]
         inner = np.arange(shard.inner) + first[part] - self.ranges[snapshot, part, 0]
         ids = np.concatenate([inner, shard.halo.numpy()])[src.numpy()]
         owner = np.searchsorted(first, ids, side="right") - 1
@@ -195,42 +187,32 @@ class Store:
     def whole(self, snapshot: int, exchange: bool = False) -> DGLGraph:
         """All parts of a snapshot as one graph, in its own node order; ``exchange``: with the edges between parts."""
         parts = [self.read(snapshot, p, exchange) for p in range(self.parts)]
-        gid = torch.cat([g.ndata["gid"] for g in parts])
         joined = dgl.batch(parts)
-        src, dst = joined.edges()
+        gid, (src, dst) = joined.ndata["gid"], joined.edges()
         if exchange:
             begins = np.cumsum([0, *(g.num_nodes() for g in parts[:-1])])
             for begin, halos in zip(begins, map(halo.get, parts), strict=True):
                 assert halos is not None
                 remote = torch.cat([rows + b for rows, b in zip(halos.parts[0].recv_rows, begins, strict=True)])
                 src, dst = torch.cat([src, remote[halos.src]]), torch.cat([dst, halos.dst + begin])
-        graph = graphs.empty_graph(gid[src], gid[dst], len(gid))
-        order = gid.argsort()
-        for name in NODE_FIELDS:
-            graph.ndata[name] = joined.ndata[name][order]
+        graph = dgl.graph((gid[src], gid[dst]), num_nodes=len(gid), idtype=torch.int32)
+        graph.ndata.update({name: joined.ndata[name][gid.argsort()] for name in NODE_FIELDS})
         self._set_global_fields(graph, self.snapshots.loc[snapshot])
         return graph
 
     def _set_global_fields(self, graph: DGLGraph, row: pd.Series) -> None:
         """Set total and centroid of the whole graph and the edge fields, then validate all fields."""
-        n = graph.num_nodes()
-        graph.ndata["total"] = torch.full((n,), int(row["nodes"]))
-        centroid = torch.tensor([row["centroid_x"], row["centroid_y"], row["centroid_z"]], dtype=torch.float64)
-        graph.ndata["centroid"] = centroid.expand(n, 3).contiguous()
+        n, centroid = graph.num_nodes(), torch.tensor([row[f"centroid_{axis}"] for axis in "xyz"], dtype=torch.float64)
+        graph.ndata.update(total=torch.full((n,), int(row["nodes"])), centroid=centroid.expand(n, 3).contiguous())
         graphs.set_edge_lengths(graph, self.sides(row["snapshot"]))
         fields.validate(graph, f"{self.path}: snapshot {row['snapshot']}", target=True)
 
     def summary(self) -> dict[str, float]:
-        """Means over snapshots: share of cut edges, largest part / mean part, halo nodes / nodes.
-
-        In a store with weights the balance is the largest ratio of a part's nodes to its share.
-        """
+        """Means over snapshots: share of cut edges, largest ratio of a part's nodes to its share, halo nodes / nodes."""
         table = self.parts_table.groupby("snapshot")
         nodes, edges = (self.snapshots[name].to_numpy() for name in ("nodes", "edges"))
         owned = self.parts_table["nodes"].to_numpy().reshape(len(nodes), self.parts)
         shares = part_weights.fractions(self.inputs["weights"], self.parts)
-        return {
-            "edge_cut": float((table["cut_edges"].sum().to_numpy() / np.maximum(edges, 1)).mean()),
-            "balance": float(((owned / shares).max(1) / nodes).mean()),
-            "halo": float((table["halo"].sum().to_numpy() / nodes).mean()),
-        }
+        cut, halo = (table[name].sum().to_numpy() for name in ("cut_edges", "halo"))
+        by_snapshot = {"edge_cut": cut / np.maximum(edges, 1), "balance": (owned / shares).max(1) / nodes}
+        return {name: float(values.mean()) for name, values in (by_snapshot | {"halo": halo / nodes}).items()}

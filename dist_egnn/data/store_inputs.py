@@ -22,6 +22,4 @@ def check_settings(inputs: Mapping[str, Any], path: str, data: Data) -> None:
         value = getattr(data, name)
         if value != inputs[name] and not (name == "features" and value is None):
             stored = f"{path} was made with {inputs[name]}"
-            raise Failure(
-                f"data.{name}={value} in the config, but {stored}; set data.{name} to that or partition again"
-            )
+            raise Failure(f"data.{name}={value} in the config, but {stored}; set it to that or partition again")

@@ -20,9 +20,7 @@ SPLITS = ("train", "valid", "test")
 
 
 class Writer:
-    """Write a trajectories file completely or not at all: PATH.partial is renamed when the block ends without an error.
-
-    Raises Failure if the file cannot be written; for a full disk the message gives the space needed.
+    """Write a trajectories file completely or not at all. Raises Failure if it cannot be written.
 
     >>> with Writer("out.h5", {"command": "prepare.py --seed 1", "seed": 1}) as out:
     ...     out.add(position, split="train", dt=0.02, source="SPlisHSPlasH 2.19.0", attributes={"mass": mass})
@@ -54,12 +52,10 @@ class Writer:
         box: np.ndarray | None = None,
         periodic: bool = False,
     ) -> None:
-        """Append a trajectory.
+        """Append a trajectory. Raises Failure for invalid arrays, an unknown split, or a full disk.
 
-        position, velocity: (T, N, 3); attributes: name → (N,); box: (2, 3) low and high corner. dt: time between
-        frames. periodic: nodes that leave the box enter on the other side (otherwise the box has walls); positions must
-        then be unwrapped, see ``unwrap``. Raises Failure for a wrong shape, an unknown split, a non-finite value, a
-        periodic trajectory without a box or with a node that jumps across it, or a full disk.
+        position, velocity: (T, N, 3); attributes: name → (N,); box: (2, 3) low and high corner; dt: time between frames;
+        periodic: nodes that leave the box enter on the other side; their positions must be unwrapped, see ``unwrap``.
         """
         name = f"{len(self.group):06d}"
         where = f"{self.path}: trajectory {name}"
@@ -75,23 +71,19 @@ class Writer:
         shapes = {"position": position.shape, "velocity": position.shape, "box": (2, 3)}
         group = self.group.create_group(name)
         group.attrs.update(split=split, dt=float(dt), source=source, periodic=bool(periodic))
-        for key, array in arrays.items():
-            if array is None:
-                continue
+        for key, array in ((key, array) for key, array in arrays.items() if array is not None):
             value, shape = np.asarray(array, dtype=np.float32), shapes.get(key, (nodes,))
             if value.shape != shape:
                 raise Failure(f"{where}: {key} has shape {value.shape}, expected {shape}")
             if not np.isfinite(value).all():
                 raise Failure(f"{where}: {key} holds NaN or infinite values")
-            # Chunks of one axis and four frames compress a third better than whole frames and cost little more to read:
-            # forward differences need the next frame too.
+            # such chunks compress a third better than whole frames and cost little more to read: differences need two
             large = value.ndim == 3 and value.size
             storage = {"chunks": (min(4, frames), nodes, 1), "shuffle": True, "compression": "gzip"} if large else {}
             group.create_dataset(key, data=value, **storage)
         if periodic and box is not None:
-            side = box_sides(box)
             for t in range(frames - 1):
-                check_displacement(position[t], position[t + 1], side, f"{where}, frame {t}")
+                check_displacement(position[t], position[t + 1], box_sides(box), f"{where}, frame {t}")
         self.sink.check()
 
     def copy(self, path: Path) -> None:
@@ -120,10 +112,8 @@ def box_sides(box: np.ndarray) -> np.ndarray:
 
 
 def unwrap(position: np.ndarray, side: np.ndarray) -> None:
-    """Unwrap positions (T, N, 3) in a periodic box of sides (3,), in place: each node moves to its nearest image.
-
-    Nodes must not travel half a side in one frame. The first frame stays as it is.
-    """
+    """Unwrap positions (T, N, 3) in a periodic box of sides (3,), in place: nodes move to the image nearest to where they
+    were a frame before, and must not travel half a side in one frame."""
     turns, previous = np.zeros(position.shape[1:]), None
     for frame in position:
         current = frame.astype(np.float64)
@@ -133,16 +123,11 @@ def unwrap(position: np.ndarray, side: np.ndarray) -> None:
 
 
 def check_displacement(before: np.ndarray, after: np.ndarray, side: np.ndarray, where: str) -> None:
-    """Raise Failure if a node moves by more than half a side (3,) of its periodic box between two frames (N, 3).
-
-    Its positions are then wrapped, and their differences are no displacements.
-    """
+    """Raise Failure if a node moves by more than half a side (3,) of its box between frames (N, 3): it was wrapped."""
     jumps = (np.abs(np.asarray(after, np.float64) - before) > side / 2).any(1)
     if jumps.any():
-        raise Failure(
-            f"{where}: node {int(jumps.argmax())} moves by more than half of its periodic box until the next frame; "
-            "unwrap positions (dist_egnn.data.trajectories.unwrap), or keep more frames"
-        )
+        remedy = "unwrap positions (dist_egnn.unwrap), or keep more frames"
+        raise Failure(f"{where}: node {jumps.argmax()} moves by more than half of the periodic box; {remedy}")
 
 
 @dataclass(frozen=True)
@@ -197,9 +182,8 @@ class Trajectories(Sequence[Trajectory]):
         for key, shape in {"velocity": (frames, nodes, 3), "box": (2, 3), **shapes}.items():
             if key in group and (actual := getattr(group[key], "shape", None)) != shape:
                 raise Failure(f"{where}: dataset '{key}' has shape {actual}, expected {shape}; prepare it again")
-        split, dt, source, periodic = (attrs[key] for key in ("split", "dt", "source", "periodic"))
-        velocity = "velocity" in group
-        return Trajectory(name, split, frames, nodes, float(dt), str(source), velocity, attributes, bool(periodic))
+        properties = float(attrs["dt"]), str(attrs["source"]), "velocity" in group, attributes, bool(attrs["periodic"])
+        return Trajectory(name, attrs["split"], frames, nodes, *properties)
 
     def __len__(self) -> int:
         return len(self._all)
@@ -242,8 +226,7 @@ class Trajectories(Sequence[Trajectory]):
         if box is None or not self._all[k].periodic:
             actual = "has no box" if box is None else "has a box with walls"
             raise Failure(f"{where} {actual}, and data.periodic needs a periodic one; set data.periodic=false")
-        side = box_sides(box)
-        graphs.check_side(radius, side, f"{where}: ")
+        graphs.check_side(radius, side := box_sides(box), f"{where}: ")
         return side
 
     def close(self) -> None:

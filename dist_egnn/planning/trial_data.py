@@ -64,7 +64,7 @@ def _open_file(config: Config) -> tuple[Trajectories, list[Snapshot]]:
     """A trajectories file and the snapshots that the config selects."""
     d = config.data
     file = Trajectories(d.path)
-    selected = list(samples.select_snapshots(file, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed))
+    selected = samples.select_snapshots(file, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed)
     if not any(s.split == "train" for s in selected):
         raise Failure(f"{d.path}: no snapshot in split 'train'; prepare data with one")
     return file, selected

@@ -22,7 +22,7 @@ def write(path: Path, *positions: np.ndarray, **more: object) -> Trajectories:
 
 
 def test_every_frame_that_has_a_target(small):
-    selected = list(select_snapshots(Trajectories(small), 3, 0, 0, -1, 0))
+    selected = select_snapshots(Trajectories(small), 3, 0, 0, -1, 0)
     assert [(s.trajectory, s.frame) for s in selected] == [(k, t) for k in range(4) for t in range(11)]
     assert [s.split for s in selected] == ["train"] * 22 + ["valid"] * 11 + ["test"] * 11
 
@@ -50,7 +50,7 @@ def test_frames_stay_in_range(small, horizon, first, last, allowed):
 
 def test_frames_depend_on_seed_and_trajectory_number_only(small, tmp_path):
     def drawn(data: Trajectories, seed: int) -> list[list[int]]:
-        selected = list(select_snapshots(data, 2, 4, 0, -1, seed))
+        selected = select_snapshots(data, 2, 4, 0, -1, seed)
         return [[s.frame for s in selected if s.trajectory == k] for k in range(len(data))]
 
     data = Trajectories(small)
@@ -62,12 +62,12 @@ def test_frames_depend_on_seed_and_trajectory_number_only(small, tmp_path):
 @pytest.mark.parametrize(("horizon", "first", "last"), [(14, 0, -1), (3, 11, -1), (3, 6, 5)])
 def test_no_frame_is_left(small, horizon, first, last):
     with pytest.raises(Failure, match=rf"trajectory 0 has 14 frames.*{horizon} frames ahead.*lower data\.horizon"):
-        next(select_snapshots(Trajectories(small), horizon, 0, first, last, 0))
+        select_snapshots(Trajectories(small), horizon, 0, first, last, 0)
 
 
 def test_horizon_must_be_positive(small):
     with pytest.raises(Failure, match=r"data\.horizon=0"):
-        next(select_snapshots(Trajectories(small), 0, 0, 0, -1, 0))
+        select_snapshots(Trajectories(small), 0, 0, 0, -1, 0)
 
 
 def test_sample_has_the_fields_of_its_frames(tmp_path):
