@@ -23,7 +23,6 @@ METHODS = "metis, random, kmeans, spectral (of 2,000 nodes), bisection (by coord
 HOST_LINE = "[user@]host [port=22] [trainers=2] [interface=eth0] [python=/path]"
 
 Overrides = Annotated[list[str] | None, Argument(help="config keys to set, as key=value", show_default=False)]
-Config = Annotated[Path, Argument(help="the config that `distegnn train` will be given")]
 TrainConfig = Annotated[str | None, Argument(help="a config file; needed without --resume", show_default=False)]
 DataConfig = Annotated[Path | None, Option(help="config with the data section; --radius and KEY=VALUE win over it")]
 Radius = Annotated[float | None, Option(help="data.radius: edges join nodes up to this distance (inf: all nodes)")]
@@ -65,10 +64,7 @@ def partition(
     shard_nodes: Annotated[int | None, Option(help="nodes per DistDGL graph (262,144); 0: one, for `launch`")] = None,
     compare: Annotated[bool, Option("--compare", help="only compare all methods on the first snapshot")] = False,
 ) -> None:
-    """Partition every snapshot and write a store. DistDGL reads it too.
-
-    The data section (radius, horizon, features …) comes from --config and from overrides such as data.horizon=10.
-    """
+    """Partition every snapshot and write a store. --config and overrides (data.horizon=10) set the data section."""
     for word in overrides or ():
         if "=" in word and not word.startswith("data."):
             raise Failure(f"override '{word}': only data.* keys can be set here; the partition has options: --parts …")
@@ -121,15 +117,12 @@ def doctor(as_json: Json = False) -> None:
 
 @command("plan recipes/fluid113k/config.yaml partition.parts=2")
 def plan(
-    config: Config,
+    config: Annotated[Path, Argument(help="the config that `distegnn train` will be given")],
     overrides: Overrides = None,
     as_json: Json = False,
     measure: Annotated[bool, Option("--measure", help="also measure devices and propose partition.weights")] = False,
 ) -> None:
-    """Estimate memory, communication and time.
-
-    Runs a few real steps of every process of a training run, and estimates what the whole run will take.
-    """
+    """Estimate memory, communication and time. Runs a few real steps of every process of a training run."""
     from .commands.plan import run_plan
 
     run_plan(configs.load(config, overrides or ()), as_json, measure)
@@ -137,16 +130,15 @@ def plan(
 
 def training_config(name: str, config: str | None, overrides: list[str] | None, resume: Path | None) -> configs.Config:
     """The config of a new run, or of the run to resume. Raises Failure if both or neither are named."""
-    words = [*([config] if config is not None else []), *(overrides or ())]
-    if resume is not None:
-        from .commands.train import resumed_config
-
-        if words and "=" not in words[0]:
-            raise Failure(f"{words[0]}: --resume {resume} uses the config of that run; leave this one out")
-        return resumed_config(resume, words)
-    if config is None:
+    if resume is None and config is None:
         raise Failure(f"the config is missing: distegnn {name} CONFIG, or distegnn {name} --resume RUN")
-    return configs.load(config, overrides or ())
+    if resume is None:
+        return configs.load(config, overrides or ())
+    if config is not None and "=" not in config:
+        raise Failure(f"{config}: --resume {resume} uses the config of that run; leave this one out")
+    from .commands.train import resumed_config
+
+    return resumed_config(resume, [*([] if config is None else [config]), *(overrides or ())])
 
 
 @command("train recipes/fluid113k/config.yaml data.path=store train.epochs=10 run.dir=runs/fluid")
@@ -193,10 +185,7 @@ def launch(
 
 @command("evaluate runs/fluid")
 def evaluate(run: Run, split: Annotated[str, Option(help="train, valid or test")] = "test") -> None:
-    """Print the error of a run's best checkpoint.
-
-    Beside it stand the errors of two baselines: static (x) and linear (x + t·v, t fitted on the training split).
-    """
+    """Print the error of a run's best checkpoint. Baselines: static (x), linear (x + t·v, t fitted on split train)."""
     from .commands.evaluate import print_evaluation
 
     print_evaluation(run, split)
@@ -217,10 +206,7 @@ def rollout(
     bounds: Annotated[str, Option(help="at the walls of the data's box: none, reflect, or clamp")] = "none",
     fixed: Annotated[str | None, Option(help="nodes that do not move, as ATTRIBUTE=VALUE, like type=3")] = None,
 ) -> None:
-    """Feed a model with its own predictions.
-
-    Writes the trajectory as a file for ParaView, and a table of errors by step.
-    """
+    """Feed a model with its own predictions. Writes the trajectory for ParaView, and a table of errors by step."""
     from .evaluate.rollout import run_rollout
 
     options = {"parts": parts, "repartition": repartition, "bounds": bounds, "fixed": fixed}
@@ -233,10 +219,7 @@ def report(
     rollout: Annotated[Path | None, Option(help="a rollout's .vtkhdf", show_default="the newest in RUN")] = None,
     out: Annotated[Path | None, Option(help=".html file to write or replace", show_default="RUN/report.html")] = None,
 ) -> None:
-    """Write an HTML report of a run.
-
-    One self-contained file: curves, errors, a sample, a rollout, time by phase, settings.
-    """
+    """Write an HTML report of a run. One file: curves, errors, a sample, a rollout, time by phase, settings."""
     from .viz.html_report import run_report
 
     run_report(run, rollout, out)
@@ -250,10 +233,7 @@ def render(
     every: Annotated[int, Option(help="draw every n-th frame")] = 1,
     colour: Annotated[str, Option(help="colour of the nodes: speed, error (with ground truth) or part")] = "speed",
 ) -> None:
-    """Render a rollout as a video.
-
-    Draws the predicted nodes beside the true ones, where the data contain them.
-    """
+    """Render a rollout as a video. Draws the predicted nodes beside the true ones, where the data contain them."""
     from .viz.render import run_render
 
     run_render(rollout, out, fps, every, colour)
@@ -262,19 +242,16 @@ def render(
 @command("import-checkpoint best.pth --config recipes/fluid113k/config.yaml --out runs/published")
 def import_checkpoint(
     file: Annotated[Path, Argument(help=".pt or .pth file with a FastEGNN state dict of the authors' code")],
+    out: Annotated[Path, Option(help="folder of the run to make")],
     overrides: Overrides = None,
-    out: Annotated[Path | None, Option(help="folder of the run to make (needed)")] = None,
     config: DataConfig = None,
     radius: Radius = None,
 ) -> None:
-    """Make a run of published FastEGNN weights.
+    """Make a run of published FastEGNN weights. No code in FILE is executed.
 
-    `distegnn evaluate` and `dist_egnn.load` take the run. No code in FILE is executed. Weights do not contain the
-    settings of their training. Set them by overrides: data.horizon=10, data.features=[…] in the order of training,
-    model.normalize=true, model.gravity=[0,-9.81,0].
+    Weights do not contain the settings of their training. Set them by overrides: data.horizon=10, data.features=[…] in
+    the order of training, model.normalize=true, model.gravity=[0,-9.81,0].
     """
-    if out is None:
-        raise Failure("--out is missing: name the folder of the run to make, for example --out runs/published")
     from .commands.import_weights import run_import
 
     settings = data_config(config, radius, overrides)
@@ -291,8 +268,7 @@ def sweep(
 ) -> None:
     """Train a grid of settings and seeds.
 
-    Every run is trained and evaluated; the results are one table and one plot. A sweep file names a config, what all
-    runs share, grids of what varies, and seeds:
+    Every run is trained and evaluated. A sweep file names a config, what all runs share, what varies, and seeds:
 
     \b
       config: recipes/nbody/config.yaml
@@ -346,13 +322,13 @@ def main(commands: Callable[..., Any] = app) -> None:
     except Exception as error:
         if "--debug" in sys.argv:
             raise
-        text = f"{type(error).__name__}: {error} (distegnn --debug COMMAND shows the traceback)"
+        code, text = 1, f"{type(error).__name__}: {error} (distegnn --debug COMMAND shows the traceback)"
         if isinstance(error, Failure):
-            text = str(error)
-        elif hasattr(error, "format_message"):  # a usage error
-            text = error.format_message()
+            code, text = 2, str(error)
+        elif format_message := getattr(error, "format_message", None):  # a usage error
+            code, text = getattr(error, "exit_code", 2), format_message()
         print(f"error: {text}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, Failure) else getattr(error, "exit_code", 1))
+        sys.exit(code)
 
 
 if __name__ == "__main__":

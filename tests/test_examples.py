@@ -20,10 +20,13 @@ from dist_egnn import cli
 from dist_egnn.data.trajectories import Writer
 
 ROOT = Path(__file__).parents[1]
-
-
 # in the order of `distegnn --help`: an example may need the files of those before
 COMMANDS = list(typer.main.get_command(cli.app).commands)
+MADE = {
+    **{"partition": "store/manifest.yaml", "train": "runs/fluid/best.pt", "evaluate": "runs/fluid/evaluate.csv"},
+    **{"rollout": "runs/fluid/rollout.csv", "report": "runs/fluid/report.html", "render": "runs/fluid/rollout.gif"},
+    **{"import-checkpoint": "runs/published/best.pt", "sweep": "runs/sweep/plot.png", "config": "my.yaml"},
+}
 
 
 def example_of(command: str) -> str:
@@ -56,8 +59,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "config: recipes/fluid113k/config.yaml\nout: runs/sweep\nset: {train.epochs: 1}\n"
         "grids: [{keys: {model.name: [EGNN], data.edge_drop: [0, 1]}}]\nseeds: [0]\nplot: {x: data.edge_drop}\n"
     )
-    state = published(node=2, gravity=GRAVITY)
-    torch.save({key: value.float() for key, value in state.items()}, here / "best.pth")
+    torch.save({k: value.float() for k, value in published(node=2, gravity=GRAVITY).items()}, here / "best.pth")
     # the installed program does not look for modules in the working folder (-P), and nothing that it starts may
     (here / "bin" / "distegnn").write_text(f'#!/bin/sh\nexec {sys.executable} -P -m dist_egnn.cli "$@"\n')
     (here / "dgl.py").write_text("raise SystemExit('a file of the user, not DGL')\n")
@@ -79,18 +81,7 @@ def test_example(folder: Path, command: str) -> None:
         assert "ok      dgl: " in ran.stdout
     else:
         assert ran.returncode == 0, ran.stderr
-    made = {
-        "partition": "store/manifest.yaml",
-        "train": "runs/fluid/best.pt",
-        "evaluate": "runs/fluid/evaluate.csv",
-        "rollout": "runs/fluid/rollout.csv",
-        "report": "runs/fluid/report.html",
-        "render": "runs/fluid/rollout.gif",
-        "import-checkpoint": "runs/published/best.pt",
-        "sweep": "runs/sweep/plot.png",
-        "config": "my.yaml",
-    }
-    if command in made:
-        assert (folder / made[command]).stat().st_size > 0
+    if command in MADE:
+        assert (folder / MADE[command]).stat().st_size > 0
     else:
         assert ran.stdout.strip()

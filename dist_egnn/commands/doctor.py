@@ -8,14 +8,13 @@ from dataclasses import asdict
 from ..planning import doctor
 from ..utils.console import print_line
 
-LABELS = {"ok": "ok     ", "note": "note   ", "problem": "PROBLEM"}
-
 
 def run_doctor(as_json: bool = False) -> bool:
     """Print the findings of all checks. Returns whether there is no problem."""
     findings = doctor.run_checks()
     for finding in findings:
-        print_line(f"{LABELS[finding.state]} {finding.check}: {finding.text}", 8)
+        label = "PROBLEM" if finding.state == "problem" else finding.state
+        print_line(f"{label:7} {finding.check}: {finding.text}", 8)
         if finding.remedy:
             print_line(f"        → {finding.remedy}", 10)
     problems = sum(finding.state == "problem" for finding in findings)

@@ -15,10 +15,9 @@ from ..utils.console import print_table
 
 
 def run_import(file: Path, config: Config) -> None:
-    """Make a run of published FastEGNN weights: its config.yaml and best.pt, which `dist_egnn.load` reads.
+    """Make a run of published FastEGNN weights, in run.dir. Raises Failure for weights that do not fit the config.
 
     config: the data section of the training, model.normalize and model.gravity; the weights define the rest.
-    Raises Failure for a file that holds no such weights, and for weights that do not fit the config.
     """
     folder, data, given = Path(config.run.dir), config.data, config.model
     if (folder / "config.yaml").exists():
@@ -36,14 +35,11 @@ def run_import(file: Path, config: Config) -> None:
     for key, width in (("features", widths["f"]), ("node_attributes", widths["a"])):
         names = getattr(data, key)
         if names is not None and len(names) != width:
-            raise Failure(
-                f"data.{key}=[{', '.join(names)}]: the weights of {file} take {width}; name as many, in order"
-            )
+            raise Failure(f"data.{key}=[{', '.join(names)}]: the weights of {file} take {width}; name as many")
     sizes: dict[str, Any] = {"hidden": model.hidden, "layers": len(model.layers), "virtual_nodes": model.count}
     attention = any("attention" in name for name in model.state_dict())
     config.model = replace(given, name="FastEGNN", attention=attention, **sizes)
-    if data.path:
-        data.path = str(Path(data.path).absolute())  # the run is evaluated from anywhere
+    data.path = data.path and str(Path(data.path).absolute())  # the run is evaluated from anywhere
     content = checkpoint.weights_only(model, config)
     configured = trainer.build_model(config, (widths["f"], widths["a"]), SingleProcess())
     checkpoint.load_weights(configured, content, file)  # must accept the weights

@@ -16,7 +16,6 @@ from ..utils.progress import progress_bar
 if TYPE_CHECKING:
     from ..partition.snapshot import Inputs
 
-
 HEADER = ["method", "edges cut", "largest/mean", "halo/nodes"]
 
 

@@ -31,8 +31,7 @@ def parse(recipe: Path, scales: Mapping[str, Sequence[str]], arguments: Sequence
     keys_set = "\n".join(f"  {scale:6} {' '.join(keys) or 'config.yaml as it is'}" for scale, keys in scales.items())
     parser = prepare.Parser(
         prog=f"{recipe.name}/run.py",
-        description=f"{recipe.name} in one command: prepare the data, partition, train, evaluate, print one table.\n"
-        "Repeat the command to continue after an interruption.",
+        description=f"{recipe.name}: prepare data, partition, train, evaluate.\nRepeat the command to continue.",
         epilog=f"config keys that a scale sets:\n{keys_set}\n\nprepare.py --help shows how long the data takes.\n\n"
         f"example:\n  python recipes/{recipe.name}/run.py --scale tiny --models EGNN FastEGNN train.lr=1e-3\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -86,8 +85,7 @@ def run_recipe(recipe: Path, scales: Mapping[str, Sequence[str]], arguments: Seq
         _train(config, folder)
         errors |= run_evaluation(folder)
     table = pd.DataFrame({"prediction": errors.keys(), "test MSE": errors.values()})
-    for baseline in ("linear", "static"):
-        table[f"of {baseline}"] = table["test MSE"] / errors[baseline]
+    table = table.assign(**{f"of {name}": table["test MSE"] / errors[name] for name in ("linear", "static")})
     table.to_csv(options.out / "results.csv", index=False)
     print(f"{options.out / 'results.csv'}: linear is x + t·v, t fitted on the training split; static is x")
     formats = {"test MSE": "{:.4e}".format, "of linear": "{:.3f}".format, "of static": "{:.3f}".format}

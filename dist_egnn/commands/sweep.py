@@ -103,12 +103,10 @@ def _last_line(log: Path, code: int) -> str:
 
 def write_table(sweep: Sweep) -> pd.DataFrame:
     """Write runs.csv, results.csv and plot.png. Returns one row per setting: means over the finished seeds."""
-    groups: dict[str, list[tuple[Run, dict[str, float]]]] = {}
-    for run in sweep.runs:
-        if (result := run.result()) is not None:
-            groups.setdefault(run.setting, []).append((run, result))
+    finished = [(run, result) for run in sweep.runs if (result := run.result()) is not None]
     rows, single = [], []
-    for group in groups.values():
+    for setting in dict.fromkeys(run.setting for run, _ in finished):
+        group = [(run, result) for run, result in finished if run.setting == setting]
         cells = {k: group[0][0].cell(k) for k in sweep.varying}
         numbers = pd.DataFrame([result for _, result in group])
         test = {"test_mse": numbers["test_mse"].mean(), "test_mse_std": numbers["test_mse"].std()}
@@ -141,8 +139,8 @@ def _plot(sweep: Sweep, table: pd.DataFrame) -> None:
         x = row[sweep.x] if labels or not sweep.lines else ""  # a row without a curve is a level line, as one without x
         name = ", ".join(labels) or (f"{short(sweep.x)} {row[sweep.x]}" if sweep.lines else "all")
         curves.setdefault(name, {})[x] = row["test_mse"], row["test_mse_std"]
-    reached = {x for points in curves.values() for x in points}
-    ticks = [x for x in dict.fromkeys(run.cell(sweep.x) for run in sweep.runs) if x in reached and x]
+    values = dict.fromkeys(run.cell(sweep.x) for run in sweep.runs)
+    ticks = [x for x in values if x and any(x in points for points in curves.values())]
     plots.sweep(sweep.out / "plot.png", sweep.x, ticks, curves)
 
 

@@ -90,20 +90,19 @@ def _check(given: Any, known: Collection[str], where: str, required: Collection[
     if not isinstance(given, dict):
         raise Failure(f"{where}: must be a mapping of keys to values")
     for key, value in given.items():
-        if key in RESERVED and key not in known:
-            raise Failure(f"{where}: {key} is set by the sweep; use the file's key '{RESERVED[key]}'")
         if key not in known:
             closest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
             hint = f"did you mean {closest[0]}?" if closest else f"known: {', '.join(sorted(known))}"
             if key in configs.SECTIONS:
                 hint = "this is a config; a sweep file names one under its key 'config'"
+            elif key in RESERVED:
+                hint = f"the sweep sets it; use the file's key '{RESERVED[key]}'"
             raise Failure(f"{where}: unknown key '{key}'; {hint}")
         kind = known[key] if isinstance(known, dict) else object
         if not isinstance(value, kind) or (kind is list and not value):
             raise Failure(f"{where}: {key} must be {TYPES[kind]}, not {value!r}")
-    for key in required:
-        if key not in given:
-            raise Failure(f"{where}: key '{key}' is missing")
+    for key in sorted({*required} - {*given}):
+        raise Failure(f"{where}: key '{key}' is missing")
     return given
 
 

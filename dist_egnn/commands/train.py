@@ -29,8 +29,7 @@ def run_training(config: Config, resume: bool = False) -> dict[str, float]:
     network.model_class(config.model.name)
     trainer.resolve_device(config)
     folder = Path(config.run.dir)
-    if config.data.path:
-        config.data.path = str(Path(config.data.path).absolute())  # the run is evaluated from anywhere
+    config.data.path = config.data.path and str(Path(config.data.path).absolute())  # the run is evaluated from anywhere
     check = resuming.check_resume if resume else run_dir.check_new_run
     check(config)  # before the folder is made
     parts, processes = dataset.part_count(config), dataset.process_count(config)
