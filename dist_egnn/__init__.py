@@ -10,10 +10,10 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
     from .config import Config
+    from .config import load as load_config
     from .data.store import Store
     from .data.trajectories import Trajectories, Writer, unwrap
     from .errors import Failure
@@ -30,7 +30,7 @@ __all__ += ["EGNN", "RF", "TFN", "FastEGNN", "FastRF", "FastSchNet", "FastTFN", 
 __all__ += ["Layer", "Network", "coordinate_mlp", "direction", "displacement"]  # for models of your own
 
 _MODULES = {
-    "config": ["Config"],
+    "config": ["Config", "load_config"],
     "data.store": ["Store"],
     "data.trajectories": ["Trajectories", "Writer", "unwrap"],
     "errors": ["Failure"],
@@ -53,18 +53,11 @@ def load(run_or_checkpoint: str | Path, device: str = "cpu") -> Predictor:
     return Predictor(run_or_checkpoint, device)
 
 
-def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """The config of a YAML file, or the defaults, updated by key=value overrides. Raises Failure."""
-    from . import config
-
-    return config.load(path, overrides)
-
-
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'dist_egnn' has no attribute '{name}'")
     module = next((module for module, names in _MODULES.items() if name in names), "models.network")
-    return getattr(importlib.import_module(f".{module}", __name__), name)
+    return getattr(importlib.import_module(f".{module}", __name__), "load" if name == "load_config" else name)
 
 
 def __dir__() -> list[str]:

@@ -6,8 +6,9 @@ import difflib
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -21,19 +22,16 @@ SCHEDULES = ("constant", "cosine", "plateau")
 HALOS = ("bridge", "exchange")
 
 
-class Rule(NamedTuple):
-    """The values that a key accepts: a test, and the text of the error for a value that fails it."""
-
-    accepts: Callable[[Any], bool]
-    text: str
+# whether a key accepts a value, and the text of the error for a value that it does not accept
+Rule = tuple[Callable[[Any], bool], str]
 
 
 def _least(minimum: float) -> Rule:
-    return Rule(lambda value: value >= minimum, f"must be at least {minimum}")
+    return (lambda value: value >= minimum), f"must be at least {minimum}"
 
 
 def _choice(*names: str) -> Rule:
-    return Rule(lambda value: value in names, f"unknown; use {', '.join(names[:-1])} or {names[-1]}")
+    return (lambda value: value in names), f"unknown; use {', '.join(names[:-1])} or {names[-1]}"
 
 
 def _key(default: Any, comment: str, rule: Rule | None = None) -> Any:
@@ -41,12 +39,12 @@ def _key(default: Any, comment: str, rule: Rule | None = None) -> Any:
     return field(**options, metadata={"comment": comment, "rule": rule})
 
 
-POSITIVE = Rule(lambda value: value > 0, "must be positive")
-RADIUS = Rule(lambda value: value > 0, "must be positive (.inf for the complete graph)")
-CUTOFF = Rule(lambda value: value is None or 0 < value < math.inf, "must be positive and finite, or null")
-VECTOR = Rule(lambda value: value is None or len(value) == 3, "must be a vector of 3 numbers, or null")
-FRACTION = Rule(lambda value: 0 <= value <= 1, "must lie in 0 … 1")
-FACTOR = Rule(lambda value: 0 < value < 1, "must lie between 0 and 1")
+POSITIVE = (lambda value: value > 0), "must be positive"
+RADIUS = (lambda value: value > 0), "must be positive (.inf for the complete graph)"
+CUTOFF = (lambda value: value is None or 0 < value < math.inf), "must be positive and finite, or null"
+VECTOR = (lambda value: value is None or len(value) == 3), "must be a vector of 3 numbers, or null"
+FRACTION = (lambda value: 0 <= value <= 1), "must lie in 0 … 1"
+FACTOR = (lambda value: 0 < value < 1), "must lie between 0 and 1"
 
 
 @dataclass
@@ -81,9 +79,7 @@ class Partition:
 class Model:
     """The network."""
 
-    name: str = _key(
-        "FastEGNN", "Linear, EGNN, RF, SchNet, TFN; FastEGNN … FastTFN: with virtual nodes; or MODULE:CLASS"
-    )
+    name: str = _key("FastEGNN", "Linear, EGNN, RF, SchNet, TFN; FastEGNN … FastTFN (virtual nodes); or MODULE:CLASS")
     hidden: int = _key(64, "width H of the hidden features", _least(1))
     layers: int = _key(4, "layers L", _least(1))
     virtual_nodes: int = _key(3, "virtual nodes C, for models that have them", _least(1))
@@ -164,8 +160,8 @@ def check(config: Config) -> None:
     for section, kind in SECTIONS.items():
         for f in fields(kind):
             value, rule = getattr(getattr(config, section), f.name), f.metadata["rule"]
-            if rule and not rule.accepts(value):
-                raise Failure(f"{section}.{f.name}={value}: {rule.text}")
+            if rule and not rule[0](value):
+                raise Failure(f"{section}.{f.name}={value}: {rule[1]}")
     d, p, t = config.data, config.partition, config.train
     devices.check_name(t.device, "train.device=", "auto")
     if p.weights is not None:
@@ -254,16 +250,13 @@ def _build(layers: Sequence[tuple[Any, str]]) -> Config:
 
 
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """The config of a YAML file, or the defaults, updated by key=value overrides, of which later ones take precedence.
-
-    Keys that the file does not set are those of the file that it includes. Raises Failure that names file and key.
-    """
+    """The config of a YAML file and its include, or the defaults, updated by key=value overrides. Raises Failure."""
     layers = _read_files(Path(path)) if path is not None else []
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
             raise Failure(f"override '{override}': write key=value, for example train.epochs=10")
-        if not value and key in keys() and isinstance(value_of(Config(), key), str):
+        if not value and key in keys() and isinstance(attrgetter(key)(Config()), str):
             value = "''"  # YAML reads nothing as null
         source = f"override '{override}'"
         layers.append((_read_yaml(OmegaConf.from_dotlist, [f"{key}={value}"], source), source))
@@ -275,16 +268,10 @@ def parse(text: str, source: str) -> Config:
     return _build([(_read_yaml(OmegaConf.create, text, source), source)])
 
 
-def value_of(config: Config, key: str) -> Any:
-    """The value of a dotted key."""
-    section, name = key.split(".")
-    return getattr(getattr(config, section), name)
-
-
 def differences(before: Config, after: Config, ignore: Collection[str] = ()) -> list[tuple[str, Any, Any]]:
     """(key, value before, value after) of each key whose value differs, except those in ``ignore``."""
-    pairs = ((key, value_of(before, key), value_of(after, key)) for key in keys() if key not in ignore)
-    return [(key, was, now) for key, was, now in pairs if was != now]
+    values = ((key, *map(attrgetter(key), (before, after))) for key in keys() if key not in ignore)
+    return [(key, was, now) for key, was, now in values if was != now]
 
 
 def to_yaml(config: Config) -> str:

@@ -45,16 +45,14 @@ def make_inputs(small: Path) -> Callable[..., Any]:
 
     def make(parts: int, method: str = "metis", shard_nodes: int = 1500, trainers: int = 1, **more: Any) -> Any:
         options = {"trainers": trainers, "weights": more.pop("weights", None), "shard_nodes": shard_nodes}
-        data = Data(**{**DATA, **more})
-        return store_writer.build_inputs(Trajectories(small), parts=parts, method=method, settings=data, **options)
+        settings = Data(**{**DATA, **more})
+        return store_writer.build_inputs(Trajectories(small), parts=parts, method=method, settings=settings, **options)
 
     return make
 
 
 @pytest.fixture(scope="session")
-def make_store(
-    small: Path, make_inputs: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
+def make_store(small: Path, make_inputs: Any, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """make_store(…): the store of the inputs that make_inputs(…) returns, written once."""
     from dist_egnn.partition import store_writer
 

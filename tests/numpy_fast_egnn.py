@@ -5,7 +5,6 @@ It shares nothing with the model but the names of the weights in the state dict.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -18,10 +17,6 @@ def silu(a: Array) -> Array:
     return a / (1 + np.exp(-a))
 
 
-def sigmoid(a: Array) -> Array:
-    return 1 / (1 + np.exp(-a))
-
-
 def perceptron(w: Weights, name: str, inputs: list[Any], end: bool = False) -> Array:
     """Linear, SiLU, Linear, and a final SiLU if ``end``."""
     row = np.concatenate([np.atleast_1d(part) for part in inputs])
@@ -32,15 +27,11 @@ def perceptron(w: Weights, name: str, inputs: list[Any], end: bool = False) -> A
 
 def gated(w: Weights, name: str, m: Array) -> Array:
     """m · sigmoid(Linear(m)) if the model has the gate."""
-    return m * sigmoid(w[f"{name}.weight"] @ m + w[f"{name}.bias"]) if f"{name}.weight" in w else m
+    return m / (1 + np.exp(-(w[f"{name}.weight"] @ m + w[f"{name}.bias"]))) if f"{name}.weight" in w else m
 
 
 def mean(values: list[Array], like: Array) -> Array:
     return sum(values, np.zeros_like(like)) / max(len(values), 1)
-
-
-def length(r: Array) -> float:
-    return math.sqrt(float(r @ r))
 
 
 def layer(
@@ -64,7 +55,7 @@ def layer(
     m_virtual = [[np.zeros(0)] * count for _ in range(n)]
     for i in range(n):
         for c in range(count):
-            row = [h[i], s[c], length(z[c] - x[i]), gram[c]]
+            row = [h[i], s[c], np.linalg.norm(z[c] - x[i]), gram[c]]
             m_virtual[i][c] = gated(w, "virtual.attention_v", perceptron(w, "virtual.phi_ev", row, end=True))
         messages, pushes = [], []
         for j, to, e in edges:
@@ -75,7 +66,7 @@ def layer(
             push = perceptron(w, "phi_x", [m])
             push = np.tanh(push) if tanh else push
             messages.append(m)
-            pushes.append((r / (length(r) + 1e-8) if normalize else r) * push)
+            pushes.append((r / (np.linalg.norm(r) + 1e-8) if normalize else r) * push)
         pulls = [(x[i] - z[c]) * perceptron(w, "virtual.phi_xv", [m_virtual[i][c]]) for c in range(count)]
         x_new[i] += mean(pushes, x[i]) + mean(pulls, x[i]) + perceptron(w, "phi_v", [h[i]]) * v[i]
         if g is not None:

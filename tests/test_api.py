@@ -21,7 +21,7 @@ def test_no_heavy_import_at_start(code: str) -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT).split() == []
 
 
-def test_public_names() -> None:
+def test_public_names_and_version() -> None:
     assert {*dist_egnn.__all__} <= {*dir(dist_egnn)}
     for name in dist_egnn.__all__:
         assert getattr(dist_egnn, name).__doc__
@@ -30,7 +30,4 @@ def test_public_names() -> None:
     with pytest.raises(AttributeError, match="Absent"):
         dist_egnn.Absent  # noqa: B018
     assert Path(dist_egnn.__file__).with_name("py.typed").is_file()
-
-
-def test_version_of_the_citation() -> None:
     assert re.findall(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.M) == [dist_egnn.__version__]

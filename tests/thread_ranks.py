@@ -6,8 +6,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from dgl import DGLGraph
@@ -21,8 +20,7 @@ class Board:
     """All-gather between threads: each rank contributes a value and receives the values of all."""
 
     def __init__(self, size: int) -> None:
-        self.size, self.slots = size, [None] * size
-        self.barrier = threading.Barrier(size, timeout=300)
+        self.slots, self.barrier = [None] * size, threading.Barrier(size, timeout=300)
 
     def gather(self, rank: int, value: Any) -> list[Any]:
         self.slots[rank] = value
@@ -47,7 +45,7 @@ class ThreadRank(Comm):
     """A rank of a group of threads. calls: name and number of elements of each collective."""
 
     def __init__(self, rank: int, board: Board) -> None:
-        super().__init__(rank, board.size)
+        super().__init__(rank, len(board.slots))
         self.board, self.calls = board, list[tuple[str, int]]()
 
     def _gather(self, name: str, t: Tensor, counts: Any = None) -> list[Any]:
@@ -100,8 +98,7 @@ def run_ranks(size: int, function: Callable[..., Any], *models: torch.nn.Module)
     return [future.result() for future in futures]
 
 
-@dataclass
-class StepResult:
+class StepResult(NamedTuple):
     """Predictions, virtual nodes, and gradients by name."""
 
     predicted: Tensor

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ def _runs_of_grid(base: str, out: Path, fixed: Settings, grid: Any, where: str) 
             needs_store = config.partition.parts > 1 and not dataset.is_store(config.data.path)
         except Failure as failure:
             raise Failure(f"{where}: {failure}") from failure
-        used = {k: configs.value_of(config, k) for k in chosen}
+        used = {k: attrgetter(k)(config) for k in chosen}
         name = re.sub(r"[^\w.=,+-]+", "_", ",".join(f"{short(k)}={to_text(v)}" for k, v in used.items())) or "base"
         yield Run(name, used, config, out / "stores" / _store_name(config) if needs_store else None)
 

@@ -69,23 +69,8 @@ class CallCounter:
 
     def count(self, t: Tensor, name: str = "sum", send_counts: Counts = (), receive_counts: Counts = ()) -> None:
         numbers = math.prod(t.shape[1:]) if send_counts else t.numel()
-        counts = tuple(send_counts), tuple(receive_counts)
-        self.calls.append(Call(self.phase, numbers, t.element_size(), *counts, name))
-
-
-class _CountedIdentity(torch.autograd.Function):
-    """The operand, counted in the forward pass; its gradient is counted in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, t: Tensor, count: Callable[[Tensor], None]) -> Tensor:
-        ctx.count = count
-        count(t)
-        return t.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.count(grad)
-        return grad, None
+        width, send, receive = t.element_size(), tuple(send_counts), tuple(receive_counts)
+        self.calls.append(Call(self.phase, numbers, width, send, receive, name))
 
 
 class SimulatedRank(SingleProcess):
@@ -96,7 +81,13 @@ class SimulatedRank(SingleProcess):
         self.counter = CallCounter()
 
     def sum(self, t: Tensor) -> Tensor:
-        return _CountedIdentity.apply(t, self.counter.count) if self.size > 1 else t
+        if self.size == 1:
+            return t
+        self.counter.count(t)
+        total = t.clone()
+        if total.requires_grad:
+            total.register_hook(self.counter.count)  # the backward pass of a sum is a sum
+        return total
 
     def all_to_all(self, rows: Tensor, send_counts: Counts, receive_counts: Counts) -> Callable[[], Tensor]:
         self.counter.count(rows, "all_to_all", send_counts, receive_counts)
@@ -146,10 +137,7 @@ def simulated_group(
             received[len(sent) :] = 0
         return SimpleNamespace(wait=lambda: None)
 
-    simulated: dict[str, Any] = {
-        "get_rank": lambda group=None: rank,
-        "get_world_size": lambda group=None: size,
-        "all_to_all_single": all_to_all_single,
-    }
-    with mock.patch.multiple(dist, **simulated), counted_collectives() as counter:
+    functions: dict[str, Any] = {"get_rank": lambda group=None: rank, "get_world_size": lambda group=None: size}
+    functions["all_to_all_single"] = all_to_all_single
+    with mock.patch.multiple(dist, **functions), counted_collectives() as counter:
         yield ProcessGroup(60.0), counter

@@ -25,13 +25,11 @@ Counts = Sequence[int]  # numbers of rows, one per rank
 
 
 class Comm:
-    """Communication of one rank with the ``size`` ranks that share its graphs; by itself, a group of one rank.
-
-    world: all processes of the run, more than ``size`` if several replica groups train one model.
-    """
+    """Communication of one rank with the ``size`` ranks that share its graphs; this base class is a group of one."""
 
     def __init__(self, rank: int = 0, size: int = 1, world: Comm | None = None) -> None:
-        self.rank, self.size, self.world = rank, size, world or self
+        self.rank, self.size = rank, size
+        self.world = world or self  # all processes of the run, more than ``size`` if replica groups train one model
 
     def split(self, groups: int) -> Comm:
         """This rank's group after a split into ``groups`` groups of consecutive ranks; its ``world`` is this Comm."""
@@ -43,10 +41,7 @@ class Comm:
         return t
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], extra: Tensor | None = None) -> Tensor | None:
-        """Replace every gradient by its sum over the ranks, in one all-reduce; a missing gradient counts as zeros.
-
-        extra (n,): numbers to sum in the same all-reduce; returns their sum.
-        """
+        """Sum each gradient (missing: zeros) and ``extra`` (n,) over the ranks in one all-reduce; returns the sum of extra."""
         complete_gradients(parameters)
         return extra
 
@@ -160,12 +155,11 @@ class ProcessGroup(Comm):
 
     def split(self, groups: int) -> Comm:
         assert self._group is None
-        assert self.size % groups == 0
         if groups == 1:
             return self
         if groups == self.size:
             return SingleProcess(world=self)
-        # a DeviceMesh would also make groups across these, which nothing uses, and ignore our timeout
+        # a DeviceMesh would also make groups across these and ignore our timeout
         own, _ = dist.new_subgroups(self.size // groups, timeout=timedelta(seconds=self._timeout_s))
         return ProcessGroup(self._timeout_s, own, self)
 
@@ -210,20 +204,18 @@ class ProcessGroup(Comm):
 
 
 def join_local(rank: int, size: int, rendezvous: Path, timeout_s: float) -> Comm:
-    """Join ``size`` processes of this machine. rendezvous: the path of a file that does not exist yet.
-
-    gloo on every device: CUDA tensors go through host memory, and processes may share a device, unlike with NCCL.
-    """
+    """Join ``size`` processes of this machine. rendezvous: the path of a file that does not exist yet."""
     if size == 1:
         return SingleProcess()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     timeout = timedelta(seconds=timeout_s)
+    # with gloo, unlike NCCL, processes may share a device; CUDA tensors go through host memory
     dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=size, timeout=timeout)
     return ProcessGroup(timeout_s)
 
 
 def join_hosts(rank: int, size: int, address: str, port: int, interface: str, timeout_s: float) -> Comm:
-    """Join ``size`` processes of several hosts that connect to rank 0, which listens on ``address`` and ``port`` only.
+    """Join ``size`` processes of several hosts through rank 0, which listens on ``address`` and ``port`` only.
 
     interface: name of this host's network interface to the others. Raises Failure if they do not connect in time.
     """

@@ -53,12 +53,12 @@ def _rank_main(
     torch.set_num_threads(1)
     try:
         result = function(comm.join_local(rank, size, folder / "rendezvous", timeout_s), *args)
-        pipe.send(("done", result))
+        pipe.send((result, None))
         comm.leave_group()
     except BaseException as error:
-        # the other ranks fail as a consequence; the parent reports the first Failure among all errors
+        trace = RuntimeError(f"process {rank} of {size}: {error}\n{traceback.format_exc()}")
         with suppress(OSError):  # the parent may be gone
-            pipe.send(("failure" if isinstance(error, Failure) else "error", str(error), traceback.format_exc()))
+            pipe.send((None, Failure(str(error)) if isinstance(error, Failure) else trace))
             pipe.close()
         os._exit(1)  # a regular exit would wait for the other ranks
 
@@ -115,9 +115,9 @@ def run_ranks(
 
 
 def _collect(pipes: list[Connection], processes: list[Any]) -> list[Any]:
-    """The results of all ranks. If some fail, raises the most informative error."""
+    """The results of all ranks. Raises the cause: a Failure if there is one, else a rank that died, else another error."""
     results: dict[int, Any] = {}
-    errors: list[tuple[int, tuple[Any, ...]]] = []
+    errors: list[Exception] = []
     waiting: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(pipes)}
     deadline = math.inf
     while waiting and time.monotonic() < deadline:
@@ -125,22 +125,15 @@ def _collect(pipes: list[Connection], processes: list[Any]) -> list[Any]:
         for pipe in ready:
             rank = waiting.pop(pipe)
             try:
-                message = pipe.recv()
+                results[rank], error = pipe.recv()
             except EOFError:
                 processes[rank].join(5)
-                message = ("died", f"exit code {processes[rank].exitcode}", "")
-            if message[0] == "done":
-                results[rank] = message[1]
-            else:
-                errors.append((rank, message))
-                # the other ranks fail within a second, and one of them may report the cause
-                deadline = min(deadline, time.monotonic() + 3)
-    if not errors:
-        return [results[rank] for rank in range(len(pipes))]
-    order = {"failure": 0, "died": 1, "error": 2}
-    rank, (kind, text, trace) = min(errors, key=lambda error: order[error[1][0]])
-    if kind == "failure":
-        raise Failure(text)
-    if kind == "died":
-        raise Failure(f"process {rank} of {len(pipes)} died ({text}); was it killed, or short of memory?")
-    raise RuntimeError(f"process {rank} of {len(pipes)}: {text}\n{trace}")
+                reason = f"died (exit code {processes[rank].exitcode}); was it killed, or short of memory?"
+                error = ChildProcessError(f"process {rank} of {len(pipes)} {reason}")
+            if error:
+                errors.append(error)
+                deadline = min(deadline, time.monotonic() + 3)  # the others fail in a second; one may tell the cause
+    if errors:
+        cause = min(errors, key=lambda error: (Failure, ChildProcessError, RuntimeError).index(type(error)))
+        raise Failure(str(cause)) if isinstance(cause, ChildProcessError) else cause
+    return [results[rank] for rank in range(len(pipes))]

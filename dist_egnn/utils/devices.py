@@ -12,10 +12,7 @@ if TYPE_CHECKING:
 
 
 def check_name(name: str, key: str, *extra: str) -> None:
-    """Raise Failure unless ``name`` is a device or one of ``extra``.
-
-    key: the option as the user wrote it, for example "train.device=" or "--device ".
-    """
+    """Raise Failure unless ``name`` is a device or one of ``extra``. key: how the message begins, as "train.device="."""
     if name not in extra and not re.fullmatch(r"cpu|cuda(:(0|[1-9][0-9]*))?", name):
         *names, last = "cpu", "cuda", "cuda:N", *extra
         raise Failure(f"{key}{name}: unknown; use {', '.join(names)} or {last}")

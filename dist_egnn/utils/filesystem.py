@@ -64,10 +64,7 @@ def describe_os_error(error: OSError, path: Path) -> str:
 
 
 def save_verified(path: Path, size: int, save: Callable[[str], object]) -> None:
-    """Call save(str(path)) and verify that the file, of about ``size`` bytes, reached the disk. Raises Failure or OSError.
-
-    For libraries such as DGL that ignore a write error at the end of a file.
-    """
+    """Call save(str(path)), which may ignore errors as DGL does, and verify that the file reached the disk, else raise."""
     check_free_space(path, size)
     try:
         save(str(path))
@@ -124,8 +121,7 @@ class DeferredErrorFile(io.FileIO):
             return
         if self.error.errno in DISK_FULL:
             check_free_space(self.display_path, self.end, reusable=self.path.stat().st_blocks * 512)
-        reason = describe_os_error(self.error, self.display_path)
-        raise Failure(f"{reason}; fix that or choose another path") from self.error
+        raise Failure(f"{describe_os_error(self.error, self.display_path)}; choose another path") from self.error
 
 
 @contextmanager

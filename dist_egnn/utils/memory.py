@@ -31,14 +31,11 @@ def available_memory(device: str = "cpu", root: Path = CGROUP_ROOT) -> float:
         free = next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return math.inf
-    limit = cgroup_limit(root)
-    if limit == math.inf:
-        return free
     # the page cache does not count as used: the kernel releases it on demand
     words = read_cgroup("memory", "memory.stat", root=root)
     stats = [dict(zip(w[::2], map(float, w[1::2]), strict=False)) for w in words]
     used = min((stat.get("anon", stat.get("total_rss", 0.0)) for stat in stats), default=0.0)
-    return min(free, max(limit - used, 0.0))
+    return min(free, max(cgroup_limit(root) - used, 0.0))
 
 
 def require_memory(needed: float, device: str, purpose: str, remedy: str) -> None:
@@ -53,14 +50,11 @@ def mallopt(option: int, value: int) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let malloc keep the memory that a step frees for the next one; otherwise the kernel zeroes it anew.
-
-    glibc raises both thresholds by itself, but only up to these values. Settings in the environment take precedence.
-    """
+    """Let malloc keep what a step frees for the next one (else the kernel zeroes it anew), unless the user set it up."""
     malloc_variables = [name for name in os.environ if name.startswith("MALLOC_")]
     settings = " ".join([os.environ.get("GLIBC_TUNABLES", ""), *malloc_variables]).lower()
     if "threshold" not in settings:
-        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)
+        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # glibc raises both thresholds by itself, but only up to these values
         mallopt(M_TRIM_THRESHOLD, 64 * 2**20)
 
 
@@ -76,9 +70,7 @@ def step_bytes(nodes: float, edges: float, hidden: int, layers: int, block: floa
 
 
 def graph_server_bytes(nodes: int, edges: int, halo: int, floats: int, trainers: int) -> int:
-    """Upper bound of what a graph server allocates in its machine's /dev/shm, in bytes.
-
-    The graph in two formats, ids, flags, and ``floats`` float32 numbers per own node. halo: counted once per trainer.
-    """
+    """Upper bound of a graph server's use of /dev/shm, in bytes. floats: float32 numbers for each of its own nodes."""
     fields = 4 * floats + 8 * (3 if trainers > 1 else 2)
+    # the graph in two formats, ids and flags; halo nodes that several trainers share count more than once
     return 41 * edges + 17 * (nodes + halo) + fields * nodes + (64 << 10)

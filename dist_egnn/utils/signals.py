@@ -17,10 +17,7 @@ _stop_file: Path | None = None  # a launcher creates it to stop the processes th
 
 
 class Stopped(SystemExit):
-    """A run stopped on request after it wrote a checkpoint; raised once its last line is printed."""
-
-    def __init__(self) -> None:
-        super().__init__(EXIT_STOPPED)
+    """A run stopped on request, after it wrote a checkpoint and printed its last line; exits with EXIT_STOPPED."""
 
 
 @contextmanager
@@ -55,17 +52,16 @@ def catch_stop_signals() -> Iterator[None]:
 @contextmanager
 def forward_stop(stop_file: Path) -> Iterator[None]:
     """In a launcher: create ``stop_file`` on a stop request; the launched processes watch it."""
-    global _stop_file
-    _stop_file = stop_file
+    watch_stop_file(stop_file)
     try:
         if _requested:
             stop_file.touch()
         yield
     finally:
-        _stop_file = None
+        watch_stop_file(None)
 
 
-def watch_stop_file(stop_file: Path) -> None:
+def watch_stop_file(stop_file: Path | None) -> None:
     """In a launched process: the existence of ``stop_file`` is a stop request."""
     global _stop_file
     _stop_file = stop_file

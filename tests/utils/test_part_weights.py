@@ -27,17 +27,11 @@ def test_sizes_are_within_a_node_of_their_shares(weights: list[float], nodes: in
         assert np.abs(sizes - share).max() < 1 + 1e-6
 
 
-def test_sizes_by_hand() -> None:
+def test_sizes_and_units_by_hand() -> None:
     assert part_weights.sizes(8, [2, 1, 1]).tolist() == [4, 2, 2]
-    assert part_weights.sizes(5, [1.5, 1, 1, 1.5]).sum() == 5
-    assert part_weights.sizes(5, [1.5, 1, 1, 1.5]).min() == 1  # shares of exactly 1 after a half
-
-
-def test_weights_in_any_unit() -> None:
-    assert part_weights.equivalent((2, 1), (4, 2))
-    assert part_weights.equivalent(None, None)
-    assert not part_weights.equivalent((2, 1), None)
-    assert not part_weights.equivalent((2, 1), (1, 2))
-    assert not part_weights.equivalent((2, 1), (2, 1, 1))
+    sizes = part_weights.sizes(5, [1.5, 1, 1, 1.5])  # shares of exactly 1 after a half
+    assert (sizes.sum(), sizes.min()) == (5, 1)
+    pairs = [((2, 1), (4, 2)), (None, None), ((2, 1), None), ((2, 1), (1, 2)), ((2, 1), (2, 1, 1))]
+    assert [part_weights.equivalent(a, b) for a, b in pairs] == [True, True, False, False, False]
     assert part_weights.validate([5, 5], 2) is None
     assert part_weights.validate([2, 1], 2) == (2.0, 1.0)
