@@ -1,4 +1,4 @@
-"""A process opens a store once."""
+"""A process opens a store once; the ranks of halo mode cache the same samples."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from dgl import DGLGraph
 from tiny_runs import PLAIN_TRAIN, settings
 
 from dist_egnn.commands.evaluate import run_evaluation
 from dist_egnn.commands.train import run_training
+from dist_egnn.data import dataset
 from dist_egnn.data.store import Store, open_store
 from dist_egnn.train import trainer
 
+MakeStore = Callable[..., Path]
 PLAIN_INIT = Store.__init__
 
 
@@ -39,12 +43,7 @@ def recorded_train(folder: Path, comm: Any, *given: Any) -> Any:
 
 @pytest.mark.parametrize(("parts", "partitioned"), [(1, True), (2, True), (2, False)])
 def test_the_command_and_each_rank_open_a_store_once(
-    make_store: Callable[..., Path],
-    small: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    parts: int,
-    partitioned: bool,
+    make_store: MakeStore, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int, partitioned: bool
 ) -> None:
     store = tmp_path / "run" / "store"
     data = Path(shutil.copytree(make_store(parts, "random"), tmp_path / "data")) if partitioned else small
@@ -59,9 +58,30 @@ def test_the_command_and_each_rank_open_a_store_once(
     assert logs == {name: [str(data if partitioned else store)] for name in processes}
 
 
-def test_a_store_is_opened_again_if_its_manifest_changed(make_store: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_store_is_opened_again_if_its_manifest_changed(make_store: MakeStore, tmp_path: Path) -> None:
     path = Path(shutil.copytree(make_store(2), tmp_path / "store"))
     store = open_store(path)
     assert open_store(str(path / ".." / "store")) is store
     os.utime(path / "manifest.yaml", (0, 0))
     assert open_store(path) is not store
+
+
+def test_ranks_cache_the_same_samples(make_store: MakeStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They link together, so none may evict a sample that another still has: all read the same samples again."""
+    config = settings(make_store(3, "kmeans"), Path("unused"), "partition.halo=exchange")
+    monkeypatch.setattr(dataset, "CACHE_BYTES", 3 * 300_000)  # for three ranks; a sample counts for about 100,000
+    plain_read = Store.read
+    reads: list[list[int]] = [[], [], []]
+
+    def recorded(store: Store, number: int, part: int, exchange: bool) -> DGLGraph:
+        reads[part].append(number)
+        return plain_read(store, number, part, exchange)
+
+    monkeypatch.setattr(Store, "read", recorded)
+    numbers = np.random.default_rng(0).integers(0, 12, 60).tolist()
+    for rank in range(3):
+        samples = dataset.open_dataset(config, rank, 3)
+        for number in numbers:
+            samples[number]
+    assert reads[0] == reads[1] == reads[2]
+    assert 12 < len(reads[0]) < len(numbers)  # some samples were evicted, some were not

@@ -37,9 +37,6 @@ NETWORKS = [name for name, model in network.MODELS.items() if issubclass(model, 
 SHIFTS = np.array(list(itertools.product((-1, 0, 1), repeat=3)))
 
 
-# radius graphs
-
-
 def brute_force(x: np.ndarray, radius: float, side: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """All pairs with some image within the radius, sorted by destination, then source; x within one box."""
     images = x[None] + (SHIFTS * side)[:, None]  # (27, N, 3)
@@ -81,18 +78,13 @@ def test_both_faces_are_the_same_place_and_the_radius_is_included():
     assert set(zip(dst.tolist(), src.tolist(), strict=True)) == set(itertools.permutations((0, 1, 3), 2))
 
 
-def test_without_neighbours_across_it_a_box_changes_nothing():
-    x = np.random.default_rng(0).uniform(2, 3, (200, 3))
-    np.testing.assert_array_equal(radius_edges(x, 0.4, np.full(3, 5.0)), radius_edges(x, 0.4))
-
-
-@pytest.mark.parametrize("radius", [0.5, 0.51, math.inf])
-def test_the_radius_must_be_below_half_the_box(radius):
+def test_the_radius_must_be_below_half_the_box():
     """At exactly half, two images of a node have the same distance."""
-    side = np.array([1.0, 2, 2])
-    assert len(radius_edges(np.zeros((2, 3)), np.nextafter(0.5, 0), side)[0]) == 2
-    with pytest.raises(Failure, match=r"radius=.*below half the shortest side .*0\.5"):
-        radius_edges(np.zeros((2, 3)), radius, side)
+    x, side = np.zeros((2, 3)), np.array([1.0, 2, 2])
+    assert len(radius_edges(x, np.nextafter(0.5, 0), side)[0]) == 2
+    for radius in (0.5, 0.51, math.inf):
+        with pytest.raises(Failure, match=r"radius=.*below half .*0\.5"):
+            radius_edges(x, radius, side)
 
 
 def test_edges_are_dropped_by_their_distance_to_the_image():
@@ -100,8 +92,6 @@ def test_edges_are_dropped_by_their_distance_to_the_image():
     src, dst = graphs.sample_edges(x, 1.0, 2 / 3, np.full(3, 4.0))
     assert sorted(zip(src.tolist(), dst.tolist(), strict=True)) == [(0, 1), (1, 0)]
 
-
-# trajectories
 
 BOXES = np.array([[2, 2, 4], [2, 2.5, 4], [2, 3, 4]])  # by trajectory
 SETTINGS: dict[str, Any] = {"radius": 0.7, "horizon": 2, "features": ["speed"], "periodic": True}
@@ -134,8 +124,7 @@ def boxed(tmp_path_factory) -> Path:
 
 
 def inputs(path: Path, method: str = "metis", **changed: Any) -> store_writer.Inputs:
-    settings = config.Data(**{**SETTINGS, **changed})
-    data = Trajectories(path)
+    data, settings = Trajectories(path), config.Data(**{**SETTINGS, **changed})
     return store_writer.build_inputs(data, parts=2, method=method, method_seed=0, settings=settings, shard_nodes=500)
 
 
@@ -216,9 +205,6 @@ def test_from_a_file_to_a_trained_model(boxed, tmp_path, monkeypatch, capfd):
     assert math.isfinite(pd.read_csv(tmp_path / "run" / "metrics.csv")["valid_mse"].item())
 
 
-# stores
-
-
 def test_an_older_store_has_no_periodic_boxes(boxed, tmp_path):
     """A store from before data.periodic existed."""
     old = stored(boxed, tmp_path / "old", periodic=False).path
@@ -250,9 +236,6 @@ def test_verify_finds_a_box_that_contradicts_the_edges(store, tmp_path):
         verify_store(Store(copy), lambda *_: None)
 
 
-# invalid input
-
-
 @pytest.mark.parametrize(
     ("box", "changed", "message"),
     [
@@ -273,12 +256,10 @@ def test_unsuitable_boxes_are_refused(tmp_path, box, changed, message):
         dataset.open_dataset(settings, 0, 1)
 
 
-def test_a_box_is_given_exactly_if_periodic():
-    nodes = {"x": np.zeros((2, 3), np.float32)}
-    with pytest.raises(Failure, match=r"data\.periodic=true needs a box"):
-        build_sample(nodes, SampleSpec(0.3, 1, (), periodic=True))
-    with pytest.raises(Failure, match=r"data\.periodic=false: leave the box out"):
-        build_sample(nodes, SampleSpec(0.3, 1, ()), np.ones(3))
+@pytest.mark.parametrize(("periodic", "side"), [(True, None), (False, np.ones(3))])
+def test_a_box_is_given_exactly_if_periodic(periodic, side):
+    with pytest.raises(Failure, match=rf"data\.periodic={str(periodic).lower()}"):
+        build_sample({"x": np.zeros((2, 3), np.float32)}, SampleSpec(0.3, 1, (), periodic=periodic), side)
 
 
 def wrapped(k: int) -> np.ndarray:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tiny_runs
 import torch
-from small_data import DATA
 from test_exact import _each
 
 from dist_egnn import config
@@ -50,14 +50,10 @@ def test_many_processes_equal_one_on_the_full_graph(
 
 def test_a_run_in_halo_mode_equals_one_process(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Partitioned, trained in batches, validated, evaluated: as without partitions."""
-    keys = [f"data.path={small}", "model.hidden=8", "model.layers=2", "partition.method=random"]
-    keys += ["train.epochs=2", "train.batch_size=2", "train.lr=0.01"]
+    keys = ["partition.method=random", "train.epochs=2", "train.batch_size=2", "model.hidden=8", "model.layers=2"]
     mse = {}
     for name, more in (("one", []), ("many", ["partition.parts=2", "partition.halo=exchange"])):
-        settings = config.load(None, [*keys, *more, f"run.dir={tmp_path / name}"])
-        for key, value in DATA.items():
-            setattr(settings.data, key, value)
-        run_training(settings)
+        run_training(tiny_runs.settings(small, tmp_path / name, *keys, *more))
         mse[name] = run_evaluation(tmp_path / name)["FastEGNN"]
     assert mse["many"] == pytest.approx(mse["one"], rel=1e-5)  # in bridge mode, METIS differs by 1e-4
     assert "halo: exchange" in (tmp_path / "many" / "config.yaml").read_text()

@@ -5,16 +5,16 @@ Machines are addresses with ports, so several fit on one host. Run as a script, 
 
 from __future__ import annotations
 
-import os
 import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -30,23 +30,15 @@ from dist_egnn.errors import Failure
 from dist_egnn.train import trainer as training
 
 LIMIT_S = 120.0
-HOST, LOOPBACK = "127.0.0.1", "0100007F"
+MakeStore = Callable[..., Path]
+HOST = "127.0.0.1"
 
 pytestmark = pytest.mark.skipif(not graph_server.SHARED.is_dir(), reason="DGL's servers share graphs through /dev/shm")
 
 
-def listening_addresses(pid: int | str) -> set[str]:
-    """The addresses on which a process listens for TCP, in the kernel's hexadecimal."""
-    addresses, links = set(), set()
-    for file in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(FileNotFoundError):  # closed meanwhile
-            links.add(os.readlink(file))
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
-            cells = line.split()
-            if cells[3] == "0A" and f"socket:[{cells[9]}]" in links:
-                addresses.add(cells[1].split(":")[0])
-    return addresses
+def listening_addresses(pid: int | None = None) -> set[str]:
+    """The addresses on which a process, by default this one, listens for TCP."""
+    return {c.laddr.ip for c in psutil.Process(pid).net_connections("tcp") if c.status == psutil.CONN_LISTEN}
 
 
 def config_of(path: Path, run: Path) -> config.Config:
@@ -59,10 +51,10 @@ def equal(a: Part, b: Part) -> bool:
     return fields and a.inner == b.inner and torch.equal(a.src, b.src) and torch.equal(a.dst, b.dst)
 
 
-def trainer(path: str, rank: str, ip_config: str, group: str, port: str, run: str) -> None:
+def trainer(path: str, rank: str, ip_config: str, group: str, port: str, run: str, limit_s: str = str(LIMIT_S)) -> None:
     """Connect, compare every part with the disk's, and train; without a run, wait to be killed."""
     try:
-        size = graph_server.connect(Path(path), int(rank), Path(ip_config), int(group), LIMIT_S)
+        size = graph_server.connect(Path(path), int(rank), Path(ip_config), int(group), float(limit_s))
         trainers = comm.join_hosts(int(rank), size, HOST, int(port), "lo", LIMIT_S)
     except Failure as failure:
         print(f"error: {failure}")
@@ -74,23 +66,22 @@ def trainer(path: str, rank: str, ip_config: str, group: str, port: str, run: st
     assert type(store.source) is graph_server.ServerSource
     for machine in range(store.machines):
         assert equal(store.source.part("shard-00000", machine), store.disk.part("shard-00000", machine)), machine
-    assert listening_addresses("self") == {LOOPBACK}  # torch's store on rank 0, gloo's and DGL's sockets on all
+    assert listening_addresses() == {HOST}  # torch's store on rank 0, gloo's and DGL's sockets on all
     training.train(trainers, config_of(Path(path), Path(run)))
     graph_server.leave(0)
 
 
 def free_ports(count: int) -> list[int]:
-    probes = [socket.create_server((HOST, 0)) for _ in range(count)]
-    ports = [probe.getsockname()[1] for probe in probes]
-    for probe in probes:
-        probe.close()
-    return ports
+    with ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server((HOST, 0))) for _ in range(count)]
+        return [probe.getsockname()[1] for probe in probes]
 
 
 def start(log: Path, *arguments: object) -> subprocess.Popen:
     with open(log, "w") as out:
-        command = [sys.executable, *map(str, arguments)]
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+        return subprocess.Popen(
+            [sys.executable, *map(str, arguments)], stdin=subprocess.DEVNULL, stdout=out, stderr=out
+        )
 
 
 def wait_for(text: str, log: Path, process: subprocess.Popen) -> None:
@@ -119,10 +110,9 @@ class Cluster:
 
     def start_trainers(self, group: int, run: Path | str) -> list[tuple[subprocess.Popen, Path]]:
         logs = [self.folder / f"trainer-{group}-{rank}.log" for rank in range(self.store.parts)]
-        words = [(self.path, rank, self.ip_config, group, self.port, run) for rank in range(len(logs))]
-        processes = [start(log, __file__, *more) for log, more in zip(logs, words, strict=True)]
-        self.processes += processes
-        return list(zip(processes, logs, strict=True))
+        for rank, log in enumerate(logs):
+            self.processes.append(start(log, __file__, self.path, rank, self.ip_config, group, self.port, run))
+        return list(zip(self.processes[-len(logs) :], logs, strict=True))
 
     def train(self, group: int, run: Path) -> None:
         for process, log in self.start_trainers(group, run):
@@ -141,7 +131,7 @@ def running_servers(path: Path, folder: Path) -> Iterator[Cluster]:
         for machine, address in enumerate(cluster.addresses):
             size = sum(file.stat().st_size for file in address.files())
             assert size <= graph_server.shared_bytes(cluster.store, machine) <= 1.2 * size + (64 << 10)
-            assert listening_addresses(servers[machine].pid) == {LOOPBACK}
+            assert listening_addresses(servers[machine].pid) == {HOST}
         yield cluster
         for server in servers:
             if server.poll() is None:
@@ -157,12 +147,12 @@ def running_servers(path: Path, folder: Path) -> Iterator[Cluster]:
 
 
 @pytest.fixture
-def one(make_store: Callable[..., Path]) -> Path:
+def one(make_store: MakeStore) -> Path:
     """A store for one machine with two trainers."""
     return make_store(1, shard_nodes=0, trainers=2)
 
 
-def test_training_through_servers_equals_training_from_disk(make_store: Callable[..., Path], tmp_path: Path) -> None:
+def test_training_through_servers_equals_training_from_disk(make_store: MakeStore, tmp_path: Path) -> None:
     """Own part or another machine's: tensors, losses and weights are those of a run from disk, bit for bit."""
     path = make_store(2, shard_nodes=0, node_attributes=[])
     spawn.run_ranks(training.train, 2, config_of(path, tmp_path / "local"))
@@ -191,10 +181,9 @@ def test_killed_trainers_and_servers(one: Path, tmp_path: Path) -> None:
         server, address = cluster.processes[0], cluster.addresses[0]
         with pytest.raises(Failure, match=f"process {server.pid} already serves there"):
             graph_server.clear(address)
-        command = [sys.executable, "-m", "dist_egnn.data.graph_server", one, "0", cluster.ip_config]
-        second = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S)
-        assert second.returncode == 2
-        assert f"error: {address}: process {server.pid} already serves there" in second.stderr.splitlines()[-1]
+        second = start(log := tmp_path / "second.log", "-m", "dist_egnn.data.graph_server", one, 0, cluster.ip_config)
+        assert second.wait(LIMIT_S) == 2
+        assert f"error: {address}: process {server.pid} already serves there" in log.read_text()
         server.kill()
         server.wait()
         other = graph_server.SHARED / f"dist_egnn~{HOST}~{address.port}0~x"  # of a port that begins with these digits
@@ -209,7 +198,7 @@ def test_killed_trainers_and_servers(one: Path, tmp_path: Path) -> None:
 
 
 def test_what_a_server_refuses(
-    one: Path, make_store: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one: Path, make_store: MakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ip_config = tmp_path / "ip.txt"
     ip_config.write_text(f"{HOST} {free_ports(1)[0]}\n")
@@ -221,39 +210,34 @@ def test_what_a_server_refuses(
         with pytest.raises(Failure, match=f"{name}: .*sha256 .*partition again"):
             graph_server.serve(damaged, 0, ip_config)
         file.write_bytes(before)
-    with monkeypatch.context() as patch:
-        patch.setattr(graph_server, "shared_bytes", lambda *_: 1 << 60)
-        with pytest.raises(Failure, match=f"/dev/shm/dist_egnn~{HOST}~.*disk full"):
-            graph_server.serve(one, 0, ip_config)
-    for message, options in (
-        ("partition again with --shard-nodes 0", {"parts": 1, "shard_nodes": 300}),
-        ("train without servers", {"parts": 1, "shard_nodes": 0, "edge_drop": 1.0}),
-        ("names 1 machines, the store has 2", {"parts": 2, "shard_nodes": 0}),
+    for message, path, machine in (
+        ("partition again with --shard-nodes 0", make_store(1, shard_nodes=300), 0),
+        ("train without servers", make_store(1, shard_nodes=0, edge_drop=1.0), 0),
+        ("names 1 machines, the store has 2", make_store(2, shard_nodes=0), 0),
+        ("machine -1: .*machines 0 to 0", one, -1),
+        ("machine 1: .*machines 0 to 0", one, 1),
     ):
         with pytest.raises(Failure, match=message):
-            graph_server.serve(make_store(**options), 0, ip_config)
-    for machine in (-1, 1):
-        with pytest.raises(Failure, match=f"machine {machine}: .*{one.name} has machines 0 to 0"):
-            graph_server.serve(one, machine, ip_config)
+            graph_server.serve(path, machine, ip_config)
+    monkeypatch.setattr(graph_server, "shared_bytes", lambda *_: 1 << 60)
+    with pytest.raises(Failure, match=f"/dev/shm/dist_egnn~{HOST}~.*disk full"):
+        graph_server.serve(one, 0, ip_config)
     for line in ("0.0.0.0 4000", "localhost 4000", HOST, f"{HOST} 70000"):
         ip_config.write_text(line)
         with pytest.raises(Failure, match=r"ip\.txt: line 1 is not `ADDRESS PORT`"):
             graph_server.serve(one, 0, ip_config)
 
 
-def test_trainers_without_a_server(make_store: Callable[..., Path], tmp_path: Path) -> None:
+def test_trainers_without_a_server(make_store: MakeStore, tmp_path: Path) -> None:
     """No server on the trainer's machine, then none on the other one."""
     cluster = Cluster(make_store(2, shard_nodes=0), tmp_path)
     with pytest.raises(Failure, match=f"{cluster.addresses[0]}: no server .*start the server of machine 0"):
         graph_server.connect(cluster.path, 0, cluster.ip_config, 0, 4)
-    code = "from pathlib import Path; from dist_egnn.data import graph_server; from dist_egnn.errors import Failure\n"
-    code += f"try: graph_server.connect(Path({str(cluster.path)!r}), 0, Path({str(cluster.ip_config)!r}), 0, 4)\n"
-    code += "except Failure as failure: print(failure, flush=True); graph_server.leave(3)"
     try:
         server = cluster.start_server(0)
-        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=LIMIT_S)
-        assert result.returncode == 3, result.stderr
-        assert result.stdout.splitlines()[-1].startswith(f"{cluster.addresses[1]}: no graph server within 4 s")
+        process = start(log := tmp_path / "trainer.log", __file__, cluster.path, 0, cluster.ip_config, 0, 0, "", 4)
+        assert process.wait(LIMIT_S) == 2
+        assert f"error: {cluster.addresses[1]}: no graph server within 4 s" in log.read_text()
     finally:
         server.terminate()
         assert server.wait(LIMIT_S) == 0
