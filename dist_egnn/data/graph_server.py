@@ -99,9 +99,8 @@ def _exclusive(here: Address) -> Iterator[None]:
 
 
 def _unlink(here: Address) -> int:
-    files = here.files()
     try:
-        for file in files:
+        for file in (files := here.files()):
             file.unlink(missing_ok=True)
     except PermissionError as error:
         raise Failure(f"{error.filename}: belongs to another user; choose another port than {here.port}") from error
@@ -117,7 +116,7 @@ def clear(here: Address) -> int:
 def shared_bytes(store: Store, machine: int) -> int:
     """The size of what the server of a machine puts into /dev/shm."""
     table = store.parts_table[store.parts_table["part"] // store.trainers == machine]
-    nodes, edges, halo = (int(table[name].sum()) for name in ("nodes", "edges", "halo"))
+    nodes, edges, halo = table[["nodes", "edges", "halo"]].sum().tolist()
     floats = 9 + len(store.inputs["features"]) + len(store.inputs["node_attributes"])
     return graph_server_bytes(nodes, edges, halo, floats, store.trainers)
 

@@ -68,13 +68,12 @@ class Halo:
 
         Raises Failure for an edge that is longer than the radius.
         """
-        source, destination = remote_x.index_select(0, self.src), x.index_select(0, self.dst)
         positions = torch.cat([remote_x, x]).numpy()
         squared = graphs.squared_lengths(positions, self.src.numpy(), self.dst.numpy() + len(remote_x), self.side)
         if len(squared) and not squared.max() <= self.radius**2 * (1 + 1e-6):
             length = f"{squared.max() ** 0.5:.3g}, beyond the radius {self.radius:g}"
             raise Failure(f"{self.where}: an edge from another part has length {length}; partition again")
-        self.edge = graphs.edge_fields(source, destination, self.side)
+        self.edge = graphs.edge_fields(remote_x[self.src], x[self.dst], self.side)
         self.send_rows = list(send_rows)
 
 

@@ -125,7 +125,13 @@ def write(
         context = multiprocessing.get_context("forkserver")
         pool = ProcessPoolExecutor(workers, context, exit_with_parent, (os.getpid(),))
     try:
-        folder = _prepare_folder(out, settings)
+        folder = out.with_name(out.name + ".parts")  # new, or left by an interrupted run
+        folder.mkdir(parents=True, exist_ok=True)
+        file, content = folder / "settings.json", json.dumps(settings, sort_keys=True, indent=1)
+        if not file.exists():
+            filesystem.write_atomically(file, content.encode())
+        elif file.read_text() != content:
+            raise Failure(f"{folder} has parts made with other settings ({file}); delete it, or choose another --out")
         paths = [folder / f"{k:06d}.h5" for k in range(parts)]
         _make_missing(out.name, functools.partial(_write_part, make, folder), paths, pool, unit, steps)
         filesystem.check_free_space(out, sum(path.stat().st_size for path in paths))
@@ -143,18 +149,6 @@ def write(
         raise Failure(f"{reason}; correct that, then run the same command again") from error
     shutil.rmtree(folder)
     print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {time.monotonic() - started:.0f} s")
-
-
-def _prepare_folder(out: Path, settings: Mapping[str, Any]) -> Path:
-    """The folder of the parts, new or left by an interrupted run with the same settings."""
-    folder = out.with_name(out.name + ".parts")
-    folder.mkdir(parents=True, exist_ok=True)
-    file, content = folder / "settings.json", json.dumps(settings, sort_keys=True, indent=1)
-    if not file.exists():
-        filesystem.write_atomically(file, content.encode())
-    elif file.read_text() != content:
-        raise Failure(f"{folder} has parts made with other settings ({file}); delete it, or choose another --out")
-    return folder
 
 
 def _make_missing(

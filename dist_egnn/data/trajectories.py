@@ -193,8 +193,7 @@ class Trajectories(Sequence[Trajectory]):
 
     def _read(self, k: int, key: str, frame: int | None = None) -> np.ndarray:
         try:
-            dataset = self.file["trajectories"][self._all[k].name][key]
-            return dataset[()] if frame is None else dataset[frame]
+            return self.file["trajectories"][self._all[k].name][key][() if frame is None else frame]
         except (OSError, KeyError) as error:
             where = f"{self.path}: trajectory {k}"
             raise Failure(f"{where}: cannot read '{key}' ({error}); the file is damaged, prepare it again") from error

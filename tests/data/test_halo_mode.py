@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import operator
 from collections.abc import Callable
 from pathlib import Path
@@ -74,16 +75,13 @@ def assert_exact(errors: dict[str, float]) -> None:
     assert max(errors.values()) <= TOLERANCE, errors
 
 
-@pytest.mark.parametrize("parts", [2, 4, 8])
-@pytest.mark.parametrize("name", network.MODELS)
-def test_parts_equal_the_full_graph(make_store: MakeStore, name: str, parts: int) -> None:
-    assert_exact(store_differences(Store(make_store(parts, "metis")), model_of(name), 1))
+EVERY_MODEL = itertools.product(network.MODELS, (2, 4, 8), ("metis",))
+EVERY_METHOD = itertools.product(("FastEGNN", "RF", "FastTFN"), (3,), set(assign.METHODS) - {"metis"})
 
 
-@pytest.mark.parametrize("name", ["FastEGNN", "RF", "FastTFN"])
-@pytest.mark.parametrize("method", [m for m in assign.METHODS if m != "metis"])
-def test_every_partition_method_is_exact(make_store: MakeStore, name: str, method: str) -> None:
-    assert_exact(store_differences(Store(make_store(3, method)), model_of(name), 0))
+@pytest.mark.parametrize(("name", "parts", "method"), sorted([*EVERY_MODEL, *EVERY_METHOD]))
+def test_parts_equal_the_full_graph(make_store: MakeStore, name: str, parts: int, method: str) -> None:
+    assert_exact(store_differences(Store(make_store(parts, method)), model_of(name), 1))
 
 
 @pytest.fixture
@@ -94,12 +92,16 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 OPTIONS = ("model.attention=true", "model.normalize=true", "model.gravity=[0, 0, -1]")
 
 
-@pytest.mark.parametrize("engine", ["dgl", "torch"])
+@pytest.mark.parametrize(("engine", "threads"), [("dgl", 1), ("torch", 1), ("torch", 2)])
 @pytest.mark.parametrize("keys", [(), OPTIONS], ids=["plain", "options"])
 @pytest.mark.usefixtures("small_tiles")
-def test_many_tiles_and_batches(make_store: MakeStore, engine: str, keys: tuple[str, ...]) -> None:
-    model = model_of("FastEGNN", *keys, f"model.engine={engine}", "model.tile=100")
-    assert_exact(store_differences(Store(make_store(3, "metis")), model, 0, 3, 1))
+def test_many_tiles_and_batches(make_store: MakeStore, engine: str, threads: int, keys: tuple[str, ...]) -> None:
+    model = model_of("FastEGNN", *keys, f"model.engine={engine}", "model.tile=50")
+    torch.set_num_threads(threads)
+    try:
+        assert_exact(store_differences(Store(make_store(3, "metis")), model, 0, 3, 1))
+    finally:
+        torch.set_num_threads(1)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -110,15 +112,6 @@ def test_float32_and_bfloat16_messages(make_store: MakeStore) -> None:
         errors = store_differences(store, model, 1)
         # in bfloat16, sums of many gradients that cancel lose more digits
         assert max(errors[name] for name in ("x", "z", "s", "embedding.weight")) <= 1e-5, (precision, errors)
-
-
-@pytest.mark.usefixtures("small_tiles")
-def test_threads_share_the_tiles_of_a_part(make_store: MakeStore) -> None:
-    torch.set_num_threads(2)
-    try:
-        assert_exact(store_differences(Store(make_store(2, "metis")), model_of("FastEGNN", "model.tile=50"), 1))
-    finally:
-        torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("name", ["FastEGNN", "FastRF"])
@@ -289,8 +282,7 @@ def link_after(store: Store, rank: int, change: Callable[[halo.Halo, list[DGLGra
 
 def test_a_wrong_halo_node_is_refused_by_its_distance(make_store: MakeStore) -> None:
     def replace_by_farthest(own: halo.Halo, parts: list[DGLGraph]) -> None:
-        distance = (parts[1].ndata["x"] - parts[0].ndata["x"].mean(0)).square().sum(1)
-        own.recv_rows[1][-1] = int(distance.argmax())
+        own.recv_rows[1][-1] = (parts[1].ndata["x"] - parts[0].ndata["x"].mean(0)).square().sum(1).argmax()
         own.recv_rows[1] = own.recv_rows[1].unique()
 
     with pytest.raises(Failure, match=r"snapshot 1, part 0: an edge .* beyond the radius 0.27.*partition again"):
