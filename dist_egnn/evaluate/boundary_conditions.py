@@ -1,27 +1,44 @@
-"""What is constant in a rollout (attributes, box, walls, fixed nodes, unit of velocity), and when it stops."""
+"""What is constant in a rollout (its job, attributes, box, walls, fixed nodes, unit of velocity); when it stops."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 
+from ..config import Config
+from ..data.samples import SampleSpec
 from ..data.trajectories import Trajectories
 from ..errors import Failure
 
-if TYPE_CHECKING:
-    from .rollout import RolloutJob
-
 BOUNDS = ("none", "reflect", "clamp")
 MAX_SIZES = 10.0  # a rollout stops where a node is so many box sizes from the centre of the box
+
+
+@dataclass(frozen=True)
+class RolloutJob:
+    """Everything that determines a rollout."""
+
+    config: Config  # with the partition section by which the rollout partitions
+    weights: str  # a checkpoint
+    data: str  # trajectories.h5
+    spec: SampleSpec
+    trajectory: int
+    start: int  # frame
+    steps: int
+    repartition: int  # steps between partitions
+    bounds: str
+    fixed: tuple[str, float] | None  # attribute and value of the nodes that do not move
+    out: str
+    double: bool = False  # compute in float64, to compare numbers of processes
 
 
 class BoundaryConditions:
     """Raises Failure for walls or fixed nodes that the trajectory does not have."""
 
     def __init__(self, data: Trajectories, job: RolloutJob) -> None:
-        k, self.trajectory = job.trajectory, data[job.trajectory]
-        self.bounds, self.box = job.bounds, data.box(k)
+        self.job, k = job, job.trajectory
+        self.trajectory, self.box = data[k], data.box(k)
         self.side = data.sides(k, job.spec.radius) if job.spec.periodic else None
         self.dtype = np.dtype(np.float64 if job.double else np.float32)
         self.attributes = {name: data.attribute(k, name).astype(self.dtype) for name in self.trajectory.attributes}
@@ -32,12 +49,13 @@ class BoundaryConditions:
             self.fixed = data.attribute(k, job.fixed[0]) == job.fixed[1]
             if not self.fixed.any():
                 raise Failure(f"--fixed {job.fixed[0]}={job.fixed[1]:g}: {job.data} has no such node in trajectory {k}")
-        if self.bounds != "none" and (self.box is None or self.trajectory.periodic):
+        if job.bounds != "none" and (self.box is None or self.trajectory.periodic):
             why = "has no box" if self.box is None else "is in a periodic box, which has no walls"
-            raise Failure(f"--bounds {self.bounds}: trajectory {k} of {job.data} {why}; use --bounds none")
+            raise Failure(f"--bounds {job.bounds}: trajectory {k} of {job.data} {why}; use --bounds none")
         ends = [data.position(k, t) for t in (job.start, self.trajectory.frames - 1)]
-        corners = self.box if self.box is not None else np.stack([np.min(ends, (0, 1)), np.max(ends, (0, 1))])
-        self.centre, self.limit = corners.mean(0), MAX_SIZES * float(np.ptp(corners, 0).max())
+        extent = np.stack([np.min(ends, (0, 1)), np.max(ends, (0, 1))])
+        self.corners = extent if self.box is None else self.box
+        self.limit = MAX_SIZES * float(np.ptp(self.corners, 0).max())
 
     def problem(self, x: np.ndarray, before: np.ndarray) -> str:
         """Why the rollout must stop at positions x (N, 3), given those of the step before; empty if it need not."""
@@ -45,7 +63,7 @@ class BoundaryConditions:
         if invalid.any():
             return f"{invalid.sum()} positions are NaN or infinite, the first of node {invalid.argmax()}"
         periodic = self.side is not None  # positions are unwrapped: only a single step can be too long
-        distance = np.abs(x - (before if periodic else self.centre)).max(1)
+        distance = np.abs(x - (before if periodic else self.corners.mean(0))).max(1)
         most, size = distance.max(), "data" if self.box is None else "box"
         if most <= self.limit:
             return ""
@@ -55,12 +73,10 @@ class BoundaryConditions:
     def apply(self, x: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The next positions and velocities (N, 3), from the present and the predicted positions."""
         after, sign = predicted, np.ones_like(predicted)
-        if self.bounds != "none":
-            assert self.box is not None
-            low, high = self.box.astype(x.dtype)
-        if self.bounds == "clamp":
+        low, high = self.corners.astype(x.dtype)
+        if self.job.bounds == "clamp":
             after = predicted = np.clip(predicted, low, high)
-        elif self.bounds == "reflect":
+        elif self.job.bounds == "reflect":
             folded = np.mod(predicted - low, 2 * (high - low))
             reversed_ = folded > high - low
             after = np.clip(low + np.where(reversed_, 2 * (high - low) - folded, folded), low, high)
@@ -71,7 +87,6 @@ class BoundaryConditions:
 
 
 def parse_fixed(text: str) -> tuple[str, float]:
-    """Split ATTRIBUTE=VALUE of --fixed."""
     name, _, value = text.partition("=")
     try:
         return name, float(value)

@@ -1,8 +1,7 @@
 """Errors of predicted positions and properties of point clouds, as functions of arrays.
 
-x, y: (N, 3) predicted and true positions; v: (N, 3) velocities; mass: (N,), default 1. NumPy arrays or tensors; sums
-are in float64. Functions with ``comm`` are collective calls: every process passes the rows that it owns and receives
-the value for all rows. `density` and `sinkhorn.divergence` need all points: gather the frame first.
+x, y: (N, 3) predicted and true positions; v: (N, 3) velocities; mass: (N,), default 1; arrays or tensors, summed in
+float64. With ``comm`` a collective call: every process passes the rows that it owns and receives the value for all.
 """
 
 from __future__ import annotations
@@ -107,7 +106,7 @@ def density(x: Any, mass: Any, support: float) -> np.ndarray:
     """Σ_j m_j W(‖x_i − x_j‖) at every point, j = i included: (N,), mass / length³.
 
     W is SPH's cubic spline (Monaghan 1992): 8 / (π support³) times 6 (q³ − q²) + 1 for q ≤ ½ and 2 (1 − q)³ for
-    ½ < q ≤ 1, q = distance / support. Too low near a wall or a surface, where neighbours are missing.
+    ½ < q ≤ 1, q = distance / support. Too low near a wall or a surface. Needs all points: gather them first.
     """
     from scipy.spatial import KDTree
 

@@ -54,10 +54,7 @@ def relative_difference(a: Tensor, b: Tensor, least: float = 0.0) -> float:
 
 
 def compare(config: Config, store: Store, snapshot: int, folder: Path) -> dict[str, float]:
-    """Relative differences between P processes and one, by quantity. ``folder`` takes temporary files.
-
-    One process computes on the same cut graph, in halo mode on the full graph.
-    """
+    """Relative differences of P processes from one on the same cut graph, in halo mode on the full graph, by quantity."""
     arguments = config, str(store.path), snapshot, str(folder)
     spawn.run_ranks(save_rank_results, store.parts, *arguments, timeout_s=config.train.timeout_s)
     return compare_with_one_process(config, store, snapshot, folder)

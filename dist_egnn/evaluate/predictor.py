@@ -25,6 +25,7 @@ from ..utils import devices
 
 Array = np.ndarray | Tensor
 ByName = Mapping[str, Array]
+Given = ByName | Array | None
 
 
 class Predictor:
@@ -38,48 +39,38 @@ class Predictor:
         devices.check_name(device, "device=", "auto")
         if device != "auto":
             devices.check_available(device, "device=")
-        file = Path(path)
-        file = file / run_dir.BEST if file.is_dir() else file
+        file = Path(path, run_dir.BEST) if Path(path).is_dir() else Path(path)
         state = checkpoint.load(file)
         self.config = configs.parse(state["config"], f"{file}: its config")
         data = self.config.data
         embedding = state["model"].get("embedding.weight")  # missing: the model uses no features
         self.width = 0 if embedding is None else embedding.shape[1]
-        self.features = () if embedding is None else data.features
-        self.node_attributes = () if embedding is None else tuple(data.node_attributes)
+        self.features, self.node_attributes = ([], []) if embedding is None else (data.features, data.node_attributes)
         self.spec = sample_spec(data, ())
         with torch.random.fork_rng(devices=[]):  # keeps the caller's random state
             self.model = build_model(self.config, (self.width, len(self.node_attributes)), SingleProcess())
         checkpoint.load_weights(self.model, state, file)
         self.model.to(devices.resolve(device)).eval()
 
-    def __call__(
-        self,
-        positions: Array,
-        velocities: Array,
-        features: ByName | Array | None = None,
-        *,
-        node_attributes: ByName | Array | None = None,
-        box: Array | None = None,
-    ) -> Array:
-        """Predicted positions (N, 3) float32: an array for an array, a tensor on its device for a tensor.
-
-        positions, velocities: (N, 3), in the units of the run's data; features: attributes by name, each (N,), or the
-        run's features (N, F). node_attributes: the same for (N, K), if ``features`` does not contain them. box: low and
-        high corner (2, 3), for periodic data. Raises Failure for wrong shapes, missing attributes, NaN and infinity.
-        """
-        return self.with_virtual(positions, velocities, features, node_attributes=node_attributes, box=box)[0]
+    def __call__(self, positions: Array, velocities: Array, features: Given = None, **more: Any) -> Array:
+        """The predicted positions alone; for the arguments see `with_virtual`."""
+        return self.with_virtual(positions, velocities, features, **more)[0]
 
     def with_virtual(
         self,
         positions: Array,
         velocities: Array,
-        features: ByName | Array | None = None,
+        features: Given = None,
         *,
-        node_attributes: ByName | Array | None = None,
+        node_attributes: Given = None,
         box: Array | None = None,
     ) -> tuple[Array, Array]:
-        """The same, and the positions of the virtual nodes (C, 3) after the last layer."""
+        """Predicted positions (N, 3) float32, and those of the virtual nodes (C, 3) after the last layer.
+
+        positions, velocities: (N, 3) in the data's units; arrays, or tensors for tensors on their device. features: (N,)
+        attributes by name, or the run's features (N, F). node_attributes: the same, (N, K), if ``features`` lacks them.
+        box: low and high corner (2, 3) of periodic data. Raises Failure for wrong shapes and names, NaN and infinity.
+        """
         x = _numbers(positions, "positions", (None, 3))
         v = _numbers(velocities, "velocities", (len(x), 3))
         features = {} if features is None else features

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -13,18 +12,10 @@ from ..data import graphs, halo
 from ..data.halo import Halo
 from ..distributed.comm import Comm
 from ..partition import assign
+from .boundary_conditions import RolloutJob
 
-if TYPE_CHECKING:
-    from .rollout import RolloutJob
-
-
-class LocalGraph(NamedTuple):
-    """The nodes that a process owns, ascending; source and destination of their edges, as rows of these; its halo."""
-
-    nodes: np.ndarray
-    src: np.ndarray
-    dst: np.ndarray
-    halo: Halo | None
+# the nodes that a process owns, ascending; source and destination of their edges, as rows of these; its halo
+LocalGraph = tuple[np.ndarray, np.ndarray, np.ndarray, Halo | None]
 
 
 class Repartitioner:
@@ -41,7 +32,7 @@ class Repartitioner:
         """
         comm, spec, section = self.comm, self.job.spec, self.job.config.partition
         if comm.size == 1:
-            return LocalGraph(np.arange(len(x)), *graphs.sample_edges(x, spec.radius, spec.edge_drop, self.side), None)
+            return np.arange(len(x)), *graphs.sample_edges(x, spec.radius, spec.edge_drop, self.side), None
         due, longest = step % self.job.repartition == 0, np.zeros(3)
         exchange = section.halo == "exchange"
         part = np.zeros_like(self.part)
@@ -56,7 +47,7 @@ class Repartitioner:
             self.part = comm.sum(torch.from_numpy(part)).numpy()
         if exchange:
             about = {"number": step, "where": f"step {step + 1}", "radius": spec.radius, "side": self.side}
-            return LocalGraph(*halo.extract_part(src, dst, self.part, comm.rank, comm.size, **about))
+            return halo.extract_part(src, dst, self.part, comm.rank, comm.size, **about)
         own = np.flatnonzero(self.part == comm.rank)
         src, dst = graphs.radius_edges(x[own], spec.radius, self.side)
         if spec.edge_drop:
@@ -65,7 +56,7 @@ class Repartitioner:
             before = (own[dst] < to) | ((own[dst] == to) & (own[src] <= by))
             remaining = (squared < length) | ((squared == length) & before)
             src, dst = src[remaining], dst[remaining]
-        return LocalGraph(own, src, dst, None)
+        return own, src, dst, None
 
     def _longest(self, x: np.ndarray, src: np.ndarray, dst: np.ndarray) -> np.ndarray:
         """The last edge in the order of edge dropping: its squared length, destination and source."""

@@ -7,7 +7,7 @@ One sum over processes of (N, 3) numbers, in which each process fills its own ro
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,9 @@ import torch
 from torch.nn import Module
 
 from .. import config as configs
-from ..config import Config
 from ..data import graphs, halo
 from ..data.dataset import sample_spec
-from ..data.samples import SampleSpec, feature_columns
+from ..data.samples import feature_columns
 from ..data.store import open_store
 from ..data.trajectories import Trajectories
 from ..distributed import spawn
@@ -33,29 +32,9 @@ from ..utils.console import print_table
 from ..utils.filesystem import lock_output, write_atomically
 from ..utils.progress import progress_bar
 from . import metrics
-from .boundary_conditions import BOUNDS, BoundaryConditions, parse_fixed
+from .boundary_conditions import BOUNDS, BoundaryConditions, RolloutJob, parse_fixed
 from .repartition import LocalGraph, Repartitioner
 from .vtkhdf import Rollout, RolloutWriter, finish, partial_path
-
-Arrays = tuple[np.ndarray, ...]
-
-
-@dataclass(frozen=True)
-class RolloutJob:
-    """Everything that determines a rollout."""
-
-    config: Config  # with the partition section by which the rollout partitions
-    weights: str  # a checkpoint
-    data: str  # trajectories.h5
-    spec: SampleSpec
-    trajectory: int
-    start: int  # frame
-    steps: int
-    repartition: int  # steps between partitions
-    bounds: str
-    fixed: tuple[str, float] | None  # attribute and value of the nodes that do not move
-    out: str
-    double: bool = False  # compute in float64, to compare numbers of processes
 
 
 def roll_out(comm: Comm, job: RolloutJob) -> str:
@@ -64,8 +43,7 @@ def roll_out(comm: Comm, job: RolloutJob) -> str:
     conditions = BoundaryConditions(data, job)
     model = trainer.build_model(job.config, (len(job.spec.features), len(job.spec.node_attributes)), comm)
     checkpoint.load_weights(model, checkpoint.load(Path(job.weights)), Path(job.weights))
-    model = model.double() if job.double else model.to(trainer.resolve_device(job.config, comm.rank))
-    model.eval()
+    model = (model.double() if job.double else model.to(trainer.resolve_device(job.config, comm.rank))).eval()
     x, v = (read(job.trajectory, job.start).astype(conditions.dtype) for read in (data.position, data.velocity))
     a = feature_columns(job.spec.node_attributes, v, conditions.attributes.__getitem__)
     partition = Repartitioner(comm, job, len(x), conditions.side)
@@ -81,9 +59,9 @@ def roll_out(comm: Comm, job: RolloutJob) -> str:
     with contextlib.ExitStack() as stack, torch.no_grad():
         tick = stack.enter_context(progress_bar("rolling out", job.steps, enabled=comm.rank == 0))
         for step in range(job.steps):
-            predicted, z = _predict(model, comm, job.spec, (x, v, a), partition.local_graph(x, step), conditions)
+            predicted, z = _predict(model, comm, conditions, partition.local_graph(x, step), (x, v, a))
             if comm.rank == 0 and step == 0:  # the number of virtual nodes is known now
-                writer = stack.enter_context(contextlib.closing(_writer(job, conditions, len(z))))
+                writer = stack.enter_context(_writer(conditions, len(z)))
                 add_frame(0, None)
             if problem := conditions.problem(predicted, x):
                 return f"step {step + 1}: {problem}"
@@ -94,35 +72,31 @@ def roll_out(comm: Comm, job: RolloutJob) -> str:
 
 
 def _predict(
-    model: Module, comm: Comm, spec: SampleSpec, state: Arrays, local: LocalGraph, conditions: BoundaryConditions
+    model: Module, comm: Comm, conditions: BoundaryConditions, local: LocalGraph, state: tuple[np.ndarray, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the next frame (N, 3) and of the virtual nodes (C, 3), from x, v and a of all nodes in ``state``."""
-    (x, v, a), own = state, local.nodes
-    f = feature_columns(spec.features, v, conditions.attributes.__getitem__)
+    (x, v, a), (own, src, dst, own_halo) = state, local
+    f = feature_columns(conditions.job.spec.features, v, conditions.attributes.__getitem__)
     fields = {name: torch.from_numpy(value[own]) for name, value in (("x", x), ("v", v), ("f", f), ("a", a))}
     fields["total"] = torch.full((len(own),), len(x))
     fields["centroid"] = torch.from_numpy(x.astype(np.float64).mean(0)).expand(len(own), 3).contiguous()
-    graph = graphs.build_graph(local.src, local.dst, fields, conditions.side)
-    if local.halo is not None:
-        halo.attach(graph, halo.Halos([local.halo], [len(own)]))
+    graph = graphs.build_graph(src, dst, fields, conditions.side)
+    if own_halo is not None:
+        halo.attach(graph, halo.Halos([own_halo], [len(own)]))
     predicted, z = model(graph)
     whole = torch.zeros(x.shape, dtype=torch.from_numpy(x).dtype)
     whole[torch.from_numpy(own)] = predicted.cpu()
     return comm.sum(whole).numpy(), z[0].cpu().numpy()
 
 
-def _writer(job: RolloutJob, conditions: BoundaryConditions, virtual: int) -> RolloutWriter:
-    trajectory = conditions.trajectory
+def _writer(conditions: BoundaryConditions, virtual: int) -> RolloutWriter:
+    job, trajectory = conditions.job, conditions.trajectory
     names = ("weights", "data", "trajectory", "start", "bounds", "fixed", "repartition")
-    meta = {name: getattr(job, name) for name in names} | {
-        "model": job.config.model.name,
-        "horizon": job.spec.horizon,
-        "dt": trajectory.dt,
-        "true_frames": trajectory.frames,
-        "velocity": "stored" if trajectory.velocity else "per frame",
-    }
-    shape = job.steps + 1, trajectory.nodes
-    return RolloutWriter(Path(job.out), *shape, meta, conditions.attributes, conditions.box, virtual, conditions.dtype)
+    meta = {name: getattr(job, name) for name in names}
+    meta |= {"model": job.config.model.name, "horizon": job.spec.horizon, "dt": trajectory.dt}
+    meta |= {"true_frames": trajectory.frames, "velocity": "stored" if trajectory.velocity else "per frame"}
+    size = job.steps + 1, trajectory.nodes, virtual
+    return RolloutWriter(Path(job.out), size, meta, conditions.attributes, conditions.box, conditions.dtype)
 
 
 def error_table(path: Path) -> pd.DataFrame:
@@ -139,8 +113,7 @@ def error_table(path: Path) -> pd.DataFrame:
         for frame in rollout:
             x = frame.position.astype(np.float64)
             if frame.step == 0:
-                x0 = previous = x
-                v0 = frame.velocity.astype(np.float64)
+                x0, v0, previous = x, frame.velocity.astype(np.float64), x
             row: dict[str, float] = {"step": frame.step, "frame": frame.frame, "time": frame.time}
             row["kinetic_energy"] = metrics.kinetic_energy(frame.velocity * per_time, mass)
             row["radius_of_gyration"] = metrics.radius_of_gyration(x, mass)
@@ -150,26 +123,14 @@ def error_table(path: Path) -> pd.DataFrame:
                 elapsed = frame.step * (step_time if stored else meta["horizon"])
                 static, linear = metrics.baselines(x0, v0, elapsed, y)
                 row |= {"static_mse": static, "linear_mse": linear, "mse": metrics.position_mse(x, y)}
-                row |= {"mae": metrics.mean_absolute_error(x, y), "rmsd": metrics.rmsd(x, y, mass)}
-                row |= {"displacement": metrics.displacement_error(x, y)}
-                row |= {"true_kinetic_energy": metrics.kinetic_energy(true_v, mass)}
-                row |= {"true_radius_of_gyration": metrics.radius_of_gyration(y, mass)}
+                row |= {"mae": metrics.mean_absolute_error(x, y), "displacement": metrics.displacement_error(x, y)}
+                row |= {"rmsd": metrics.rmsd(x, y, mass), "true_kinetic_energy": metrics.kinetic_energy(true_v, mass)}
+                row["true_radius_of_gyration"] = metrics.radius_of_gyration(y, mass)
                 previous = y
             rows.append(row)
     names = ["step", "frame", "time", "mse", "mae", "displacement", "static_mse", "linear_mse", "rmsd"]
     names += [f"{true}{name}" for name in ("kinetic_energy", "radius_of_gyration") for true in ("", "true_")]
     return pd.DataFrame(rows, columns=names)
-
-
-def _print_errors(path: Path, table: pd.DataFrame) -> None:
-    """Print at most ten rows of the table, evenly spaced, the last among them."""
-    selected = np.unique(np.linspace(min(1, len(table) - 1), len(table) - 1, 10).round().astype(int))
-    header = {"mse": "MSE", "static_mse": "static", "linear_mse": "linear", "mae": "MAE"}
-    header |= {"kinetic_energy": "energy", "true_kinetic_energy": "true"}
-    numbers = table.iloc[selected][list(header)].map(lambda value: "" if np.isnan(value) else f"{value:.3e}")
-    steps = table.iloc[selected][["step", "frame"]].astype(int).astype(str)
-    title = f"{path}: {len(table)} frames; the whole table is {path.with_suffix('.csv')}"
-    print_table(title, ["step", "frame", *header.values()], steps.join(numbers).values.tolist())
 
 
 def prepare(
@@ -206,16 +167,14 @@ def prepare(
     latest = file[trajectory].frames - 1 - (not file[trajectory].velocity)  # a forward difference needs the next frame
     if not 0 <= start <= latest:
         raise Failure(f"--start {start}: trajectory {trajectory} of {file.path} can start at frames 0 to {latest}")
-    for name, value in (("steps", steps), ("repartition", repartition)):
-        if value < 1:
-            raise Failure(f"--{name} {value}: must be at least 1")
+    if min(steps, repartition) < 1:
+        raise Failure(f"--steps {steps}, --repartition {repartition}: both must be at least 1")
     if bounds not in BOUNDS:
         raise Failure(f"--bounds {bounds}: use one of {', '.join(BOUNDS)}")
     if out.suffix not in (".vtkhdf", ".hdf"):
         raise Failure(f"--out {out}: must end in .vtkhdf or .hdf, by which ParaView recognizes the format")
-    for path in (out, out.with_suffix(".csv")):
-        if path.exists():
-            raise Failure(f"{path}: exists; remove it or choose another --out")
+    if existing := [path for path in (out, out.with_suffix(".csv")) if path.exists()]:
+        raise Failure(f"{existing[0]}: exists; remove it or choose another --out")
     p = config.partition
     if store:
         made = store.inputs
@@ -223,14 +182,14 @@ def prepare(
     trained = p.parts or 1
     processes = trained if parts is None else parts
     valid = part_weights.validate(p.weights, trained)
-    weights = list(valid) if valid and processes == trained else None
+    weights = list(valid) if valid and processes == trained else None  # other numbers of processes have equal parts
     assign.check_method(p.method, processes, weights)
     assign.check_size(file[trajectory].nodes, processes, weights)
     preflight.check_rollout(config, file, trajectory, start, processes, p.method)
     config = replace(config, partition=replace(p, parts=processes, weights=weights))
     features = store.inputs["features"] if store else [*file[0].attributes, "speed"]  # what data.features: null means
     spec = sample_spec(config.data, features if config.data.features is None else config.data.features)
-    best, trajectories, output = (str(p.absolute()) for p in (run / run_dir.BEST, file.path, out))
+    best, trajectories, output = (str(path.absolute()) for path in (run / run_dir.BEST, file.path, out))
     unmoved = None if fixed is None else parse_fixed(fixed)
     job = RolloutJob(config, best, trajectories, spec, trajectory, start, steps, repartition, bounds, unmoved, output)
     BoundaryConditions(file, job)  # raises before processes start
@@ -256,7 +215,13 @@ def run_rollout(run: Path, **options: Any) -> pd.DataFrame:
                 print(f"{shown}: {frames} of {job.steps + 1} frames")
     table = error_table(out)
     write_atomically(out.with_suffix(".csv"), table.to_csv(index=False).encode())
-    _print_errors(shown, table)
+    selected = np.unique(np.linspace(min(1, frames - 1), frames - 1, 10).round().astype(int))  # to be printed
+    header = {"mse": "MSE", "static_mse": "static", "linear_mse": "linear", "mae": "MAE"}
+    header |= {"kinetic_energy": "energy", "true_kinetic_energy": "true"}
+    numbers = table.iloc[selected][list(header)].map(lambda value: "" if np.isnan(value) else f"{value:.3e}")
+    rows = table.iloc[selected][["step", "frame"]].astype(int).astype(str).join(numbers)
+    title = f"{shown}: {frames} frames; the whole table is {shown.with_suffix('.csv')}"
+    print_table(title, ["step", "frame", *header.values()], rows.values.tolist())
     if stopped:
         remedy = "train longer, use a shorter data.horizon, or keep nodes in the box with --bounds"
         raise Failure(f"{shown}: stopped at {stopped}; the file has the {frames} frames before it; {remedy}")

@@ -1,7 +1,8 @@
 """The Sinkhorn divergence of two point clouds, in bounded memory also at 100,000 points and more.
 
 Sums run over pairs of blocks of points; pairs with a provably negligible contribution are skipped. (geomloss needs
-pykeops and a compiler for large clouds; POT needs the N × M matrix, 80 GB at 100,000 points.)
+pykeops and a compiler for large clouds, POT the N × M matrix, 80 GB at 100,000 points.)
+
 Legend: N, M points; a, b their weights, each summing to 1; C(x, y) = ‖x − y‖²; ε = blur².
 """
 
@@ -10,17 +11,15 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..distributed.comm import Comm, SingleProcess
 from ..errors import Failure
 from .metrics import to_float64
-
-if TYPE_CHECKING:
-    from ..distributed.comm import Comm
 
 BLOCK = 32  # points
 NEGLIGIBLE = 30.0  # skips terms below e⁻³⁰ of a sum: in total below 1e-8 of it at 100,000 points
@@ -35,28 +34,21 @@ class _Cloud:
 
     x: Tensor
     log_weight: Tensor
+    block: Tensor  # (N,) number of each point's block
     low: Tensor  # (K, 3) corners of the bounding box of each block
     high: Tensor
 
-    def block(self) -> Tensor:
-        """The number of each point's block: (N,)."""
-        return torch.arange(len(self.x), device=self.x.device) // BLOCK
-
-    def block_max(self, value: Tensor) -> Tensor:
-        """The maximum of values (N,) over each block: (K,)."""
-        return value.new_full((len(self.low),), -math.inf).scatter_reduce(0, self.block(), value, "amax")
-
     def centres(self) -> _Cloud:
         """A coarse cloud: the centre of mass and the weight of each block."""
-        block, weight = self.block(), self.log_weight.exp()
-        total = weight.new_zeros(len(self.low)).index_add(0, block, weight)
-        mean = weight.new_zeros(len(total), 3).index_add(0, block, weight[:, None] * self.x) / total[:, None]
+        weight = self.log_weight.exp()
+        total = weight.new_zeros(len(self.low)).index_add(0, self.block, weight)
+        mean = weight.new_zeros(len(total), 3).index_add(0, self.block, weight[:, None] * self.x) / total[:, None]
         return _in_blocks(mean, total)  # consecutive centres are close in space, too
 
 
 def _in_blocks(x: Tensor, weight: Tensor) -> _Cloud:
     padded = torch.cat([x, x[-1:].expand(-len(x) % BLOCK, 3)]).view(-1, BLOCK, 3)
-    return _Cloud(x, weight.log(), padded.amin(1), padded.amax(1))
+    return _Cloud(x, weight.log(), torch.arange(len(x), device=x.device) // BLOCK, padded.amin(1), padded.amax(1))
 
 
 def _compact(x: np.ndarray) -> np.ndarray:
@@ -85,21 +77,20 @@ def _cloud(x: Any, weight: Any, centre: np.ndarray, device: torch.device) -> _Cl
     return _in_blocks(ordered, torch.from_numpy(w[order] / w.sum()).to(device))
 
 
-def _softmin(to: _Cloud, of: _Cloud, potential: Tensor, epsilon: float, comm: Comm | None) -> Tensor:
-    """−ε log Σ_j w_j exp((g_j − ‖x_i − y_j‖²) / ε) for every point x_i of ``to``: (N,).
+def _softmin(to: _Cloud, of: _Cloud, potential: Tensor, epsilon: float, comm: Comm) -> Tensor:
+    """−ε log Σ_j w_j exp((g_j − ‖x_i − y_j‖²) / ε) for every point x_i of ``to``: (N,). Processes share the rows.
 
     A block of columns is skipped for a block of rows if its terms are below e⁻³⁰ of each row's sum: their logarithm is
-    at most max g + max log w − d² / ε with d the distance of the two boxes, and the sum over the block with the largest
-    such bound is a lower bound of the row's. Processes of ``comm`` share the blocks of rows.
+    at most max(g / ε + log w) − d² / ε, d the distance of the boxes, and the block with the largest such bound provides
+    a lower bound of the sum.
     """
     logit = of.log_weight + potential / epsilon
-    top = of.block_max(logit)
+    top = logit.new_full((len(of.low),), -math.inf).scatter_reduce(0, of.block, logit, "amax")  # of each block
     result = torch.zeros(len(to.x), dtype=to.x.dtype, device=to.x.device)
     squares = logit - of.x.square().sum(1) / epsilon
     columns = torch.cat([of.x * (2 / epsilon), squares[:, None]], 1)  # x·y and |y|² of the cost in one product
     along = torch.arange(BLOCK, device=to.x.device)
-    rank, size = (comm.rank, comm.size) if comm is not None else (0, 1)
-    for k in range(rank, len(to.low), size):
+    for k in range(comm.rank, len(to.low), comm.size):
         rows = slice(k * BLOCK, (k + 1) * BLOCK)
         x = to.x[rows]
         gap = (of.low - to.high[k]).clamp(min=0).maximum(to.low[k] - of.high)
@@ -109,23 +100,17 @@ def _softmin(to: _Cloud, of: _Cloud, potential: Tensor, epsilon: float, comm: Co
         bias = x.square().sum(1, keepdim=True) / epsilon
         lower = torch.logsumexp(x @ columns[dominant, :3].T + columns[dominant, 3] - bias, 1).min()
         blocks = torch.nonzero(reach >= lower - NEGLIGIBLE).flatten()
-        if len(blocks) == len(reach):
-            chosen = columns
-        else:
-            index = (blocks[:, None] * BLOCK + along).flatten()
-            chosen = columns[index[index < len(columns)]]
+        index = (blocks[:, None] * BLOCK + along).flatten()
+        chosen = columns if len(blocks) == len(reach) else columns[index[index < len(columns)]]
         terms = torch.addmm(chosen[:, 3], x, chosen[:, :3].T)
         largest = terms.amax(1, keepdim=True)
-        # exponentials in float32 are four times as fast, with an error of 1e-7 ε in the result; the clamp prevents
-        # denormal numbers, which are twenty times as slow
+        # float32 is four times as fast, with an error of 1e-7 ε; the clamp prevents slow denormal numbers
         summed = terms.sub_(largest).clamp_(min=-2 * NEGLIGIBLE).float().exp_().sum(1)
         result[rows] = (largest - bias).squeeze(1) + summed.log()
-    return -epsilon * (comm.sum(result) if comm is not None else result)
+    return -epsilon * comm.sum(result)
 
 
-def _iterate(
-    x: _Cloud, y: _Cloud, f: Tensor, g: Tensor, epsilon: float, comm: Comm | None
-) -> tuple[Tensor, Tensor, float]:
+def _iterate(x: _Cloud, y: _Cloud, f: Tensor, g: Tensor, epsilon: float, comm: Comm) -> tuple[Tensor, Tensor, float]:
     """One iteration of Sinkhorn's algorithm, and the error of the plan's marginal before it, Σ_i |Σ_j π_ij − a_i|.
 
     For a cloud and itself (y is x) both potentials are equal, and averaging converges fast. Otherwise over-relaxation
@@ -141,7 +126,7 @@ def _iterate(
     return f, g + relax * (_softmin(y, x, f, epsilon, comm) - g), error
 
 
-def _anneal(x: _Cloud, y: _Cloud, blur: float, start: float, comm: Comm | None, tolerance: float) -> float:
+def _anneal(x: _Cloud, y: _Cloud, blur: float, start: float, comm: Comm, tolerance: float) -> float:
     """OT_ε of x and y, which may be the same object, as the dual value Σ a f + Σ b g; ε falls from start² to blur².
 
     While blur exceeds half a block's diagonal, the coarse clouds provide the start of the iterations on all points.
@@ -184,10 +169,10 @@ def divergence(
 ) -> float:
     """The Sinkhorn divergence S_ε = OT_ε(x, y) − ½ OT_ε(x, x) − ½ OT_ε(y, y) of clouds x (N, 3) and y (M, 3), length².
 
-    OT_ε = min_π Σ π C + ε KL(π | a ⊗ b), ε = blur² (Feydy et al., arXiv 1810.08278). Zero for equal clouds in any order,
-    ‖t‖² for a cloud and its copy shifted by t. ``blur``: a length, for example the points' spacing; ``weights``:
-    positive, default 1; ``tolerance``: summed error of the plan's weights at which iterations end. A collective call
-    with ``comm``: every process passes both whole clouds and computes a share.
+    OT_ε = min_π Σ π C + ε KL(π | a ⊗ b) (Feydy et al., arXiv 1810.08278). Zero for equal clouds in any order, ‖t‖² for a
+    cloud and its copy shifted by t. ``blur``: a length, such as the points' spacing; ``weights``: positive, default 1;
+    ``tolerance``: summed error of the plan's weights at which iterations end. With ``comm`` a collective call on whole
+    clouds, in which every process computes a share.
     """
     if not blur > 0:
         raise Failure(f"blur={blur}: must be positive; the points' spacing is a good choice")
@@ -198,6 +183,7 @@ def divergence(
     both = np.concatenate(points)
     centre, start = (both.max(0) + both.min(0)) / 2, max(float(np.linalg.norm(np.ptp(both, 0))), blur)
     a, b = (_cloud(c, w, centre, torch.device(device)) for c, w in zip(points, weights, strict=True))
+    group = comm or SingleProcess()
     with torch.no_grad():
-        cross, own, others = (_anneal(p, q, blur, start, comm, tolerance) for p, q in ((a, b), (a, a), (b, b)))
+        cross, own, others = (_anneal(p, q, blur, start, group, tolerance) for p, q in ((a, b), (a, a), (b, b)))
     return cross - (own + others) / 2

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ FORMAT, VERSION = "dist_egnn.rollout", 1
 VTK, VTK_VERTEX = (2, 0), 1
 VECTORS = ("velocity", "error")
 Array = np.ndarray
+Arrays = Mapping[str, Array]
+Size = tuple[int, int, int]
 
 
 def partial_path(path: Path) -> Path:
@@ -42,29 +44,23 @@ class Frame:
     virtual: Array | None  # (C, 3) after the last layer; None in the first frame and for models without
 
 
-class RolloutWriter:
+class RolloutWriter(ExitStack):
     """Writes PATH.partial; `finish` renames it to PATH.
 
-    meta: JSON values, among them ``start`` and ``horizon`` in frames, ``dt`` per frame, and ``true_frames``, the number
-    of frames in the data. attributes: name → (N,). virtual: number of virtual nodes. Raises Failure on a full disk.
+    size: frames, nodes, virtual nodes. meta: JSON values, among them ``start`` and ``horizon`` in frames, ``dt`` per
+    frame, and ``true_frames``, the frames in the data. attributes: (N,) by name. Raises Failure on a full disk.
     """
 
     def __init__(
-        self,
-        path: Path,
-        frames: int,
-        nodes: int,
-        meta: Mapping[str, Any],
-        attributes: Mapping[str, Array],
-        box: Array | None,
-        virtual: int,
-        dtype: np.dtype,
+        self, path: Path, size: Size, meta: dict[str, Any], attributes: Arrays, box: Array | None, dtype: np.dtype
     ) -> None:
+        super().__init__()
+        frames, nodes, virtual = size
         self.path, self.nodes, self.count = partial_path(path), nodes, 0
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = h5py.File(self.path, "w")
+        self.file = self.enter_context(h5py.File(self.path, "w"))
         self.ours = self.file.create_group("dist_egnn")
-        self.ours.attrs.update(format=FORMAT, version=VERSION, meta=json.dumps(dict(meta), sort_keys=True))
+        self.ours.attrs.update(format=FORMAT, version=VERSION, meta=json.dumps(meta, sort_keys=True))
         if box is not None:
             self.ours["box"] = box
         self.ours["frames"] = np.int64(0)
@@ -103,9 +99,8 @@ class RolloutWriter:
         """Append a frame."""
         rows = slice(self.count * self.nodes, (self.count + 1) * self.nodes)
         try:
-            self.root["Points"][rows] = position
             data = self.root["PointData"]
-            data["velocity"][rows], data["part"][rows] = velocity, part
+            self.root["Points"][rows], data["velocity"][rows], data["part"][rows] = position, velocity, part
             data["error"][rows] = np.nan if error is None else error
             if "virtual" in self.ours:
                 self.ours["virtual"][self.count] = np.nan if virtual is None else virtual
@@ -116,31 +111,26 @@ class RolloutWriter:
             raise Failure(f"{self.path}: cannot write frame {self.count} ({failure}); is the disk full?") from failure
         self.count += 1
 
-    def close(self) -> None:
-        self.file.close()
 
-
-class Rollout(AbstractContextManager["Rollout"]):
+class Rollout(ExitStack):
     """Reads the file of a rollout frame by frame: ``for frame in Rollout(path)``; also PATH.partial of a killed one.
 
     meta: see RolloutWriter; box: (2, 3) or None. Raises Failure for a file that is missing, damaged or foreign.
     """
 
     def __init__(self, path: str | Path) -> None:
+        super().__init__()
         self.path = Path(path)
         if not self.path.is_file():
             partial = partial_path(self.path)
             hint = f"; {partial} was left by a killed rollout" if partial.is_file() else ""
             raise Failure(f"{path}: no such file{hint}; create it with `distegnn rollout`")
         try:
-            self.file = h5py.File(self.path, "r")
-        except OSError as error:
-            raise Failure(f"{path}: not a readable HDF5 file ({error}); roll out again") from error
-        ours = self.file.get("dist_egnn")
-        version = (ours.attrs.get("format"), ours.attrs.get("version")) if ours is not None else (None, None)
-        if version != (FORMAT, VERSION):
-            raise Failure(f"{path}: {version[0]} version {version[1]}, expected {FORMAT} {VERSION}; roll out again")
-        try:
+            self.file = self.enter_context(h5py.File(self.path, "r"))
+            ours = self.file["dist_egnn"]
+            version = ours.attrs["format"], ours.attrs["version"]
+            if version != (FORMAT, VERSION):
+                raise Failure(f"{path}: {version[0]} version {version[1]}, expected {FORMAT} {VERSION}; roll out again")
             self.meta: dict[str, Any] = json.loads(ours.attrs["meta"])
             self.box: Array | None = ours["box"][()] if "box" in ours else None
             self._count = int(ours["frames"][()])
@@ -150,7 +140,9 @@ class Rollout(AbstractContextManager["Rollout"]):
             data = self._root["PointData"]
             self.attributes: dict[str, Array] = {k: v[()] for k, v in data.items() if k not in (*VECTORS, "part")}
         except (KeyError, ValueError, OSError) as error:
-            raise Failure(f"{path}: damaged ({error}); roll out again") from error
+            raise Failure(
+                f"{path}: damaged or not a readable HDF5 file of a rollout ({error}); roll out again"
+            ) from error
 
     def __len__(self) -> int:
         return self._count
@@ -161,27 +153,16 @@ class Rollout(AbstractContextManager["Rollout"]):
         rows = slice(step * self.nodes, (step + 1) * self.nodes)
         data, frame = self._root["PointData"], self.meta["start"] + step * self.meta["horizon"]
         try:
-            return Frame(
-                step=step,
-                frame=frame,
-                time=frame * self.meta["dt"],
-                position=self._root["Points"][rows],
-                velocity=data["velocity"][rows],
-                error=data["error"][rows] if frame < self.meta["true_frames"] else None,
-                part=data["part"][rows],
-                virtual=self._virtual[step] if self._virtual is not None and step else None,
-            )
-        except (KeyError, OSError) as error:
-            raise Failure(f"{self.path}: step {step}: cannot be read ({error}); roll out again") from error
+            x = self._root["Points"][rows]
+            v, error, part = (data[name][rows] for name in (*VECTORS, "part"))
+            z = self._virtual[step] if self._virtual is not None and step else None
+        except (KeyError, OSError) as failure:
+            raise Failure(f"{self.path}: step {step}: cannot be read ({failure}); roll out again") from failure
+        error = error if frame < self.meta["true_frames"] else None
+        return Frame(step, frame, frame * self.meta["dt"], x, v, error, part, z)
 
     def __iter__(self) -> Iterator[Frame]:
         return (self[step] for step in range(self._count))
-
-    def close(self) -> None:
-        self.file.close()
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def finish(path: Path) -> int:
@@ -192,12 +173,11 @@ def finish(path: Path) -> int:
         if 0 < frames < planned:
             # copy them: VTK reads all of Steps, and missing rows would take up space
             short = path.with_name(path.name + ".short")
-            virtual = 0 if source._virtual is None else source._virtual.shape[1]
+            size = frames, source.nodes, 0 if source._virtual is None else source._virtual.shape[1]
             dtype = source.file["VTKHDF/Points"].dtype
-            out = RolloutWriter(short, frames, source.nodes, source.meta, source.attributes, source.box, virtual, dtype)
-            for frame in source:
-                out.add(frame.position, frame.velocity, frame.part, frame.error, frame.virtual)
-            out.close()
+            with RolloutWriter(short, size, source.meta, source.attributes, source.box, dtype) as out:
+                for frame in source:
+                    out.add(frame.position, frame.velocity, frame.part, frame.error, frame.virtual)
             os.replace(out.path, partial)
     if frames:
         os.replace(partial, path)

@@ -162,7 +162,7 @@ def test_sinkhorn_leaves_out_only_what_does_not_matter(monkeypatch: pytest.Monke
     computed: list[int] = []
     plain = torch.addmm
     monkeypatch.setattr(torch, "addmm", lambda c, x, y: (computed.append(x.shape[0] * y.shape[1]), plain(c, x, y))[1])
-    found = sinkhorn._softmin(one, two, g, epsilon, None)
+    found = sinkhorn._softmin(one, two, g, epsilon, comm.SingleProcess())
     cost = torch.cdist(one.x, two.x, compute_mode="donot_use_mm_for_euclid_dist").square()
     expected = -epsilon * torch.logsumexp(two.log_weight + (g - cost) / epsilon, 1)
     assert float((found - expected).abs().max()) < 1e-6 * epsilon

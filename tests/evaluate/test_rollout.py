@@ -400,7 +400,7 @@ from pathlib import Path
 from dist_egnn.evaluate.vtkhdf import RolloutWriter
 n, x = 5000, np.zeros((5000, 3), np.float32)
 meta = {"start": 0, "horizon": 1, "dt": 1.0, "true_frames": 10**6}
-out = RolloutWriter(Path(sys.argv[1]), 100_000, n, meta, {}, None, 2, np.dtype(np.float32))
+out = RolloutWriter(Path(sys.argv[1]), (100_000, n, 2), meta, {}, None, np.dtype(np.float32))
 k = 0
 while True:
     out.add(x + k, x - k, np.full(n, k), x + k, np.full((2, 3), k))
@@ -523,11 +523,11 @@ def test_damaged_rollouts_are_refused(tmp_path: Path) -> None:
         Rollout(path)
     with h5py.File(path, "w") as file:
         file.create_group("VTKHDF")
-    with pytest.raises(Failure, match="None version None"):
+    with pytest.raises(Failure, match="damaged"):
         Rollout(path)
     meta = {"start": 0, "horizon": 1, "dt": 1.0, "true_frames": 1}
     with pytest.raises(Failure, match="attribute 'part'"):
-        RolloutWriter(path, 1, 2, meta, {"part": np.zeros(2)}, None, 0, np.dtype(np.float32))
+        RolloutWriter(path, (1, 2, 0), meta, {"part": np.zeros(2)}, None, np.dtype(np.float32))
     with h5py.File(partial_path(path), "r+") as file:
         del file["VTKHDF/NumberOfPoints"]
     with pytest.raises(Failure, match="damaged"):

@@ -30,7 +30,7 @@ def write(path: Path, *, nodes: int = 60, frames: int = 7, known: int = 8, virtu
     draw = np.random.default_rng(1)
     x0 = draw.uniform(-0.8, 0.8, (nodes, 3))
     meta = {"start": 0, "horizon": HORIZON, "dt": DT, "true_frames": known, "velocity": "stored"}
-    out = RolloutWriter(path, frames, nodes, meta, {}, BOX, virtual, np.dtype(np.float64))
+    out = RolloutWriter(path, (frames, nodes, virtual), meta, {}, BOX, np.dtype(np.float64))
     for step in range(frames):
         y = true_position(x0, HORIZON * step)
         error = 0.05 * step * draw.normal(size=(nodes, 3))
