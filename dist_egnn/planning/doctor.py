@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -107,10 +107,10 @@ def _mismatches(check: str, requirements: list[Requirement]) -> list[Finding]:
     return findings
 
 
-def check_threads(environ: Mapping[str, str] = os.environ, cores: float | None = None) -> list[Finding]:
+def check_threads() -> list[Finding]:
     """Compare OMP_NUM_THREADS with the available cores."""
-    threads, remedy = environ.get("OMP_NUM_THREADS", ""), "export OMP_NUM_THREADS=1"
-    cores = resources.available_cores() if cores is None else cores
+    threads, remedy = os.environ.get("OMP_NUM_THREADS", ""), "export OMP_NUM_THREADS=1"
+    cores = resources.available_cores()
     if threads and not re.fullmatch(r"[1-9]\d*", threads):
         return [problem("threads", f"OMP_NUM_THREADS={threads} is not a number of threads", remedy)]
     if threads and int(threads) > max(cores, 1):
@@ -120,18 +120,17 @@ def check_threads(environ: Mapping[str, str] = os.environ, cores: float | None =
     return [Finding("threads", text)]
 
 
-def check_memory(free: float | None = None) -> list[Finding]:
-    """free: bytes that new processes can take; by default measured."""
-    free, limit = memory.available_memory() if free is None else free, memory.cgroup_limit()
+def check_memory() -> list[Finding]:
+    free, limit = memory.available_memory(), memory.cgroup_limit()
     text = f"{free / 1e9:.1f} GB are free"
     text += "" if math.isinf(limit) else f"; limit of the control group: {limit / 1e9:.1f} GB"
     return [problem("memory", text, "end other programs, or raise the limit of the container", free < MIN_MEMORY)]
 
 
-def check_disk(folders: Iterable[Path] | None = None) -> list[Finding]:
+def check_disk() -> list[Finding]:
     """Free space for runs, stores and temporary files."""
     findings = []
-    for folder in dict.fromkeys(folders or (Path.cwd(), Path(tempfile.gettempdir()))):
+    for folder in dict.fromkeys((Path.cwd(), Path(tempfile.gettempdir()))):
         free = shutil.disk_usage(folder).free
         text = f"{free / 1e9:.1f} GB are free at {folder}"
         if os.access(folder, os.W_OK):
@@ -142,7 +141,7 @@ def check_disk(folders: Iterable[Path] | None = None) -> list[Finding]:
     return findings
 
 
-def check_shared_memory(folder: Path = Path("/dev/shm"), min_age_s: float = 60) -> list[Finding]:
+def check_shared_memory(folder: Path = Path("/dev/shm")) -> list[Finding]:
     """Free space in /dev/shm, where DGL's servers hold graphs, and stale files of this user there."""
     if not folder.is_dir():
         return [Finding("shared memory", f"no {folder}: graph servers need it, training does not", "note")]
@@ -150,17 +149,17 @@ def check_shared_memory(folder: Path = Path("/dev/shm"), min_age_s: float = 60) 
     text = f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB are free in {folder}"
     if usage.free < MIN_SHM:
         findings.append(problem("shared memory", text, "remove files there, or start the container with --shm-size=2g"))
-    if stale := _stale_files(folder, min_age_s):
+    if stale := _stale_files(folder):
         remedy = f"rm {' '.join(map(str, stale[:5]))}" + " …" * (len(stale) > 5)
         size = sum(file.stat().st_size for file in stale) / 1e6
         findings.append(problem("shared memory", f"{len(stale)} stale files in {folder}, {size:.1f} MB", remedy))
     return findings or [Finding("shared memory", text)]
 
 
-def _stale_files(folder: Path, min_age_s: float) -> list[Path]:
-    """Files of this user that are older than ``min_age_s`` and neither mapped nor open in any of its processes."""
+def _stale_files(folder: Path) -> list[Path]:
+    """Files of this user that are older than a minute and neither mapped nor open in any of its processes."""
     files = [f for f in folder.iterdir() if f.is_file() and not f.is_symlink() and f.stat().st_uid == os.getuid()]
-    files = [f for f in files if time.time() - f.stat().st_mtime > min_age_s]
+    files = [f for f in files if time.time() - f.stat().st_mtime > 60]
     used: set[str] = set()
     for process in Path("/proc").glob("[0-9]*") if files else ():
         with suppress(OSError):  # ended, or of another user
@@ -172,9 +171,9 @@ def _stale_files(folder: Path, min_age_s: float) -> list[Path]:
     return sorted(f for f in files if str(f) not in used)
 
 
-def check_network(environ: Mapping[str, str] = os.environ) -> list[Finding]:
+def check_network() -> list[Finding]:
     """Whether localhost can be connected to, and the network interface of the process group exists."""
-    name, interfaces, findings = environ.get(INTERFACE, "lo"), [n for _, n in socket.if_nameindex()], []
+    name, interfaces, findings = os.environ.get(INTERFACE, "lo"), [n for _, n in socket.if_nameindex()], []
     if name not in interfaces:
         text = f"{INTERFACE}={name}: no such network interface (known: {', '.join(interfaces)})"
         findings.append(problem("network", text, f"unset {INTERFACE}, or name a known interface"))

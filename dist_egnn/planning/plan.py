@@ -1,13 +1,10 @@
-"""`distegnn plan`: estimate memory, communication and time of a training run from a short trial of each rank.
-
-Shapes: S snapshots of a split, P parts.
-"""
+"""`distegnn plan`: estimate memory, communication and time of a training run from a short trial of each rank."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -105,9 +102,9 @@ def work_between_calls(trials: list[Trial]) -> float:
     return min(0.01, max(trial.cpu.batch / max(map(len, trial.calls)) for trial in trials))
 
 
-def peak_bytes(source: Source, picked: list[int], trials: list[Trial], group: float) -> list[float]:
+def peak_bytes(source: Source, trials: list[Trial], group: float) -> list[float]:
     """Peak memory of each rank's process: the trial's, the group's, and the samples that only a whole run caches."""
-    tried = cached_bytes(source.tried[picked], source.config)
+    tried = cached_bytes(source.tried, source.config)
     total = sum(cached_bytes(counts, source.config) for counts in source.counts.values())
     more = (np.minimum(total, dataset.CACHE_BYTES // len(trials)) - tried).clip(0).tolist()
     return [t.peak + group + extra * t.held_ratio for t, extra in zip(trials, more, strict=True)]
@@ -127,11 +124,12 @@ def make_plan(config: Config, say: Say = lambda line: None) -> Plan:
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
         source = trial_data.open_source(config, parts, Path(folder), say)
         batches = pick_batches(source, config.train.batch_size)
-        picked = [index for batch in batches for index in batch]
         snapshots = [[source.snapshots[index] for index in batch] for batch in batches]
+        picked = [index for batch in batches for index in batch]
+        source = replace(source, snapshots=[source.snapshots[k] for k in picked], tried=source.tried[picked])
         inputs: list[trial.HaloInputs] = [{}] * parts
         if config.partition.halo == "exchange" and parts > 1:
-            inputs = trial.halo_inputs(open_store(source.config.data.path), sorted(source.snapshots[k] for k in picked))
+            inputs = trial.halo_inputs(open_store(source.config.data.path), sorted(source.snapshots))
         # a run of one process stays in the command's process, with its threads
         method, threads = ("spawn", torch.get_num_threads()) if parts == 1 else ("forkserver", 1)
         trials: list[Trial] = []
@@ -145,15 +143,15 @@ def make_plan(config: Config, say: Say = lambda line: None) -> Plan:
     call_s = {phase: max(seconds[phase] for seconds, _ in timings) for phase in PHASES}
     peaks = [trial.peak for trial in trials]
     if device.type == "cpu":  # samples and calls stay on the CPU
-        peaks = peak_bytes(source, picked, trials, max(group for _, group in timings))
-    return summarize(config, source, picked, trials, call_s, peaks)
+        peaks = peak_bytes(source, trials, max(group for _, group in timings))
+    return summarize(config, source, trials, call_s, peaks)
 
 
 class TimeEstimate:
     """Seconds of a step and of an epoch with validation, by one of the trials' clocks. call_s: of a batch, by phase."""
 
-    def __init__(self, config: Config, source: Source, picked: list[int], times: list[Times], call_s: dict[str, float]):
-        tried = _rows(source.tried[picked]).mean(0)  # (P,)
+    def __init__(self, config: Config, source: Source, times: list[Times], call_s: dict[str, float]):
+        tried = _rows(source.tried).mean(0)  # (P,)
         self.times, self.call_s, self.cores = times, call_s, resources.available_cores()
         self.scale = {name: (_rows(c).mean(0) / tried).tolist() for name, c in source.counts.items()}
         self.batches = {name: -(-len(c) // config.train.batch_size) for name, c in source.counts.items()}
@@ -193,15 +191,15 @@ def step_communication(calls: list[list[Call]], batches: int, parts: int) -> tup
 
 
 def summarize(
-    config: Config, source: Source, picked: list[int], trials: list[Trial], call_s: dict[str, float], peaks: list[float]
+    config: Config, source: Source, trials: list[Trial], call_s: dict[str, float], peaks: list[float]
 ) -> Plan:
     """The plan from the trials of all ranks and the timing of the group's calls."""
     parts = len(trials)
-    now = TimeEstimate(config, source, picked, [t.wall for t in trials], call_s)
-    idle = TimeEstimate(config, source, picked, [t.cpu for t in trials], call_s)
+    now = TimeEstimate(config, source, [t.wall for t in trials], call_s)
+    idle = TimeEstimate(config, source, [t.cpu for t in trials], call_s)
     total = sum(float(cached_bytes(counts, config).sum()) for counts in source.counts.values())
     fresh = total > dataset.CACHE_BYTES  # not all samples can stay in memory
-    batch_rows = min(config.train.batch_size, len(source.snapshots)) * _rows(source.tried[picked]).mean(0)  # (P,)
+    batch_rows = min(config.train.batch_size, len(source.snapshots)) * _rows(source.tried).mean(0)  # (P,)
     speeds = (batch_rows / [trial.fastest for trial in trials]).tolist()
     weights = [round(speed / min(speeds), 2) for speed in speeds]
     batches = min(config.train.accumulate, now.batches["train"])  # of a step

@@ -30,10 +30,12 @@ from ..utils import devices, resources
 
 # snapshot → what the other parts send when halos are linked: rows to send to each, positions of halo nodes (Halo.complete)
 HaloInputs = dict[int, tuple[list[np.ndarray], np.ndarray]]
+Batches = Sequence[Sequence[int]]  # of snapshots
 
 # Passes over the batches end after this processor time and this number of timed batches, or after MAX_PASSES. The peak
 # memory of a graph without tiles grows over about twenty steps.
 MIN_BATCHES, MIN_SECONDS, MAX_PASSES = 3, 8.0, 20
+CALL_REPEATS = 10
 
 
 @dataclass(frozen=True)
@@ -99,13 +101,6 @@ def halo_inputs(store: Store, snapshots: Iterable[int]) -> list[HaloInputs]:
     return inputs
 
 
-def _link_halo(graph: DGLGraph, inputs: HaloInputs, snapshot: int) -> DGLGraph:
-    if (halos := halo.get(graph)) and not halos.parts[0].send_rows:
-        send_rows, halo_x = inputs[snapshot]
-        halos.parts[0].complete(graph.ndata["x"], [torch.from_numpy(r) for r in send_rows], torch.from_numpy(halo_x))
-    return graph
-
-
 class _Stopwatch:
     """Wall seconds and processor seconds of the calling thread, a pair for each run of a named block."""
 
@@ -125,7 +120,7 @@ class _Stopwatch:
 
 
 def try_rank(
-    _: Comm, config: Config, rank: int, size: int, batches: Sequence[Sequence[int]], threads: int, inputs: HaloInputs
+    _: Comm, config: Config, rank: int, size: int, batches: Batches, threads: int, inputs: HaloInputs
 ) -> Trial:
     """Train rank ``rank`` of ``size`` on batches of snapshots; after each pass over them it also predicts the first one."""
     import torch.utils.tensorboard  # as rank 0 of a run: it takes memory
@@ -142,7 +137,12 @@ def try_rank(
 
     def load(snapshots: Sequence[int]) -> DGLGraph:
         with watch("ready"):
-            return prepare(halo.batch([_link_halo(samples[n], inputs, n) for n in snapshots]))
+            graphs = [samples[n] for n in snapshots]
+            for n, graph in zip(snapshots, graphs, strict=True):
+                if (halos := halo.get(graph)) and not halos.parts[0].send_rows:
+                    rows, halo_x = inputs[n]
+                    halos.parts[0].complete(graph.ndata["x"], [*map(torch.from_numpy, rows)], torch.from_numpy(halo_x))
+            return prepare(halo.batch(graphs))
 
     def run_pass() -> None:
         model.train()
@@ -188,9 +188,7 @@ def try_rank(
     )
 
 
-def time_calls(
-    group: Comm, ranks: Sequence[Sequence[Sequence[Call]]], work_s: float = 0.0, repeats: int = 10
-) -> tuple[dict[str, float], float]:
+def time_calls(group: Comm, ranks: list[list[list[Call]]], work_s: float) -> tuple[dict[str, float], float]:
     """Seconds that this rank spends in the calls of a step, by phase, and the bytes of memory that the group costs it.
 
     ranks: the calls of each rank, by batch; the medians are over the batches in turn. work_s: processor seconds that each
@@ -200,7 +198,7 @@ def time_calls(
     seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}
     dtypes, own = {4: torch.float32, 8: torch.float64}, ranks[group.rank]
     slowdown = max(group.size / resources.available_cores(), 1.0)  # of work, where ranks share cores
-    for turn in range(repeats + 1):
+    for turn in range(CALL_REPEATS + 1):
         for phase in PHASES:
             calls = [c for c in own[turn % len(own)] if c.phase == phase]
             tensors = [torch.zeros(c.payload // c.width, dtype=dtypes[c.width]) for c in calls]

@@ -1,7 +1,4 @@
-"""The data of a plan's trial: the run's own store or file, or a store of a few of its snapshots made for the trial.
-
-Shapes: S snapshots of a split, P parts.
-"""
+"""The data of a plan's trial: the run's, or a store made of some of its snapshots. Shapes: S snapshots, P parts."""
 
 from __future__ import annotations
 
@@ -60,29 +57,17 @@ def _table(store: Store) -> np.ndarray:
     return store.parts_table[COLUMNS].to_numpy(float).reshape(len(store.snapshots), store.parts, 4)
 
 
-def _open_file(config: Config) -> tuple[Trajectories, list[Snapshot]]:
-    """A trajectories file and the snapshots that the config selects."""
-    d = config.data
-    file = Trajectories(d.path)
-    selected = samples.select_snapshots(file, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed)
-    if not any(s.split == "train" for s in selected):
-        raise Failure(f"{d.path}: no snapshot in split 'train'; prepare data with one")
-    return file, selected
-
-
 def _scaled(config: Config, file: Trajectories, selected: list[Snapshot], sizes: np.ndarray) -> dict[str, np.ndarray]:
     """Nodes and edges (S, P, 2) of all snapshots by split, scaled from those of one (P, 2) by the number of nodes."""
-    counts, power = {}, 2 if math.isinf(config.data.radius) else 1  # edges of a complete graph grow with the square
+    powers, counts = [1, 2 if math.isinf(config.data.radius) else 1], {}  # a complete graph's edges: the square
     for split in ("train", "valid"):
-        nodes = np.array([file[s.trajectory].nodes for s in selected if s.split == split], float).reshape(-1, 1)
-        scale = nodes / sizes[:, 0].sum()
-        counts[split] = np.stack([scale * sizes[:, 0], scale**power * sizes[:, 1]], -1)
+        nodes = np.array([file[s.trajectory].nodes for s in selected if s.split == split], float)
+        counts[split] = (nodes / sizes[:, 0].sum())[:, None, None] ** powers * sizes
     return counts
 
 
-def whole_source(config: Config) -> Source:
+def whole_source(config: Config, file: Trajectories, selected: list[Snapshot]) -> Source:
     """The source of a run of one process on a trajectories file."""
-    file, selected = _open_file(config)
     train = [k for k, s in enumerate(selected) if s.split == "train"]
     largest = max(train, key=lambda k: file[selected[k].trajectory].nodes)
     graph = dataset.open_dataset(config, 0, 1)[largest]
@@ -91,14 +76,13 @@ def whole_source(config: Config) -> Source:
     return Source(config, train, counts["train"], counts, table)
 
 
-def partitioned_source(config: Config, parts: int, folder: Path, say: Say) -> Source:
+def partitioned_source(config: Config, file: Trajectories, selected: list[Snapshot], folder: Path, say: Say) -> Source:
     """The source of a run of P processes on a trajectories file: some of its snapshots are partitioned into ``folder``.
 
     As many as fill the shards that a rank has in memory at a time, or all: the size of a shard is part of the memory.
     """
     from ..partition import store_writer
 
-    file, selected = _open_file(config)
     frames_of = Counter(s.trajectory for s in selected if s.split == "train")
     order = sorted(frames_of, key=lambda k: -file[k].nodes)
     largest = file[order[0]].nodes
@@ -113,10 +97,10 @@ def partitioned_source(config: Config, parts: int, folder: Path, say: Say) -> So
     if frames < max(frames_of.values()):
         trial.data.frames = frames
     inputs = store_writer.build_inputs(
-        subset, parts=parts, weights=cut.weights, method=cut.method, method_seed=cut.seed, settings=trial.data
+        subset, parts=cut.parts, weights=cut.weights, method=cut.method, method_seed=cut.seed, settings=trial.data
     )
     count = len(store_writer.list_snapshots(subset, inputs))
-    say(f"partitioning {count} of {len(selected)} snapshots into {parts} parts")
+    say(f"partitioning {count} of {len(selected)} snapshots into {cut.parts} parts")
     started = time.perf_counter()
     store_writer.write_store(subset, folder / "store", inputs, lambda done, _all: None)
     seconds = time.perf_counter() - started
@@ -130,19 +114,24 @@ def partitioned_source(config: Config, parts: int, folder: Path, say: Say) -> So
 
 
 def open_source(config: Config, parts: int, folder: Path, say: Say) -> Source:
-    """The source of a config's run on ``parts`` processes; what has to be made is made in ``folder``.
-
-    Raises Failure for data that `train` would refuse.
-    """
-    if dataset.is_store(config.data.path):
-        store = open_store(config.data.path)
-        check_settings(store.inputs, str(store.path), config.data)
+    """The source of a config's run on ``parts`` processes. folder: for a store. Raises Failure as `train` would."""
+    d = config.data
+    if dataset.is_store(d.path):
+        store = open_store(d.path)
+        check_settings(store.inputs, str(store.path), d)
         table = _table(store)
         counts = {name: _computed(table[store.split(name)], config) for name in ("train", "valid")}
         source = Source(config, store.split("train"), counts["train"], counts, table)
     else:
-        source = whole_source(config) if parts == 1 else partitioned_source(config, parts, folder, say)
+        file = Trajectories(d.path)
+        selected = samples.select_snapshots(file, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed)
+        if not any(s.split == "train" for s in selected):
+            raise Failure(f"{d.path}: no snapshot in split 'train'; prepare data with one")
+        if parts == 1:
+            source = whole_source(config, file, selected)
+        else:
+            source = partitioned_source(config, file, selected, folder, say)
     for split, sizes in source.counts.items():
         if not len(sizes):
-            raise Failure(f"{config.data.path}: no snapshot in split '{split}'; prepare data with one")
+            raise Failure(f"{d.path}: no snapshot in split '{split}'; prepare data with one")
     return source

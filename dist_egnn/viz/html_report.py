@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import base64
-import html
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -47,17 +47,13 @@ pre { font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; backgrou
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the browser loads nothing
 
 
-def _text(value: object) -> str:
-    return html.escape(str(value))
-
-
 def _figure(caption: str, panel: Callable[..., None], *arguments: object) -> str:
     """A panel of plots.py; arguments: the panel's. The first sentence of the caption describes the picture."""
     data = base64.b64encode(plots.panel_png(panel, *arguments)).decode()
     width, height = (round(side * plots.DPI) for side in plots.SIZE)
-    alt = _text(caption.partition(". ")[0])
+    alt = escape(caption.partition(". ")[0])
     image = f'<img src="data:image/png;base64,{data}" width="{width}" height="{height}" alt="{alt}">'
-    return f"<figure>{image}<figcaption>{_text(caption)}</figcaption></figure>"
+    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def _pictures(*shown: str) -> str:
@@ -65,17 +61,15 @@ def _pictures(*shown: str) -> str:
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    head = "".join(f"<th>{_text(h)}</th>" for h in header)
-    body = "".join(f"<tr>{''.join(f'<td>{_text(c)}</td>' for c in row)}</tr>" for row in rows)
+    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    body = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def node_parts(store: Store, snapshot: int) -> np.ndarray:
     """The part of each node of a snapshot (N,)."""
-    part = np.zeros(int(store.snapshots.loc[snapshot, "nodes"]), np.int64)
-    for p in range(store.parts):
-        part[store.read(snapshot, p).ndata["gid"].numpy()] = p
-    return part
+    gid = [store.read(snapshot, p).ndata["gid"].numpy() for p in range(store.parts)]
+    return np.repeat(np.arange(store.parts), [*map(len, gid)])[np.concatenate(gid).argsort()]
 
 
 @dataclass
@@ -160,8 +154,7 @@ class Report:
 
     def sample(self) -> str:
         """A test sample: its partition, and the prediction of the best checkpoint."""
-        path = self.run / run_dir.BEST
-        data = dataset.open_dataset(self.config, 0, 1)
+        path, data = self.run / run_dir.BEST, dataset.open_dataset(self.config, 0, 1)
         split = next((s for s in ("test", "valid", *SPLITS) if data.splits[s]), "")
         if not split:
             raise Failure(f"{self.config.data.path} has no sample")
@@ -177,19 +170,17 @@ class Report:
         x, y, guess = graph.ndata["x"].numpy(), graph.ndata["y"].numpy(), predicted.numpy()
         mse = np.square(guess.astype(np.float64) - y).mean()
         what = f"A {split} sample: trajectory {trajectory}, frame {frame}, {len(x):,} nodes"
-        shown, note = [], ""
-        if store and store.parts > 1:
-            part = node_parts(store, number)
-            sizes = ", ".join(f"{n:,}" for n in np.bincount(part, minlength=store.parts))
-            caption = f"Nodes of the input, coloured by part. {what}; in the {store.parts} parts: {sizes}."
-            shown.append(_figure(caption, plots.parts, x, part))
-        else:
-            note = '<p class="left-out">No partition: the graphs are whole (partition.parts=P or a store divides them).</p>'
         caption = f"Predicted over true displacement of each node. {what}; MSE {mse:.3e}."
-        shown.append(_figure(caption, plots.displacement, x, y, {self.config.model.name: guess}))
+        shown = [_figure(caption, plots.displacement, x, y, {self.config.model.name: guess})]
         caption = "True and predicted positions." + " Stars: virtual nodes after the last layer." * bool(z.shape[1])
         shown.append(_figure(caption, plots.positions, y, guess, z[0].numpy()))
-        return _pictures(*shown) + note
+        if not (store and store.parts > 1):
+            note = "No partition: the graphs are whole (partition.parts=P or a store divides them)."
+            return f'{_pictures(*shown)}<p class="left-out">{note}</p>'
+        part = node_parts(store, number)
+        sizes = ", ".join(f"{n:,}" for n in np.bincount(part, minlength=store.parts))
+        caption = f"Nodes of the input, coloured by part. {what}; in the {store.parts} parts: {sizes}."
+        return _pictures(_figure(caption, plots.parts, x, part), *shown)
 
     def rollout(self) -> str:
         """Errors by step, energies, paths of virtual nodes."""
@@ -221,46 +212,16 @@ class Report:
             shown.append(_figure(caption, plots.virtual_node_paths, start, np.stack(virtual)))
         else:
             text += " No paths of virtual nodes: the model has none."
-        return f"<p>{_text(text)}</p>" + _pictures(*shown)
+        return f"<p>{escape(text)}</p>" + _pictures(*shown)
 
     def about(self) -> str:
         path = self.run / "about.yaml"
         if not path.is_file():
             raise Failure("recorded by an older version, without about.yaml; a resume or a new run writes it")
-        return f"<pre>{_text(path.read_text().rstrip())}</pre>"
+        return f"<pre>{escape(path.read_text().rstrip())}</pre>"
 
     def settings(self) -> str:
-        return f"<pre>{_text(configs.to_yaml(self.config).rstrip())}</pre>"
-
-
-def page(report: Report) -> tuple[str, list[str]]:
-    """The page, and one line for each section that is left out."""
-    sections: dict[str, Callable[[], str]] = {
-        "The run in numbers": report.numbers,
-        "Errors": report.errors,
-        "Training": report.curves,
-        "A sample": report.sample,
-        "Rollout": report.rollout,
-        "Time of a step by phase": report.timing,
-        "Made with": report.about,
-        "Settings": report.settings,
-    }
-    body, missing = [], []
-    for title, section in sections.items():
-        try:
-            content = section()
-        except Failure as failure:
-            content = f'<p class="left-out">Left out: {_text(failure)}</p>'
-            missing.append(f"{title}: {failure}")
-        body.append(f"<section><h2>{_text(title)}</h2>\n{content}\n</section>")
-    name = _text(f"{report.config.model.name}: {report.run}")
-    head = (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">\n'
-        f"<style>{STYLE}</style></head>\n<body><h1>{name}</h1>\n"
-    )
-    return head + "\n".join(body) + "\n</body></html>\n", missing
+        return f"<pre>{escape(configs.to_yaml(self.config).rstrip())}</pre>"
 
 
 def run_report(run: Path, rollout_file: Path | None, out: Path | None) -> None:
@@ -271,11 +232,34 @@ def run_report(run: Path, rollout_file: Path | None, out: Path | None) -> None:
         raise Failure(f"--out {out}: must end in .html")
     if rollout_file is not None:
         Rollout(rollout_file).close()
-    config = configs.load(run / "config.yaml")
     plots.pyplot()  # fails now rather than in every section
     rollouts = sorted([*run.glob("*.vtkhdf"), *run.glob("*.hdf")], key=lambda path: path.stat().st_mtime)
-    text, missing = page(Report(run, config, rollout_file or (rollouts[-1] if rollouts else None)))
+    report = Report(run, configs.load(run / "config.yaml"), rollout_file or (rollouts[-1] if rollouts else None))
+    sections: dict[str, Callable[[], str]] = {
+        "The run in numbers": report.numbers,
+        "Errors": report.errors,
+        "Training": report.curves,
+        "A sample": report.sample,
+        "Rollout": report.rollout,
+        "Time of a step by phase": report.timing,
+        "Made with": report.about,
+        "Settings": report.settings,
+    }
+    body, missing = "", []
+    for title, section in sections.items():
+        try:
+            content = section()
+        except Failure as failure:
+            content = f'<p class="left-out">Left out: {escape(str(failure))}</p>'
+            missing.append(f"  left out: {title}: {failure}")
+        body += f"<section><h2>{title}</h2>\n{content}\n</section>\n"
+    name = escape(f"{report.config.model.name}: {run}")
+    head = (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">\n'
+        f"<style>{STYLE}</style></head>\n<body><h1>{name}</h1>\n"
+    )
+    text = f"{head}{body}</body></html>\n"
     write_atomically(out, text.encode())
-    print(f"{out}: {text.count('<img ')} pictures, {len(text) / 1e6:.1f} MB")
-    for line in missing:
-        print(f"  left out: {line}")
+    print(f"{out}: {text.count('<img ')} pictures, {len(text) / 1e6:.1f} MB", *missing, sep="\n")

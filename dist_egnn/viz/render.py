@@ -35,17 +35,13 @@ class DrawnFrame:
 
 
 class DrawnFrames:
-    """Every n-th frame of a rollout; each iteration reads the file again.
-
-    rows: the nodes that are drawn; has_truth: whether any frame but the first has true positions.
-    """
+    """Every n-th frame of a rollout; each iteration reads the file again."""
 
     def __init__(self, rollout: Rollout, every: int, colour: str) -> None:
-        self.rollout, self.every, self.colour = rollout, every, colour
-        meta = rollout.meta
-        self.has_truth = len(rollout) > 1 and meta["start"] + meta["horizon"] < meta["true_frames"]
+        self.rollout, self.every, self.colour, meta = rollout, every, colour, rollout.meta
+        self.has_truth = len(rollout) > 1 and meta["start"] + meta["horizon"] < meta["true_frames"]  # after the start
         self.step_time = meta["horizon"] * (meta["dt"] if meta["velocity"] == "stored" else 1)
-        self.rows = np.sort(np.random.default_rng(0).permutation(rollout.nodes)[:MAX_POINTS])
+        self.rows = np.sort(np.random.default_rng(0).permutation(rollout.nodes)[:MAX_POINTS])  # the drawn nodes
         if colour == "error" and not self.has_truth:
             raise Failure(f"{rollout.path}: --colour error: the data have no true frame; use speed or part")
 
@@ -147,8 +143,8 @@ class Camera:
         frame, count, rollout = drawn.frame, len(drawn.position), self.frames.rollout
         outside = int(np.isnan(self._inside(drawn.position)).any(1).sum())
         title = f"step {frame.step} of {len(rollout) - 1}: frame {frame.frame}, t = {frame.time:.4g}"
-        title += f", {count:,} of {rollout.nodes:,} nodes drawn" if count < rollout.nodes else ""
-        self.figure.suptitle(title + (f", {outside:,} outside the view" if outside else ""))
+        title += f", {count:,} of {rollout.nodes:,} nodes drawn" * (count < rollout.nodes)
+        self.figure.suptitle(title + f", {outside:,} outside the view" * bool(outside))
         self._view(self.axes[0], drawn.position, drawn.colour)
         grey = " (grey: no true frame)" * (self.frames.colour == "error")
         error = grey if drawn.mse is None else f", MSE {drawn.mse:.2e}"
@@ -201,5 +197,8 @@ def run_render(path: Path, out: Path | None, fps: float, every: int, colour: str
             video.write_video(out, camera.pictures(), fps)
         finally:
             plots.pyplot().close(camera.figure)
-    note = f"; {len(frames.rows):,} of {rollout.nodes:,} nodes drawn" if len(frames.rows) < rollout.nodes else ""
-    print(f"{out}: {len(frames)} pictures, coloured by {colour}{note}")
+    drawn, nodes = len(frames.rows), rollout.nodes
+    print(
+        f"{out}: {len(frames)} pictures, coloured by {colour}"
+        + f"; {drawn:,} of {nodes:,} nodes drawn" * (drawn < nodes)
+    )

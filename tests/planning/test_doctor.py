@@ -6,12 +6,11 @@ import importlib.metadata as metadata
 import json
 import math
 import os
-import runpy
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from unittest.mock import Mock
 
 import dgl
 import pytest
@@ -25,8 +24,6 @@ from dist_egnn.ops import message_passing
 from dist_egnn.planning import doctor
 from dist_egnn.planning.doctor import Finding
 
-ROOT = Path(__file__).parents[2]
-
 
 def only(findings: list[Finding]) -> Finding:
     (finding,) = findings
@@ -39,19 +36,24 @@ def test_the_command(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "dist_egnn.cli", "doctor", "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=150, check=False)
     states = {one["check"]: one["state"] for one in json.loads(done.stdout.splitlines()[-1])}
-    assert {"python", "versions", "threads", "memory", "disk", "shared memory", "network", *doctor.STAGES} <= set(
-        states
-    )
+    assert set(states) >= {
+        "python",
+        "versions",
+        "threads",
+        "memory",
+        "disk",
+        "shared memory",
+        "network",
+        *doctor.STAGES,
+    }
     assert {states[name] for name in ("python", "versions", "network", "torch", "dgl", "group")} == {"ok"}
     assert done.returncode == ("problem" in states.values()), done.stdout  # the machine may have one
     assert list(tmp_path.iterdir()) == []
 
 
 def test_problems_have_their_remedy_and_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    def check_broken() -> list[Finding]:
-        raise OSError("no such thing")
-
-    monkeypatch.setattr(doctor, "CHECKS", (lambda: [Finding("a", "fine")], check_broken))
+    broken = Mock(side_effect=OSError("no such thing"), __name__="check_broken")
+    monkeypatch.setattr(doctor, "CHECKS", (lambda: [Finding("a", "fine")], broken))
     ran = CliRunner().invoke(cli.app, ["doctor"])
     assert ran.exit_code == 1
     assert "ok      a: fine\nPROBLEM broken: could not be checked: OSError: no such thing\n        → " in ran.output
@@ -65,18 +67,14 @@ def test_versions_against_the_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = metadata.version
 
     def version(name: str) -> str:
-        if name == "numba":
-            raise metadata.PackageNotFoundError(name)
-        return {"dgl": "2.1.0", "protobuf": "3.0"}.get(name, "") or installed(name)
+        return {"dgl": "2.1.0", "protobuf": "3.0"}.get(name) or installed("absent" if name == "numba" else name)
 
     monkeypatch.setattr(doctor.metadata, "version", version)
     findings = doctor.check_versions()
     by_check = {one.check: one for one in findings}
     assert by_check["python"].state == "ok"
-    wrong = [one for one in findings if one.check == "versions"]
-    assert [(one.state, one.text, one.remedy) for one in wrong] == [
-        ("problem", "dgl 2.1.0 is installed, ==1.1.3 is needed", "pip install 'dgl==1.1.3'")
-    ]
+    wrong = only([one for one in findings if one.check == "versions"])
+    assert (wrong.text, wrong.remedy) == ("dgl 2.1.0 is installed, ==1.1.3 is needed", "pip install 'dgl==1.1.3'")
     assert by_check["extra nbody"].state == "note"
     assert "without numba (recipes/nbody" in by_check["extra nbody"].text
     assert by_check["extra water3d"].remedy == "pip install 'protobuf<8,>=4.25'"
@@ -85,44 +83,30 @@ def test_versions_against_the_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.check_versions()[0].remedy == "make PYTHON=python3.11 setup"
 
 
-def test_every_extra_says_what_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    options: dict[str, Any] = {}
-    monkeypatch.setattr("setuptools.setup", lambda **given: options.update(given))
-    runpy.run_path(str(ROOT / "setup.py"))
-    assert set(doctor.EXTRAS) == set(options["extras_require"])
-
-
-@pytest.mark.parametrize(
-    ("threads", "cores", "state"),
-    [
-        ("1", 2.0, "ok"),
-        ("2", 2.0, "ok"),
-        ("3", 2.0, "problem"),
-        ("1", 0.5, "ok"),
-        ("", 2.0, "ok"),
-        ("x", 2.0, "problem"),
-    ],
-)
-def test_threads(threads: str, cores: float, state: str) -> None:
-    finding = only(doctor.check_threads({"OMP_NUM_THREADS": threads} if threads else {}, cores))
-    assert finding.state == state
-    assert finding.remedy in ("", "export OMP_NUM_THREADS=1")
+def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for threads, cores, problem in (("1", 2, 0), ("2", 2, 0), ("3", 2, 1), ("1", 0.5, 0), ("", 2, 0), ("x", 2, 1)):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        monkeypatch.setattr(doctor.resources, "available_cores", lambda cores=cores: cores)
+        assert only(doctor.check_threads()).remedy == "export OMP_NUM_THREADS=1" * problem
 
 
 def test_memory_and_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert only(doctor.check_memory(5e9)).state == "ok"
-    assert only(doctor.check_memory(5e8)).state == "problem"
-    assert only(doctor.check_disk([tmp_path])).check == "disk"
+    for free, state in ((5e9, "ok"), (5e8, "problem")):
+        monkeypatch.setattr(doctor.memory, "available_memory", lambda free=free: free)
+        assert only(doctor.check_memory()).state == state
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(doctor.tempfile, "gettempdir", lambda: str(tmp_path))
+    assert only(doctor.check_disk()).check == "disk"
     monkeypatch.setattr(doctor, "MIN_DISK", math.inf)
-    assert "run.dir" in only(doctor.check_disk([tmp_path])).remedy
+    assert "run.dir" in only(doctor.check_disk()).remedy
     monkeypatch.setattr(os, "access", lambda *_: False)
-    assert "cannot be written" in only(doctor.check_disk([tmp_path])).text
+    assert "cannot be written" in only(doctor.check_disk()).text
 
 
 def test_stale_files_in_shared_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("stale", "open", "fresh"):
-        (tmp_path / name).write_bytes(b"x" * 1000)
+    (tmp_path / "fresh").touch()
     for name in ("stale", "open"):
+        (tmp_path / name).touch()
         os.utime(tmp_path / name, (0, 0))
     with open(tmp_path / "open"):
         finding = only(doctor.check_shared_memory(tmp_path))
@@ -136,30 +120,25 @@ def test_stale_files_in_shared_memory(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert only(doctor.check_network({})).state == "ok"
-    assert f"{doctor.INTERFACE}=eth99" in only(doctor.check_network({doctor.INTERFACE: "eth99"})).text
-
-    def getaddrinfo(*_: Any) -> Any:
-        raise OSError("Name or service not known")
-
-    monkeypatch.setattr(doctor.socket, "getaddrinfo", getaddrinfo)
-    assert "/etc/hosts" in only(doctor.check_network({})).remedy
+    monkeypatch.setenv(doctor.INTERFACE, "eth99")
+    assert f"{doctor.INTERFACE}=eth99" in only(doctor.check_network()).text
+    monkeypatch.delenv(doctor.INTERFACE)
+    assert only(doctor.check_network()).state == "ok"
+    monkeypatch.setattr(doctor.socket, "getaddrinfo", Mock(side_effect=OSError("Name or service not known")))
+    assert "/etc/hosts" in only(doctor.check_network()).remedy
 
 
-@pytest.mark.parametrize(
-    ("script", "text"),
-    [
-        ("raise ImportError('no libdgl.so')", "failed: ImportError: no libdgl.so"),
-        ("import os; os.kill(os.getpid(), 11)", "failed: ended by signal 11"),
-        ("import time; time.sleep(600)", "failed: not done after 5 s"),
-    ],
-)
+STOPS = {
+    "raise ImportError('no libdgl.so')": "failed: ImportError: no libdgl.so",
+    "import os; os.kill(os.getpid(), 11)": "failed: ended by signal 11",
+    "import time; time.sleep(600)": "failed: not done after 5 s",
+}
+
+
+@pytest.mark.parametrize(("script", "text"), STOPS.items())
 def test_a_stage_that_stops_is_named(script: str, text: str) -> None:
-    timeout_s = 5 if "sleep" in script else 300
-    torch = json.dumps(asdict(Finding("torch", "loads")))
-    findings = doctor.check_stages(
-        [sys.executable, "-c", f"print('{torch}', flush=True)\n{script}"], timeout_s=timeout_s
-    )
+    first = f"print('{json.dumps(asdict(Finding('torch', 'loads')))}', flush=True)"
+    findings = doctor.check_stages([sys.executable, "-c", f"{first}\n{script}"], 5 if "sleep" in script else 300)
     assert [(one.check, one.state) for one in findings] == [("torch", "ok"), ("dgl", "problem")]
     assert findings[1].text == text
     assert "dgl==1.1.3" in findings[1].remedy
@@ -173,9 +152,8 @@ def test_a_stage_that_computes_wrong_results_is_a_problem(
     with pytest.raises(Failure, match="torch cannot use it"):
         doctor.try_gpu(tmp_path)
     ones = torch.ones
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda k: "H200")
+    for name, value in (("is_available", True), ("device_count", 1), ("get_device_name", "H200")):
+        monkeypatch.setattr(torch.cuda, name, Mock(return_value=value))
     monkeypatch.setattr(torch, "ones", lambda n, device: ones(n))
     monkeypatch.setattr(message_passing, "dgl_supports", lambda device: False)
     assert "torch engine" in doctor.try_gpu(tmp_path)

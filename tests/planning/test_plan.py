@@ -38,7 +38,7 @@ def config_of(path: Path, *more: str) -> Config:
 
 
 def open_source(path: Path, folder: Path, *more: str, parts: int = 1) -> trial_data.Source:
-    return trial_data.open_source(config_of(path, *more), parts, folder, lambda _: None)
+    return trial_data.open_source(config_of(path, *more), parts, folder, print)
 
 
 def test_counts_are_the_stores(make_store: Any, small: Path, tmp_path: Path) -> None:
@@ -60,8 +60,7 @@ def test_counts_are_the_stores(make_store: Any, small: Path, tmp_path: Path) -> 
 
 
 def test_counts_of_one_process_and_of_complete_graphs(small: Path, tmp_path: Path) -> None:
-    counts = open_source(small, tmp_path).counts["train"]
-    assert counts[:, 0, 0].tolist() == [200] * 3 + [250] * 3
+    assert open_source(small, tmp_path).counts["train"][:, 0, 0].tolist() == [200] * 3 + [250] * 3
     counts = open_source(small, tmp_path, "data.radius=.inf").counts["train"]
     assert counts[:, 0, 1].tolist() == pytest.approx([200 * 199] * 3 + [250 * 249] * 3, rel=0.01)
 
@@ -73,9 +72,7 @@ def collectives(group: Any, config: Config, snapshots: list[int]) -> list[list[t
 
 
 @pytest.mark.parametrize(("parts", "mode"), [(2, "bridge"), (2, "exchange"), (3, "exchange")])
-def test_sums_and_exchanges_are_those_of_a_run(
-    make_store: Any, monkeypatch: pytest.MonkeyPatch, parts: int, mode: str
-) -> None:
+def test_sums_and_exchanges_are_those_of_a_run(make_store: Any, monkeypatch: Any, parts: int, mode: str) -> None:
     """Each call of each rank on each snapshot, and their means in the plan."""
     monkeypatch.setattr(trial, "MIN_SECONDS", 0.0)
     config = config_of(make_store(parts, "bisection"), f"partition.halo={mode}", "train.accumulate=2")
@@ -112,14 +109,14 @@ def test_time_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     sums = {"forward": 0.01, "backward": 0.02, "gradients": 0.05}
     config = load(None, ["train.batch_size=2", "train.accumulate=2"])
     monkeypatch.setattr(resources, "available_cores", lambda: 2.0)
-    estimate = plan.TimeEstimate(config, source_of(4), [0, 1], times, sums)
+    estimate = plan.TimeEstimate(config, source_of(2), times, sums)
     assert (estimate.batches, estimate.steps) == ({"train": 5, "valid": 2}, 3)
     assert estimate.batch("train", fresh=False) == pytest.approx(2 * 2.0 + 0.03)  # the slower rank, twice the size
     assert estimate.step(fresh=False) == pytest.approx(4.03 * 5 / 3 + 0.1 + 0.05)
     assert estimate.epoch(fresh=False) == pytest.approx(5 * 4.03 + 3 * 0.15 + 2 * (1.2 + 0.01))
     assert estimate.alone(1) == pytest.approx(4.0 * 5 / 3 + 0.1)
     monkeypatch.setattr(resources, "available_cores", lambda: 1.0)  # both ranks and their readers in turn
-    estimate = plan.TimeEstimate(config, source_of(4), [0, 1], times, sums)
+    estimate = plan.TimeEstimate(config, source_of(2), times, sums)
     assert estimate.batch("train", fresh=True) == pytest.approx(2 * (1.0 + 2.0) + 2 * (0.2 + 0.2) + 0.03)
 
 
@@ -133,13 +130,13 @@ def test_work_between_calls_by_hand() -> None:
 
 
 def test_cached_samples_count_as_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    source, times = source_of(4), Times(1.0, 1.0, 0.0, 0.0, 0.0)
+    source, times = source_of(3), Times(1.0, 1.0, 0.0, 0.0, 0.0)
     trials = [Trial(times, times, 1.0, 5e8, ratio, [], 1.0) for ratio in (1.0, 1.5)]
     one = [dataset.cached_bytes(100, 1000), dataset.cached_bytes(100, 1400)]
-    result = plan.peak_bytes(source, [0, 2, 3], trials, 1e7)
+    result = plan.peak_bytes(source, trials, 1e7)
     assert result == pytest.approx([5e8 + 1e7 + 1.0 * (26 - 3) * one[0], 5e8 + 1e7 + 1.5 * (26 - 3) * one[1]])
     monkeypatch.setattr(dataset, "CACHE_BYTES", 2 * 10 * one[0])
-    assert plan.peak_bytes(source, [0, 2, 3], trials, 0.0)[0] == pytest.approx(5e8 + 7 * one[0])
+    assert plan.peak_bytes(source, trials, 0.0)[0] == pytest.approx(5e8 + 7 * one[0])
 
 
 def test_graph_bytes_by_hand(make_store: Any) -> None:
@@ -159,7 +156,7 @@ def test_picked_batches_hold_the_largest(larger: int, count: int) -> None:
     batches = plan.pick_batches(source, 2)
     assert [len(batch) for batch in batches] == [2] * count
     assert batches[0][0] == 13
-    assert len({k for batch in batches for k in batch}) == 2 * count
+    assert len(set(np.ravel(batches))) == 2 * count
     assert plan.pick_batches(source_of(1), 4) == [[0]]
 
 
@@ -180,8 +177,7 @@ def test_plan_of_a_store_on_the_command_line(make_store: Any, tmp_path: Path, mo
     assert [rank["rank"] for rank in result["ranks"]] == [0, 1]
     for rank in result["ranks"]:
         assert 0.1 < rank["peak_gb"] < 1
-        assert rank["cpu_s"] > 0
-        assert rank["cut"] > 0 < rank["halo"]
+        assert min(rank["cpu_s"], rank["cut"], rank["halo"]) > 0
         assert rank["sent_bytes"] == result["wire_bytes"]
         assert f"{rank['speed']:,.0f}" in ran.output
     weights = result["weights"]
@@ -190,19 +186,16 @@ def test_plan_of_a_store_on_the_command_line(make_store: Any, tmp_path: Path, mo
     assert sorted(f.name for f in tmp_path.iterdir()) == ["my.yaml"]
 
 
-def test_plan_in_halo_mode(
-    make_store: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plan_in_halo_mode(make_store: Any, monkeypatch: Any, capsys: Any) -> None:
     """Ranks send different amounts and compute on edges between parts; samples count as their largest part."""
     monkeypatch.setattr(trial, "MIN_SECONDS", 0.0)
     config = config_of(make_store(3, "bisection"), "partition.halo=exchange", "train.epochs=1")
     run_plan(config, as_json=True)
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    table = Store(config.data.path).parts_table
-    train_rows = table[table["snapshot"].isin(Store(config.data.path).split("train"))]
-    means = train_rows.groupby("part")[["nodes", "edges", "cut_edges"]].mean().to_numpy()
-    for rank, mean in zip(result["ranks"], means, strict=True):
-        assert [rank["nodes"], rank["edges"]] == pytest.approx(mean[:2])  # edges: all
+    store = Store(config.data.path)
+    train_rows = store.parts_table[store.parts_table["snapshot"].isin(store.split("train"))]
+    means = train_rows.groupby("part")[["nodes", "edges"]].mean().to_numpy()  # edges: all
+    assert [[rank["nodes"], rank["edges"]] for rank in result["ranks"]] == pytest.approx(means)
     sent = [rank["sent_bytes"] for rank in result["ranks"]]
     assert max(sent) == result["wire_bytes"] > min(sent)
     assert result["calls"] == 2 * 2 * 2 + 1
@@ -211,25 +204,22 @@ def test_plan_in_halo_mode(
     assert plan.cached_bytes(counts, config).tolist() == [held, held]
 
 
-def test_weights_by_hand() -> None:
+def test_weights_by_hand(small: Path) -> None:
     """Rank 0 processes 2 · 1600 rows in 1 s of its processor, rank 1 2 · 2000 in 2 s."""
     times = Times(5.0, 1.0, 1.0, 1.0, 1.0)  # not used for weights
-    source = source_of(4)
+    source = source_of(2)
     source.tried[:, :, 0] *= 6 / tiling.EDGES_PER_NODE  # edges + tiling.EDGES_PER_NODE · nodes: 1,600 and 2,000
 
     def plan_of(*fastest: float) -> plan.Plan:
         trials = [Trial(times, times, 1.0, 5e8, 1.0, [[]], seconds) for seconds in fastest]
         config = load(None, ["train.batch_size=2"])
-        return plan.summarize(config, source, [0, 1], trials, dict.fromkeys(PHASES, 0.0), [1.0, 1.0])
+        return plan.summarize(config, source, trials, dict.fromkeys(PHASES, 0.0), [1.0, 1.0])
 
     unequal = plan_of(1.0, 2.0)
     assert [rank.speed for rank in unequal.ranks] == pytest.approx([3200, 2000])
     assert unequal.weights == [1.6, 1]
     assert plan_of(1.0, 1.3).weights is None  # 3200 and 3077 rows a second
-
-
-def test_weights_of_one_process(small: Path) -> None:
-    with pytest.raises(Failure, match=r"--measure: .* partition\.parts=2"):
+    with pytest.raises(Failure, match=r"--measure: .* partition\.parts=2"):  # one process needs none
         run_plan(config_of(small), measure=True)
 
 
@@ -248,9 +238,7 @@ def test_a_model_too_large_fails_before_the_trial(make_store: Any, monkeypatch: 
 
 
 @pytest.mark.parametrize("stored", [True, False])
-def test_training_is_refused_before_there_is_a_folder(
-    make_store: Any, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: bool
-) -> None:
+def test_training_is_refused_before_there_is_a_folder(make_store, small, tmp_path, monkeypatch, stored) -> None:
     """Too little memory, a missing folder, more parts than nodes, weights that cannot be met."""
     path, parts = (make_store(2), []) if stored else (small, ["partition.parts=2"])
     given = [f"run.dir={tmp_path / 'run'}", *parts]

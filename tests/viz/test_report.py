@@ -20,6 +20,7 @@ from dist_egnn.commands.train import run_training
 from dist_egnn.data.store import Store
 from dist_egnn.errors import Failure
 from dist_egnn.evaluate import rollout
+from dist_egnn.train.diagnostics import PHASES
 from dist_egnn.viz import html_report
 from dist_egnn.viz.html_report import run_report
 
@@ -44,7 +45,7 @@ def run(small, make_store, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copy(run, tmp_path) -> Path:
-    return shutil.copytree(run, tmp_path / "copy")
+    return shutil.copytree(run, tmp_path / "<b>&'copy'")
 
 
 def sections(folder: Path) -> dict[str, str]:
@@ -83,25 +84,19 @@ def test_sample_is_the_models_own_prediction(run, monkeypatch):
         html_report.plots, "panel_png", lambda panel, *args: drawn.update({panel.__name__: args}) or b""
     )
     content = sections(run)["A sample"]
-    x, y, predictions = drawn["displacement"]
-    _, part = drawn["parts"]
+    (x, y, predictions), (_, part) = drawn["displacement"], drawn["parts"]
     (predicted,) = predictions.values()
     store = Store(config.load(run / "config.yaml").data.path)
     number = store.split("test")[len(store.split("test")) // 2]
-    whole = store.whole(number)
-    np.testing.assert_array_equal(x, whole.ndata["x"].numpy())
-    np.testing.assert_array_equal(y, whole.ndata["y"].numpy())
+    fields = store.whole(number).ndata
+    assert np.array_equal([x, y], [fields["x"].numpy(), fields["y"].numpy()])
     assert f"MSE {np.square(predicted - y).mean():.3e}" in content
     for p in (0, 1):
         np.testing.assert_array_equal(np.flatnonzero(part == p), np.sort(store.read(number, p).ndata["gid"].numpy()))
 
 
 MISSING = {
-    "metrics.csv": {
-        "The run in numbers": "distegnn train",
-        "Training": "no metrics.csv",
-        "Time of a step by phase": "",
-    },
+    "metrics.csv": {"The run in numbers": "distegnn train", "Training": "metrics.csv", "Time of a step by phase": ""},
     "evaluate.csv": {"Errors": "distegnn evaluate"},
     "rolled.vtkhdf": {"Rollout": "distegnn rollout"},
     "about.yaml": {"Made with": "older version"},
@@ -112,8 +107,7 @@ MISSING = {
 @pytest.mark.parametrize("name", MISSING)
 def test_a_missing_file_is_one_line(copy, name, capsys):
     (copy / name).unlink()
-    content = sections(copy)
-    printed = capsys.readouterr().out
+    content, printed = sections(copy), capsys.readouterr().out
     assert list(content) == TITLES
     assert [title for title in TITLES if "Left out: " in content[title]] == list(MISSING[name])
     for title, hint in MISSING[name].items():
@@ -130,22 +124,25 @@ def test_older_and_damaged_files(copy):
     assert len(pictures(report.curves())) == 2
     with pytest.raises(Failure, match="older version"):
         report.timing()
-    table.loc[0, ["data_s", "forward_s", "communication_s", "backward_s"]] = np.nan  # resumed by this version
+    table.loc[0, list(PHASES)] = np.nan  # resumed by this version
     table.to_csv(copy / "metrics.csv", index=False)
     assert len(pictures(report.timing())) == 1
     (copy / "metrics.csv").write_text("")
     (copy / "evaluate.csv").write_bytes(b"\x00" * 20)
-    for section, match in ((report.curves, r"metrics\.csv is damaged"), (report.errors, r"evaluate\.csv is damaged")):
-        with pytest.raises(Failure, match=match):
+    for section, name in ((report.curves, "metrics"), (report.errors, "evaluate")):
+        with pytest.raises(Failure, match=rf"{name}\.csv is damaged"):
             section()
 
 
-def test_a_run_of_one_process_has_no_partition(copy, small):
+def test_a_run_of_one_process_has_no_partition_and_names_are_escaped(copy, small):
     file = copy / "config.yaml"
     file.write_text(re.sub(r"path: \S+", f"path: {small}", file.read_text()))
     content = sections(copy)["A sample"]
     assert len(pictures(content)) == 2
     assert "No partition" in content
+    page = (copy / "report.html").read_text()
+    assert "&lt;b&gt;&amp;" in page
+    assert "<b>" not in page
 
 
 def test_bad_arguments(run, tmp_path):
@@ -160,22 +157,13 @@ def test_bad_arguments(run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_names_are_escaped(copy, tmp_path):
-    odd = copy.rename(tmp_path / "<b>&'run'")
-    run_report(odd, None, None)
-    text = (odd / "report.html").read_text()
-    assert "<b>" not in text
-    assert "&lt;b&gt;&amp;" in text
-
-
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt-get install chromium")
 def test_in_a_browser(run, tmp_path):
     """The page requests nothing, logs nothing and fits a telephone; the same checks fail on a bad page."""
     sync_api = pytest.importorskip("playwright.sync_api", reason="pip install -e '.[dev]'")
     run_report(run, None, tmp_path / "page.html")
-    (tmp_path / "bad.html").write_text(
-        '<p style="width:900px">wide</p><img src="http://127.0.0.1:9/a.png"><script>console.error(1)</script>'
-    )
+    bad = '<p style="width:900px">wide</p><img src="http://127.0.0.1:9/a.png"><script>console.error(1)</script>'
+    (tmp_path / "bad.html").write_text(bad)
     with sync_api.sync_playwright() as playwright, playwright.chromium.launch(executable_path=CHROMIUM) as browser:
         page = browser.new_page()
         requests, messages = [], []
