@@ -1,7 +1,4 @@
-"""`distegnn doctor`: check whether this machine and this installation can train, and name the remedy of every problem.
-
-What may hang or crash (torch, DGL, a GPU, a group of two processes) is tried in a process of its own with a time limit.
-"""
+"""`distegnn doctor`: check whether this machine and this installation can train, and name the remedy of every problem."""
 
 from __future__ import annotations
 
@@ -115,9 +112,8 @@ def check_threads() -> list[Finding]:
         return [problem("threads", f"OMP_NUM_THREADS={threads} is not a number of threads", remedy)]
     if threads and int(threads) > max(cores, 1):
         return [problem("threads", f"OMP_NUM_THREADS={threads} on {cores:g} cores makes DGL and torch slow", remedy)]
-    limit = "" if math.isinf(resources.cpu_quota()) else " (control group)"
-    text = f"{threads or 'all cores'} per process; {cores:g} of {os.cpu_count()} cores available{limit}"
-    return [Finding("threads", text)]
+    text = f"{threads or 'all cores'} per process; {cores:g} of {os.cpu_count()} cores available"
+    return [Finding("threads", text + " (control group)" * math.isfinite(resources.cpu_quota()))]
 
 
 def check_memory() -> list[Finding]:
@@ -257,7 +253,7 @@ def run_stages() -> None:
 
 
 def check_stages(command: list[str] | None = None, timeout_s: float = TIMEOUT_S) -> list[Finding]:
-    """Run `run_stages` in a process of its own; a stage that does not finish is a problem, later ones are left out."""
+    """Run `run_stages` in its own process, since a stage may hang or crash; the stages after that one are left out."""
     command = command or [sys.executable, "-P", "-c", "from dist_egnn.planning import doctor; doctor.run_stages()"]
     try:
         process = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)

@@ -78,10 +78,7 @@ def _rows(counts: np.ndarray) -> np.ndarray:
 
 
 def pick_batches(source: Source, size: int) -> list[list[int]]:
-    """Batches of indices into ``source.snapshots``: the largest snapshot, and others spread over all.
-
-    MIN_BATCHES to MAX_BATCHES, up to MAX_ROWS edges + 4 nodes: many of small graphs, whose peak memory varies most.
-    """
+    """Batches of indices into ``source.snapshots``: the largest and others spread over all; more of small graphs."""
     count, rows = len(source.snapshots), _rows(source.tried).max(1)  # of the slowest rank
     size = min(size, count)
     batches = int(np.clip(MAX_ROWS // (size * rows.mean()), MIN_BATCHES, MAX_BATCHES))
@@ -111,10 +108,7 @@ def peak_bytes(source: Source, trials: list[Trial], group: float) -> list[float]
 
 
 def make_plan(config: Config, say: Say = lambda line: None) -> Plan:
-    """Try every rank of a config's run and estimate what the run takes. say: prints a line of progress.
-
-    Raises Failure for data or a model that `train` would refuse, and if one rank's step needs more memory than is free.
-    """
+    """Try every rank of a config's run and estimate what the run takes. Raises Failure where `train` would refuse."""
     network.model_class(config.model.name)
     device = trainer.resolve_device(config)
     parts = dataset.part_count(config)
@@ -144,7 +138,7 @@ def make_plan(config: Config, say: Say = lambda line: None) -> Plan:
     peaks = [trial.peak for trial in trials]
     if device.type == "cpu":  # samples and calls stay on the CPU
         peaks = peak_bytes(source, trials, max(group for _, group in timings))
-    return summarize(config, source, trials, call_s, peaks)
+    return combine(config, source, trials, call_s, peaks)
 
 
 class TimeEstimate:
@@ -176,8 +170,7 @@ class TimeEstimate:
     def epoch(self, fresh: bool) -> float:
         return self.steps * self.step(fresh) + self.batches["valid"] * self.batch("valid", fresh)
 
-    def alone(self, rank: int) -> float:
-        """Seconds of a rank's own work in a step."""
+    def alone(self, rank: int) -> float:  # its own work in a step
         t, batches = self.times[rank], self.batches["train"] / self.steps
         return t.batch * self.scale["train"][rank] * batches + t.finish
 
@@ -190,9 +183,7 @@ def step_communication(calls: list[list[Call]], batches: int, parts: int) -> tup
     return sum(times for times, _ in repeated) // len(calls), payload / len(calls), sent / len(calls)
 
 
-def summarize(
-    config: Config, source: Source, trials: list[Trial], call_s: dict[str, float], peaks: list[float]
-) -> Plan:
+def combine(config: Config, source: Source, trials: list[Trial], call_s: dict[str, float], peaks: list[float]) -> Plan:
     """The plan from the trials of all ranks and the timing of the group's calls."""
     parts = len(trials)
     now = TimeEstimate(config, source, [t.wall for t in trials], call_s)
@@ -205,16 +196,15 @@ def summarize(
     batches = min(config.train.accumulate, now.batches["train"])  # of a step
     communication = [step_communication(trial.calls, batches, parts) for trial in trials]
     sent = [wire for _, _, wire in communication]
-    counts = source.counts["train"].mean(0).T.tolist(), source.table.mean(0)[:, 2:].T.tolist()
-    columns = zip(*counts[0], *counts[1], sent, peaks, speeds, strict=True)
+    sizes = np.hstack([source.counts["train"].mean(0), source.table.mean(0)[:, 2:]]).tolist()  # (P, 4)
     return Plan(
         data=config.data.path,
         parts=parts,
         halo=config.partition.halo,
         snapshots={name: len(c) for name, c in source.counts.items()},
         ranks=[
-            Rank(p, nodes, edges, cut, halo, wire, peak / 1e9, now.alone(p), idle.alone(p), speed)
-            for p, (nodes, edges, cut, halo, wire, peak, speed) in enumerate(columns)
+            Rank(p, nodes, edges, cut, halo, sent[p], peaks[p] / 1e9, now.alone(p), idle.alone(p), speeds[p])
+            for p, (nodes, edges, cut, halo) in enumerate(sizes)
         ],
         steps=now.steps,
         calls=communication[0][0],

@@ -114,14 +114,8 @@ class _Stopwatch:
         devices.synchronize(self._device)
         self.seconds[name].append((time.perf_counter() - wall, time.thread_time() - cpu))
 
-    def medians(self, clock: int) -> Times:
-        """clock: 0 wall, 1 processor."""
-        return Times(**{f.name: statistics.median(s[clock] for s in self.seconds[f.name]) for f in fields(Times)})
 
-
-def try_rank(
-    _: Comm, config: Config, rank: int, size: int, batches: Batches, threads: int, inputs: HaloInputs
-) -> Trial:
+def try_rank(_: Comm, config: Config, rank: int, size: int, batches: Batches, threads: int, halos: HaloInputs) -> Trial:
     """Train rank ``rank`` of ``size`` on batches of snapshots; after each pass over them it also predicts the first one."""
     import torch.utils.tensorboard  # as rank 0 of a run: it takes memory
 
@@ -139,9 +133,9 @@ def try_rank(
         with watch("ready"):
             graphs = [samples[n] for n in snapshots]
             for n, graph in zip(snapshots, graphs, strict=True):
-                if (halos := halo.get(graph)) and not halos.parts[0].send_rows:
-                    rows, halo_x = inputs[n]
-                    halos.parts[0].complete(graph.ndata["x"], [*map(torch.from_numpy, rows)], torch.from_numpy(halo_x))
+                if (own := halo.get(graph)) and not own.parts[0].send_rows:
+                    rows, halo_x = halos[n]
+                    own.parts[0].complete(graph.ndata["x"], [*map(torch.from_numpy, rows)], torch.from_numpy(halo_x))
             return prepare(halo.batch(graphs))
 
     def run_pass() -> None:
@@ -177,9 +171,10 @@ def try_rank(
     one_thread = device.type == "cpu" and threads == 1  # otherwise other threads or the device do the work
     wall, cpu = zip(*watch.seconds["batch"], strict=True)
     seconds = cpu if one_thread else wall
+    medians = {f.name: np.median(watch.seconds[f.name], 0).tolist() for f in fields(Times)}  # of wall and processor
     return Trial(
-        wall=watch.medians(0),
-        cpu=watch.medians(1 if one_thread else 0),
+        wall=Times(**{name: clocks[0] for name, clocks in medians.items()}),
+        cpu=Times(**{name: clocks[one_thread] for name, clocks in medians.items()}),
         busy=sum(cpu) / sum(wall) if one_thread else 1.0,
         peak=metrics.peak_memory_gb(device) * 1e9,
         held_ratio=sum(map(graph_bytes, graphs.values())) / max(counted, 1),
@@ -189,10 +184,10 @@ def try_rank(
 
 
 def time_calls(group: Comm, ranks: list[list[list[Call]]], work_s: float) -> tuple[dict[str, float], float]:
-    """Seconds that this rank spends in the calls of a step, by phase, and the bytes of memory that the group costs it.
+    """Median seconds of this rank's calls of a step, by phase, and the bytes of memory that the group costs it.
 
-    ranks: the calls of each rank, by batch; the medians are over the batches in turn. work_s: processor seconds that each
-    rank works before each call, which are subtracted: ranks that come from work wait longer for each other.
+    ranks: the calls of each rank, by batch. work_s: processor seconds that each rank works before each call, which are
+    subtracted: ranks that come from work wait longer for each other.
     """
     memory_before = metrics.peak_memory_gb()
     seconds: dict[str, list[float]] = {phase: [] for phase in PHASES}

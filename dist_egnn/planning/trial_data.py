@@ -77,10 +77,7 @@ def whole_source(config: Config, file: Trajectories, selected: list[Snapshot]) -
 
 
 def partitioned_source(config: Config, file: Trajectories, selected: list[Snapshot], folder: Path, say: Say) -> Source:
-    """The source of a run of P processes on a trajectories file: some of its snapshots are partitioned into ``folder``.
-
-    As many as fill the shards that a rank has in memory at a time, or all: the size of a shard is part of the memory.
-    """
+    """The source of a run on a trajectories file: ``folder`` gets a store that fills the shards that memory holds."""
     from ..partition import store_writer
 
     frames_of = Counter(s.trajectory for s in selected if s.split == "train")
@@ -127,10 +124,8 @@ def open_source(config: Config, parts: int, folder: Path, say: Say) -> Source:
         selected = samples.select_snapshots(file, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed)
         if not any(s.split == "train" for s in selected):
             raise Failure(f"{d.path}: no snapshot in split 'train'; prepare data with one")
-        if parts == 1:
-            source = whole_source(config, file, selected)
-        else:
-            source = partitioned_source(config, file, selected, folder, say)
+        given = config, file, selected
+        source = whole_source(*given) if parts == 1 else partitioned_source(*given, folder, say)
     for split, sizes in source.counts.items():
         if not len(sizes):
             raise Failure(f"{d.path}: no snapshot in split '{split}'; prepare data with one")

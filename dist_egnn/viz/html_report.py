@@ -13,8 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from .. import config as configs
-from ..config import Config
+from ..config import Config, load, to_yaml
 from ..data import dataset
 from ..data.store import Store, open_store
 from ..data.trajectories import SPLITS
@@ -220,9 +219,6 @@ class Report:
             raise Failure("recorded by an older version, without about.yaml; a resume or a new run writes it")
         return f"<pre>{escape(path.read_text().rstrip())}</pre>"
 
-    def settings(self) -> str:
-        return f"<pre>{escape(configs.to_yaml(self.config).rstrip())}</pre>"
-
 
 def run_report(run: Path, rollout_file: Path | None, out: Path | None) -> None:
     """Write the page of a run. Raises Failure if ``run`` is not a run or ``rollout_file`` cannot be read."""
@@ -234,7 +230,7 @@ def run_report(run: Path, rollout_file: Path | None, out: Path | None) -> None:
         Rollout(rollout_file).close()
     plots.pyplot()  # fails now rather than in every section
     rollouts = sorted([*run.glob("*.vtkhdf"), *run.glob("*.hdf")], key=lambda path: path.stat().st_mtime)
-    report = Report(run, configs.load(run / "config.yaml"), rollout_file or (rollouts[-1] if rollouts else None))
+    report = Report(run, load(run / "config.yaml"), rollout_file or (rollouts[-1] if rollouts else None))
     sections: dict[str, Callable[[], str]] = {
         "The run in numbers": report.numbers,
         "Errors": report.errors,
@@ -243,7 +239,7 @@ def run_report(run: Path, rollout_file: Path | None, out: Path | None) -> None:
         "Rollout": report.rollout,
         "Time of a step by phase": report.timing,
         "Made with": report.about,
-        "Settings": report.settings,
+        "Settings": lambda: f"<pre>{escape(to_yaml(report.config).rstrip())}</pre>",
     }
     body, missing = "", []
     for title, section in sections.items():

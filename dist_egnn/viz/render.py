@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
+import subprocess
+import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +17,15 @@ import numpy as np
 
 from ..errors import Failure
 from ..evaluate.vtkhdf import Frame, Rollout
+from ..utils.filesystem import lock_output
 from ..utils.progress import progress_bar
-from . import plots, video
+from . import plots
 
 COLOURS = ("speed", "error", "part")
 MAX_POINTS = 20_000  # more take seconds per frame and only cover one another
 DPI = 110
 GREY = "0.65"
+Pictures = Iterator[np.ndarray]  # (height, width, 3) bytes, all of one size
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class DrawnFrames:
     def __iter__(self) -> Iterator[DrawnFrame]:
         previous: np.ndarray | None = None
         for frame in self.rollout:  # skipped frames too: the true velocity is a difference over one step
-            true = None if frame.error is None else frame.position - frame.error
+            true = None if frame.error is None else (frame.position - frame.error)[self.rows]
             if frame.step % self.every == 0:
                 yield self._drawn(frame, true, previous)
             previous = true
@@ -61,15 +67,14 @@ class DrawnFrames:
         if self.colour == "part":
             colour = true_colour = frame.part[rows].astype(float)
         elif self.colour == "error":
-            error = np.full((len(rows), 3), np.nan) if frame.error is None else frame.error[rows]
-            colour = np.linalg.norm(error, axis=1)
+            colour = np.full(len(rows), np.nan) if frame.error is None else np.linalg.norm(frame.error[rows], axis=1)
         else:
             colour = np.linalg.norm(frame.velocity[rows], axis=1)
             if true is not None:
-                v = frame.velocity[rows] if previous is None else (true[rows] - previous[rows]) / self.step_time
+                v = frame.velocity[rows] if previous is None else (true - previous) / self.step_time
                 true_colour = np.linalg.norm(v, axis=1)
         mse = None if frame.error is None else float(np.square(frame.error.astype(np.float64)).mean())
-        return DrawnFrame(frame, frame.position[rows], colour, None if true is None else true[rows], true_colour, mse)
+        return DrawnFrame(frame, frame.position[rows], colour, true, true_colour, mse)
 
 
 def shared_limits(frames: DrawnFrames, box: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, float]:
@@ -175,6 +180,71 @@ class Camera:
         return np.where(np.all((x >= self.low) & (x <= self.high), axis=1, keepdims=True), x, np.nan)
 
 
+def _write_folder(path: Path, pictures: Pictures, fps: float) -> None:
+    from PIL import Image
+
+    path.mkdir()
+    for k, picture in enumerate(pictures):
+        Image.fromarray(picture).save(path / f"frame-{k:04d}.png", optimize=True)
+
+
+def _write_gif(path: Path, pictures: Pictures, fps: float) -> None:
+    from PIL import GifImagePlugin, Image
+
+    duration_ms = max(round(1000 / fps), 20)  # browsers slow down faster GIFs
+    with open(path, "wb") as file:
+        for picture in pictures:  # Pillow's own writer keeps all pictures in memory
+            image = Image.fromarray(picture).quantize(128, dither=Image.Dither.NONE)
+            if not file.tell():
+                file.writelines(GifImagePlugin.getheader(image.copy(), info={"loop": 0})[0])
+            file.writelines(GifImagePlugin.getdata(image, duration=duration_ms, include_color_table=True))
+        file.write(b";")
+
+
+def _write_mp4(path: Path, pictures: Pictures, fps: float) -> None:
+    """H.264 by ffmpeg, which gets raw pictures through a pipe."""
+    first = next(pictures)
+    height, width = (side // 2 * 2 for side in first.shape[:2])  # H.264 needs even sides
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
+    target = ["-c:v", "libx264", "-pix_fmt", "yuv420p", "-movflags", "+faststart", str(path)]
+    command = ["ffmpeg", "-loglevel", "error", "-y", *source, *target]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log)
+        assert process.stdin is not None
+        try:
+            with suppress(BrokenPipeError), process.stdin:  # broken if ffmpeg ends early
+                for picture in itertools.chain([first], pictures):
+                    process.stdin.write(np.ascontiguousarray(picture[:height, :width]).tobytes())
+        finally:
+            process.wait()
+        if process.returncode:
+            log.seek(0)
+            reason = (log.read().decode(errors="replace").strip().splitlines() or ["no message"])[-1]
+            raise Failure(f"{path}: ffmpeg failed ({reason}); write a .gif, or a folder of PNG")
+
+
+WRITERS = {"": _write_folder, ".gif": _write_gif, ".mp4": _write_mp4}  # by suffix
+
+
+def write_video(path: Path, pictures: Pictures, fps: float) -> None:
+    """Write at least one picture in the format of the suffix of ``path``. An error or interruption leaves no file."""
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+
+    def remove() -> None:
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+
+    with lock_output(path, "another process is writing it; wait for it, or choose another --out"):
+        try:
+            remove()  # left by a killed process
+            WRITERS[path.suffix](partial, pictures, fps)
+            os.replace(partial, path)
+        except OSError as error:
+            remedy = "free space, or choose another --out"
+            raise Failure(f"{path}: cannot be written ({error.strerror}); {remedy}") from error
+        finally:
+            remove()
+
+
 def run_render(path: Path, out: Path | None, fps: float, every: int, colour: str) -> None:
     """Render a rollout to ``out``, by default the MP4 beside it. Raises Failure for bad options or input."""
     out = path.with_suffix(".mp4") if out is None else out
@@ -182,7 +252,7 @@ def run_render(path: Path, out: Path | None, fps: float, every: int, colour: str
         raise Failure(f"--colour {colour}: use one of {', '.join(COLOURS)}")
     if not (every >= 1 and 0 < fps <= 1000):
         raise Failure(f"--every {every} --fps {fps:g}: must be at least 1; above 0 and at most 1000")
-    if out.suffix not in video.WRITERS:
+    if out.suffix not in WRITERS:
         raise Failure(f"--out {out}: must end in .mp4 or .gif; a name without an ending is a folder of PNG")
     if out.exists():
         raise Failure(f"{out}: exists; remove it or choose another --out")
@@ -194,7 +264,7 @@ def run_render(path: Path, out: Path | None, fps: float, every: int, colour: str
         frames = DrawnFrames(rollout, every, colour)
         camera = Camera(frames)
         try:
-            video.write_video(out, camera.pictures(), fps)
+            write_video(out, camera.pictures(), fps)
         finally:
             plots.pyplot().close(camera.figure)
     drawn, nodes = len(frames.rows), rollout.nodes
