@@ -1,8 +1,8 @@
 """The agent that `distegnn launch` runs on every host: it starts processes, forwards their output, and stops them.
 
-Launcher and agent exchange JSON messages, one per line, over the agent's standard input and output. An agent imports
-neither torch nor DGL. Its processes end with it: when its input ends, when the launcher sends nothing for ``patience``
-seconds, or when it is killed. Unless it was killed, it also removes what its servers left in /dev/shm.
+Launcher and agent exchange JSON messages, one per line, by the agent's standard input and output. Its processes end
+when its input ends, when the launcher is silent for ``patience`` seconds, or when it is killed. Unless it was killed,
+it also removes what its servers left in /dev/shm. It imports neither torch nor DGL.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import selectors
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen
 from typing import Any
 
 from . import host_info
@@ -30,31 +31,25 @@ PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _die_with_parent() -> None:
+def _own_session() -> None:
+    os.setsid()
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class Child:
-    """A named process. One pipe takes all that it prints; shared: prefix of the files that it may leave in /dev/shm."""
+    """A process. text: its standard input; shared: prefix of the files that it may leave in /dev/shm."""
 
     def __init__(self, name: str, argv: list[str], env: dict[str, str], text: str, shared: str) -> None:
         self.name, self.shared = name, shared
         self.kill_at = float("inf")
         self.buffer = b""
-        self.process = subprocess.Popen(
-            argv,
-            env={**os.environ, **env},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            preexec_fn=_die_with_parent,
-            start_new_session=True,
+        self.process = Popen(
+            argv, env=os.environ | env, stdin=PIPE, stdout=PIPE, stderr=STDOUT, preexec_fn=_own_session
         )
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(text.encode())
-            self.process.stdin.close()
+        assert self.process.stdin
+        assert self.process.stdout
+        with contextlib.suppress(BrokenPipeError), self.process.stdin as file:
+            file.write(text.encode())
         self.output = self.process.stdout
 
     def signal(self, number: int) -> None:
@@ -81,8 +76,7 @@ class Agent:
         self.buffer = b""
         self.connected = True
         self.selector = selectors.DefaultSelector()
-        self.selector.register(0, selectors.EVENT_READ)
-        os.set_blocking(0, False)
+        self.selector.register(0, selectors.EVENT_READ, self._handle_input)
 
     def send(self, **message: Any) -> None:
         try:
@@ -96,10 +90,7 @@ class Agent:
         try:
             while self.connected and time.monotonic() - self.last_message < self.patience:
                 for key, _ in self.selector.select(0.2):
-                    if key.fd == 0:
-                        self._handle_input()
-                    else:
-                        self._forward_output(key.data)
+                    key.data()
                 self._report_exits()
         finally:
             for child in self.children.values():
@@ -107,13 +98,9 @@ class Agent:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _handle_input(self) -> None:
-        try:
-            chunk = os.read(0, 1 << 16)
-        except BlockingIOError:
-            return
+        chunk = os.read(0, 1 << 16)
         if not chunk:
             self.connected = False
-            return
         *lines, self.buffer = (self.buffer + chunk).split(b"\n")
         for line in lines:
             message = json.loads(line)
@@ -129,14 +116,11 @@ class Agent:
         chunk = os.read(child.output.fileno(), 1 << 16)
         *lines, child.buffer = (child.buffer + chunk).split(b"\n")
         if not chunk:
-            lines, child.buffer = ([child.buffer] if child.buffer else []), b""
-            self._close_output(child)
+            lines = [child.buffer] if child.buffer else []
+            self.selector.unregister(child.output)
+            child.output.close()
         for line in lines:
             self.send(name=child.name, line=line.decode(errors="replace").rstrip("\r"))
-
-    def _close_output(self, child: Child) -> None:
-        self.selector.unregister(child.output)
-        child.output.close()
 
     def _report_exits(self) -> None:
         for child in list(self.children.values()):
@@ -145,11 +129,12 @@ class Agent:
                 if now > child.kill_at:
                     child.signal(signal.SIGKILL)
                 continue
+            child.kill_at = min(child.kill_at, now + 1)
             if not child.output.closed:  # forward its last lines first; a child of its own may keep the pipe open
-                child.kill_at = min(child.kill_at, now + 1)
                 if now < child.kill_at:
                     continue
-                self._close_output(child)
+                self.selector.unregister(child.output)
+                child.output.close()
             del self.children[child.name]
             child.kill()
             self.send(name=child.name, exit=code)
@@ -165,15 +150,11 @@ class Agent:
     def do_listen(self, address: str, ports: list[int]) -> dict[str, Any]:
         """Listen on ports (0: any free one) of an address until `close`, which frees them for a server."""
         for port in ports:
-            listener = socket.socket()
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                listener.bind((address, port))
-                listener.listen()
+                self.sockets.append(socket.create_server((address, port)))
             except OSError as error:
-                listener.close()
-                return {"problem": f"port {port} of {address}: {error.strerror}{host_info.port_owner(port)}"}
-            self.sockets.append(listener)
+                reason = os.strerror(error.errno or 0) + host_info.port_owner(port)
+                return {"problem": f"port {port} of {address}: {reason}"}
         return {"ports": [listener.getsockname()[1] for listener in self.sockets[-len(ports) :]]}
 
     def do_reach(self, targets: list[tuple[str, int]], limit: float) -> list[str]:
@@ -197,14 +178,13 @@ class Agent:
         return str(path)
 
     def do_start(self, name: str, argv: list[str], env: dict[str, str], text: str, shared: str) -> dict[str, Any]:
-        """Start a process. text: its standard input; shared: prefix of its files in /dev/shm."""
         child = self.children[name] = Child(name, argv, env, text, shared)
-        self.selector.register(child.output, selectors.EVENT_READ, child)
+        self.selector.register(child.output, selectors.EVENT_READ, partial(self._forward_output, child))
         return {"pid": child.process.pid}
 
-    def do_stop(self, names: list[str], within: float | None) -> None:
+    def do_stop(self, name: str, within: float | None) -> None:
         """Send SIGTERM, and SIGKILL after ``within`` seconds; 0: SIGKILL at once, None: no SIGKILL."""
-        for child in [self.children[name] for name in names if name in self.children]:
+        if child := self.children.get(name):
             child.signal(signal.SIGKILL if within == 0 else signal.SIGTERM)
             if within:
                 child.kill_at = time.monotonic() + within
@@ -212,11 +192,7 @@ class Agent:
 
 if __name__ == "__main__":
     agent = Agent(patience=float(sys.argv[1]))
-
-    def _disconnect(*_: Any) -> None:
-        agent.connected = False
-
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher handles Ctrl-C
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _disconnect)
+        signal.signal(number, lambda *_: setattr(agent, "connected", False))
     agent.run()

@@ -20,15 +20,14 @@ Events = queue.Queue[tuple["AgentClient", dict[str, Any]]]
 
 
 class HostLost(Failure):
-    """A host no longer answers."""
+    """A host no longer answers, or does not reach another one."""
 
 
 class AgentClient:
-    """An agent on a host.
+    """An agent on a host. Its events go to the queue ``events`` as (client, message).
 
-    Its events go to the queue ``events`` as (client, message): {"name", "line"} for a line that a process printed,
-    {"name", "exit"} for its end, {"lost": True} for the end of the agent. A host that is silent for ``patience``
-    seconds is lost too.
+    {"name", "line"}: a process printed a line; {"name", "exit"}: it ended; {"lost": True}: the agent ended, or was
+    silent for ``patience`` seconds.
     """
 
     def __init__(self, host: Host, events: Events, patience: float) -> None:
@@ -37,15 +36,13 @@ class AgentClient:
         self._pending: dict[int, Future[Any]] = {}
         self._count, self._lock = 0, threading.Lock()
         self._greeted = threading.Event()
-        command = host.command(host.python, "-P", "-m", "dist_egnn.launch.agent", str(patience))
+        command = host.command(*host.module("launch.agent", str(patience)))
         try:  # in a session of its own: Ctrl-C is for the launcher alone
             self.process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=PIPE, start_new_session=True)
         except OSError as error:
-            raise HostLost(
-                f"host {host.name}: {host.reach[0]} does not start ({error.strerror}); is it installed?"
-            ) from error
-        work = (self._read_messages, self._read_errors, self._ping)
-        self._threads = [threading.Thread(target=function, daemon=True) for function in work]
+            raise HostLost(f"host {host.name}: cannot start {host.reach[0]} ({error.strerror}); install it") from error
+        functions = (self._read_messages, self._read_errors, self._ping)
+        self._threads = [threading.Thread(target=function, daemon=True) for function in functions]
         for thread in self._threads:
             thread.start()
 
@@ -78,7 +75,8 @@ class AgentClient:
     def _read_errors(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
-            self.last_error = line.decode(errors="replace").strip() or self.last_error
+            if text := line.decode(errors="replace").strip():
+                self.last_error = f" ({text})"
 
     def _ping(self) -> None:
         """Show the agent regularly that the launcher is alive, whatever else it does."""
@@ -87,20 +85,17 @@ class AgentClient:
             if self._greeted.is_set():
                 self.send("ping")
 
-    @property
-    def _reason(self) -> str:
-        return f" ({self.last_error})" if self.last_error else ""
-
     def wait_for_greeting(self, timeout: float) -> None:
         """Wait until the agent runs. Raises HostLost if it does not."""
         if self._greeted.wait(timeout) and self.alive:
             return
         self.close()
         self._threads[1].join(1)  # read the last error
-        raise HostLost(
-            f"host {self.host.name}: no agent answers{self._reason}; check that `{self.host.reach[0]}` reaches it "
-            f"without a password and that {self.host.python} there has dist_egnn"
+        host = self.host
+        remedy = (
+            f"check that `{host.reach[0]}` reaches it without a password and that {host.python} there has dist_egnn"
         )
+        raise HostLost(f"host {host.name}: no agent answers{self.last_error}; {remedy}")
 
     def send(self, command: str, **arguments: Any) -> Future[Any]:
         """Send a message. `result` waits for the answer."""
@@ -121,7 +116,7 @@ class AgentClient:
         try:
             content = answer.result(self.patience if timeout is None else timeout)
         except (TimeoutError, ConnectionError):
-            raise HostLost(f"host {self.host.name}: does not answer any more{self._reason}") from None
+            raise HostLost(f"host {self.host.name}: does not answer any more{self.last_error}") from None
         if isinstance(content, dict) and "problem" in content:
             raise Failure(f"host {self.host.name}: {content['problem']}")
         return content
@@ -129,12 +124,6 @@ class AgentClient:
     def call(self, command: str, **arguments: Any) -> Any:
         """Send a message and wait for its answer."""
         return self.result(self.send(command, **arguments))
-
-    def check_alive(self) -> None:
-        """Report the agent as lost once it has been silent for too long."""
-        if self.alive and time.monotonic() - self.last_message > self.patience:
-            self.alive = False
-            self.events.put((self, {"lost": True}))
 
     def close(self) -> None:
         """End the agent, and with it all that it started on its host."""

@@ -18,40 +18,31 @@ def find_problems(hosts: list[Host], infos: list[dict[str, Any]], config: Config
     """All that prevents the launch: one line per problem, with the host and the remedy. infos: by `inspect_host`."""
     path, store = config.data.path, infos[0]["store"]
     pairs = list(zip(hosts, infos, strict=True))
-    problems = [f"host {host.name}: {line}" for host, info in pairs for line in _version_problems(info, path)]
+    versions, code = host_info.package_versions(), host_info.source_hash()
+    problems = []
+    for host, info in pairs:
+        there = info["versions"]
+        differences = [f"{k} {there.get(k)}, the launcher {v}" for k, v in sorted(versions.items() - there.items())]
+        problems += [f"host {host.name}: has {line}; install the same on all hosts" for line in differences]
+        if not differences and info["code"] != code:
+            problems.append(f"host {host.name}: has other code of dist_egnn; check out the same commit on all hosts")
+        if info["store"] is None:
+            problems.append(f"host {host.name}: has no whole store {path}; copy it there, or use --dispatch")
     if problems:
         return problems
-    problems = [
-        f"host {host.name}: {path} is another store there than on {hosts[0].name} (manifest.yaml differs); "
-        "copy the same store to both, or use --dispatch"
-        for host, info in pairs
-        if info["store"]["sha256"] != store["sha256"]
-    ]
+    other = f"{path} is another store there than on {hosts[0].name}; copy the same store to both, or use --dispatch"
+    problems = [f"host {host.name}: {other}" for host, info in pairs if info["store"]["sha256"] != store["sha256"]]
     problems += _layout_problems(hosts, store, path)
     if problems:
         return problems
     for number, (host, info) in enumerate(pairs):
         problems += [f"host {host.name}: {line}" for line in _memory_problems(info, store, number, config)]
-    where = f"host {hosts[0].name}: {config.run.dir}"
+    folder = config.run.dir
+    where = f"host {hosts[0].name}: {folder}"
     if resume and not infos[0]["has_run"]:
         problems.append(f"{where} holds no run to resume; list the host that has the run first")
     if infos[0]["has_run"] and not resume:
-        remedy = f"choose another run.dir, or: distegnn launch --resume {config.run.dir}"
-        problems.append(f"{where} holds a run already; {remedy}")
-    return problems
-
-
-def _version_problems(info: dict[str, Any], path: str) -> list[str]:
-    """Differences between a host and the launcher in versions and code; and whether the host has the store."""
-    problems = [
-        f"has {name} {info['versions'].get(name, 'missing')}, the launcher {version}; install the same on all hosts"
-        for name, version in host_info.package_versions().items()
-        if info["versions"].get(name) != version
-    ]
-    if not problems and info["code"] != host_info.source_hash():
-        problems.append("has other code of dist_egnn, of the same version; check out the same commit on all hosts")
-    if info["store"] is None:
-        problems.append(f"has no whole store {path}; copy it there, or use --dispatch")
+        problems.append(f"{where} holds a run already; set another run.dir, or: distegnn launch --resume {folder}")
     return problems
 
 
@@ -64,9 +55,9 @@ def _layout_problems(hosts: list[Host], store: dict[str, Any], path: str) -> lis
     fits = machines == len(hosts) and listed <= {trainers}
     if fits and store["shards"] == 1:
         return []
-    made_for = (
-        f"{store['shards']} graphs, and servers take one" if fits else f"{machines} machines × {trainers} trainers"
-    )
+    made_for = f"{machines} machines × {trainers} trainers"
+    if fits:
+        made_for = f"{store['shards']} graphs, and servers take one"
     count = next(iter(listed), trainers)
     option = f"--trainers {count} " if listed or count > 1 else ""
     return [f"{path}: made for {made_for}; partition again with --parts {len(hosts)} {option}--shard-nodes 0"]
@@ -74,34 +65,30 @@ def _layout_problems(hosts: list[Host], store: dict[str, Any], path: str) -> lis
 
 def _memory_problems(info: dict[str, Any], store: dict[str, Any], number: int, config: Config) -> list[str]:
     """Whether a host has the shared memory and the memory for its server and its trainers."""
-    trainers, problems = store["trainers"], []
+    trainers = store["trainers"]
     nodes, edges, halo = store["sums"][number]
     shared = memory.graph_server_bytes(nodes, edges, halo, store["floats"], trainers)
-    if shared > info["shared"]:
-        problems.append(
-            f"its server takes about {shared / 1e9:.2f} GB of /dev/shm, {info['shared'] / 1e9:.2f} GB are free there; "
-            "make it larger (mount -o remount,size=…, docker --shm-size), or partition for more machines"
-        )
     needed = SERVER_BYTES + store["sizes"][number] + shared
     for nodes, edges in store["largest"][number * trainers : (number + 1) * trainers]:
         needed += config.train.replicas * preflight.training_bytes(config, nodes, edges)
-    if needed > info["memory"]:
-        problems.append(
-            f"server and trainers take about {needed / 1e9:.1f} GB, {info['memory'] / 1e9:.1f} GB are free; "
-            "partition for more machines, or lower model.hidden or model.layers"
-        )
-    return problems
+    enlarge = "make /dev/shm larger (mount -o remount,size=…, docker --shm-size)"
+    checks = [
+        ("its server takes", shared, "/dev/shm", info["shared"], enlarge),
+        ("server and trainers take", needed, "memory", info["memory"], "lower model.hidden or model.layers"),
+    ]
+    return [
+        f"{what} about {size / 1e9:.2f} GB of {kind}, {free / 1e9:.2f} GB are free; {remedy}, or use more machines"
+        for what, size, kind, free, remedy in checks
+        if size > free
+    ]
 
 
 def choose_interface(host: Host, info: dict[str, Any]) -> tuple[str, str]:
     """(interface, IPv4 address) that the other hosts connect to. Raises Failure unless there is exactly one choice."""
     addresses: dict[str, str] = info["addresses"]
-    shown = ", ".join(f"{name} ({ip})" for name, ip in addresses.items()) or "none"
-    if host.interface is not None:
-        if host.interface not in addresses:
-            raise Failure(f"host {host.name}: has no interface {host.interface} with an IPv4 address; it has {shown}")
-        return host.interface, addresses[host.interface]
-    outward = [name for name, ip in addresses.items() if not ip.startswith("127.")]
-    if len(outward) != 1:
-        raise Failure(f"host {host.name}: set interface=NAME in its line of the hosts file; it has {shown}")
-    return outward[0], addresses[outward[0]]
+    names = [host.interface] if host.interface else [x for x, ip in addresses.items() if not ip.startswith("127.")]
+    if len(names) != 1 or names[0] not in addresses:
+        problem = f"has no interface {names[0]} with an IPv4 address" if host.interface else "the interface is unclear"
+        shown = ", ".join(f"{name} ({ip})" for name, ip in addresses.items()) or "none"
+        raise Failure(f"host {host.name}: {problem}; set interface=NAME in the hosts file; it has {shown}")
+    return names[0], addresses[names[0]]

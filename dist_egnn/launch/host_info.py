@@ -11,6 +11,7 @@ import platform
 import shutil
 import socket
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,9 @@ def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that a training step uses; "missing" if one is not installed."""
     versions = {"python": platform.python_version(), "dist_egnn": __version__}
     for name in PACKAGES:
-        try:
+        versions[name] = "missing"
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "missing"
     return versions
 
 
@@ -62,12 +62,9 @@ def interface_addresses() -> dict[str, str]:
     addresses = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
-            request = struct.pack("256s", name.encode()[:15])
-            try:
-                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, request)
-            except OSError:  # no address
-                continue
-            addresses[name] = socket.inet_ntoa(answer[20:24])
+            with suppress(OSError):  # no address
+                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                addresses[name] = socket.inet_ntoa(answer[20:24])
     return addresses
 
 
@@ -91,15 +88,11 @@ def summarize_store(path: Path) -> dict[str, Any] | None:
                 largest[rank] = [max(pair) for pair in zip(largest[rank], counts, strict=False)]
                 sums[machine] = [a + b for a, b in zip(sums[machine], counts, strict=True)]
         parts = [[path / name for name in names if f"/part{part}/" in name] for part in range(machines)]
-        return {
+        summary = {"inputs": inputs, "machines": machines, "trainers": trainers, "largest": largest, "sums": sums}
+        return summary | {
             "sha256": hashlib.sha256(content).hexdigest(),
-            "inputs": inputs,
-            "machines": machines,
-            "trainers": trainers,
             "shards": len({name.split("/")[0] for name in names if "/" in name}),
             "sizes": [sum(file.stat().st_size for file in files if file.is_file()) for files in parts],
-            "largest": largest,
-            "sums": sums,
             "floats": 9 + len(inputs["features"]) + len(inputs["node_attributes"]),
         }
     except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError, yaml.YAMLError):
@@ -110,15 +103,11 @@ def port_owner(port: int) -> str:
     """ "; used by process 123 (python)" for a listening TCP port; empty if that cannot be seen."""
     sockets = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        try:
+        with suppress(OSError):
             rows = [line.split() for line in Path(table).read_text().splitlines()[1:]]
-        except OSError:
-            continue
-        sockets |= {f"socket:[{r[9]}]" for r in rows if r[3] == "0A" and int(r[1].rsplit(":", 1)[1], 16) == port}
+            sockets |= {f"socket:[{r[9]}]" for r in rows if r[3] == "0A" and int(r[1].rsplit(":", 1)[1], 16) == port}
     for process in Path("/proc").glob("[0-9]*") if sockets else ():
-        try:
+        with suppress(OSError):  # it has ended, or belongs to another user
             if any(os.readlink(fd) in sockets for fd in (process / "fd").iterdir()):
                 return f"; used by process {process.name} ({(process / 'comm').read_text().strip()})"
-        except OSError:  # it has ended, or belongs to another user
-            continue
     return ""

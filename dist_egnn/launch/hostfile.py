@@ -7,9 +7,9 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import Failure
 
@@ -20,16 +20,12 @@ SETTINGS = ("port", "trainers", "interface", "python")
 
 @dataclass(frozen=True)
 class Host:
-    """A machine of a launch.
+    """A machine of a launch."""
 
-    name: as ssh or Slurm knows it; reach: the command that runs a shell command there; copy: rsync's remote shell, None
-    if rsync cannot be used; trainers: None: as many as the store has for each machine.
-    """
-
-    name: str
-    reach: tuple[str, ...]
-    copy: str | None = None
-    trainers: int | None = None
+    name: str  # as ssh or Slurm knows it
+    reach: tuple[str, ...]  # the command that runs a shell command there
+    copy: str | None = None  # remote shell for rsync, if there is one
+    trainers: int | None = None  # None: as many as the store has for each machine
     interface: str | None = None
     python: str = sys.executable
 
@@ -38,12 +34,15 @@ class Host:
         variables = [f"{k}={shlex.quote(os.environ[k])}" for k in ("PYTHONPATH", "OMP_NUM_THREADS") if k in os.environ]
         return [*self.reach, f"cd {shlex.quote(os.getcwd())} && exec env {' '.join(variables)} {shlex.join(words)}"]
 
+    def module(self, name: str, *words: str) -> list[str]:
+        """The argument list that runs a module of dist_egnn with the host's Python."""
+        return [self.python, "-P", "-m", f"dist_egnn.{name}", *words]
+
 
 LOCALHOST = Host("localhost", ("sh", "-c"), interface="lo")
 
 
 def select_hosts(file: Path | None, local: bool, ssh: str | None) -> list[Host]:
-    """The hosts that the options name, or those of the Slurm job that this process is in."""
     if local:
         return [LOCALHOST]
     return read_hosts(file, ssh or SSH) if file else slurm_hosts()
@@ -59,8 +58,8 @@ def read_hosts(path: Path, ssh: str = SSH) -> list[Host]:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise Failure(f"{path}: not a readable file of hosts; {remedy}") from error
-    rows = [(number, line.partition("#")[0].split()) for number, line in enumerate(lines, 1)]
-    hosts = [_parse_host(words, f"{path}, line {number}", ssh) for number, words in rows if words]
+    rows = {f"{path}, line {number}": line.partition("#")[0].split() for number, line in enumerate(lines, 1)}
+    hosts = [_parse_host(*words, where=where, ssh=ssh) for where, words in rows.items() if words]
     if not hosts:
         raise Failure(f"{path}: names no host; {remedy}")
     name, count = Counter(host.name for host in hosts).most_common(1)[0]
@@ -69,39 +68,30 @@ def read_hosts(path: Path, ssh: str = SSH) -> list[Host]:
     return hosts
 
 
-def _parse_host(words: list[str], where: str, ssh: str) -> Host:
-    name, *settings = words
+def _parse_host(name: str, *settings: str, where: str, ssh: str) -> Host:
     if name.startswith("-"):
         raise Failure(f"{where}: '{name}' is not a host name")
-    given: dict[str, str] = {}
+    fields: dict[str, Any] = {}
     for word in settings:
         key, _, value = word.partition("=")
         if not value or key not in SETTINGS:
             raise Failure(f"{where}: '{word}'; use port=N, trainers=N, interface=NAME or python=PATH")
         if key in ("port", "trainers") and not (value.isdecimal() and 0 < int(value) < 65536):
             raise Failure(f"{where}: {word}: must be a whole number above 0")
-        given[key] = value
-    remote_shell = [*shlex.split(ssh), *(["-p", given["port"]] if "port" in given else [])]
-    return Host(
-        name,
-        (*remote_shell, name),
-        shlex.join(remote_shell),
-        int(given["trainers"]) if "trainers" in given else None,
-        given.get("interface"),
-        given.get("python", sys.executable),
-    )
+        fields[key] = int(value) if key == "trainers" else value
+    remote_shell = shlex.split(ssh) + (["-p", fields.pop("port")] if "port" in fields else [])
+    return Host(name, (*remote_shell, name), shlex.join(remote_shell), **fields)
 
 
-def slurm_hosts(environ: Mapping[str, str] = os.environ) -> list[Host]:
+def slurm_hosts() -> list[Host]:
     """The nodes of the Slurm job that this process is in; srun runs commands there."""
-    nodes = environ.get("SLURM_JOB_NODELIST")
+    nodes = os.environ.get("SLURM_JOB_NODELIST")
     if not nodes:
         raise Failure("no hosts: name them with --hosts FILE, use --local, or start this inside a Slurm job")
     command = ["scontrol", "show", "hostnames", nodes]
     try:
         names = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
     except (OSError, subprocess.SubprocessError) as error:
-        raise Failure(
-            f"SLURM_JOB_NODELIST={nodes}: scontrol does not expand it ({error}); name the hosts with --hosts"
-        ) from error
+        problem = f"SLURM_JOB_NODELIST={nodes}: scontrol does not expand it ({error})"
+        raise Failure(f"{problem}; name the hosts with --hosts") from error
     return [Host(name, (*shlex.split(SRUN), f"--nodelist={name}", "sh", "-c")) for name in names]

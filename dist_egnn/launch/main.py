@@ -21,10 +21,7 @@ from .supervisor import Job, Supervisor
 from .workers import Workers, announce
 
 GREETING_S = 30.0
-WARNING = (
-    "warning: the traffic of DistDGL and gloo is neither encrypted nor authenticated: whoever reaches these addresses "
-    "can read and change it. Use a private network."
-)
+WARNING = "warning: the traffic between hosts is neither encrypted nor authenticated; use a private network"
 
 
 @contextmanager
@@ -32,8 +29,8 @@ def connect_agents(hosts: list[Host], patience: float) -> Iterator[list[AgentCli
     """Start an agent on every host; each ends, with all that it started, when the block ends. Raises Failure."""
     events: Events = queue.Queue()
     clients: list[AgentClient] = []
+    errors: list[str] = []
     try:
-        errors = []
         for host in hosts:
             clients.append(AgentClient(host, events, patience))
         for client in clients:
@@ -63,27 +60,23 @@ def make_job(clients: list[AgentClient], config: Config, resume: bool, port: int
     hosts = [client.host for client in clients]
     _raise_errors(host_checks.find_problems(hosts, infos, config, resume))
     chosen = [host_checks.choose_interface(host, info) for host, info in zip(hosts, infos, strict=True)]
-    addresses = [address for _, address in chosen]
+    interfaces, addresses = ([pair[k] for pair in chosen] for k in (0, 1))
     for number, address in enumerate(addresses):
         if address in addresses[:number]:
-            raise Failure(
-                f"host {hosts[number].name}: has the same address as {hosts[addresses.index(address)].name}, "
-                f"{address}; DistDGL needs one address per machine: name each machine once, or set interface=NAME"
-            )
+            problem = f"{hosts[number].name}: has the address {address} of {hosts[addresses.index(address)].name}"
+            raise Failure(f"host {problem}; name each machine once, or set interface=NAME")
     store = infos[0]["store"]
     check_settings(DEFAULT_INPUTS | store["inputs"], config.data.path, config.data)
-    interfaces = [name for name, _ in chosen]
     return Job(config, addresses, interfaces, store["trainers"], store["sizes"], resume, port, max_restarts)
 
 
 def print_plan(job: Job, clients: list[AgentClient]) -> None:
     """Print which host runs which processes, and by which commands."""
-    train, store, ranks = job.config.train, job.config.data.path, job.ranks()
+    train, store, ranks, step = job.config.train, job.config.data.path, job.ranks(), job.trainers
     rows = []
     for machine, client in enumerate(clients):
-        own = [rank for rank, host in enumerate(ranks) if host == machine]
-        spans = [own[k : k + job.trainers] for k in range(0, len(own), job.trainers)]
-        shown = ", ".join(f"{span[0]} to {span[-1]}" if len(span) > 1 else f"{span[0]}" for span in spans)
+        first = range(machine * step, len(ranks), step * len(clients))
+        shown = ", ".join(f"{rank} to {rank + step - 1}" if step > 1 else str(rank) for rank in first)
         server = f"{job.addresses[machine]}:{job.port or '(free)'}"
         rows.append([client.host.name, job.interfaces[machine], server, shown, f"{job.sizes[machine] / 1e6:.1f} MB"])
     title = f"{store}: servers {len(clients)}, trainers {len(ranks)}"
@@ -93,23 +86,13 @@ def print_plan(job: Job, clients: list[AgentClient]) -> None:
     print(f"a process waits {train.timeout_s:g} s for others; a checkpoint every {train.checkpoint_minutes:g} minutes;")
     print(f"after a failure up to {job.max_restarts} restarts from the last checkpoint")
     for machine, client in enumerate(clients):
-        python = f"{client.host.python} -P -m dist_egnn."
-        print(
-            f"on {client.host.name}: {python}data.graph_server {store} {machine} IP_CONFIG --replicas={train.replicas}"
-        )
-        indent = " " * len(client.host.name)
-        print(f"{indent}     {job.trainers * train.replicas} × {python}launch.trainer_main")
+        name, python = client.host.name, f"{client.host.python} -P -m dist_egnn."
+        print(f"on {name}: {python}data.graph_server {store} {machine} IP_CONFIG --replicas={train.replicas}")
+        print(f"{' ' * len(name)}     {job.trainers * train.replicas} × {python}launch.trainer_main")
 
 
 def run(
-    config: Config,
-    hosts: list[Host],
-    *,
-    resume: bool = False,
-    port: int = 0,
-    max_restarts: int = 3,
-    dry_run: bool = False,
-    dispatch: bool = False,
+    config: Config, hosts: list[Host], *, resume: bool, port: int, max_restarts: int, dry_run: bool, dispatch: bool
 ) -> dict[str, float]:
     """Check all hosts, train, and return the result of rank 0. Raises Failure, or Stopped after a checkpoint."""
     if not config.data.path:
@@ -120,7 +103,7 @@ def run(
     with connect_agents(hosts, max(config.train.timeout_s, 3 * PING_EVERY_S)) as clients:
         job = make_job(clients, config, resume, port, max_restarts)
         print_plan(job, clients)
-        workers = Workers(clients, signals.stop_requested)
+        workers = Workers(clients)
         supervisor = Supervisor(job, workers)
         if dry_run:
             supervisor.rehearse()

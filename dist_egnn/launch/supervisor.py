@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from .. import config as configs
 from ..config import Config
 from ..errors import Failure
-from ..utils import progress
+from ..utils import progress, signals
 from .agent_client import AgentClient, HostLost
 from .workers import SERVER, WorkerFailure, Workers, announce
 
@@ -22,29 +22,21 @@ CONNECT_S = 5.0
 
 @dataclass(frozen=True)
 class Job:
-    """What a launch runs. addresses, interfaces, sizes: of each host; sizes: bytes of its partition.
-
-    trainers: on each host, for each of `train.replicas` groups. port: of the servers, the next ones are for the
-    rendezvous; 0: free ports.
-    """
+    """What a launch runs."""
 
     config: Config
-    addresses: list[str]
-    interfaces: list[str]
-    trainers: int
-    sizes: list[int]
+    addresses: list[str]  # of each host
+    interfaces: list[str]  # of each host
+    trainers: int  # on each host, in each of `train.replicas` groups
+    sizes: list[int]  # bytes of each host's partition
     resume: bool
-    port: int
+    port: int  # of the servers; the next ones are for the rendezvous; 0: free ports
     max_restarts: int
 
     def ranks(self) -> list[int]:
         """The machine of each rank: group after group, in each group machine after machine."""
         group = [machine for machine in range(len(self.addresses)) for _ in range(self.trainers)]
         return group * self.config.train.replicas
-
-
-class HostUnreachable(Failure):
-    """A host cannot connect to another one."""
 
 
 class Supervisor:
@@ -56,16 +48,14 @@ class Supervisor:
         self.rehearsals = 0
 
     def run(self) -> dict[str, float]:
-        """Train, with restarts, and return the result of rank 0 ({}: stopped before it had one).
-
-        Raises Failure with the last cause once there are no restarts left.
-        """
+        """Train and return rank 0's result ({}: stopped before). Raises Failure once there are no restarts left."""
         job, workers = self.job, self.workers
+        folders = {"store": job.config.data.path, "run": job.config.run.dir}
         for attempt in range(job.max_restarts + 1):
             try:
                 server_ports, rendezvous_port = self._connect_hosts(attempt)
                 ip_configs = self._start_servers(server_ports)
-                resume = job.resume or (attempt > 0 and self._has_checkpoint())
+                resume = job.resume or (attempt > 0 and workers.clients[0].call("inspect", **folders)["has_run"])
                 if attempt:
                     source = "the last checkpoint" if resume else "the beginning"
                     announce(f"restart {attempt} of {job.max_restarts}, from {source}")
@@ -76,26 +66,18 @@ class Supervisor:
                 cause = str(failure)
                 workers.stop(servers=False)
                 if isinstance(failure, HostLost) or failure.servers:
-                    self._stop_servers()
-                if workers.stop_requested():
+                    workers.stop(servers=True)
+                    self.server_ports = []
+                if signals.stop_requested():
                     raise Failure(f"{cause} while it was being stopped; the last checkpoint is kept") from failure
                 if attempt < job.max_restarts:
                     announce(cause)
         workers.print_recent_lines()
-        raise Failure(
-            f"{cause}; gave up after {job.max_restarts} restarts. Once this is fixed: "
-            f"distegnn launch --resume {job.config.run.dir}"
-        )
-
-    def _stop_servers(self) -> None:
-        self.workers.stop(servers=True)
-        self.server_ports = []
+        remedy = f"once this is fixed: distegnn launch --resume {job.config.run.dir}"
+        raise Failure(f"{cause}; gave up after {job.max_restarts} restarts; {remedy}")
 
     def _connect_hosts(self, attempt: int) -> tuple[list[int], int]:
-        """Check that every host answers and reaches all others; on a restart, wait `train.timeout_s` for them.
-
-        Returns the ports of the servers, and the port of the rendezvous.
-        """
+        """`rehearse` with agents that are alive; on a restart, wait `train.timeout_s` for the hosts."""
         end = time.monotonic() + self.job.config.train.timeout_s
         while True:
             try:
@@ -106,7 +88,7 @@ class Supervisor:
             except Failure as failure:
                 if not attempt:
                     raise
-                if not isinstance(failure, HostLost | HostUnreachable) or time.monotonic() > end:
+                if not isinstance(failure, HostLost) or time.monotonic() > end:
                     raise WorkerFailure(str(failure)) from failure
             time.sleep(1)
 
@@ -120,11 +102,11 @@ class Supervisor:
         self.workers.forget(machine)
         self.workers.clients[machine] = new = AgentClient(old.host, old.events, old.patience)
         new.wait_for_greeting(20)
-        if self.server_ports:  # the server of this host is gone
-            self._stop_servers()
+        self.workers.stop(servers=True)  # the one of this host is gone
+        self.server_ports = []
 
     def rehearse(self) -> tuple[list[int], int]:
-        """Listen on all ports, let every host connect to every host, and free the ports again."""
+        """Let every host connect to every host. Returns free ports: those of the servers, and that of the rendezvous."""
         job, clients = self.job, self.workers.clients
         ports = [[0 if self.server_ports else job.port] for _ in clients]
         ports[0].append(job.port + 1 + self.rehearsals if job.port else 0)
@@ -137,23 +119,12 @@ class Supervisor:
             answers = [client.send("reach", targets=targets, limit=CONNECT_S) for client in clients]
             for client, answer in zip(clients, answers, strict=True):
                 if missed := client.result(answer, CONNECT_S * len(clients) + 5):
-                    raise HostUnreachable(
-                        f"host {client.host.name}: does not reach {', '.join(missed)}; check the network, and the "
-                        "firewalls of the hosts"
-                    )
+                    problem = f"host {client.host.name}: does not reach {', '.join(missed)}"
+                    raise HostLost(f"{problem}; check the network, and the firewalls of the hosts")
         finally:
             for client in clients:
                 client.send("close")
         return self.server_ports or [ports[0] for ports in taken], taken[0][1]
-
-    def _has_checkpoint(self) -> bool:
-        """Whether the run's folder, on the first host, holds a checkpoint."""
-        config = self.job.config
-        return bool(self.workers.clients[0].call("inspect", store=config.data.path, run=config.run.dir)["has_run"])
-
-    def _start(self, machine: int, name: str, module: str, *words: str, text: str = "", shared: str = "") -> None:
-        python = self.workers.clients[machine].host.python
-        self.workers.start(machine, name, [python, "-P", "-m", f"dist_egnn.{module}", *words], text, shared)
 
     def _start_servers(self, ports: list[int]) -> list[str]:
         """Start the servers, unless they run, and wait until they are ready. Returns each host's file of addresses."""
@@ -165,8 +136,8 @@ class Supervisor:
         self.server_ports = ports
         for machine, path in enumerate(ip_configs):
             words = (job.config.data.path, str(machine), path, f"--replicas={job.config.train.replicas}")
-            shared = f"dist_egnn~{job.addresses[machine]}~{ports[machine]}~"
-            self._start(machine, SERVER, "data.graph_server", *words, shared=shared)
+            argv = workers.clients[machine].host.module("data.graph_server", *words)
+            workers.start(machine, SERVER, argv, shared=f"dist_egnn~{job.addresses[machine]}~{ports[machine]}~")
         waiting = set(range(len(ip_configs)))
         for machine, line in workers.lines(servers=True, limit=IMPORTS_S + max(job.sizes) / LOADED_BYTES_S):
             if line.startswith(f"distegnn server {machine} ready"):
@@ -178,18 +149,12 @@ class Supervisor:
     def _train(self, attempt: int, port: int, ip_configs: list[str], resume: bool) -> dict[str, float]:
         """Start the trainers, show their progress until they end, and return the result of rank 0."""
         job, workers = self.job, self.workers
+        task = {"config": configs.to_yaml(job.config), "resume": resume}
+        peers = {"group": attempt, "address": job.addresses[0], "port": port}
         for rank, machine in enumerate(job.ranks()):
-            task = {
-                "rank": rank,
-                "group": attempt,
-                "ip_config": ip_configs[machine],
-                "address": job.addresses[0],
-                "port": port,
-                "interface": job.interfaces[machine],
-                "resume": resume,
-                "config": configs.to_yaml(job.config),
-            }
-            self._start(machine, f"trainer {rank}", "launch.trainer_main", text=json.dumps(task))
+            own = {"rank": rank, "ip_config": ip_configs[machine], "interface": job.interfaces[machine]}
+            argv = workers.clients[machine].host.module("launch.trainer_main")
+            workers.start(machine, f"trainer {rank}", argv, text=json.dumps(task | {"peers": peers | own}))
         result: dict[str, float] = {}
         tick: Callable[..., None] | None = None
         with ExitStack() as stack:
@@ -198,13 +163,11 @@ class Supervisor:
                     continue
                 message = json.loads(line.removeprefix(progress.EVENT_PREFIX))
                 result = message.get("result", result)
-                if message.get("title") != "training":
-                    continue
-                if tick is None:
-                    tick = stack.enter_context(
-                        progress.progress_bar("training", message["total"], initial=message["initial"])
-                    )
-                tick(message["note"], completed=message["done"])
+                if message.get("title") == "training":
+                    if tick is None:
+                        bar = progress.progress_bar("training", message["total"], initial=message["initial"])
+                        tick = stack.enter_context(bar)
+                    tick(message["note"], completed=message["done"])
         if not result and not workers.stopping:
             raise WorkerFailure("the trainers ended without a result", servers=False)
         return result

@@ -14,44 +14,41 @@ from ..config import Config
 from ..data import graph_server
 from ..distributed.comm import join_hosts
 from ..errors import Failure
-from ..train import resume, run_dir, trainer
+from ..train import run_dir, trainer
+from ..train.resume import check_resume
 from ..utils import filesystem, progress, signals
 
 
-class PeersMissing(Exception):
-    """Servers or trainers did not connect; the next attempt may find them."""
-
-
-def train(task: dict[str, Any], config: Config) -> dict[str, float]:
+def train(config: Config, resume: bool, peers: dict[str, Any]) -> dict[str, float]:
     """Connect to the servers and the other trainers, and train. Rank 0 locks and checks the folder of the run."""
-    check = resume.check_resume if task["resume"] else run_dir.check_new_run
+    check = check_resume if resume else run_dir.check_new_run
     with ExitStack() as stack:
-        if task["rank"] == 0:
+        if peers["rank"] == 0:
             check(config)
             busy = "another run is at work there; wait for it, or choose another run.dir"
             stack.enter_context(filesystem.lock_folder(Path(config.run.dir), busy))
             check(config)  # again, now that no other process can start a run there
         try:
-            path, timeout_s, rank = Path(config.data.path), config.train.timeout_s, task["rank"]
-            ip_config, replicas = Path(task["ip_config"]), config.train.replicas
-            size = graph_server.connect(path, rank, ip_config, task["group"], timeout_s, replicas)
-            comm = join_hosts(rank, size, task["address"], task["port"], task["interface"], timeout_s)
-        except Failure as failure:
-            raise PeersMissing(str(failure)) from failure
+            path, timeout_s, rank = Path(config.data.path), config.train.timeout_s, peers["rank"]
+            ip_config, replicas = Path(peers["ip_config"]), config.train.replicas
+            size = graph_server.connect(path, rank, ip_config, peers["group"], timeout_s, replicas)
+            comm = join_hosts(rank, size, peers["address"], peers["port"], peers["interface"], timeout_s)
+        except Failure as failure:  # a restart may find the missing servers or trainers
+            raise ConnectionError(str(failure)) from failure
         if comm.size == 1:  # with several processes, `trainer.train` handles the signals
             stack.enter_context(signals.catch_stop_signals())
-        return trainer.train(comm, config, task["resume"])
+        return trainer.train(comm, config, resume)
 
 
 def main() -> None:
     """Exit codes: 0 done, or stopped on request; 2 an error that a restart cannot fix; 1 any other error."""
     task = json.load(sys.stdin)
     try:
-        result = train(task, configs.parse(task["config"], "the launcher's config"))
-        if task["rank"] == 0:
+        result = train(configs.parse(task["config"], "the launcher's config"), task["resume"], task["peers"])
+        if task["peers"]["rank"] == 0:
             print(f"\n{progress.EVENT_PREFIX}{json.dumps({'result': result})}", flush=True)
         code = 0
-    except (Failure, PeersMissing) as failure:
+    except (Failure, ConnectionError) as failure:
         print(f"error: {failure}", flush=True)
         code = 2 if isinstance(failure, Failure) else 1
     except BaseException:

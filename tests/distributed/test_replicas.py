@@ -209,7 +209,8 @@ def test_launch_trains_the_same(
         for name in ("local", "launched")
     )
     spawn.run_ranks(trainer.train, 2, local_)
-    main.run(launched, hostfile.select_hosts(None, True, None))
+    options = {"resume": False, "port": 0, "max_restarts": 3, "dry_run": False, "dispatch": False}
+    main.run(launched, [hostfile.LOCALHOST], **options)
     assert_same(tmp_path / "launched", tmp_path / "local")
 
 

@@ -76,12 +76,14 @@ def test_hosts_of_a_slurm_job(tmp_path, monkeypatch):
     fake.write_text('#!/bin/sh\n[ "$3" = "n[1-2]" ] && printf "n1\\nn2\\n"\n')
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    hosts = hostfile.slurm_hosts({"SLURM_JOB_NODELIST": "n[1-2]"})
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
+    hosts = hostfile.slurm_hosts()
     assert [host.name for host in hosts] == ["n1", "n2"]
     srun = "srun --overlap --nodes=1 --ntasks=1 --unbuffered --nodelist=n2"
     assert hosts[1].command("python")[:6] == srun.split()
+    monkeypatch.delenv("SLURM_JOB_NODELIST")
     with pytest.raises(Failure, match="no hosts"):
-        hostfile.slurm_hosts({})
+        hostfile.slurm_hosts()
 
 
 INFO = {
@@ -210,7 +212,7 @@ def test_an_agent_forwards_output_and_stops_processes(agent, tmp_path):
     left = Path(f"/dev/shm/dist_egnn~{os.getpid()}~x")
     left.touch()
     assert client.events.get(timeout=PATIENCE_S)[1]["line"] == "ready"
-    client.send("stop", names=["a"], within=0.5)  # it ignores SIGTERM
+    client.send("stop", name="a", within=0.5)  # it ignores SIGTERM
     assert client.events.get(timeout=PATIENCE_S)[1] == {"name": "a", "exit": -signal.SIGKILL}
     assert ends(pid)
     assert not left.exists()
@@ -262,7 +264,7 @@ def test_a_host_without_agent(tmp_path):
 )
 def test_the_cause_of_a_failure(scripts, kind, message, agent, capsys):
     client = agent()
-    workers = Workers([client], lambda: False)
+    workers = Workers([client])
     for rank, script in enumerate(scripts):
         workers.start(0, f"trainer {rank}", ["sh", "-c", script])
     with pytest.raises(kind, match=re.escape(message)):
