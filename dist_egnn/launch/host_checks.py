@@ -22,15 +22,16 @@ def find_problems(hosts: list[Host], infos: list[dict[str, Any]], config: Config
     problems = []
     for host, info in pairs:
         there = info["versions"]
-        differences = [f"{k} {there.get(k)}, the launcher {v}" for k, v in sorted(versions.items() - there.items())]
-        problems += [f"host {host.name}: has {line}; install the same on all hosts" for line in differences]
-        if not differences and info["code"] != code:
-            problems.append(f"host {host.name}: has other code of dist_egnn; check out the same commit on all hosts")
+        different = sorted(versions.items() - there.items())
+        lines = [f"has {k} {there.get(k)}, the launcher {v}; install the same on all hosts" for k, v in different]
+        if not lines and info["code"] != code:
+            lines.append("has other code of dist_egnn, of the same version; check out the same commit on all hosts")
         if info["store"] is None:
-            problems.append(f"host {host.name}: has no whole store {path}; copy it there, or use --dispatch")
+            lines.append(f"has no whole store {path}; copy it there, or use --dispatch")
+        problems += [f"host {host.name}: {line}" for line in lines]
     if problems:
         return problems
-    other = f"{path} is another store there than on {hosts[0].name}; copy the same store to both, or use --dispatch"
+    other = f"{path} is another store there than on {hosts[0].name} (manifest.yaml differs); copy it, or use --dispatch"
     problems = [f"host {host.name}: {other}" for host, info in pairs if info["store"]["sha256"] != store["sha256"]]
     problems += _layout_problems(hosts, store, path)
     if problems:

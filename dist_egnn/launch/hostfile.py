@@ -85,8 +85,7 @@ def _parse_host(name: str, *settings: str, where: str, ssh: str) -> Host:
 
 def slurm_hosts() -> list[Host]:
     """The nodes of the Slurm job that this process is in; srun runs commands there."""
-    nodes = os.environ.get("SLURM_JOB_NODELIST")
-    if not nodes:
+    if not (nodes := os.environ.get("SLURM_JOB_NODELIST")):
         raise Failure("no hosts: name them with --hosts FILE, use --local, or start this inside a Slurm job")
     command = ["scontrol", "show", "hostnames", nodes]
     try:

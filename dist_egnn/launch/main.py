@@ -46,7 +46,7 @@ def connect_agents(hosts: list[Host], patience: float) -> Iterator[list[AgentCli
 
 
 def _raise_errors(errors: list[str]) -> None:
-    """Raise Failure for the last error, after a line for each of the others."""
+    """Print all errors but the last, and raise Failure for that one."""
     for error in errors[:-1]:
         announce(f"error: {error}")
     if errors:

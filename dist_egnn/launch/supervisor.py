@@ -106,7 +106,7 @@ class Supervisor:
         self.server_ports = []
 
     def rehearse(self) -> tuple[list[int], int]:
-        """Let every host connect to every host. Returns free ports: those of the servers, and that of the rendezvous."""
+        """Let every host connect to every host. Returns the free ports of the servers and that of the rendezvous."""
         job, clients = self.job, self.workers.clients
         ports = [[0 if self.server_ports else job.port] for _ in clients]
         ports[0].append(job.port + 1 + self.rehearsals if job.port else 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 from hosts import Hosts, missing
@@ -16,8 +15,4 @@ def make_hosts() -> Iterator[Callable[..., Hosts]]:
     if reason := missing():
         pytest.skip(reason)
     with contextlib.ExitStack() as up:
-
-        def make(*names: str, **options: Any) -> Hosts:
-            return up.enter_context(Hosts(names, **options))
-
-        yield make
+        yield lambda *names, **options: up.enter_context(Hosts(names, **options))

@@ -6,11 +6,11 @@ import json
 import os
 import queue
 import re
+import select
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -33,9 +33,8 @@ def hosts_of(text: str, folder: Path, ssh: str = "ssh") -> list[hostfile.Host]:
 
 
 def test_hosts_from_a_file(tmp_path):
-    one, two = hosts_of(
-        "# cluster\nme@node1 port=2222 trainers=2 interface=ib0\n\nnode2 python=/opt/py  # last\n", tmp_path
-    )
+    text = "# cluster\nme@node1 port=2222 trainers=2 interface=ib0\n\nnode2 python=/opt/py  # last\n"
+    one, two = hosts_of(text, tmp_path)
     assert one.reach == ("ssh", "-p", "2222", "me@node1")
     assert (one.copy, one.trainers, one.interface, one.python) == ("ssh -p 2222", 2, "ib0", sys.executable)
     assert (two.name, two.trainers, two.interface, two.python) == ("node2", None, None, "/opt/py")
@@ -65,110 +64,68 @@ def test_a_command_keeps_folder_and_python_path(tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("PYTHONPATH", "/some where")
     code = "import os; print(os.getcwd(), os.environ['PYTHONPATH'], sep='|')"
-    done = subprocess.run(
-        hostfile.LOCALHOST.command(sys.executable, "-c", code), capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == f"{folder}|/some where"
+    printed = subprocess.check_output(hostfile.LOCALHOST.command(sys.executable, "-c", code), text=True)
+    assert printed == f"{folder}|/some where\n"
 
 
-def test_hosts_of_a_slurm_job(tmp_path, monkeypatch):
-    fake = tmp_path / "scontrol"
-    fake.write_text('#!/bin/sh\n[ "$3" = "n[1-2]" ] && printf "n1\\nn2\\n"\n')
-    fake.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_JOB_NODELIST", "n[1-2]")
-    hosts = hostfile.slurm_hosts()
-    assert [host.name for host in hosts] == ["n1", "n2"]
-    srun = "srun --overlap --nodes=1 --ntasks=1 --unbuffered --nodelist=n2"
-    assert hosts[1].command("python")[:6] == srun.split()
-    monkeypatch.delenv("SLURM_JOB_NODELIST")
-    with pytest.raises(Failure, match="no hosts"):
-        hostfile.slurm_hosts()
+def test_hosts_are_missing(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
+    with pytest.raises(Failure, match="--hosts FILE"):
+        hostfile.select_hosts(None, local=False, ssh=None)
 
 
-INFO = {
-    "versions": host_info.package_versions(),
-    "code": host_info.source_hash(),
-    "addresses": {"lo": "127.0.0.1", "eth0": "10.0.0.1"},
-    "memory": 1e12,
-    "shared": 1e12,
-    "has_run": False,
-    "store": {
-        "sha256": "a",
-        "machines": 2,
-        "trainers": 2,
-        "shards": 1,
-        "sizes": [10**6, 10**6],
-        "largest": [[100, 1000]] * 4,
-        "sums": [[200, 2000, 20]] * 2,
-        "floats": 12,
-    },
-}
+STORE: dict[str, Any] = {"sha256": "a", "machines": 2, "trainers": 2, "shards": 1, "sizes": [10**6] * 2, "floats": 12}
+STORE |= {"largest": [[100, 1000]] * 4, "sums": [[200, 2000, 20]] * 2}
+INFO = {"versions": host_info.package_versions(), "code": host_info.source_hash(), "memory": 1e12, "shared": 1e12}
+INFO |= {"addresses": {"lo": "127.0.0.1", "eth0": "10.0.0.1"}, "has_run": False, "store": STORE}
 
 
-def info(**changed: Any) -> dict[str, Any]:
-    store = changed.pop("store", {})
-    return {**INFO, **changed, "store": {**INFO["store"], **store} if store is not None else None}
-
-
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        ({}, None),
-        ({"versions": {**INFO["versions"], "dgl": "2.1.0"}}, "host b: has dgl 2.1.0, the launcher 1.1.3"),
-        ({"code": "?"}, "host b: has other code"),
-        ({"store": None}, "host b: has no whole store"),
-        ({"store": {"sha256": "b"}}, "host b: store is another store there than on a"),
-        ({"shared": 1e4}, "host b: its server takes about"),
-        ({"memory": 1e8}, "host b: server and trainers take about"),
-    ],
-)
-def test_problems_of_hosts(other, message):
-    config = configs.load(None, ["data.path=store", "run.dir=runs/x"])
-    hosts = [hostfile.Host(name, ()) for name in "ab"]
-    problems = host_checks.find_problems(hosts, [info(), info(**other)], config, resume=False)
-    if message is None:
-        assert not problems
-        assert host_checks.find_problems(hosts, [info(), info()], config, resume=True)  # nothing to resume
-        assert (
-            "holds a run already"
-            in host_checks.find_problems(hosts, [info(has_run=True), info()], config, resume=False)[0]
-        )
-    else:
-        assert len(problems) == 1
-        assert message in problems[0]
-
-
-@pytest.mark.parametrize(
-    ("trainers", "store", "message"),
-    [
-        ((2, 2), {}, None),
-        ((None, None), {}, None),
-        (
-            (2, 2),
-            {"machines": 4},
-            "4 machines × 2 trainers; partition again with --parts 2 --trainers 2 --shard-nodes 0",
-        ),
-        ((1, 1), {}, "partition again with --parts 2 --trainers 1 --shard-nodes 0"),
-        ((1, 2), {}, "different numbers of trainers"),
-        ((None, None), {"shards": 3}, "3 graphs, and servers take one"),
-    ],
-)
-def test_a_store_made_for_other_hosts(trainers, store, message):
-    config = configs.load(None, ["data.path=store", "run.dir=runs/x"])
+def problems(changed: dict, *, both: bool = False, trainers: tuple = (None, None), resume: bool = False) -> list[str]:
+    """Problems of hosts a and b, of which b, or both, report something else than INFO."""
+    if changed.get("store"):
+        changed = {**changed, "store": STORE | changed["store"]}
     hosts = [hostfile.Host(name, (), trainers=n) for name, n in zip("ab", trainers, strict=True)]
-    problems = host_checks.find_problems(hosts, [info(store=store), info(store=store)], config, resume=False)
-    assert not problems if message is None else message in problems[0]
+    config = configs.load(None, ["data.path=store", "run.dir=runs/x"])
+    return host_checks.find_problems(hosts, [INFO | changed if both else INFO, INFO | changed], config, resume)
+
+
+def test_hosts_without_problems():
+    assert not problems({})
+    assert not problems({}, trainers=(2, 2))
+    assert not problems({"has_run": True}, both=True, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("message", "changed", "options"),
+    [
+        ("host b: has dgl 2.1.0, the launcher 1.1.3", {"versions": INFO["versions"] | {"dgl": "2.1.0"}}, {}),
+        ("host b: has other code", {"code": "?"}, {}),
+        ("host b: has no whole store", {"store": None}, {}),
+        ("host b: store is another store there than on a", {"store": {"sha256": "b"}}, {}),
+        ("host b: its server takes about", {"shared": 1e4}, {}),
+        ("host b: server and trainers take about", {"memory": 1e8}, {}),
+        ("host a: runs/x holds no run", {}, {"resume": True}),
+        ("host a: runs/x holds a run already", {"has_run": True}, {"both": True}),
+        ("made for 4 machines × 2", {"store": {"machines": 4}}, {"both": True, "trainers": (2, 2)}),
+        ("partition again with --parts 2 --trainers 2 --shard-nodes 0", {"store": {"machines": 4}}, {"both": True}),
+        ("partition again with --parts 2 --trainers 1 --shard-nodes 0", {}, {"trainers": (1, 1)}),
+        ("different numbers of trainers", {}, {"trainers": (1, 2)}),
+        ("3 graphs, and servers take one", {"store": {"shards": 3}}, {"both": True}),
+    ],
+)
+def test_problems_of_hosts(message, changed, options):
+    (problem,) = problems(changed, **options)
+    assert message in problem
 
 
 def test_choice_of_the_interface():
     host = hostfile.Host("a", ())
-    assert host_checks.choose_interface(host, info()) == ("eth0", "10.0.0.1")
-    assert host_checks.choose_interface(replace(host, interface="lo"), info()) == ("lo", "127.0.0.1")
+    assert host_checks.choose_interface(host, INFO) == ("eth0", "10.0.0.1")
+    assert host_checks.choose_interface(replace(host, interface="lo"), INFO) == ("lo", "127.0.0.1")
     with pytest.raises(Failure, match=r"interface=NAME.*eth0 \(10.0.0.1\), ib0 \(10.1.0.1\)"):
-        host_checks.choose_interface(host, info(addresses={"eth0": "10.0.0.1", "ib0": "10.1.0.1"}))
-    with pytest.raises(Failure, match="has no interface ib9"):
-        host_checks.choose_interface(replace(host, interface="ib9"), info())
+        host_checks.choose_interface(host, {"addresses": {"eth0": "10.0.0.1", "ib0": "10.1.0.1"}})
+    with pytest.raises(Failure, match=r"no interface ib9.* interface=NAME"):
+        host_checks.choose_interface(replace(host, interface="ib9"), INFO)
 
 
 @pytest.fixture
@@ -192,15 +149,11 @@ def start(client: AgentClient, script: str, name: str = "a", shared: str = "") -
 
 def ends(pid: int) -> bool:
     """Wait for the end of a process, which may stay as a zombie."""
-    until = time.monotonic() + PATIENCE_S
-    while time.monotonic() < until:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z":
-                return True
-        except FileNotFoundError:
-            return True
-        time.sleep(0.05)
-    return False
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    return bool(select.select([process], [], [], PATIENCE_S)[0])
 
 
 def test_an_agent_forwards_output_and_stops_processes(agent, tmp_path):
@@ -280,7 +233,6 @@ def test_a_store_is_summarized_without_torch(make_store):
         "import json, sys; from pathlib import Path; from dist_egnn.launch import host_info; "
         "print(json.dumps(host_info.summarize_store(Path(sys.argv[1])))); assert 'torch' not in sys.modules"
     )
-    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True)
-    store = json.loads(done.stdout)
+    store = json.loads(subprocess.check_output([sys.executable, "-c", code, path]))
     assert (store["machines"], store["trainers"], len(store["largest"])) == (2, 1, 2)
     assert store["sizes"][0] == sum(file.stat().st_size for file in path.glob("shard-*/part0/*"))
