@@ -132,8 +132,8 @@ def _ranks_and_edges(
 def write_parts(data: Trajectories, snapshot: Snapshot, index: int, inputs: Inputs, folder: Path) -> dict[str, Any]:
     """Partition one snapshot, number its nodes by rank and along a Z-order curve, write parts to folder/INDEX-PART.npz.
 
-    A file holds fields of a part's inner nodes, src and dst (E,) in local numbers (inner nodes, then halo nodes), and the
-    numbers (m,) of its halo. Returns "row" of snapshots.csv, and "parts": nodes, edges, cut edges and halo of each rank.
+    A file holds fields of a part's inner nodes, src and dst (E,) in local numbers (inner nodes, then halo nodes), the
+    numbers (m,) of its halo. Returns "row" of snapshots.csv and "parts": nodes, edges, cut edges, halo of each rank.
     """
     fields, wrapped, side = node_arrays(data, snapshot, inputs)
     n, trainers = len(wrapped), inputs.trainers

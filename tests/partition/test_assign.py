@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -16,23 +17,20 @@ NONE = np.zeros(0, np.int64)
 Case = tuple[np.ndarray, np.ndarray, np.ndarray]  # x, src, dst
 
 
-def lattice_ball() -> Case:
-    """About 2,000 lattice points in a ball, in random order, each joined to its up to 18 nearest."""
-    axis = np.arange(-8.0, 9.0)
-    x = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
-    x = np.random.default_rng(0).permutation(x[(x**2).sum(1) <= 7.8**2])
-    return x, *radius_edges(x, 1.5)
+def lattice_ball() -> np.ndarray:
+    """About 2,000 lattice points in a ball, in random order."""
+    x = np.stack(np.meshgrid(*[np.arange(-8.0, 9.0)] * 3, indexing="ij"), -1).reshape(-1, 3)
+    return np.random.default_rng(0).permutation(x[(x**2).sum(1) <= 7.8**2])
 
 
-def line() -> Case:
-    x = np.random.default_rng(1).permutation(300)[:, None] * np.array([1.0, 2.0, -1.0])
-    return x, *radius_edges(x, 3.0)
+def joined(x: np.ndarray, radius: float) -> Case:
+    return x, *radius_edges(x, radius)
 
 
 CASES: dict[str, Case] = {
-    "ball": lattice_ball(),
-    "line": line(),
-    "coincident": (np.ones((90, 3)), *radius_edges(np.ones((90, 3)), 1.0)),
+    "ball": joined(lattice_ball(), 1.5),  # each joined to its up to 18 nearest
+    "line": joined(np.random.default_rng(1).permutation(300)[:, None] * np.array([1.0, 2.0, -1.0]), 3.0),
+    "coincident": joined(np.ones((90, 3)), 1.0),
     "two points": (np.repeat(np.eye(3)[:2], 2500, 0), NONE, NONE),  # more coincident points than landmarks
     "no edges": (np.random.default_rng(2).normal(size=(500, 3)), NONE, NONE),
     "fragments": (np.random.default_rng(3).normal(size=(100, 3)), np.array([0, 1]), np.array([1, 0])),
@@ -59,23 +57,14 @@ def test_conformance(method, case, parts):
         np.testing.assert_array_equal(array, original)
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 8])
+@pytest.mark.parametrize(("nodes", "parts"), [(1, 1), (2, 2), (3, 3), (8, 8), (9, 7), (62, 60)])
 @pytest.mark.parametrize("spread", [0.0, 1.0])
 @pytest.mark.parametrize("method", METHODS)
-def test_as_many_parts_as_nodes(method, spread, n):
-    x = (spread * np.random.default_rng(n).normal(size=(n, 3))).astype(np.float32)
-    src, dst = radius_edges(x, math.inf)
-    assert sorted(assign(method, x, src, dst, parts=n)) == list(range(n))
-
-
-@pytest.mark.parametrize("parts", [7, 60])
-@pytest.mark.parametrize("method", METHODS)
-def test_few_nodes_a_part(method, parts):
+def test_few_nodes_a_part(method, spread, nodes, parts):
     """METIS alone leaves parts empty here."""
-    x = np.random.default_rng(0).normal(size=(parts + 2, 3))
-    counts = np.bincount(assign(method, x, *radius_edges(x, math.inf), parts), minlength=parts)
-    assert counts.min() >= 1
-    assert counts.sum() == parts + 2
+    x = (spread * np.random.default_rng(nodes).normal(size=(nodes, 3))).astype(np.float32)
+    counts = np.bincount(assign(method, *joined(x, math.inf), parts), minlength=parts)
+    assert (counts.min() >= 1, counts.sum()) == (True, nodes)
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"random"}))
@@ -103,32 +92,27 @@ def test_bisection_cuts_lattice_planes_straight():
     np.testing.assert_array_equal(part[shuffle], assign("bisection", x[shuffle], NONE, NONE, 5))
 
 
-def metis_results(x: np.ndarray, radius: float, parts: int, calls: int, litter: int) -> set[bytes]:
-    """The results of METIS for the same input, with a different heap before each call."""
-    src, dst = radius_edges(x, radius)
-    draw = np.random.default_rng()
-    results = set()
+needs_tunables = pytest.mark.skipif(
+    "tcache_count=0" not in os.environ.get("GLIBC_TUNABLES", ""), reason="needs make test's GLIBC_TUNABLES"
+)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "seed", "radius", "parts", "calls", "litter"),
+    [
+        *((300, 0, radius, 8, 8, 50_000) for radius in (0.6, math.inf)),  # k-way METIS gives up to 8 results here
+        pytest.param(260, 8, 0.24, 3, 100, 2000, marks=needs_tunables),  # with malloc's cache, 2 results in 20 calls
+    ],
+)
+def test_metis_does_not_depend_on_the_heap(nodes, seed, radius, parts, calls, litter):
+    """METIS reads memory that it never wrote; the heap differs before each call."""
+    case = joined(np.random.default_rng(seed).uniform(size=(nodes, 3)), radius)
+    draw, results = np.random.default_rng(), set()
     for _ in range(calls):
         for _ in range(30):
             draw.integers(-(2**62), 2**62, draw.integers(2, litter))  # freed at once
-        results.add(assign("metis", x, src, dst, parts).tobytes())
-    return results
-
-
-@pytest.mark.parametrize("radius", [0.6, math.inf])
-def test_metis_does_not_depend_on_the_heap(radius):
-    """METIS reads memory that it never wrote in dense graphs; k-way gives up to 8 results in 8 calls here."""
-    x = np.random.default_rng(0).uniform(size=(300, 3))
-    assert len(metis_results(x, radius, parts=8, calls=8, litter=50_000)) == 1
-
-
-@pytest.mark.skipif(
-    "tcache_count=0" not in os.environ.get("GLIBC_TUNABLES", ""), reason="needs make test's GLIBC_TUNABLES"
-)
-def test_metis_does_not_depend_on_blocks_that_a_thread_recycles():
-    """With malloc's cache of small blocks this graph has a second result in 1 call of 20."""
-    x = np.random.default_rng(8).uniform(size=(260, 3))
-    assert len(metis_results(x, 0.24, parts=3, calls=100, litter=2000)) == 1
+        results.add(assign("metis", *case, parts).tobytes())
+    assert len(results) == 1
 
 
 def test_metis_without_edges_is_bisection_and_silent(capfd):
@@ -164,10 +148,8 @@ def test_quality_is_the_brute_force_count(parts):
     cut = [(i, j) for i, j in pairs if part[i] != part[j]]
     halo = {(int(part[j]), i) for i, j in cut}
     result = quality(part, src, dst, parts)
-    assert result.edge_cut == pytest.approx(len(cut) / len(pairs))
-    assert result.halo == len(halo)
-    assert result.halo_share == pytest.approx(len(halo) / len(x))
-    assert result.balance == pytest.approx(max(np.bincount(part)) * parts / len(x))
+    expected = (len(cut) / len(pairs), max(np.bincount(part)) * parts / len(x), len(halo), len(halo) / len(x))
+    assert astuple(result) == pytest.approx(expected)
     empty = quality(part, NONE, NONE, parts)
     assert (empty.edge_cut, empty.balance, empty.halo) == (0.0, result.balance, 0)
 

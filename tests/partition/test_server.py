@@ -36,7 +36,7 @@ def role(kind: str, ip_config: str, result: str) -> None:
 
 
 def shared_files() -> set[Path]:
-    """Files of DGL's server in /dev/shm: graph, partition book, node fields. graph_server.py's start with dist_egnn~."""
+    """Files of DGL's server in /dev/shm: graph, partition book, node fields. graph_server.py's: dist_egnn~…"""
     return {f for pattern in ("dist_egnn[!~]*", "dist_egnn", "node~_N~*-kvdata-") for f in SHARED.glob(pattern)}
 
 
@@ -48,42 +48,25 @@ def alone() -> Iterator[None]:
         yield
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.mark.skipif(not SHARED.is_dir(), reason="DGL's servers share graphs through /dev/shm")
 def test_dgl_serves_a_store(make_store: Callable[..., Path], alone: None, tmp_path: Path) -> None:
     path = make_store(1, shard_nodes=0)
-    ip_config, result = tmp_path / "ip.txt", tmp_path / "pulled.npz"
-    ip_config.write_text(f"127.0.0.1 {free_port()}\n")
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "DGL_DIST_MODE": "distributed",
-        "DGL_IP_CONFIG": str(ip_config),
-        "DGL_CONF_PATH": str(path / "shard-00000" / "dist_egnn.json"),
-        "DGL_GRAPH_FORMAT": "coo,csc",
-        "DGL_SERVER_ID": "0",
-        "DGL_NUM_SERVER": "1",
-        "DGL_NUM_CLIENT": "1",
-        "DGL_NUM_SAMPLER": "0",
-        "DGL_DIST_MAX_TRY_TIMES": "60",
-    }
-    before = shared_files()
-    running = []
+    ip_config, result, log = tmp_path / "ip.txt", tmp_path / "pulled.npz", tmp_path / "log"
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        ip_config.write_text(f"127.0.0.1 {free.getsockname()[1]}\n")
+    dgl = {"DIST_MODE": "distributed", "IP_CONFIG": ip_config, "CONF_PATH": path / "shard-00000" / "dist_egnn.json"}
+    dgl |= {"GRAPH_FORMAT": "coo,csc", "SERVER_ID": 0, "NUM_SERVER": 1, "NUM_CLIENT": 1, "NUM_SAMPLER": 0}
+    environment = {f"DGL_{name}": str(value) for name, value in {**dgl, "DIST_MAX_TRY_TIMES": 60}.items()}
+    before, running = shared_files(), []
     until = time.monotonic() + LIMIT_S
     try:
         for kind in ("server", "client"):
-            with open(tmp_path / f"{kind}.log", "w") as log:
-                command = [sys.executable, __file__, kind, str(ip_config), str(result)]
-                env = {**environment, "DGL_ROLE": kind}
-                running.append(subprocess.Popen(command, env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL))
+            command = [sys.executable, __file__, kind, str(ip_config), str(result)]
+            env = {**os.environ, "OMP_NUM_THREADS": "1", **environment, "DGL_ROLE": kind}
+            with log.open("a") as out:
+                running.append(subprocess.Popen(command, env=env, stdout=out, stderr=out, stdin=subprocess.DEVNULL))
         codes = [process.wait(max(until - time.monotonic(), 0.1)) for process in reversed(running)]
-        logs = "".join((tmp_path / f"{kind}.log").read_text() for kind in ("server", "client"))
-        assert codes == [0, 0], logs
+        assert codes == [0, 0], log.read_text()
         left = shared_files() - before
     finally:
         for process in running:
