@@ -14,8 +14,7 @@ from dist_egnn import config
 from dist_egnn.train import checkpoint, trainer
 
 PLAIN_STEPS, PLAIN_TRAIN = trainer.Trainer.steps, trainer.train
-# 6 training samples, so 3 steps an epoch; the rate changes in the first epoch from step to step, then from epoch to
-# epoch
+# 6 training samples, so 3 steps an epoch; the rate changes from step to step in the first epoch, then by epochs
 SETTINGS = ["model.hidden=4", "model.layers=1", "train.accumulate=2", "train.clip=0.5", "train.lr=1e-2"]
 SETTINGS += ["train.schedule=cosine", "train.warmup=0.9", "train.checkpoint_minutes=0"]
 
@@ -27,10 +26,8 @@ def settings(data: Path, run: Path, *more: str) -> config.Config:
 
 def outcome(run: Path) -> dict[str, Any]:
     """Everything in a run that does not depend on time: rows as text, tensors, training state."""
-    rows = pd.read_csv(run / "metrics.csv", dtype=str)
-    result: dict[str, Any] = {
-        "rows": rows[[c for c in rows if c != "peak_gb" and not c.endswith("_s")]].values.tolist()
-    }
+    rows = pd.read_csv(run / "metrics.csv", dtype=str).drop(columns="peak_gb").filter(regex="(?<!_s)$")
+    result: dict[str, Any] = {"rows": rows.values.tolist()}
     for name in ("last.pt", "best.pt"):
         saved = checkpoint.load(run / name)
         result |= {f"{name} {key}": value for key, value in saved["model"].items()}
@@ -48,9 +45,12 @@ def assert_same(run: Path, other: Path) -> None:
         assert same, (key, value, b[key])
 
 
+def file_contents(run: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
+
+
 class ActAfterStep:
-    """Replaces trainer.train: calls ``act`` after the n-th step of a rank (None: of all). Picklable, to be run by
-    ranks."""
+    """Replaces trainer.train, also in ranks: calls act(*args) after the n-th step of a rank (None: of all)."""
 
     def __init__(self, step: int, rank: int | None, act: Callable[..., object], *args: Any) -> None:
         self.step, self.rank, self.act, self.args = step, rank, act, args

@@ -16,7 +16,7 @@ from ..config import Config
 from ..data import dataset, prepare
 from ..errors import Failure
 from ..models import network
-from ..train import resume, run_dir
+from ..train import checkpoint, run_dir
 from .evaluate import run_evaluation
 from .partition import run_partition
 from .train import run_training
@@ -98,7 +98,7 @@ def _train(config: Config, folder: Path) -> None:
         for key, old, new in configs.differences(configs.load(folder / run_dir.CONFIG), config):
             remedy = "delete that folder or choose another --out"
             raise Failure(f"{folder / run_dir.CONFIG}: {key} is {old} there and {new} now; {remedy}")
-        if resume.finished(folder, config.train):
+        if checkpoint.last_state(folder).finished(config.train):
             print(f"{folder}: trained already")
             return
     run_training(config, resumable)

@@ -22,15 +22,14 @@ def run_training(config: Config, resume: bool = False) -> dict[str, float]:
     from ..models import network
     from ..ops import activation_offload
     from ..partition import store_writer
-    from ..train import preflight, run_dir, trainer
-    from ..train import resume as resuming
+    from ..train import checkpoint, preflight, run_dir, trainer
     from .partition import run_partition, store_inputs
 
     network.model_class(config.model.name)
     trainer.resolve_device(config)
     folder = Path(config.run.dir)
     config.data.path = config.data.path and str(Path(config.data.path).absolute())  # the run is evaluated from anywhere
-    check = resuming.check_resume if resume else run_dir.check_new_run
+    check = checkpoint.check_resume if resume else run_dir.check_new_run
     check(config)  # before the folder is made
     parts, processes = dataset.part_count(config), dataset.process_count(config)
     activation_offload.check_folder(config.train.kept, "train.kept=")

@@ -14,14 +14,13 @@ from ..config import Config
 from ..data import graph_server
 from ..distributed.comm import join_hosts
 from ..errors import Failure
-from ..train import run_dir, trainer
-from ..train.resume import check_resume
+from ..train import checkpoint, run_dir, trainer
 from ..utils import filesystem, progress, signals
 
 
 def train(config: Config, resume: bool, peers: dict[str, Any]) -> dict[str, float]:
     """Connect to the servers and the other trainers, and train. Rank 0 locks and checks the folder of the run."""
-    check = check_resume if resume else run_dir.check_new_run
+    check = checkpoint.check_resume if resume else run_dir.check_new_run
     with ExitStack() as stack:
         if peers["rank"] == 0:
             check(config)

@@ -1,30 +1,46 @@
-"""Checkpoints: what they contain, and files that are written completely or not at all and read without running code.
+"""Checkpoints: what they contain, how they are written and read, and how a run resumes from its last one.
 
-Keys: `model` and `config` (YAML) in all; in those of a training also `optimizer`, `rng`, `samples` (the fingerprint of
-the data, see resume.py) and the fields of `TrainingState`. docs/outputs.md describes the format.
+Keys: `model` and `config` (YAML) in all; in those of a training also `optimizer`, `rng`, `samples` (`fingerprint` of
+the data) and the fields of `TrainingState`. docs/outputs.md describes the format.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import json
+import math
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import pandas as pd
 import torch
 from torch.nn import Module
-from torch.optim import Optimizer
 
 from .. import config as configs
 from ..config import Config
+from ..data.dataset import Dataset
+from ..distributed.comm import Comm
 from ..errors import Failure
 from ..utils import filesystem
-from .run_dir import LAST, PREVIOUS
+from .run_dir import BEST, CONFIG, LAST, METRICS, PREVIOUS, check_is_run
 from .state import TrainingState
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 FORMAT, VERSION = "dist_egnn.checkpoint", 2
 Checkpoint = dict[str, Any]
+
+
+# Keys that a resume may change: how a run is executed, and remedies for one that diverged or had too little time.
+FREE = (
+    *("train.epochs", "train.patience", "train.lr", "train.clip"),
+    *("train.device", "train.timeout_s", "train.checkpoint_minutes", "train.kept", "train.replicas"),
+    *("model.engine", "model.tile", "data.path", "run.dir"),
+    *("partition.parts", "partition.method", "partition.seed", "partition.weights"),
+)
 
 
 class Damaged(Failure):
@@ -36,13 +52,15 @@ def weights_only(model: Module, config: Config) -> Checkpoint:
     return {"model": model.state_dict(), "config": configs.to_yaml(config)}
 
 
-def of_training(
-    model: Module, config: Config, optimizer: Optimizer, state: TrainingState, samples: dict[str, Any]
-) -> Checkpoint:
-    """A checkpoint to resume from. samples: `resume.fingerprint` of the data."""
-    training = {"optimizer": optimizer.state_dict(), **vars(state), "sums": dict(state.sums), "samples": samples}
-    # one random state for all ranks: every rank makes the same draws
-    return weights_only(model, config) | training | {"rng": torch.get_rng_state()}
+def of_training(trainer: Trainer) -> Checkpoint:
+    """A checkpoint to resume from."""
+    return {
+        **weights_only(trainer.model, trainer.config),
+        "optimizer": trainer.optimizer.state_dict(),
+        "rng": torch.get_rng_state(),  # one for all ranks: every rank makes the same draws
+        **vars(trainer.state) | {"sums": dict(trainer.state.sums)},
+        "samples": trainer.fingerprint,
+    }
 
 
 def training_state(checkpoint: Checkpoint) -> TrainingState:
@@ -60,12 +78,41 @@ def load_weights(model: Module, checkpoint: Checkpoint, path: Path) -> None:
         raise Failure(f"{path}: its weights do not fit this model: {reason}") from error
 
 
-def restore(checkpoint: Checkpoint, model: Module, optimizer: Optimizer, path: Path) -> TrainingState:
-    """Load model, optimizer and random state from a checkpoint of a training; returns the training state."""
-    load_weights(model, checkpoint, path)
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    torch.set_rng_state(checkpoint["rng"])
-    return training_state(checkpoint)
+def fingerprint(samples: Dataset, comm: Comm) -> dict[str, Any]:
+    """A summary that is equal for the same snapshots, however they are partitioned.
+
+    listed: sha256 of number, trajectory and frame of the training and validation snapshots; bits: the sum, over all
+    nodes of the first training sample, of the bits of positions and targets as integers, which is exact in any order.
+    """
+    numbers = [n for split in ("train", "valid") for n in samples.splits[split]]
+    text = json.dumps([[n, *samples.frames[n]] for n in numbers] + [len(samples.splits["train"])])
+    graph = samples[samples.splits["train"][0]]
+    bits = sum(graph.ndata[name].contiguous().view(torch.int32).long().sum() for name in ("x", "y"))
+    return {"listed": hashlib.sha256(text.encode()).hexdigest(), "bits": int(comm.sum(torch.as_tensor(bits)))}
+
+
+def restore(trainer: Trainer) -> str:
+    """Restore a training on all ranks from `read_last`; returns its warning. Raises Failure for other data."""
+    folder, content, warning, error = Path(trainer.config.run.dir), b"", "", ""
+    world = trainer.comm.world
+    if world.rank == 0:  # other ranks may not see the folder
+        try:
+            content, warning = read_last(folder)
+        except Failure as failure:
+            error = str(failure)
+    error, warning = json.loads(world.broadcast(json.dumps([error, warning]).encode()))
+    if error:
+        raise Failure(error)
+    last = parse(world.broadcast(content), folder / LAST)
+    for key, what in (("listed", "frames"), ("bits", "positions")):
+        if "samples" in last and last["samples"][key] != trainer.fingerprint[key]:
+            source, remedy = trainer.config.data.path, "set data.path to the same data, or to a store made from them"
+            raise Failure(f"{source}: its {what} are not those that {folder} was trained on; {remedy}")
+    load_weights(trainer.model, last, folder / LAST)
+    trainer.optimizer.load_state_dict(last["optimizer"])
+    torch.set_rng_state(last["rng"])
+    trainer.state = training_state(last)
+    return warning
 
 
 def _on_cpu(value: Any) -> Any:
@@ -94,13 +141,14 @@ def _comment(content: bytes) -> bytes:
 
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint. Raises Failure if it is missing or of another program, Damaged if its content is."""
-    return parse(_read(path), path)
+    return _read(path)[1]
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path) -> tuple[bytes, Checkpoint]:
     if not path.is_file():
         raise Failure(f"{path}: no such checkpoint; is its folder a run of `distegnn train`?")
-    return path.read_bytes()
+    content = path.read_bytes()
+    return content, parse(content, path)
 
 
 def parse(content: bytes, path: Path) -> Checkpoint:
@@ -126,23 +174,46 @@ def parse(content: bytes, path: Path) -> Checkpoint:
     return checkpoint
 
 
-def load_last(folder: Path) -> Checkpoint:
-    """The newest intact checkpoint of a run."""
-    return parse(read_last(folder)[0], folder / LAST)
+def last_state(folder: Path) -> TrainingState:
+    """The training state in the newest intact checkpoint of a run."""
+    return training_state(parse(read_last(folder)[0], folder / LAST))
 
 
 def read_last(folder: Path) -> tuple[bytes, str]:
     """The content of the newest intact checkpoint of a run, and why it is not last.pt (empty if it is)."""
     last, previous = folder / LAST, folder / PREVIOUS
     try:
-        parse(content := _read(last), last)
-        return content, ""
+        return _read(last)[0], ""
     except Failure as failure:
         if not isinstance(failure, Damaged) and (last.exists() or not previous.exists()):
             raise
         warning = str(failure).split(";")[0]
     try:
-        parse(content := _read(previous), previous)
-        return content, warning
+        return _read(previous)[0], warning
     except Failure as failure:
         raise Failure(f"{warning}; and {failure}") from failure
+
+
+def rows_before(path: Path, epoch: int) -> list[dict[str, Any]]:
+    """The rows of a metrics.csv before an epoch, exactly as written. Raises Failure if the file is damaged."""
+    if not path.is_file():
+        return []
+    try:
+        table = pd.read_csv(path, float_precision="round_trip")
+        return table[table["epoch"] < epoch].to_dict("records")
+    except (ValueError, KeyError) as error:  # of pandas, for text that is no such table
+        raise Failure(f"{path}: not the metrics of a run ({str(error).splitlines()[0]}); copy it again") from error
+
+
+def check_resume(config: Config) -> None:
+    """Raise Failure if the run in run.dir cannot be resumed under a config: other settings, or missing files."""
+    folder = Path(config.run.dir)
+    check_is_run(folder)
+    for key, before, now in configs.differences(configs.load(folder / CONFIG), config, FREE):
+        remedy = f"start a new run, or change only {', '.join(FREE[:-1])}"
+        raise Failure(f"{folder}: was started with {key}={before}, not {now}; {remedy}")
+    state, remedy = last_state(folder), "the copy is incomplete: copy it again"
+    if state.best < math.inf and not (folder / BEST).is_file():
+        raise Failure(f"{folder / BEST}: missing; {remedy}")
+    if (rows := len(rows_before(folder / METRICS, state.epoch))) < state.epoch:
+        raise Failure(f"{folder / METRICS}: has {rows} of {state.epoch} epochs; {remedy}")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 from torch.nn import Module
 
 from ..config import Config
@@ -32,15 +31,15 @@ def phase(name: str, sums: dict[str, float], device: torch.device) -> Iterator[N
     sums[name] += time.perf_counter() - started - communication
 
 
-def _nonfinite(values: Iterable[tuple[str, Tensor]]) -> str:
-    """Describes the first value that is not finite; empty if all are."""
-    first = next(((name, value) for name, value in values if not value.isfinite().all()), None)
-    return f"{first[0]} is {'NaN' if first[1].isnan().any() else 'infinite'}" if first else ""
-
-
-def nonfinite_parameter(model: Module) -> str:
-    """Describes the first parameter that is not finite; empty if all are."""
-    return _nonfinite((f"parameter {name}", parameter) for name, parameter in model.named_parameters())
+def nonfinite(model: Module, gradients: bool = False) -> str:
+    """Describes the first parameter, or the last gradient, that is not finite; empty if all are."""
+    values = [(f"parameter {name}", p.detach()) for name, p in model.named_parameters()]
+    if gradients:  # the last one, because the backward pass starts at the end
+        values = [(f"the gradient of {name}", p.grad) for name, p in model.named_parameters() if p.grad is not None][
+            ::-1
+        ]
+    name, value = next(((name, value) for name, value in values if not value.isfinite().all()), ("", torch.zeros(())))
+    return f"{name} is {'NaN' if value.isnan().any() else 'infinite'}" if name else ""
 
 
 def nonfinite_cause(model: Module, samples: Dataset, numbers: list[int], group: Comm) -> str:
@@ -48,7 +47,7 @@ def nonfinite_cause(model: Module, samples: Dataset, numbers: list[int], group: 
 
     A collective call. numbers: the samples of the step, which are computed again one by one to name the sample.
     """
-    problem = nonfinite_parameter(model)
+    problem = nonfinite(model)
     if group.max(float(bool(problem))):  # parameters are equal on all ranks, unless something is broken
         return problem or "a parameter of another rank is not finite"
     names = ("predicted positions", "virtual nodes' positions", "squared error")
@@ -62,9 +61,7 @@ def nonfinite_cause(model: Module, samples: Dataset, numbers: list[int], group: 
         for problem in itertools.compress(problems, group.sum(occurs.float()).tolist()):
             return f"{problem} of sample {number} (trajectory {trajectory}, frame {frame})"
     shown = f"samples {', '.join(map(str, numbers[:8]))}{', …' * (len(numbers) > 8)}"
-    backward = reversed(list(model.named_parameters()))  # the backward pass starts at the end
-    problem = _nonfinite((f"the gradient of {name}", p.grad) for name, p in backward if p.grad is not None)
-    return f"{problem or 'the loss is not finite'} ({shown})"
+    return f"{nonfinite(model, gradients=True) or 'the loss is not finite'} ({shown})"
 
 
 def divergence(config: Config, epoch: int, step: int | None, cause: str) -> Failure:

@@ -15,10 +15,7 @@ if TYPE_CHECKING:
 
 
 def training_bytes(config: Config, nodes: float, edges: float, halo: float = 0.0, device: str = "cpu") -> float:
-    """Peak memory of a training process, in bytes.
-
-    nodes, edges: of its part of the largest snapshot; halo: nodes whose rows it receives in halo mode.
-    """
+    """Peak memory in bytes of a training process on a part; halo: nodes whose rows it receives in halo mode."""
     model, batch = config.model, config.train.batch_size
     layers, block = 0 if config.train.kept else model.layers, float(model.tile)
     if device != "cpu":
@@ -31,32 +28,27 @@ def training_bytes(config: Config, nodes: float, edges: float, halo: float = 0.0
 
 def check_training(config: Config, parts: int) -> None:
     """Raise Failure if a training process on one of so many parts needs more memory than is free."""
-    from ..data.dataset import is_store
+    from ..data import dataset, store, store_inputs
     from .trainer import resolve_device
 
     device, path = str(resolve_device(config)), config.data.path
-    sizes = _sizes_in_store(config) if is_store(path) else _estimated_sizes(config, parts)
+    if dataset.is_store(path):
+        opened = store.open_store(path)
+        store_inputs.check_settings(opened.inputs, str(opened.path), config.data)
+        table = opened.parts_table
+        if config.partition.halo != "exchange":
+            table = table.assign(edges=table["edges"] - table["cut_edges"])
+        largest = table[table["snapshot"].isin(opened.split("train"))].groupby("part")[["nodes", "edges"]].max()
+        sizes = largest.assign(halo=table["halo"].max()).to_numpy(float).tolist()
+    else:
+        sizes = _estimated_sizes(config, parts)
     needed = max((training_bytes(config, *size, device) for size in sizes), default=0.0)
     remedy = "raise partition.parts, or lower model.hidden, model.layers or train.batch_size, or set train.kept"
     memory.require_memory(needed, device, f"{path}: a step of one of {parts} processes", remedy)
 
 
-def _sizes_in_store(config: Config) -> list[tuple[float, float, float]]:
-    """Nodes and edges of each part of the largest training snapshot, and the most halo nodes of any part."""
-    from ..data.store import open_store
-    from ..data.store_inputs import check_settings
-
-    store = open_store(config.data.path)
-    check_settings(store.inputs, str(store.path), config.data)
-    table = store.parts_table
-    if config.partition.halo != "exchange":
-        table = table.assign(edges=table["edges"] - table["cut_edges"])
-    largest = table[table["snapshot"].isin(store.split("train"))].groupby("part")[["nodes", "edges"]].max()
-    return list(largest.assign(halo=table["halo"].max()).itertuples(index=False))
-
-
 def _estimated_sizes(config: Config, parts: int) -> list[tuple[float, float, float]]:
-    """Nodes and edges of the largest part of the largest training snapshot of a trajectories file."""
+    """Nodes, edges and halo of the largest part of the largest training snapshot of a trajectories file."""
     from ..data.samples import select_snapshots
     from ..data.trajectories import Trajectories
     from ..partition import neighbors

@@ -14,42 +14,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import yaml
 from torch import Tensor
-from torch.nn import Module
-from torch.optim import Optimizer
 
 from .. import __version__
 from .. import config as configs
-from ..config import Config
 from ..errors import Failure
 from ..utils import filesystem
 from . import checkpoint, diagnostics, run_dir
-from .state import TrainingState
 
-
-def rows_before(path: Path, epoch: int) -> list[dict[str, Any]]:
-    """The rows of a metrics.csv before an epoch, exactly as written. Raises Failure if the file is damaged."""
-    if not path.is_file():
-        return []
-    try:
-        table = pd.read_csv(path, float_precision="round_trip")
-        return table[table["epoch"] < epoch].to_dict("records")
-    except (ValueError, KeyError) as error:  # of pandas, for text that is no such table
-        raise Failure(f"{path}: not the metrics of a run ({str(error).splitlines()[0]}); copy it again") from error
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 
 def git_state(folder: Path) -> dict[str, Any]:
     """Commit of the checkout that tracks a folder, and whether tracked files were changed; {} without git."""
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(folder), *arguments]
-        environment = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}  # read only
-        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True, env=environment)
-        return result.stdout.strip()
+        command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
     try:
         if not git("ls-files", "."):  # not tracked: an installed copy inside another checkout
@@ -59,8 +45,9 @@ def git_state(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def append_provenance(path: Path, config: Config, state: TrainingState, processes: int) -> None:
+def append_provenance(path: Path, trainer: Trainer) -> None:
     """Append an entry to about.yaml, a YAML list, and keep the existing bytes."""
+    config, state = trainer.config, trainer.state
     packages = {name: importlib.metadata.version(name) for name in ("torch", "dgl", "numpy")}
     entry = {
         "epoch": state.epoch,
@@ -70,7 +57,7 @@ def append_provenance(path: Path, config: Config, state: TrainingState, processe
         "versions": {"dist_egnn": __version__, "python": platform.python_version(), **packages},
         "git": git_state(Path(__file__).parent),
         "host": {"name": platform.node(), "system": platform.platform(), "cores": len(os.sched_getaffinity(0))},
-        "processes": processes,
+        "processes": trainer.comm.world.size,
         "device": config.train.device,
         "seeds": {"train": config.train.seed, "frames": config.data.frame_seed, "partition": config.partition.seed},
     }
@@ -85,32 +72,28 @@ def append_provenance(path: Path, config: Config, state: TrainingState, processe
 
 @dataclass
 class RunWriter:
-    """Writes checkpoints and metrics in an order that survives a kill between any two writes.
+    """Writes checkpoints and metrics in an order that survives a kill between any two writes."""
 
-    samples: fingerprint of the data. Model, optimizer and state are read at each checkpoint.
-    """
-
-    config: Config
-    model: Module
-    optimizer: Optimizer
-    state: TrainingState
-    samples: dict[str, Any]
+    trainer: Trainer
 
     @contextmanager
-    def open(self, ranks: int, resumed: bool, warning: str) -> Iterator[RunWriter]:
+    def open(self, resumed: bool, warning: str) -> Iterator[RunWriter]:
         """Start or continue the run's folder. warning: why the run resumes from previous.pt, empty if it does not."""
         from torch.utils.tensorboard import SummaryWriter
 
-        state, self.folder = self.state, Path(self.config.run.dir)
+        config, state = self.trainer.config, self.trainer.state
+        self.folder = Path(config.run.dir)
         if warning:
             source = f"{self.folder / run_dir.PREVIOUS} (epoch {state.epoch}, step {state.step})"
             print(f"warning: {warning}; resuming from {source}", file=sys.stderr)
         self.last_save = time.monotonic()
         if warning or not resumed:  # before config.yaml, so that a folder with config.yaml has a checkpoint
             self.save(keep_previous=False)
-        filesystem.write_atomically(self.folder / run_dir.CONFIG, configs.to_yaml(self.config).encode())
-        append_provenance(self.folder / "about.yaml", self.config, state, ranks)
-        self.rows = rows_before(self.folder / run_dir.METRICS, state.epoch)  # drops those of an interrupted attempt
+        filesystem.write_atomically(self.folder / run_dir.CONFIG, configs.to_yaml(config).encode())
+        append_provenance(self.folder / "about.yaml", self.trainer)
+        self.rows = checkpoint.rows_before(
+            self.folder / run_dir.METRICS, state.epoch
+        )  # drops those of an interrupted attempt
         self.events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=state.epoch)
         try:
             yield self
@@ -118,36 +101,26 @@ class RunWriter:
             with suppress(OSError):  # of a full disk, which `end_epoch` has reported
                 self.events.close()
 
-    def checkpoint_due(self) -> bool:
-        """Whether `train.checkpoint_minutes` have passed since the last checkpoint."""
-        return time.monotonic() - self.last_save >= 60 * self.config.train.checkpoint_minutes
+    def save(self, name: str = run_dir.LAST, keep_previous: bool = True) -> None:
+        """Write a checkpoint; keep_previous: the present file becomes previous.pt.
 
-    def _checkpoint(self) -> checkpoint.Checkpoint:
-        """Raises Failure for weights that are not finite, so that last.pt still holds the last good checkpoint."""
-        if problem := diagnostics.nonfinite_parameter(self.model):
-            raise diagnostics.divergence(self.config, self.state.epoch, self.state.step, problem)
-        return checkpoint.of_training(self.model, self.config, self.optimizer, self.state, self.samples)
-
-    def save(self, keep_previous: bool = True) -> None:
-        """Write last.pt. keep_previous: the present last.pt becomes previous.pt."""
-        content, last = self._checkpoint(), self.folder / run_dir.LAST
-        if keep_previous and last.exists():  # until `last` is written, a resume reads previous.pt
-            os.replace(last, self.folder / run_dir.PREVIOUS)
-        checkpoint.save(last, content)
+        Raises Failure for weights that are not finite, so that last.pt still holds the last good checkpoint.
+        """
+        trainer, path = self.trainer, self.folder / name
+        if problem := diagnostics.nonfinite(trainer.model):
+            raise diagnostics.divergence(trainer.config, trainer.state.epoch, trainer.state.step, problem)
+        if keep_previous and path.exists():  # until the new file is written, a resume reads previous.pt
+            os.replace(path, self.folder / run_dir.PREVIOUS)
+        checkpoint.save(path, checkpoint.of_training(trainer))
         self.last_save = time.monotonic()
 
-    def end_epoch(
-        self, epoch: int, row: dict[str, float], memory: list[float], z: Tensor | None, improved: bool
-    ) -> None:
-        """Record an epoch. memory: peak of each rank in GB; z (n, 3): positions of virtual nodes.
-
-        last.pt is written last, after metrics.csv and best.pt, which include its epochs.
-        """
+    def end_epoch(self, epoch: int, row: dict[str, float], gb: list[float], z: Tensor | None, improved: bool) -> None:
+        """Record an epoch. gb: peak memory of each rank; z (n, 3): positions of virtual nodes."""
         self.rows.append({"epoch": epoch, **row})
         content = pd.DataFrame(self.rows).to_csv(index=False).encode()
         filesystem.write_atomically(self.folder / run_dir.METRICS, content)
         try:
-            for name, value in {**row, **{f"memory_gb/rank{rank}": gb for rank, gb in enumerate(memory)}}.items():
+            for name, value in {**row, **{f"memory_gb/rank{rank}": peak for rank, peak in enumerate(gb)}}.items():
                 self.events.add_scalar(name, value, epoch)
             for axis, values in zip("xyz", z.T if z is not None and len(z) else (), strict=False):
                 self.events.add_histogram(f"virtual_nodes/{axis}", values, epoch)
@@ -156,5 +129,5 @@ class RunWriter:
             reason = f"cannot be written ({error.strerror}); free disk space, then resume the run"
             raise Failure(f"{self.events.log_dir}: {reason}") from error
         if improved:
-            checkpoint.save(self.folder / run_dir.BEST, self._checkpoint())
-        self.save()
+            self.save(run_dir.BEST, keep_previous=False)
+        self.save()  # last: metrics.csv and best.pt include the epochs of last.pt

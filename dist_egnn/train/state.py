@@ -11,25 +11,21 @@ from ..config import Train
 
 @dataclass
 class TrainingState:
-    """The same on every rank; the field names are keys of a checkpoint.
-
-    epoch: the current epoch; step: its completed optimizer steps; sums: totals over these steps, see `Trainer.steps`;
-    best: lowest validation MSE; waited: epochs since then; scale: factor of the learning rate due to plateaus.
-    """
+    """The same on every rank; the field names are keys of a checkpoint."""
 
     epoch: int = 0
-    step: int = 0
-    best: float = math.inf
-    waited: int = 0
-    scale: float = 1.0
-    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    step: int = 0  # completed optimizer steps of the epoch
+    best: float = math.inf  # lowest validation MSE
+    waited: int = 0  # epochs since then
+    scale: float = 1.0  # factor of the learning rate due to plateaus
+    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # over the steps, see `Trainer.steps`
 
     def finished(self, settings: Train) -> bool:
         """Whether `train.epochs` or `train.patience` ends the training here."""
         return self.epoch >= settings.epochs or (self.step == 0 and 0 < settings.patience <= self.waited)
 
     def learning_rate(self, settings: Train, steps: int) -> float:
-        """The rate of the next of ``steps`` steps in an epoch; it depends on the state alone: a resume needs no scheduler.
+        """The rate of the next of ``steps`` steps in an epoch, from the state alone, so that a resume needs no scheduler.
 
         It rises linearly over the first `train.warmup` epochs, step by step. Then "cosine" falls to zero at
         `train.epochs`, epoch by epoch; "plateau" falls as `end_epoch` defines; "constant" stays.
@@ -43,10 +39,7 @@ class TrainingState:
         return rate
 
     def end_epoch(self, valid_mse: float, settings: Train) -> bool:
-        """Move to the start of the next epoch; returns whether the validation MSE improved.
-
-        With "plateau" the scale falls after every `train.plateau_epochs` epochs without improvement.
-        """
+        """Move to the start of the next epoch; returns whether the validation MSE improved."""
         improved = valid_mse < self.best
         self.best, self.waited = (valid_mse, 0) if improved else (self.best, self.waited + 1)
         if settings.schedule == "plateau" and self.waited and self.waited % settings.plateau_epochs == 0:

@@ -6,9 +6,10 @@ import math
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import reduce
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 from dgl import DGLGraph
@@ -26,12 +27,10 @@ from ..ops import activation_offload, message_passing
 from ..utils import devices, filesystem, signals
 from ..utils.progress import progress_bar
 from . import checkpoint, diagnostics, losses, metrics
-from .resume import fingerprint, restore
 from .run_writer import RunWriter
 from .state import TrainingState
 
 HISTOGRAM_EVERY = 10  # epochs
-Item = TypeVar("Item")
 
 
 def resolve_device(config: Config, rank: int = 0) -> torch.device:
@@ -69,11 +68,11 @@ def compute_loss(
     return mse + config.loss.mmd * losses.mmd(z, graph, total, config.loss, generator), mse.detach()
 
 
-def _chunks(items: Sequence[Item], size: int) -> list[list[Item]]:
+def _chunks(items: Sequence[int], size: int) -> list[list[int]]:
     return [list(items[i : i + size]) for i in range(0, len(items), size)]
 
 
-def _own(items: list[Item], comm: Comm) -> list[Item]:
+def _own(items: list[Any], comm: Comm) -> list[Any]:
     """The items (batches of a step or samples of a split) of this process's group: k, k + K, … of K groups"""
     return items[comm.world.rank // comm.size :: comm.world.size // comm.size]
 
@@ -90,9 +89,7 @@ def prepared_batches(model: Module, samples: Dataset, batches: list[list[int]]) 
 
 def _seeded(*seed: int) -> torch.Generator:
     """A generator seeded by these numbers alone (seed, epoch, batch), so that all ranks and a resumed run agree."""
-    mixed = 0
-    for part in seed:
-        mixed = (mixed * 1_000_003 + part + 1) % (2**63 - 1)
+    mixed = reduce(lambda mixed, part: (mixed * 1_000_003 + part + 1) % (2**63 - 1), seed, 0)
     return torch.Generator(device="cpu").manual_seed(mixed)
 
 
@@ -131,7 +128,8 @@ class Trainer:
     model: Module
     optimizer: Optimizer
     samples: Dataset
-    state: TrainingState
+    state: TrainingState = field(default_factory=TrainingState)
+    fingerprint: dict[str, Any] = field(default_factory=dict)  # of the samples, see checkpoint.py
 
     def train(self, writer: RunWriter | None) -> dict[str, float]:
         """Train the remaining epochs; returns what `train` does. writer: on rank 0 only."""
@@ -144,7 +142,7 @@ class Trainer:
                 for stop in self.steps():
                     state.sums["epoch_s"] = time.perf_counter() - started
                     tick(self._progress_note(row))
-                    if writer and (stop or writer.checkpoint_due()):
+                    if writer and (stop or time.monotonic() - writer.last_save >= 60 * settings.checkpoint_minutes):
                         writer.save()
                     if stop:
                         return self._stopped()
@@ -157,7 +155,10 @@ class Trainer:
                 values[-1] = float(signals.stop_requested())
                 *memory, stop = world.sum(values).tolist()
                 state.sums["epoch_s"] = time.perf_counter() - started
-                row = self._metrics_row(count, valid, max(memory))
+                means = {name: state.sums[name] / count for name in ("step_s", *diagnostics.PHASES, "grad_norm")}
+                row = {f"train_{name}": state.sums[name] / state.sums["batches"] for name in ("loss", "mse")}
+                row |= {"lr": self.optimizer.param_groups[0]["lr"], **means, "valid_mse": valid}
+                row |= {"peak_gb": max(memory), "epoch_s": state.sums["epoch_s"]}
                 epoch, improved = state.epoch, state.end_epoch(valid, settings)
                 if writer:
                     writer.end_epoch(epoch, row, memory, torch.cat(virtual) if virtual else None, improved)
@@ -225,12 +226,6 @@ class Trainer:
         step_s = sums["step_s"] / self.state.step
         return f"loss {sums['loss'] / sums['batches']:.1e}  {step_s:.2g} s/step  {epoch}{valid}"
 
-    def _metrics_row(self, steps: int, valid: float, peak_gb: float) -> dict[str, float]:
-        sums, rate = self.state.sums, self.optimizer.param_groups[0]["lr"]
-        train = {f"train_{name}": sums[name] / sums["batches"] for name in ("loss", "mse")}
-        means = {name: sums[name] / steps for name in ("step_s", *diagnostics.PHASES, "grad_norm")}
-        return {**train, "lr": rate, **means, "valid_mse": valid, "peak_gb": peak_gb, "epoch_s": sums["epoch_s"]}
-
 
 def _open(world: Comm, config: Config, *splits: str) -> tuple[torch.device, Comm, Dataset]:
     """Device, group and samples of this process. Raises Failure if one of the splits is empty."""
@@ -255,8 +250,8 @@ def train(world: Comm, config: Config, resume: bool = False) -> dict[str, float]
         raise Failure(f"train.replicas={config.train.replicas}: {config.data.path} makes {made}")
     model = build_model(config, samples.widths, comm).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay)
-    data = fingerprint(samples, comm)
-    state, warning = restore(world, config, model, optimizer, data) if resume else (TrainingState(), "")
+    trainer = Trainer(comm, config, model, optimizer, samples, fingerprint=checkpoint.fingerprint(samples, comm))
+    warning = checkpoint.restore(trainer) if resume else ""
     with ExitStack() as stack:
         writer = None
         if world.size > 1:  # rank processes receive signals, too
@@ -264,9 +259,8 @@ def train(world: Comm, config: Config, resume: bool = False) -> dict[str, float]
         if world.rank == 0:
             # shared with the launching process, exclusive against other runs
             stack.enter_context(filesystem.lock_folder(Path(config.run.dir), "another run is at work there", join=True))
-            opened = RunWriter(config, model, optimizer, state, data).open(world.size, resume, warning)
-            writer = stack.enter_context(opened)
-        return Trainer(comm, config, model, optimizer, samples, state).train(writer)
+            writer = stack.enter_context(RunWriter(trainer).open(resume, warning))
+        return trainer.train(writer)
 
 
 def evaluate(world: Comm, config: Config, weights: Path | None, split: str = "test") -> dict[str, float]:

@@ -29,27 +29,20 @@ SETTINGS = ["model.hidden=16", "model.layers=3", "loss.samples=4"]
 OPTIONS = ["model.attention=true", "model.normalize=true", "model.tile=300", "model.engine=torch"]
 
 
-def differences(store: Path, folder: Path, snapshot: int = 0, *overrides: str) -> dict[str, float]:
-    return parallel_check.compare(config.load(None, [*SETTINGS, *overrides]), Store(store), snapshot, folder)
+CASES = [(parts, "metis", 1, overrides) for parts in (2, 4) for overrides in ([], OPTIONS)]
+CASES += [(2, "random", 1, []), (2, "morton", 1, []), (2, "metis", 2, [])]
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-@pytest.mark.parametrize("overrides", [[], OPTIONS], ids=["FastEGNN", "options"])
-def test_many_processes_equal_one(
-    make_store: Callable[..., Path], tmp_path: Path, parts: int, overrides: list[str]
-) -> None:
-    errors = differences(make_store(parts, "metis"), tmp_path, 1, *overrides)
+def differences(store: Path, folder: Path, *overrides: str) -> dict[str, float]:
+    return parallel_check.compare(config.load(None, [*SETTINGS, *overrides]), Store(store), 1, folder)
+
+
+@pytest.mark.parametrize(("parts", "method", "trainers", "overrides"), CASES)
+def test_many_processes_equal_one(make_store, tmp_path, parts, method, trainers, overrides):
+    """With every partition, also with several trainers on each of two machines."""
+    errors = differences(make_store(parts, method, trainers=trainers), tmp_path, *overrides)
     assert max(errors.values()) <= parallel_check.TOLERANCE, errors
     assert sum(name.startswith("gradient") for name in errors) > 40
-
-
-@pytest.mark.parametrize(("method", "trainers"), [("random", 1), ("morton", 1), ("metis", 2)])
-def test_every_partition_equals_one_process(
-    make_store: Callable[..., Path], tmp_path: Path, method: str, trainers: int
-) -> None:
-    """Also with several trainers on each of two machines."""
-    errors = differences(make_store(2, method, trainers=trainers), tmp_path)
-    assert max(errors.values()) <= parallel_check.TOLERANCE, errors
 
 
 def _each(group: comm.Comm, settings: dict[str, config.Config], path: str, folder: str) -> None:
@@ -59,7 +52,7 @@ def _each(group: comm.Comm, settings: dict[str, config.Config], path: str, folde
 
 
 @pytest.mark.parametrize("parts", [2, 4])
-def test_many_processes_equal_one_for_every_model(make_store: Callable[..., Path], tmp_path: Path, parts: int) -> None:
+def test_many_processes_equal_one_for_every_model(make_store, tmp_path, parts):
     small = ["model.hidden=8", "model.layers=2", "loss.samples=4", "data.radius=0.27"]
     settings = {name: config.load(None, [f"model.name={name}", *small]) for name in network.MODELS}
     store = Store(make_store(parts, "metis"))
@@ -90,9 +83,7 @@ def _run_without(group: comm.Comm, missing: str, *args: object) -> None:
 
 
 @pytest.mark.parametrize("missing", ["forward", "backward", "gradients"])
-def test_the_comparison_fails_without_any_one_sum(
-    make_store: Callable[..., Path], tmp_path: Path, missing: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_comparison_fails_without_any_one_sum(make_store, tmp_path, missing, monkeypatch):
     run = spawn.run_ranks
     patched = lambda _, size, *args, **options: run(_run_without, size, missing, *args, **options)  # noqa: E731
     monkeypatch.setattr(spawn, "run_ranks", patched)
@@ -122,19 +113,15 @@ def test_a_step_exchanges_once_a_layer_and_direction(make_store: Callable[..., P
     settings = config.load(None, SETTINGS)
     path = make_store(2, "metis", features=["viscosity", "mass", "speed"], node_attributes=["viscosity", "mass"])
     for forward, backward in spawn.run_ranks(_calls, 2, settings, str(path)):
-        # 3 + 3C + HC numbers a graph, two graphs
-        assert forward == backward == [2 * (3 + 9 + 48)] * 3
+        assert forward == backward == [2 * (3 + 9 + 48)] * 3  # 3 + 3C + HC numbers a graph, two graphs
 
 
 def _losses(group: comm.Comm, settings: config.Config, path: str) -> list[float]:
-    """Two optimiser steps on batches of two snapshots."""
-    store = Store(path)
-    model = trainer.build_model(settings, (len(store.inputs["features"]), len(store.inputs["node_attributes"])), group)
-    model.double()
+    """The losses of three optimizer steps on batches of two snapshots."""
+    store, model, losses = Store(path), trainer.build_model(settings, (3, 1), group).double(), []
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    losses = []
+    read = (lambda n: store.read(n, group.rank)) if group.size > 1 else store.whole
     for step in range(3):
-        read = (lambda n: store.read(n, group.rank)) if group.size > 1 else store.whole
         graph = dgl.batch([read(n) for n in (step, step + 1)])
         optimizer.zero_grad()
         loss, _ = trainer.compute_loss(settings, model, graph, group, torch.Generator().manual_seed(step))
@@ -204,8 +191,7 @@ def test_a_killed_launcher_leaves_no_process_and_no_folder(tmp_path: Path) -> No
     script, pids = tmp_path / "launch.py", tmp_path / "pids"
     script.write_text(LAUNCHER.format(here=str(Path(__file__).parent)))
     pids.mkdir()
-    # a folder with a short name, because the path of the fork server's socket in it may have 107 letters
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary:  # a short name: the path of a socket in it has at most 107 letters
         environment = {**os.environ, "TMPDIR": temporary}
         launcher = subprocess.Popen([sys.executable, str(script), str(pids)], env=environment)
         try:

@@ -114,7 +114,7 @@ class Run:
             assert self.hosts.processes(name) == {}
             assert self.hosts.shared(name) == []
         if (self.folder / "last.pt").exists():
-            checkpoint.load_last(self.folder)
+            checkpoint.last_state(self.folder)
         return time.monotonic() - self.started
 
 
@@ -387,7 +387,7 @@ def test_through_ssh_itself(store_of_two, cluster, tmp_path):
             assert time.monotonic() < until, cluster.processes("b")
             time.sleep(0.2)
         assert cluster.shared("b") == []
-        checkpoint.load_last(folder)
+        checkpoint.last_state(folder)
     finally:
         launcher.kill()
         launcher.wait()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,7 @@ from dist_egnn.utils import signals
 
 @contextmanager
 def doubled() -> Iterator[None]:
-    """Models are in float64, so that nothing but rounding at 1e-16 parts the sums of groups; their last weights at full
-    size."""
+    """Models are in float64, so that sums of groups differ by rounding at 1e-16, and have large output weights."""
     plain = trainer.build_model
 
     def build(*given: Any) -> torch.nn.Module:
@@ -49,12 +48,8 @@ def doubled() -> Iterator[None]:
 Result = dict[str, Any]
 
 
-def _optimise(world: comm.Comm, settings: list[config.Config]) -> list[Result]:
-    """For each config, two epochs: gradients of every step by name, what the sums came to, validation, and weights."""
-    return [_one(world, each) for each in settings]
-
-
-def _one(world: comm.Comm, settings: config.Config) -> Result:
+def _optimise(world: comm.Comm, settings: config.Config) -> Result:
+    """Two epochs: gradients of every step by name, sums, validation errors, and weights."""
     group = world.split(settings.train.replicas)
     read = dataset.open_dataset(settings, group.rank, world.size)
     if world.size == 1 and dataset.is_store(settings.data.path):
@@ -63,20 +58,20 @@ def _one(world: comm.Comm, settings: config.Config) -> Result:
     with doubled():
         model = trainer.build_model(settings, read.widths, group)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    found: Result = {"steps": 0, "calls": []}
-    state = TrainingState()
+    result, state = Result(steps=0), TrainingState()
     for epoch in range(2):
         for _ in trainer.Trainer(group, settings, model, optimizer, read, state).steps():
-            found["steps"] += 1
+            result["steps"] += 1
             for name, p in model.named_parameters():
-                found[f"gradient {found['steps']} {name}"] = p.grad.numpy().copy()
-        for name in ("loss", "mse", "batches", "grad_norm"):
-            found[f"{name} {epoch}"] = state.sums[name]
-        found[f"valid {epoch}"] = valid = trainer.evaluate_split(model, read, "valid", settings, group)
+                result[f"gradient {result['steps']} {name}"] = p.grad.numpy().copy()
+        result |= {f"{name} {epoch}": state.sums[name] for name in ("loss", "mse", "batches", "grad_norm")}
+        result[f"valid {epoch}"] = valid = trainer.evaluate_split(model, read, "valid", settings, group)
         state.end_epoch(valid, settings.train)
-    for name, p in model.named_parameters():
-        found[f"weight {name}"] = p.detach().numpy().copy()
-    return found
+    return result | {f"weight {name}": p.detach().numpy() for name, p in model.named_parameters()}
+
+
+def _optimise_all(world: comm.Comm, settings: list[config.Config]) -> list[Result]:
+    return [_optimise(world, each) for each in settings]
 
 
 def _same(many: Result, one: Result) -> None:
@@ -92,8 +87,7 @@ def _same(many: Result, one: Result) -> None:
 
 
 def _cases(small: Path, store: Path, replicas: int) -> list[config.Config]:
-    """Of six training samples: steps of four and of two batches; of two and of one, which leaves one of two groups
-    idle."""
+    """Six training samples in steps of four and two batches, or of two and one, which leaves one of two groups idle."""
     width = ["model.hidden=8", "model.layers=2", "train.clip=0", f"train.replicas={replicas}"]
     none = small.parent / "none"
     halved = ["train.batch_size=2", "train.accumulate=2", "partition.parts=2"]
@@ -104,44 +98,33 @@ def _cases(small: Path, store: Path, replicas: int) -> list[config.Config]:
     ]
 
 
-def test_groups_train_what_one_process_does(small: Path, make_store: Callable[..., Path]) -> None:
-    """2 × 2 in bridge and in halo mode, and 1 × 4, plain data parallelism: gradients of each step, losses, validation,
-    weights."""
+def test_groups_train_what_one_process_does(small, make_store):
+    """2 × 2 in bridge and in halo mode, and 1 × 4, plain data parallelism."""
     store = make_store(2, "metis")
     many = _cases(small, store, 2)
     many[-1].train.replicas = 4
-    expected = _optimise(comm.SingleProcess(), _cases(small, store, 1))
+    expected = _optimise_all(comm.SingleProcess(), _cases(small, store, 1))
     assert [one["steps"] for one in expected] == [4, 4, 4]
-    for ranks in spawn.run_ranks(_optimise, 4, many):
-        for found, one in zip(ranks, expected, strict=True):
-            _same(found, one)
+    for results in spawn.run_ranks(_optimise_all, 4, many):
+        for result, one in zip(results, expected, strict=True):
+            _same(result, one)
 
 
-class DoubleActAfterStep(ActAfterStep):
-    """ActAfterStep in float64."""
-
-    def __call__(self, *given: Any) -> Any:
-        with doubled():
-            return super().__call__(*given)
-
-
-def _double(*given: Any) -> Any:
+def _double(train: Callable[..., Any], *given: Any) -> Any:
     with doubled():
-        return PLAIN_TRAIN(*given)
+        return train(*given)
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_run_that_ends_early_goes_on_with_another_number_of_groups(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: int
-) -> None:
-    """Rank 1 is killed, or asked to stop, in the second epoch; one process goes on and ends where one process ends."""
-    more = ["train.epochs=3", "train.lr=1e-3"]
-    monkeypatch.setattr(trainer, "train", _double)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_that_ends_early_continues_with_another_number_of_groups(small, tmp_path, monkeypatch, number):
+    """Rank 1 receives a signal in the second epoch; one process continues and ends where one process ends."""
+    more, plain = ["train.epochs=3", "train.lr=1e-3"], partial(_double, PLAIN_TRAIN)
+    monkeypatch.setattr(trainer, "train", plain)
     run_training(settings(small, tmp_path / "one", *more))
-    monkeypatch.setattr(trainer, "train", DoubleActAfterStep(4, 1, _signal, how))
-    with pytest.raises(Failure if how == signal.SIGKILL else signals.Stopped):
+    monkeypatch.setattr(trainer, "train", partial(_double, ActAfterStep(4, 1, signal.raise_signal, number)))
+    with pytest.raises(Failure if number == signal.SIGKILL else signals.Stopped):
         run_training(settings(small, tmp_path / "two", *more, "train.replicas=2"))
-    monkeypatch.setattr(trainer, "train", _double)
+    monkeypatch.setattr(trainer, "train", plain)
     resume_training(tmp_path / "two", ["train.replicas=1"])
     one, two = outcome(tmp_path / "one"), outcome(tmp_path / "two")
     for name, value in one.items():
@@ -153,14 +136,10 @@ def test_a_run_that_ends_early_goes_on_with_another_number_of_groups(
         assert b == pytest.approx(a, rel=1e-6)
 
 
-def _signal(how: int) -> None:
-    os.kill(os.getpid(), how)
-
-
 def _hangs(world: comm.Comm) -> None:
     group = world.split(2)
     if world.rank == 3:
-        os.kill(os.getpid(), signal.SIGSTOP)
+        signal.raise_signal(signal.SIGSTOP)
     group.sum(torch.ones(3))
 
 
@@ -179,43 +158,38 @@ def test_evaluation_is_shared(small: Path, tmp_path: Path) -> None:
     assert many == pytest.approx(one, rel=1e-6)
 
 
-def test_what_is_not_finite_ends_all_groups_with_one_line(small: Path, tmp_path: Path) -> None:
-    messages = []
+def test_divergence_ends_all_groups_with_one_message(small: Path, tmp_path: Path) -> None:
+    messages = set()
     for replicas in (1, 2):
         run = tmp_path / f"{replicas}"
-        with pytest.raises(Failure, match="the last good checkpoint") as caught:
+        with pytest.raises(Failure, match=r"last\.pt") as caught:
             run_training(settings(small, run, "train.lr=1e30", "train.clip=0", f"train.replicas={replicas}"))
-        messages.append(str(caught.value).replace(str(run), "RUN"))
-    assert messages[0] == messages[1]
+        messages.add(str(caught.value).replace(str(run), "RUN"))
+    assert len(messages) == 1
 
 
 def test_groups_that_would_never_work_are_refused(small: Path, tmp_path: Path) -> None:
-    wanted = settings(small, tmp_path / "run", "train.accumulate=9", "train.replicas=3", "train.batch_size=4")
+    chosen = settings(small, tmp_path / "run", "train.accumulate=9", "train.replicas=3", "train.batch_size=4")
     with pytest.raises(Failure, match=r"train\.replicas=3: .* only 2 batches of train\.batch_size=4"):
-        run_training(wanted)
+        run_training(chosen)
     assert not (tmp_path / "run" / "config.yaml").exists()
     with pytest.raises(Failure, match=r"train\.replicas=3: .*train\.replicas=1"):
-        plan.make_plan(wanted)
+        plan.make_plan(chosen)
 
 
-def test_launch_trains_the_same(
-    make_store: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_launch_trains_the_same(make_store, tmp_path, monkeypatch):
     """Two groups beside one server, bit for bit; in a folder with a file that is not DGL."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "dgl.py").write_text("raise SystemExit('a file of the user, not DGL')\n")
-    local_, launched = (
-        settings(make_store(1, shard_nodes=0), tmp_path / name, "train.epochs=2", "train.replicas=2")
-        for name in ("local", "launched")
-    )
-    spawn.run_ranks(trainer.train, 2, local_)
+    store, more = make_store(1, shard_nodes=0), ["train.epochs=2", "train.replicas=2"]
+    spawn.run_ranks(trainer.train, 2, settings(store, tmp_path / "local", *more))
     options = {"resume": False, "port": 0, "max_restarts": 3, "dry_run": False, "dispatch": False}
-    main.run(launched, [hostfile.LOCALHOST], **options)
+    main.run(settings(store, tmp_path / "launched", *more), [hostfile.LOCALHOST], **options)
     assert_same(tmp_path / "launched", tmp_path / "local")
 
 
 def test_ranks_are_where_their_parts_are() -> None:
     """Two groups of four ranks on two machines, and as the trainers count."""
-    wanted = config.load(None, ["train.replicas=2", "train.accumulate=2"])
-    job = supervisor.Job(wanted, ["a", "b"], ["lo", "lo"], 2, [1, 1], False, 0, 0)
-    assert job.ranks() == [0, 0, 1, 1, 0, 0, 1, 1]
+    chosen = config.load(None, ["train.replicas=2", "train.accumulate=2"])
+    job = supervisor.Job(chosen, ["a", "b"], ["lo", "lo"], 2, [1, 1], False, 0, 0)
+    assert job.ranks() == [0, 0, 1, 1, 0, 0, 1, 1] == [graph_server.machine_of(rank, 4, 2) for rank in range(8)]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_runs import PLAIN_TRAIN, ActAfterStep, settings
+from torch.optim import lr_scheduler
 
 from dist_egnn import config
 from dist_egnn.commands.train import resume_training, run_training
@@ -75,38 +76,27 @@ def rates(*given: str, steps: int = 1) -> list[float]:
     return result
 
 
-def torch_rates(
-    schedule: Callable[..., torch.optim.lr_scheduler.LRScheduler], epochs: int, *loss: float
-) -> list[float]:
-    """The same by a scheduler of torch."""
-    optimizer = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=2.0)
-    scheduler, result = schedule(optimizer), []
-    for _ in range(epochs):
-        result.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step(*loss)  # type: ignore[arg-type]
-    return result
-
-
 def test_constant_rate_and_warmup():
     assert rates("train.epochs=2", steps=4) == [2.0] * 8
     assert rates("train.epochs=2", "train.warmup=1", steps=4) == [0.5, 1.0, 1.5, 2.0] + [2.0] * 4
     assert rates("train.epochs=2", "train.warmup=0.5", steps=4) == [1.0, 2.0] + [2.0] * 6
 
 
-def test_cosine_is_that_of_torch():
-    expected = torch_rates(lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=10), 10)
-    assert rates("train.epochs=10", "train.schedule=cosine") == pytest.approx(expected)
-    warm = rates("train.epochs=12", "train.schedule=cosine", "train.warmup=2")
-    assert warm == pytest.approx([1.0, 2.0, *expected])
-
-
-@pytest.mark.parametrize("patience", [1, 3])
-def test_plateau_is_that_of_torch(patience):
-    options = {"factor": 0.1, "patience": patience - 1, "threshold": 0, "eps": 0}
-    expected = torch_rates(lambda o: torch.optim.lr_scheduler.ReduceLROnPlateau(o, **options), 12, 1.0)
-    plateau = ["train.schedule=plateau", "train.plateau_factor=0.1", f"train.plateau_epochs={patience}"]
-    assert rates("train.epochs=12", *plateau) == pytest.approx(expected)
+@pytest.mark.parametrize("patience", [0, 1, 3])
+def test_schedules_are_those_of_torch(patience):
+    """Plateau, or cosine if patience is 0."""
+    optimizer, result = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=2.0), []
+    given, scheduler = ["train.schedule=cosine"], lr_scheduler.CosineAnnealingLR(optimizer, T_max=12)
+    if patience:
+        given = ["train.schedule=plateau", "train.plateau_factor=0.1", f"train.plateau_epochs={patience}"]
+        scheduler = lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.1, patience=patience - 1, threshold=0, eps=0)
+    for _ in range(12):
+        result.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step(*[1.0] * bool(patience))
+    assert rates("train.epochs=12", *given) == pytest.approx(result)
+    if not patience:
+        assert rates("train.epochs=14", "train.warmup=2", *given) == pytest.approx([1.0, 2.0, *result])
 
 
 def test_a_run_uses_its_schedule(small, tmp_path):
@@ -150,10 +140,7 @@ def test_divergence_names_the_sample(small, make_store, tmp_path, parts):
         run_training(settings(path, tmp_path / "run", "train.lr=1e25", "train.warmup=0"))
     message = str(caught.value)
     quantity = "predicted positions|virtual nodes' positions|squared error"
-    match = re.search(
-        rf"/run: epoch 0, step 1: (?:NaN|infinite) ({quantity}) of sample (\d+) \(trajectory (\d+), frame \d+\)",
-        message,
-    )
+    match = re.search(rf"/run: epoch 0, step 1: \w+ ({quantity}) of sample (\d+) \(trajectory (\d+), frame", message)
     assert match, message
     assert int(match[3]) == int(match[2]) // 3  # three frames of each trajectory
     assert "\n" not in message

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny_runs import PLAIN_STEPS, assert_same, settings
+from tiny_runs import PLAIN_STEPS, assert_same, file_contents, settings
 
 from dist_egnn.commands.evaluate import run_evaluation
 from dist_egnn.commands.train import resume_training, run_training
@@ -55,10 +55,6 @@ def run(two: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(two, tmp_path / "run"))
 
 
-def _files(run: Path) -> dict[str, bytes]:
-    return {f.name: f.read_bytes() for f in run.iterdir() if f.is_file()}
-
-
 def flip(path: Path, position: float) -> None:
     content = bytearray(path.read_bytes())
     content[int(position * (len(content) - 1))] ^= 1
@@ -66,15 +62,12 @@ def flip(path: Path, position: float) -> None:
 
 
 @pytest.mark.parametrize("position", [0, 0.01, 0.3, 0.5, 0.7, 0.9, 0.99, 1])
-def test_a_flipped_bit_is_detected(run, position):
+def test_torch_reads_a_checkpoint_and_a_flipped_bit_is_detected(run, position):
+    content = torch.load(run / "last.pt", weights_only=True)
+    assert (content["format"], content["epoch"], content["step"]) == ("dist_egnn.checkpoint", 2, 0)
     flip(run / "last.pt", position)
     with pytest.raises(checkpoint.Damaged, match=r"last\.pt: damaged"):
         checkpoint.load(run / "last.pt")
-
-
-def test_torch_reads_a_checkpoint(run):
-    content = torch.load(run / "last.pt", weights_only=True)
-    assert (content["format"], content["epoch"], content["step"]) == ("dist_egnn.checkpoint", 2, 0)
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
@@ -99,12 +92,11 @@ def test_resume_from_the_previous_checkpoint(run, whole, capsys, message):
     assert_same(run, whole)
 
 
+BOTH = ("last.pt", "previous.pt")
 INCOMPLETE: dict[str, Callable[[Path], object]] = {
     r"not a run .*distegnn train": lambda run: (run / "config.yaml").unlink(),
-    r"last\.pt: no such checkpoint": lambda run: [(run / f"{n}.pt").unlink() for n in ("last", "previous")],
-    r"last\.pt: damaged.*; and .*previous\.pt: damaged": lambda run: [
-        flip(run / f"{n}.pt", 0.5) for n in ("last", "previous")
-    ],
+    r"last\.pt: no such checkpoint": lambda run: [(run / name).unlink() for name in BOTH],
+    r"last\.pt: damaged.*; and .*previous\.pt: damaged": lambda run: [flip(run / name, 0.5) for name in BOTH],
     r"best\.pt: missing": lambda run: (run / "best.pt").unlink(),
     r"metrics\.csv: has 0 of 2 epochs": lambda run: (run / "metrics.csv").unlink(),
     r"metrics\.csv: has 1 of 2 epochs": lambda run: (run / "metrics.csv").write_text("epoch\n0\n"),
@@ -116,10 +108,10 @@ INCOMPLETE: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("message", INCOMPLETE)
 def test_an_incomplete_run_is_refused(run, message):
     INCOMPLETE[message](run)
-    before = _files(run)
+    before = file_contents(run)
     with pytest.raises(Failure, match=message):
         resume_training(run, [])
-    assert _files(run) == before
+    assert file_contents(run) == before
 
 
 def test_a_new_run_overwrites_nothing(run, small):
@@ -160,19 +152,12 @@ def test_two_runs_in_one_folder(run, small, tmp_path):
             resume_training(run, [])
         with pytest.raises(Failure, match="new: another run is at work there"):
             run_training(settings(small, new))
-        with (
-            filesystem.lock_folder(run, "busy", join=True),  # processes of one run share the lock
-            pytest.raises(Failure, match="run: busy"),
-            filesystem.lock_folder(run, "busy"),
-        ):
-            pass
-
-
-Disk = tuple[Path, Callable[..., bool]]
+        with filesystem.lock_folder(run, "busy", join=True), pytest.raises(Failure, match="run: busy"):
+            filesystem.lock_folder(run, "busy").__enter__()  # processes of one run share the lock, others do not
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Disk]:
+def disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[..., bool]]]:
     """The folder of a file system of 3 MB, and a function that mounts it with other options."""
     folder = tmp_path / "disk"
     folder.mkdir()
@@ -223,16 +208,16 @@ def test_a_full_disk(small, disk, whole, monkeypatch, epoch):
     (folder / "filler").unlink()
     resume_training(folder / "run", [])
     assert_same(folder / "run", whole)
-    assert len(run_writer.rows_before(folder / "run" / "metrics.csv", 9)) == 4
+    assert len(checkpoint.rows_before(folder / "run" / "metrics.csv", 9)) == 4
 
 
 def test_about(run):
     before = (run / "about.yaml").read_text()
     (start,) = yaml.safe_load(before)
     assert (start["epoch"], start["step"], start["processes"], start["device"]) == (0, 0, 1, "cpu")
-    assert {"dist_egnn", "dgl"} < set(start["versions"])
-    assert start["versions"]["torch"] == torch.__version__
-    assert start["versions"]["python"] == platform.python_version()
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    assert versions.items() < start["versions"].items()
+    assert set(start["versions"]) == {*versions, "dist_egnn", "dgl", "numpy"}
     assert start["host"]["name"] == platform.node()
     assert start["seeds"] == {"train": 0, "frames": 0, "partition": 0}
     resume_training(run, ["train.epochs=3"])
@@ -245,7 +230,7 @@ def test_git_state(tmp_path):
     """Of tracked files only; empty without a repository, and for a folder that it does not track."""
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@y", *arguments]
+        command = ["git", "-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x@y", *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     folder = tmp_path / "folder"
