@@ -23,39 +23,35 @@ def clouds(n: int = 40, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarr
 
 
 def values(x: Any, y: Any, v: Any, m: Any, group: comm.Comm | None = None) -> dict[str, float]:
-    static, linear = metrics.baselines(x, v, 0.7, y, group)
-    return {
-        "mse": metrics.position_mse(x, y, group),
-        "mae": metrics.mean_absolute_error(x, y, group),
-        "displacement": metrics.displacement_error(x, y, group),
-        "static": static,
-        "linear": linear,
+    errors = (metrics.position_mse, metrics.mean_absolute_error, metrics.displacement_error, metrics.rmsd)
+    result = {function.__name__: function(x, y, comm=group) for function in errors}
+    result["static"], result["linear"] = metrics.baselines(x, v, 0.7, y, group)
+    return result | {
         "energy": metrics.kinetic_energy(v, m, group),
         "energy of ones": metrics.kinetic_energy(v, comm=group),
         "gyration": metrics.radius_of_gyration(x, m, group),
-        "rmsd": metrics.rmsd(x, y, m, group),
-        "rmsd of ones": metrics.rmsd(x, y, comm=group),
+        "weighted rmsd": metrics.rmsd(x, y, m, group),
     }
 
 
 def test_formulas_written_out() -> None:
     x, y, v, m = clouds()
-    n, found = len(x), values(x, y, v, m)
-    nodes, axes = range(n), range(3)
-    every = [(i, k) for i in nodes for k in axes]
+    n, nodes, axes = len(x), range(len(x)), range(3)
+    every = list(itertools.product(nodes, axes))
     squares = sum((x[i, k] - y[i, k]) ** 2 for i, k in every)
     centre = sum(m[i] * x[i] for i in nodes) / sum(m)
     expected = {
-        "mse": squares / (3 * n),
-        "mae": sum(abs(x[i, k] - y[i, k]) for i, k in every) / (3 * n),
-        "displacement": sum(np.sqrt(sum((x[i, k] - y[i, k]) ** 2 for k in axes)) for i in nodes) / n,
+        "position_mse": squares / (3 * n),
+        "mean_absolute_error": sum(abs(x[i, k] - y[i, k]) for i, k in every) / (3 * n),
+        "displacement_error": sum(np.sqrt(sum((x[i, k] - y[i, k]) ** 2 for k in axes)) for i in nodes) / n,
         "static": squares / (3 * n),
         "linear": sum((x[i, k] + 0.7 * v[i, k] - y[i, k]) ** 2 for i, k in every) / (3 * n),
         "energy": sum(m[i] * v[i, k] ** 2 for i, k in every) / 2,
         "energy of ones": sum(v[i, k] ** 2 for i, k in every) / 2,
         "gyration": np.sqrt(sum(m[i] * (x[i, k] - centre[k]) ** 2 for i, k in every) / sum(m)),
     }
-    assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-12)
+    result = values(x, y, v, m)
+    assert {name: result[name] for name in expected} == pytest.approx(expected, rel=1e-12)
 
 
 def aligned(x: np.ndarray, y: np.ndarray, m: np.ndarray) -> float:
@@ -74,11 +70,8 @@ def test_rmsd_is_the_best_of_all_rotations(seed: int) -> None:
     mirror = x * [1, 1, -1]  # no rotation makes it x
     assert metrics.rmsd(mirror, x, m) == pytest.approx(aligned(mirror, x, m), rel=1e-9)
     assert metrics.rmsd(mirror, x, m) > 0.1
-
-
-def test_rmsd_of_flat_and_single_clouds() -> None:
-    flat = clouds()[0] * [1, 1, 0]
-    assert metrics.rmsd(flat * [-1, 1, 1], flat) < 1e-6  # in the plane a turn about an axis of it does that
+    flat = x * [1, 1, 0]
+    assert metrics.rmsd(flat * [-1, 1, 1], flat) < 1e-6  # a turn about an axis in the plane does that
     assert metrics.rmsd(flat[:1], flat[1:2]) == 0
 
 
@@ -95,8 +88,7 @@ def _shares(group: comm.Comm) -> dict[str, float]:
 
 def test_partitions_give_the_value_of_the_whole() -> None:
     whole = values(*clouds(41))
-    for found in spawn.run_ranks(_shares, 3):
-        assert found == pytest.approx(whole, rel=1e-12)
+    assert spawn.run_ranks(_shares, 3) == [pytest.approx(whole, rel=1e-12)] * 3
     parts = values(*(array[0::3] for array in clouds(41)))
     assert all(parts[name] != pytest.approx(whole[name], rel=1e-3) for name in whole)  # so it took all three
 
@@ -155,25 +147,24 @@ def test_sinkhorn_against_the_matrix(n: int) -> None:
 def test_sinkhorn_leaves_out_only_what_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small blur, 94 blocks: most pairs are left out, and the sums are those of all pairs."""
     draw = np.random.default_rng(1)
-    one, two = (
-        sinkhorn._cloud(draw.uniform(size=(n, 3)), None, np.zeros(3), torch.device("cpu")) for n in (3000, 2800)
-    )
+    clouds = (draw.uniform(size=(n, 3)) for n in (3000, 2800))
+    one, two = (sinkhorn._cloud(x, None, np.zeros(3), torch.device("cpu")) for x in clouds)
     g, epsilon = 0.1 * two.x[:, 0] ** 2, 0.02**2  # smooth, as potentials are
     computed: list[int] = []
     plain = torch.addmm
     monkeypatch.setattr(torch, "addmm", lambda c, x, y: (computed.append(x.shape[0] * y.shape[1]), plain(c, x, y))[1])
-    found = sinkhorn._softmin(one, two, g, epsilon, comm.SingleProcess())
+    result = sinkhorn._softmin(one, two, g, epsilon, comm.SingleProcess())
     cost = torch.cdist(one.x, two.x, compute_mode="donot_use_mm_for_euclid_dist").square()
     expected = -epsilon * torch.logsumexp(two.log_weight + (g - cost) / epsilon, 1)
-    assert float((found - expected).abs().max()) < 1e-6 * epsilon
+    assert float((result - expected).abs().max()) < 1e-6 * epsilon
     assert sum(computed) < 0.5 * 3000 * 2800
 
 
-def test_sinkhorn_of_a_shift_is_its_square() -> None:
+@pytest.mark.parametrize("blur", [0.1, 0.5])
+def test_sinkhorn_of_a_shift_is_its_square(blur: float) -> None:
     x = np.random.default_rng(2).uniform(size=(400, 3))
-    for blur in (0.1, 0.5):
-        found = sinkhorn.divergence(x, x + np.array([0.03, 0, 0.04]), blur, tolerance=1e-4)
-        assert found == pytest.approx(0.05**2, rel=1e-3)
+    distance = sinkhorn.divergence(x, x + np.array([0.03, 0, 0.04]), blur, tolerance=1e-4)
+    assert distance == pytest.approx(0.05**2, rel=1e-3)
 
 
 def _shared(group: comm.Comm) -> float:

@@ -90,11 +90,10 @@ def test_predicts_what_evaluation_predicts(name, small, tmp_path):
         with torch.no_grad():
             y, z = model(samples[number])
         assert float((y - torch.from_numpy(x)).abs().max()) > 1e-3
-        found, virtual = predict.with_virtual(x, v, attributes)
-        assert found.dtype == np.float32
-        np.testing.assert_array_equal(found, y.numpy())
+        predicted, virtual = predict.with_virtual(x, v, attributes)
+        assert predicted.dtype == np.float32
+        np.testing.assert_array_equal(predicted, y.numpy())
         np.testing.assert_array_equal(virtual, z[0].numpy())
-        np.testing.assert_array_equal(predict(x, v, attributes), found)
 
 
 def test_periodic_box(tmp_path):
@@ -103,9 +102,9 @@ def test_periodic_box(tmp_path):
     v = draw.normal(scale=0.02, size=(80, 3))
     position = draw.uniform(size=(80, 3)) + v * np.arange(6)[:, None, None]
     box = np.array([[0.0, 0.1, 0.0], [1.0, 1.1, 1.3]])
+    given = {"mass": draw.uniform(size=80), "viscosity": np.ones(80)}
     with Writer(tmp_path / "a.h5", {}) as out:
         for split in ("train", "valid", "test"):
-            given = {"mass": draw.uniform(size=80), "viscosity": np.ones(80)}
             out.add(position, split=split, dt=1.0, source="test", attributes=given, box=box, periodic=True)
     chosen = settings(tmp_path / "a.h5", tmp_path / "run", *FEATURES, "data.periodic=true")
     predict = dist_egnn.load(write(chosen))
@@ -116,9 +115,8 @@ def test_periodic_box(tmp_path):
         y, z = predict.model(graph)
     (x, v, given, _), *_ = inputs(tmp_path / "a.h5", chosen)
     for one in (box, box.tolist(), torch.from_numpy(box)):
-        found, virtual = predict.with_virtual(x, v, given, box=one)
-        np.testing.assert_array_equal(found, y.numpy())
-        np.testing.assert_array_equal(virtual, z[0].numpy())
+        for result, expected in zip(predict.with_virtual(x, v, given, box=one), (y, z[0]), strict=True):
+            np.testing.assert_array_equal(result, expected.numpy())
     wrong = {"needs a box": None, r"box: shape \(3,\)": box[1], "box: NaN": box + np.nan, "shortest side": box / 2}
     for message, one in wrong.items():
         with pytest.raises(Failure, match=message):
@@ -129,27 +127,26 @@ def test_periodic_box(tmp_path):
         open_run(x, v, given, box=box)
 
 
-def test_errors_are_those_of_evaluate(run, small):
-    chosen = config.load(run / "config.yaml")
-    for split in ("test", "valid"):
-        evaluated = trainer.evaluate(SingleProcess(), chosen, run / "best.pt", split)
-        predict = dist_egnn.load(run)
-        squares = [
-            (predict(x, v, given).astype(np.float64) - y) ** 2 for x, v, given, y in inputs(small, chosen, split)
-        ]
-        assert float(np.concatenate(squares).mean()) == pytest.approx(evaluated["FastEGNN"], rel=1e-12)
+@pytest.mark.parametrize("split", ["test", "valid"])
+def test_errors_are_those_of_evaluate(run, small, split):
+    chosen, predict = config.load(run / "config.yaml"), dist_egnn.load(run)
+    evaluated = trainer.evaluate(SingleProcess(), chosen, run / "best.pt", split)
+    squares = [(predict(x, v, given).astype(np.float64) - y) ** 2 for x, v, given, y in inputs(small, chosen, split)]
+    assert float(np.concatenate(squares).mean()) == pytest.approx(evaluated["FastEGNN"], rel=1e-12)
 
 
 def test_a_checkpoint_alone_is_enough(run, small, tmp_path, monkeypatch):
-    """Without its folder, its data, and from anywhere; a run's folder means its best.pt."""
+    """Without its folder, its data, and from anywhere; a run's folder means its best.pt. No random number is drawn."""
     state = checkpoint.load(run / "best.pt")
     checkpoint.save(tmp_path / "one.pt", {**state, "config": state["config"].replace(str(small), "gone.h5")})
     monkeypatch.chdir(tmp_path)
+    before = torch.get_rng_state()
     one = dist_egnn.load("one.pt")
+    assert torch.equal(torch.get_rng_state(), before)
     assert one.config.data.path == "gone.h5"
     x, v, given, _ = inputs(small, config.load(run / "config.yaml"))[0]
-    np.testing.assert_array_equal(one(x, v, given), dist_egnn.load(run)(x, v, given))
-    np.testing.assert_array_equal(one(x, v, given), dist_egnn.load(str(run / "best.pt"))(x, v, given))
+    for path in (run, str(run / "best.pt")):
+        np.testing.assert_array_equal(one(x, v, given), dist_egnn.load(path)(x, v, given))
 
 
 def test_kinds_of_input(run, small):
@@ -159,29 +156,26 @@ def test_kinds_of_input(run, small):
     expected = predict(x, v, given)
     f = np.stack([np.linalg.norm(v, axis=1), given["viscosity"] / given["viscosity"].max(), given["mass"]], 1)
     a = given["viscosity"][:, None]
-    kept = x.copy(), v.copy()
-    by_name = {key: torch.from_numpy(value) for key, value in given.items()}
+    original = x.copy(), v.copy()
+    viscosity, by_name = {"viscosity": given["viscosity"]}, {key: torch.from_numpy(a) for key, a in given.items()}
     same = [
         predict(x.astype(np.float64), v.astype(np.float64), given),
         predict(x[::-1].copy()[::-1], v, given | {"unused": np.zeros(3)}),
         predict(x.tolist(), v.tolist(), {key: value.tolist() for key, value in given.items()}),
         predict(x, v, f, node_attributes=a),
-        predict(x, torch.from_numpy(v), torch.from_numpy(f), node_attributes={"viscosity": given["viscosity"]}),
-        predict(x, v, {"viscosity": given["viscosity"], "mass": given["mass"]}, node_attributes=a),
+        predict(x, torch.from_numpy(v), torch.from_numpy(f), node_attributes=viscosity),
+        predict(x, v, {**viscosity, "mass": given["mass"]}, node_attributes=a),
     ]
-    for found in same:
-        assert isinstance(found, np.ndarray)
-        np.testing.assert_array_equal(found, expected)
+    assert all(isinstance(y, np.ndarray) and np.array_equal(y, expected) for y in same)
     for tensor in (torch.from_numpy(x), torch.from_numpy(x).double().requires_grad_()):
-        found, z = predict.with_virtual(tensor, torch.from_numpy(v), by_name)
-        assert isinstance(found, torch.Tensor)
+        y, z = predict.with_virtual(tensor, torch.from_numpy(v), by_name)
+        assert isinstance(y, torch.Tensor)
         assert isinstance(z, torch.Tensor)
-        assert (found.dtype, found.requires_grad, z.shape) == (torch.float32, False, (3, 3))
-        np.testing.assert_array_equal(found.numpy(), expected)
-    found[:] = 0  # what is returned belongs to the caller
+        assert (y.dtype, y.requires_grad, z.shape) == (torch.float32, False, (3, 3))
+        np.testing.assert_array_equal(y.numpy(), expected)
+    y[:] = 0  # what is returned belongs to the caller
     np.testing.assert_array_equal(predict(x, v, given), expected)
-    np.testing.assert_array_equal(x, kept[0])
-    np.testing.assert_array_equal(v, kept[1])
+    np.testing.assert_array_equal((x, v), original)
 
 
 def test_one_node_and_far_ones(run):
@@ -193,22 +187,10 @@ def test_one_node_and_far_ones(run):
         assert np.isfinite(predict(x, np.ones((n, 3)), given)).all()
 
 
-def test_loading_leaves_the_callers_draws_alone(run):
-    torch.manual_seed(5)
-    expected = torch.rand(3)
-    torch.manual_seed(5)
-    dist_egnn.load(run)
-    assert torch.equal(torch.rand(3), expected)
-
-
 def test_wrong_input_is_named(run):
-    predict = dist_egnn.load(run)
-    x, v = np.zeros((4, 3)), np.ones((4, 3))
-    ones = np.ones(4)
-    given = {"mass": ones, "viscosity": ones}
-    bad = x.copy()
+    predict, x, v, f, ones = dist_egnn.load(run), np.zeros((4, 3)), np.ones((4, 3)), np.ones((4, 3)), np.ones(4)
+    given, bad = {"mass": ones, "viscosity": ones}, np.zeros((4, 3))
     bad[2, 1] = np.nan
-    f = np.ones((4, 3))
     wrong: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = [
         (r"positions: shape \(3, 4\), expected \(N, 3\)", (x.T, v, given), {}),
         (r"positions: shape \(4,\)", (ones, v, given), {}),
@@ -239,17 +221,16 @@ def test_all_features_are_counted(small, tmp_path):
     x, v = np.zeros((4, 3)), np.ones((4, 3))
     with pytest.raises(Failure, match=r"all 2 attributes .* given are 1: mass"):
         predict(x, v, {"mass": np.ones(4)})
-    np.testing.assert_array_equal(
-        predict(x, v, {"b": np.arange(4), "a": np.ones(4)}),
-        predict(x, v, np.stack([np.ones(4), np.arange(4), np.full(4, 3**0.5)], 1)),
-    )
+    columns = np.stack([np.ones(4), np.arange(4), np.full(4, 3**0.5)], 1)
+    np.testing.assert_array_equal(predict(x, v, {"b": np.arange(4), "a": np.ones(4)}), predict(x, v, columns))
 
 
 def test_what_cannot_be_loaded(run, tmp_path):
     state = checkpoint.load(run / "best.pt")
-    checkpoint.save(tmp_path / "key.pt", {**state, "config": "model: {nome: EGNN}"})
-    checkpoint.save(tmp_path / "yaml.pt", {**state, "config": "model: {"})
-    checkpoint.save(tmp_path / "other.pt", {**state, "config": state["config"].replace("hidden: 8", "hidden: 9")})
+    configs = {"key": "model: {nome: EGNN}", "yaml": "model: {"}
+    configs["other"] = state["config"].replace("hidden: 8", "hidden: 9")
+    for name, text in configs.items():
+        checkpoint.save(tmp_path / f"{name}.pt", {**state, "config": text})
     torch.save(state["model"], tmp_path / "bare.pt")
     wrong = {
         "absent.pt": "no such checkpoint",
@@ -268,8 +249,7 @@ def test_what_cannot_be_loaded(run, tmp_path):
 
 
 def test_the_page_works(run, tmp_path, monkeypatch, capsys):
-    """docs/inference.md's code, on a run of these features, in a folder where it has the name that the page gives
-    it."""
+    """docs/inference.md's code, on a run of these features that has the name given there."""
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "inference.md").read_text(), re.S)
     assert len([line for line in block.splitlines() if line.strip()]) <= 10
     (tmp_path / "runs").mkdir()
@@ -278,6 +258,4 @@ def test_the_page_works(run, tmp_path, monkeypatch, capsys):
     found: dict[str, Any] = {}
     exec(block, found)
     assert capsys.readouterr().out == "(1000, 3) float32 (3, 3)\n"
-    assert isinstance(found["later"], np.ndarray)
-    assert isinstance(found["same"], torch.Tensor)
     assert torch.equal(found["same"], torch.from_numpy(found["later"]))
