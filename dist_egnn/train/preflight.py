@@ -42,7 +42,7 @@ def check_training(config: Config, parts: int) -> None:
         sizes = largest.assign(halo=table["halo"].max()).to_numpy(float).tolist()
     else:
         sizes = _estimated_sizes(config, parts)
-    needed = max((training_bytes(config, *size, device=device) for size in sizes), default=0.0)
+    needed = max((training_bytes(config, n, e, halo, device) for n, e, halo in sizes), default=0.0)
     remedy = "raise partition.parts, or lower model.hidden, model.layers or train.batch_size, or set train.kept"
     memory.require_memory(needed, device, f"{path}: a step of one of {parts} processes", remedy)
 
