@@ -79,7 +79,7 @@ class Partition:
 class Model:
     """The network."""
 
-    name: str = _key("FastEGNN", "Linear, EGNN, RF, SchNet, TFN; FastEGNN … FastTFN (virtual nodes); or MODULE:CLASS")
+    name: str = _key("FastEGNN", "Linear, EGNN, FastEGNN, RF, FastRF, SchNet, FastSchNet, TFN, FastTFN, MODULE:CLASS")
     hidden: int = _key(64, "width H of the hidden features", _least(1))
     layers: int = _key(4, "layers L", _least(1))
     virtual_nodes: int = _key(3, "virtual nodes C, for models that have them", _least(1))
