@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..ops.linear import mlp as apply_mlp
 from ..ops.message_passing import Fields, difference
 from .mlp import mlp
 from .virtual_nodes import VirtualNodes
@@ -77,6 +78,10 @@ class Layer(nn.Module):
         # float64, rounded where it is used: a model in float64 has the exact vector
         self.register_buffer("g", torch.tensor(gravity or (0.0, 0.0, 0.0), dtype=torch.float64), persistent=False)
 
+    def native_obstacle(self) -> str:
+        """Why the native engine cannot run this layer's messages; "" if it can."""
+        return f"{type(self).__name__} has no native kernel"
+
     def initial_state(self, node: Fields) -> Fields:
         """The initial values of the fields in ``state``, given x, v and h; called on the first layer."""
         return {}
@@ -101,25 +106,25 @@ class Layer(nn.Module):
         return data
 
     def update(self, nodes: Any) -> Fields:
-        """Node UDF: x', h', the fields in ``state``, and the summands of the virtual nodes' update."""
+        """Node UDF: x', h', the fields in ``state``, and the sums over nodes (b, …) for the virtual nodes' update."""
         data = nodes.data
         h, x, v = data.get("h"), data["x"], data["v"]
         invariant = h if self.features else torch.linalg.vector_norm(v, dim=1, keepdim=True)
         mean = self.aggregate(data)
-        x_new = x + mean["dx"] + self.phi_v(invariant) * v
-        summands: Fields = {}
+        x_new = x + mean["dx"] + apply_mlp(self.phi_v, invariant) * v
+        sums: Fields = {}
         h_inputs = [h, mean["m"]] if "h" in self.outputs else []
         if self.virtual is not None:
-            dx, m_virtual, summands = self.virtual(h, x, data["z"], data["u"])
+            dx, m_virtual, sums = self.virtual(h, x, nodes)
             x_new = x_new + dx
             h_inputs.append(m_virtual)
         if self.phi_g is not None:
-            x_new = x_new + self.phi_g(invariant) * self.g.to(x_new)
+            x_new = x_new + apply_mlp(self.phi_g, invariant) * self.g.to(x_new)
         if self.virtual is not None:
-            summands["sum_x"] = x_new
-        out = {"x": x_new, **summands}
+            sums["sum_x"] = nodes.sum(x_new)
+        out = {"x": x_new, **sums}
         if "h" in self.outputs:
             attributes = [data["a"]] if "a" in data else []
-            out["h"] = h + self.phi_h(torch.cat([*h_inputs, *attributes], 1))
+            out["h"] = h + apply_mlp(self.phi_h, torch.cat([*h_inputs, *attributes], 1))
             out |= {name: mean[name] for name in self.state}
         return out

@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn import functional
 
+from ..ops.linear import linear
 from ..ops.message_passing import Fields, add_endpoints
 from .base import Layer, direction, displacement
 from .fused_mlp import message_mlp
@@ -42,14 +42,27 @@ class EGNNLayer(Layer):
         self.phi_x = coordinate_mlp(hidden)
         self.attention = nn.Linear(hidden, 1) if attention else None
 
+    def native_obstacle(self) -> str:
+        for option, value in (("attention", self.attention is not None), ("tanh", self.tanh)):
+            if value:
+                return f"model.{option} has no native kernel"
+        return ""
+
+    def message_weights(self) -> tuple[Any, ...]:
+        """The weights of a message after p and q, for the native engine: φ_e's columns for the scalars of an edge (H, 1 + A), its
+        second layer, φ_x's first layer, φ_x's last weight (1, H)."""
+        second, first, last = self.phi_e[2], self.phi_x[0], self.phi_x[2]
+        w_edge = split_first_layer(self.phi_e, *self.widths)[2]
+        return w_edge, second.weight, second.bias, first.weight, first.bias, last.weight
+
     def send(self, src: Fields) -> Fields:
         """x (n_src, 3) and q (n_src, H)."""
-        return {"x": src["x"], "q": functional.linear(src["h"], split_first_layer(self.phi_e, *self.widths)[1])}
+        return {"x": src["x"], "q": linear(src["h"], split_first_layer(self.phi_e, *self.widths)[1])}
 
     def receive(self, dst: Fields) -> Fields:
         """x (n, 3) and p (n, H)."""
         w_i, _, _, bias = split_first_layer(self.phi_e, *self.widths)
-        return {"x": dst["x"], "p": functional.linear(dst["h"], w_i, bias)}
+        return {"x": dst["x"], "p": linear(dst["h"], w_i, bias)}
 
     def message(self, edges: Any) -> Fields:
         """Message UDF: m (E, H), dx (E, 3)."""

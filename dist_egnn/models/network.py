@@ -21,6 +21,7 @@ from ..data import halo
 from ..distributed.comm import Comm, SingleProcess
 from ..errors import Failure
 from ..ops import message_passing, tiled_layer, tiling
+from ..ops.native import engine as native_engine
 from . import published_weights
 from .base import Layer
 from .egnn import EGNNLayer
@@ -150,8 +151,11 @@ class Network(nn.Module):
         """The engine that runs the messages, and the graph's tiles for it."""
         read_field(graph.ndata, "x", 3)
         # the graph itself stays on its device: DGL may have no build for the model's
-        device = next(self.parameters()).device
-        engine = message_passing.resolve_engine(self.engine, device)
+        like = next(self.parameters())
+        device, first = like.device, self.layers[0] if len(self.layers) else None
+        obstacle = first.native_obstacle() if isinstance(first, Layer) else ""
+        obstacle = obstacle or native_engine.obstacle(self.hidden, like.dtype, device, getattr(first, "bf16", False))
+        engine = message_passing.resolve_engine(self.engine, device, obstacle)
         return engine, tiling.tiles_of(graph, engine, self.tile, device, self.hidden)
 
     def forward(self, graph: DGLGraph) -> tuple[Tensor, Tensor]:

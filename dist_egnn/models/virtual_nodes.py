@@ -5,12 +5,16 @@ Legend: n nodes of a tile, B graphs, C virtual nodes, H width.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from ..distributed.comm import Comm
-from ..ops.message_passing import Fields
+from ..ops.linear import linear
+from ..ops.message_passing import Fields, Nodes
+from ..ops.native.kernels import PairKernel, PairSums
 from .fused_mlp import message_mlp
 from .mlp import coordinate_mlp, mlp, split_first_layer
 
@@ -57,17 +61,19 @@ class VirtualNodes(nn.Module):
         u = bias + self.bias if s is None else functional.linear(s, w_s, bias)
         return {"z": z, "u": u + functional.linear(gram, w_gram)}
 
-    def forward(self, h: Tensor | None, x: Tensor, z: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Fields]:
-        """mean_c (x_i − z_c) φ_xv(m_ic) (n, 3), mean_c m_ic (n, H), and the summands of the virtual nodes' update.
+    def forward(self, h: Tensor | None, x: Tensor, nodes: Nodes) -> tuple[Tensor, Tensor | None, Fields]:
+        """mean_c (x_i − z_c) φ_xv(m_ic) (n, 3), mean_c m_ic (n, H), and the sums over nodes for the virtual nodes' update.
 
-        h: (n, H), None without features; x: (n, 3); z: (n, C, 3); u: (n, C, H).
+        h: (n, H), None without features, and so is the mean then; x: (n, 3); nodes: with the fields of `shared`.
         """
         w_h, _, w_d, _, _ = split_first_layer(self.phi_ev, *self.widths)
+        p = None if h is None else linear(h, w_h)
+        if nodes.library is not None and self.attention_v is None:
+            return self._native(p, x, w_d, nodes)
+        z, u = nodes.spread("z"), nodes.spread("u")
         r = x.unsqueeze(1) - z  # (n, C, 3)
         distance = torch.linalg.vector_norm(r, dim=2, keepdim=True)  # its gradient at zero is zero, not NaN
-        pre = (
-            u.clone() if h is None else functional.linear(h, w_h).unsqueeze(1) + u
-        )  # a copy: message_mlp overwrites it
+        pre = u.clone() if p is None else p.unsqueeze(1) + u  # a copy: message_mlp overwrites it
         if self.attention_v is None:
             inputs = (pre.flatten(0, 1), distance.flatten(0, 1), None, w_d)
             outputs = message_mlp(*inputs, self.phi_ev, [self.phi_xv, self.phi_z], self.bf16)
@@ -76,8 +82,24 @@ class VirtualNodes(nn.Module):
             m = self.phi_ev[1:](pre + distance * w_d.view(-1))
             m = m * torch.sigmoid(self.attention_v(m))
             to_x, to_z = self.phi_xv(m), self.phi_z(m)
-        summands = {"to_z": -r * to_z, "to_s": m}
-        return (r * to_x).mean(1), m.mean(1), {name: summands[name] for name in self.sums[1:]}
+        sums = {"to_z": nodes.sum(-r * to_z)}
+        if self.features:
+            sums["to_s"] = nodes.sum(m)
+        return (r * to_x).mean(1), m.mean(1), sums
+
+    def _native(self, p: Tensor | None, x: Tensor, w_d: Tensor, nodes: Nodes) -> tuple[Tensor, Tensor | None, Fields]:
+        """`forward` by the native kernel, which adds up over nodes as it goes."""
+        assert nodes.library is not None
+        graph = None if nodes.graph is None else nodes.graph.int()
+        kernel = PairKernel(nodes.library, graph, self.bf16, self.features)
+        mlps: list[Any] = [self.phi_xv, self.phi_z]
+        w_x, b_x = (torch.cat([getattr(mlp[0], name) for mlp in mlps]) for name in ("weight", "bias"))
+        second = self.phi_ev[2]
+        weights = second.weight, second.bias, w_x, b_x, torch.cat([mlp[2].weight for mlp in mlps])
+        dx, to_z, *features = PairSums.apply(kernel, p, x, nodes.shared["z"], nodes.shared["u"], w_d, *weights)
+        if not features:
+            return dx, None, {"to_z": to_z}
+        return dx, features[0], {"to_z": to_z, "to_s": features[1]}
 
     def update(
         self, z: Tensor, s: Tensor | None, sums: Fields, total: Tensor, comm: Comm

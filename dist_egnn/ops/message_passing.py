@@ -23,6 +23,8 @@ from torch.nn import functional
 
 from ..errors import Failure
 from ..utils.memory import keep_freed_memory
+from .native.engine import NativeEngine
+from .native.library import Library, library
 
 keep_freed_memory()  # every module that computes with tensors imports this one
 
@@ -33,6 +35,31 @@ Fields = dict[str, Tensor]
 UDF = Callable[[Any], Fields]
 
 
+class Nodes:
+    """The argument of a node UDF.
+
+    data: fields (n, …); shared: fields (b, …) of the graphs; graph (n,): graph of each node, None if it is one for all; library:
+    the native kernels, if the layer's engine is the native one.
+    """
+
+    def __init__(self, data: Fields, shared: Fields, graph: Tensor | None, library: Library | None = None) -> None:
+        self.data, self.shared, self.graph, self.library = data, shared, graph, library
+
+    def spread(self, name: str) -> Tensor:
+        """A shared field for every node (n, …)."""
+        value = self.shared[name]
+        if self.graph is None:
+            return value.expand(len(self.data["x"]), *value.shape[1:])
+        return value.index_select(0, self.graph)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of (n, …) over the nodes of each graph: (b, …)."""
+        if self.graph is None:
+            return value.sum(0, keepdim=True)
+        graphs = len(next(iter(self.shared.values())))
+        return value.new_zeros(graphs, *value.shape[1:]).index_add(0, self.graph, value)
+
+
 class Engine(Protocol):
     """Runs message UDFs on blocks of edges."""
 
@@ -41,10 +68,12 @@ class Engine(Protocol):
     def block(self, src: Tensor, dst: Tensor, n_src: int, n_dst: int) -> Any:
         """A block of the edges src[k] → dst[k], both (E,) int32, sorted by dst; the type is the engine's own."""
 
-    def mean(self, block: Any, message: UDF, src: Fields, dst: Fields, edge: Fields) -> Fields:
-        """The mean over in-edges (n_dst, …) of every field that ``message`` returns; zero for rows without in-edges.
+    def mean(
+        self, block: Any, layer: Any, src: Fields, dst: Fields, edge: Fields, known: Fields | None = None
+    ) -> Fields:
+        """The mean over in-edges (n_dst, …) of every field that ``layer.message`` returns; zero for rows without in-edges.
 
-        src: (n_src, …), dst: (n_dst, …), edge: (E, …).
+        src: (n_src, …), dst: (n_dst, …), edge: (E, …). known: the result, if only its autograd graph is needed.
         """
 
 
@@ -56,12 +85,14 @@ class DGLEngine:
     def block(self, src: Tensor, dst: Tensor, n_src: int, n_dst: int) -> Any:
         return dgl.create_block((src, dst), num_src_nodes=n_src, num_dst_nodes=n_dst)
 
-    def mean(self, block: Any, message: UDF, src: Fields, dst: Fields, edge: Fields) -> Fields:
+    def mean(
+        self, block: Any, layer: Any, src: Fields, dst: Fields, edge: Fields, known: Fields | None = None
+    ) -> Fields:
         with block.local_scope():
             block.srcdata.update(src)
             block.dstdata.update(dst)
             block.edata.update(edge)
-            block.apply_edges(lambda edges: {f"message_{name}": value for name, value in message(edges).items()})
+            block.apply_edges(lambda edges: {f"message_{name}": value for name, value in layer.message(edges).items()})
             names = [name for name in block.edata if name.startswith("message_")]
             for name in names:
                 block.update_all(fn.copy_e(name, "m"), fn.mean("m", f"mean_{name}"))
@@ -200,17 +231,25 @@ class TorchEngine:
         indices = endpoints, src.argsort(stable=True), offsets(src, n_src), offsets(dst, n_dst)
         return _TorchBlock(*(index.to(dtype) for index in indices))
 
-    def mean(self, block: Any, message: UDF, src: Fields, dst: Fields, edge: Fields) -> Fields:
-        return {name: _Mean.apply(block, value) for name, value in message(_Edges(block, src, dst, edge)).items()}
+    def mean(
+        self, block: Any, layer: Any, src: Fields, dst: Fields, edge: Fields, known: Fields | None = None
+    ) -> Fields:
+        message = layer.message(_Edges(block, src, dst, edge))
+        return {name: _Mean.apply(block, value) for name, value in message.items()}
 
 
-def resolve_engine(name: str, device: torch.device | str = "cpu") -> Engine:
-    """The engine for ``model.engine``: dgl, torch, or auto (torch: faster, with less memory; docs/performance.md).
+def resolve_engine(name: str, device: torch.device | str = "cpu", obstacle: str | None = "no layer is given") -> Engine:
+    """The engine for ``model.engine``: native, torch, dgl, or auto: native where it can run the layer, else torch.
 
-    Raises Failure for an unknown name, and for dgl where DGL does not support the device.
+    obstacle: why the native engine cannot run the layer (`native.engine.obstacle`), "" if it can. Raises Failure for an unknown name, for
+    native where there is an obstacle, and for dgl where DGL does not support the device.
     """
-    if name not in ("auto", "dgl", "torch"):
-        raise Failure(f"model.engine={name}: unknown; use auto, dgl or torch")
+    if name not in ("auto", "native", "torch", "dgl"):
+        raise Failure(f"model.engine={name}: unknown; use auto, native, torch or dgl")
+    if name == "native" and obstacle:
+        raise Failure(f"model.engine=native: {obstacle}; use model.engine=auto")
+    if name in ("auto", "native") and not obstacle and (kernels := library()):
+        return NativeEngine(kernels)
     if name == "dgl" and not dgl_supports(device):
         raise Failure(f"model.engine=dgl: this DGL has no build for {device}; use model.engine=torch")
     return DGLEngine() if name == "dgl" else TorchEngine()

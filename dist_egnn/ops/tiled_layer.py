@@ -10,12 +10,12 @@ Legend: N nodes, E edges, B graphs; n, e, b the same within a tile; m halo nodes
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -23,7 +23,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..data import halo
-from .message_passing import Engine, Fields
+from .linear import products_by
+from .message_passing import Engine, Fields, Nodes
+from .native.library import Library
 from .tiling import Block, Tile, Tiles
 
 
@@ -62,8 +64,9 @@ def run_layer(
         (tile,) = tiles.tiles
         halo_rows = exchange.refresh({name: node[name] for name in layer.source_fields}) if exchange else {}
         rows = call.rows(tile, _Inputs(node, edge, shared, ()), halo_rows)
-        mean = call.mean(tile.blocks[0], layer.send(rows.src), layer.receive(rows.dst), rows.edge[0])
-        return call.update(tile, rows, mean)
+        with products_by(call.library):
+            mean = call.mean(tile.blocks[0], layer.send(rows.src), layer.receive(rows.dst), rows.edge[0])
+            return call.update(tile, rows, mean)
     results = _TiledLayer.apply(call, *node.values(), *edge.values(), *shared.values(), *layer.parameters())
     return dict(zip((*layer.outputs, *layer.sums), results, strict=True))
 
@@ -101,6 +104,11 @@ class _Call:
     exchange: halo.HaloExchange | None
     grad_enabled: bool  # always false within an autograd function
 
+    @property
+    def library(self) -> Library | None:
+        """The native kernels, if they run this call."""
+        return getattr(self.engine, "library", None)
+
     def unpack(self, tensors: Iterable[Any]) -> _Inputs:
         rest = iter(tensors)
         node, edge, shared = ({k: next(rest) for k in names} for names in (self.node, self.edge, self.shared))
@@ -121,22 +129,11 @@ class _Call:
     def mean(self, block: Block, sent: Fields, received: Fields, edge: Fields) -> Fields:
         """The mean of every field of the message over the in-edges of a block's nodes."""
         dst = {name: t[block.nodes] for name, t in received.items()}
-        return self.engine.mean(block.graph, self.layer.message, sent, dst, edge)
+        return self.engine.mean(block.graph, self.layer, sent, dst, edge)
 
     def update(self, tile: Tile, rows: _Rows, mean: Fields) -> Fields:
         """The node update of a tile: outputs (n, …) and sums (b, …)."""
-        n, b = tile.nodes.stop - tile.nodes.start, tile.graphs.stop - tile.graphs.start
-        shared = {
-            name: t.expand(n, *t.shape[1:]) if tile.graph is None else t.index_select(0, tile.graph)
-            for name, t in rows.shared.items()
-        }
-        out = self.layer.update(SimpleNamespace(data={**rows.dst, **mean, **shared}))
-        for name in self.layer.sums:
-            if tile.graph is None:
-                out[name] = out[name].sum(0, keepdim=True)
-            else:
-                out[name] = out[name].new_zeros(b, *out[name].shape[1:]).index_add(0, tile.graph, out[name])
-        return out
+        return self.layer.update(Nodes({**rows.dst, **mean}, rows.shared, tile.graph, self.library))
 
 
 @cache
@@ -148,48 +145,72 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return pool
 
 
-def _for_each_tile(tiles: Sequence[Tile], work: Callable[[Tile, int], None]) -> None:
-    """work(tile, k) on thread k of T, which takes tiles k, k + T, …: this fixes the order of summation."""
+def _for_each_tile(tiles: Sequence[Tile], compute: Callable[[Tile], Callable[[], None]]) -> None:
+    """compute(tile) on thread k of T, which takes tiles k, k + T, …
+
+    The function that it returns is called in the order of the tiles: it adds to sums over tiles, whose order then does not depend
+    on T.
+    """
     on_cpu = bool(tiles) and tiles[0].src.device.type == "cpu"
     threads = min(torch.get_num_threads(), len(tiles)) if on_cpu else 1
+    if threads == 1:
+        for tile in tiles:
+            compute(tile)()
+        return
+    turn, state = threading.Condition(), {"next": 0, "failed": False}
     inference = torch.is_inference_mode_enabled()
 
     def run_thread(k: int) -> None:
         with torch.inference_mode(inference):
-            for tile in tiles[k::threads]:
-                work(tile, k)
+            for index in range(k, len(tiles), threads):
+                try:
+                    commit = compute(tiles[index])
+                    with turn:
+                        while not state["failed"] and state["next"] != index:
+                            turn.wait()
+                        if state["failed"]:
+                            return
+                    commit()
+                except BaseException:
+                    with turn:
+                        state["failed"] = True
+                        turn.notify_all()
+                    raise
+                with turn:
+                    state["next"] += 1
+                    turn.notify_all()
 
-    if threads == 1:
-        run_thread(0)
-    else:
-        list(_pool(threads).map(run_thread, range(threads)))
+    list(_pool(threads).map(run_thread, range(threads)))
 
 
-def _add_up(parts: Mapping[int, Iterable[Any]]) -> None:
-    """Add the tensors (or None) of threads 1, 2, … to those of thread 0."""
-    for k in range(1, len(parts)):
-        for total, part in zip(parts[0], parts[k], strict=True):
-            if total is not None:
-                total += part
+Pending = list[tuple[Callable[[Tensor], Any], Tensor]]  # functions that add to totals, with what they add
+
+
+def _later(add: Callable[[Tensor], Any], pending: Pending) -> Callable[[Tensor], Any]:
+    """A function that lists the addition instead of doing it."""
+    return lambda grad: pending.append((add, grad))
 
 
 class _Leaves:
     """Leaves of the autograd graph of one tile or block, each with a function that takes its gradient."""
 
-    def __init__(self, parameters: Iterable[tuple[Tensor, Callable[[Tensor], Any]]]) -> None:
-        self.leaves = list(parameters)
+    def __init__(self, parameters: Iterable[tuple[Tensor, Callable[[Tensor], Any]]], pending: Pending) -> None:
+        self.leaves, self.pending = list(parameters), pending
 
     def leaf(self, value: Tensor, take: Callable[[Tensor], Any]) -> Tensor:
         self.leaves.append((value.detach().requires_grad_(), take))
         return self.leaves[-1][0]
 
-    def rows(self, fields: Fields, totals: Mapping[str, Tensor | None], index: slice | Tensor) -> Fields:
-        """The fields as leaves whose gradients are added to the rows ``index`` of their totals, where they have one."""
+    def rows(
+        self, fields: Fields, totals: Mapping[str, Tensor | None], index: slice | Tensor, local: bool = False
+    ) -> Fields:
+        """The fields as leaves whose gradients are added to the rows ``index`` of their totals, where they have one; at once if
+        the totals are local to the tile."""
         result = dict(fields)
         for name, value in fields.items():
             if (total := totals[name]) is not None:
                 add = total[index].add_ if isinstance(index, slice) else partial(total.index_add_, 0, index)
-                result[name] = self.leaf(value, add)
+                result[name] = self.leaf(value, add if local else _later(add, self.pending))
         return result
 
     def backward(self, outputs: Iterable[tuple[Tensor, Tensor | None]]) -> None:
@@ -205,26 +226,40 @@ class _Leaves:
 
 
 class _TileBackward:
-    """The backward pass of one thread's tiles: recomputes each tile and adds its gradients to ``totals``."""
+    """The backward pass of a tile: recomputes it and lists what to add to ``totals``, the gradients of all tensors.
+
+    Gradients of parameters, which are sums over all tiles, are added up in float64.
+    """
 
     def __init__(self, call: _Call, tensors: Sequence[Tensor], needed: Sequence[bool], halo_rows: Fields) -> None:
         self.call, self.inputs, self.halo_rows = call, call.unpack(tensors), halo_rows
-        self.totals = [torch.zeros_like(t) if need else None for t, need in zip(tensors, needed, strict=True)]
+        first_parameter = len(tensors) - len(self.inputs.parameters)
+        self.totals = [
+            torch.zeros_like(t, dtype=torch.float64 if k >= first_parameter else None) if need else None
+            for k, (t, need) in enumerate(zip(tensors, needed, strict=True))
+        ]
         self.grad = call.unpack(self.totals)
         self.halo_grad = {k: torch.zeros_like(t) for k, t in halo_rows.items() if self.grad.node[k] is not None}
-        pairs = zip(self.inputs.parameters, self.grad.parameters, strict=True)
-        self.trained = [(parameter, total.add_) for parameter, total in pairs if total is not None]
 
     @torch.enable_grad()
-    def run(self, tile: Tile, means: Fields, grads: Mapping[str, Tensor | None]) -> None:
+    def run(self, tile: Tile, means: Fields, grads: Mapping[str, Tensor | None]) -> Pending:
         """means: saved by the forward pass; grads: of the layer's outputs and sums."""
+        pending: Pending = []
         rows = self.call.rows(tile, self.inputs, self.halo_rows)
-        grad_mean = self._update(tile, rows, means, grads)
-        self._messages(tile, rows, grad_mean)
+        grad_mean = self._update(tile, rows, means, grads, pending)
+        self._messages(tile, rows, means, grad_mean, pending)
+        return pending
 
-    def _update(self, tile: Tile, rows: _Rows, means: Fields, grads: Mapping[str, Tensor | None]) -> Fields:
+    def _trained(self, pending: Pending) -> _Leaves:
+        """The parameters that need a gradient, as leaves."""
+        pairs = zip(self.inputs.parameters, self.grad.parameters, strict=True)
+        return _Leaves(((p, _later(total.add_, pending)) for p, total in pairs if total is not None), pending)
+
+    def _update(
+        self, tile: Tile, rows: _Rows, means: Fields, grads: Mapping[str, Tensor | None], pending: Pending
+    ) -> Fields:
         """The backward pass of the node update; returns the gradients of the means."""
-        leaves, grad_mean = _Leaves(self.trained), Fields()
+        leaves, grad_mean = self._trained(pending), Fields()
         mean = {k: leaves.leaf(t[tile.nodes], partial(grad_mean.__setitem__, k)) for k, t in means.items()}
         dst = leaves.rows(rows.dst, self.grad.node, tile.nodes)
         shared = leaves.rows(rows.shared, self.grad.shared, tile.graphs)
@@ -236,11 +271,13 @@ class _TileBackward:
         leaves.backward((out[name], grad if grad is None else grad[part[name]]) for name, grad in grads.items())
         return grad_mean
 
-    def _messages(self, tile: Tile, rows: _Rows, grad_mean: Fields) -> None:
+    def _messages(self, tile: Tile, rows: _Rows, means: Fields, grad_mean: Fields, pending: Pending) -> None:
         """The backward pass of the messages, block by block, then of ``send`` and ``receive``."""
-        layer, leaves = self.call.layer, _Leaves(self.trained)
+        layer, leaves = self.call.layer, self._trained(pending)
         src = {
-            name: value if self.grad.node[name] is None else leaves.leaf(value, partial(self._add_to_src, tile, name))
+            name: value
+            if self.grad.node[name] is None
+            else leaves.leaf(value, _later(partial(self._add_to_src, tile, name), pending))
             for name, value in rows.src.items()
         }
         sent, received = layer.send(src), layer.receive(leaves.rows(rows.dst, self.grad.node, tile.nodes))
@@ -250,14 +287,15 @@ class _TileBackward:
         )
         edge_order = self.call.tiles.edge_order[tile.edges]
         for block, edge in zip(tile.blocks, rows.edge, strict=True):
-            in_block = _Leaves(self.trained)
+            in_block = self._trained(pending)
             dst = {name: t[block.nodes] for name, t in received.items()}
             mean = self.call.engine.mean(
                 block.graph,
-                layer.message,
-                in_block.rows(sent, grad_sent, slice(None)),
-                in_block.rows(dst, grad_received, block.nodes),
+                layer,
+                in_block.rows(sent, grad_sent, slice(None), local=True),
+                in_block.rows(dst, grad_received, block.nodes, local=True),
                 in_block.rows(edge, self.grad.edge, edge_order[block.edges]),
+                known={name: t[tile.nodes][block.nodes] for name, t in means.items()},
             )
             in_block.backward((t, grad_mean[name][block.nodes]) for name, t in mean.items() if name in grad_mean)
             del mean, in_block  # free the block's arrays before the next block
@@ -279,8 +317,7 @@ class _TiledLayer(torch.autograd.Function):
         inputs, layer, n = call.unpack(tensors), call.layer, len(call.tiles.order)
         wait = call.exchange.start({name: inputs.node[name] for name in layer.source_fields}) if call.exchange else dict
         save_means = call.grad_enabled and any(ctx.needs_input_grad)
-        halo_rows, means, results = Fields(), Fields(), Fields()
-        sums: dict[int, Fields] = {}  # of each thread
+        halo_rows, means, results, sums = Fields(), Fields(), Fields(), Fields()
 
         def write(fields: Fields, tile: Tile, name: str, value: Tensor) -> None:
             if name not in fields:
@@ -288,27 +325,30 @@ class _TiledLayer(torch.autograd.Function):
             fields[name][tile.nodes] = value
 
         @torch.no_grad()
-        def work(tile: Tile, k: int) -> None:
+        @products_by(call.library)
+        def compute(tile: Tile) -> Callable[[], None]:
             rows = call.rows(tile, inputs, halo_rows)
             sent, received = layer.send(rows.src), layer.receive(rows.dst)
             parts = [call.mean(block, sent, received, e) for block, e in zip(tile.blocks, rows.edge, strict=True)]
-            mean = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            mean = parts[0] if len(parts) == 1 else {k: torch.cat([part[k] for part in parts]) for k in parts[0]}
             out = call.update(tile, rows, mean)
             for name, value in mean.items() if save_means else ():
                 write(means, tile, name, value)
             for name in layer.outputs:
                 write(results, tile, name, out[name])
-            totals = sums.setdefault(k, {})
-            for name in layer.sums:
-                if name not in totals:
-                    totals[name] = out[name].new_zeros(call.tiles.batch, *out[name].shape[1:])
-                totals[name][tile.graphs] += out[name]
+            return partial(add_sums, tile, out)
 
-        _for_each_tile(call.tiles.interior, work)
+        @torch.no_grad()
+        def add_sums(tile: Tile, out: Fields) -> None:
+            for name in layer.sums:
+                if name not in sums:
+                    sums[name] = out[name].new_zeros(call.tiles.batch, *out[name].shape[1:])
+                sums[name][tile.graphs] += out[name]
+
+        _for_each_tile(call.tiles.interior, compute)
         halo_rows = wait()
-        _for_each_tile(call.tiles.boundary, work)
-        for name in layer.sums:
-            results[name] = sum((sums[k][name] for k in range(1, len(sums))), sums[0][name])
+        _for_each_tile(call.tiles.boundary, compute)
+        results |= sums
         ctx.call, ctx.means, ctx.halo_rows = call, tuple(means), tuple(halo_rows)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *halo_rows.values(), *means.values())
@@ -324,18 +364,19 @@ class _TiledLayer(torch.autograd.Function):
         halo_rows = {name: next(saved) for name in ctx.halo_rows}
         means = dict(zip(ctx.means, saved, strict=True))
         named_grads = dict(zip((*call.layer.outputs, *call.layer.sums), grads, strict=True))
-        threads = {0: _TileBackward(call, tensors, needed, halo_rows)}
+        tiles = _TileBackward(call, tensors, needed, halo_rows)
 
-        def work(tile: Tile, k: int) -> None:
-            if k not in threads:
-                threads[k] = _TileBackward(call, tensors, needed, halo_rows)
-            threads[k].run(tile, means, named_grads)
+        @products_by(call.library)
+        def compute(tile: Tile) -> Callable[[], None]:
+            return partial(add_gradients, tiles.run(tile, means, named_grads))
 
-        _for_each_tile(call.tiles.boundary, work)
-        _add_up({k: thread.halo_grad.values() for k, thread in threads.items()})
-        add = call.exchange.start_backward(threads[0].halo_grad) if call.exchange and threads[0].halo_grad else None
-        _for_each_tile(call.tiles.interior, work)
-        _add_up({k: thread.totals for k, thread in threads.items()})
+        def add_gradients(pending: Pending) -> None:
+            for add, gradient in pending:
+                add(gradient)
+
+        _for_each_tile(call.tiles.boundary, compute)
+        add = call.exchange.start_backward(tiles.halo_grad) if call.exchange and tiles.halo_grad else None
+        _for_each_tile(call.tiles.interior, compute)
         if add:
-            add({name: total for name, total in threads[0].grad.node.items() if total is not None})
-        return None, *threads[0].totals
+            add({name: total for name, total in tiles.grad.node.items() if total is not None})
+        return None, *(None if g is None else g.to(t.dtype) for t, g in zip(tensors, tiles.totals, strict=True))

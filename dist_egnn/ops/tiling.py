@@ -141,9 +141,10 @@ def _build_tiles(graph: DGLGraph, engine: Engine, block_edges: int, device: torc
 
     incoming = _InEdges(graph, inverse)
     edge_order = np.empty(len(incoming.src), np.int32)
-    rows = EDGES_PER_NODE * len(order) + len(edge_order)
+    native = engine.name == "native"  # it keeps no array over edges
+    rows = EDGES_PER_NODE * len(order) + (0 if native else len(edge_order))
     if rows * width <= MAX_UNTILED_BLOCKS * block_edges * USUAL_WIDTH:
-        block_edges = rows + 1
+        block_edges = EDGES_PER_NODE * len(order) + len(edge_order) + 1
     elif device.type != "cpu":
         block_edges *= ACCELERATOR_FACTOR
     tiles: list[Tile] = []
@@ -157,7 +158,8 @@ def _build_tiles(graph: DGLGraph, engine: Engine, block_edges: int, device: torc
         if graphs.stop - graphs.start > 1:
             graph_here = torch.from_numpy(graph_of[lo:hi] - graphs.start).long().to(device)
         sources, local_src = np.unique(src, return_inverse=True)
-        blocks = _blocks(indptr, local_src, len(sources), block_edges, engine, device)
+        limit = len(edges) + 1 if native else block_edges
+        blocks = _blocks(indptr, local_src, len(sources), limit, engine, device)
         own = [int(np.searchsorted(sources, len(order)))]
         own_src, halo_src = torch.from_numpy(sources).to(device).tensor_split(own)
         tiles.append(Tile(slice(lo, hi), tile_edges, graphs, graph_here, own_src, halo_src - len(order), blocks))

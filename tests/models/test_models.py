@@ -261,7 +261,7 @@ def test_the_equivariance_check_fails_on_a_model_that_is_not() -> None:
 def test_unknown_names_are_refused_with_the_nearest() -> None:
     with pytest.raises(Failure, match="did you mean FastEGNN"):
         network.model_class("FastEgnn")
-    with pytest.raises(Failure, match="auto, dgl or torch"):
+    with pytest.raises(Failure, match="auto, native, torch or dgl"):
         message_passing.resolve_engine("numpy")
     with pytest.raises(Failure, match="tile"):
         network.EGNN(3, 2, tile=0)(make_graph(5, 1).to("cpu"))

@@ -1,1 +1,1 @@
-"""The message MLP as a native library: C++ compiled once per instruction set, called through ctypes with the interpreter's lock released."""
+"""The message MLP as a native library: C++, compiled once per instruction set, called by ctypes without the interpreter's lock."""

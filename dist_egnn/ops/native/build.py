@@ -1,4 +1,5 @@
-"""Compile message_mlp.cpp, one shared library per instruction set. Standard library only: setup.py runs it before anything is installed.
+"""Compile message_mlp.cpp, one shared library per instruction set. Standard library only: setup.py runs it.
+
 
 python dist_egnn/ops/native/build.py [FOLDER]
 """

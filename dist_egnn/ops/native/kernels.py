@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from .library import Library
 
 INTEGERS, POINTERS = ctypes.c_int64, ctypes.c_void_p
+MAX_HIDDEN = 256  # of message_mlp.cpp
 WEIGHTS = ("w2", "b2", "wx", "bx", "w")
 
 
@@ -42,6 +43,14 @@ class Pairs(ctypes.Structure):
     ]
 
 
+class LinearArguments(ctypes.Structure):
+    """struct Linear of message_mlp.cpp."""
+
+    _fields_ = [(name, INTEGERS) for name in ("rows", "inputs", "outputs")] + [
+        (name, POINTERS) for name in ("x", "w", "b", "y", "d_x", "d_w", "d_b")
+    ]
+
+
 @dataclass
 class EdgeBlock:
     """Edges sorted by destination, all int32. start (N + 1,): where the in-edges of each destination begin; source (E,)."""
@@ -50,12 +59,16 @@ class EdgeBlock:
     source: Tensor
 
 
-def _call(library: Library, kernel: str, dtype: torch.dtype, structure: Any, **fields: Tensor | int | None) -> None:
+def _call(library: Library, kernel: str, dtype: torch.dtype, structure: Any, **fields: Any) -> None:
     """Fill the structure and run the kernel. Every tensor is contiguous and lives until the call returns."""
     arguments = structure()
     for name, value in fields.items():
         setattr(arguments, name, value.data_ptr() if isinstance(value, Tensor) else value)
     library.call(f"{kernel}_{'f64' if dtype == torch.float64 else 'f32'}", arguments)
+
+
+def _contiguous(tensors: Any) -> list[Any]:
+    return [None if t is None else t.contiguous() for t in tensors]
 
 
 def _doubles(**like: Tensor) -> dict[str, Tensor]:
@@ -100,7 +113,7 @@ class EdgeMeans(torch.autograd.Function):
 
     @staticmethod
     def run(name: str, kernel: EdgeKernel, tensors: Any, **fields: Any) -> None:
-        p, q, x_dst, x_src, e, shift, w_s, *weights = (None if t is None else t.contiguous() for t in tensors)
+        p, q, x_dst, x_src, e, shift, w_s, *weights = _contiguous(tensors)
         sizes = {"hidden": p.shape[1], "attributes": 0 if e is None else e.shape[1], "destinations": len(p)}
         given = {"p": p, "q": q, "x_dst": x_dst, "x_src": x_src, "e": e, "shift": shift, "w_s": w_s.t().contiguous()}
         flags = {
@@ -165,7 +178,7 @@ class PairSums(torch.autograd.Function):
 
     @staticmethod
     def run(name: str, kernel: PairKernel, tensors: Any, **fields: Any) -> None:
-        p, x, z, u, w_d, *weights = (None if t is None else t.contiguous() for t in tensors)
+        p, x, z, u, w_d, *weights = _contiguous(tensors)
         sizes = {
             "hidden": u.shape[2],
             "virtual_nodes": z.shape[1],
@@ -190,3 +203,31 @@ class PairSums(torch.autograd.Function):
         sums = _doubles(d_z=z, d_u=u, d_w_d=w_d, **{f"d_{name}": t for name, t in zip(WEIGHTS, weights, strict=True)})
         PairSums.run("pairs_backward", kernel, tensors, dx=g_dx, m=g_m, to_z=g_z, to_s=g_s, d_p=d_p, d_x=d_x, **sums)
         return None, d_p, d_x, *(t.to(x.dtype) for t in sums.values())
+
+
+class Linear(torch.autograd.Function):
+    """x Wᵀ + b (n, O) for x (n, I), W (O, I), b (O,) or None; I and O are multiples of 16."""
+
+    @staticmethod
+    def forward(ctx: Any, library: Library, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        ctx.library = library
+        ctx.save_for_backward(x, w, b)
+        y = x.new_empty(len(x), len(w))
+        Linear.run("linear_forward", library, x, w, b, y=y)
+        return y
+
+    @staticmethod
+    def run(name: str, library: Library, *tensors: Tensor | None, **fields: Any) -> None:
+        x, w, b = _contiguous(tensors)
+        sizes = {"rows": len(x), "inputs": x.shape[1], "outputs": len(w)}
+        _call(library, name, x.dtype, LinearArguments, **sizes, x=x, w=w, b=b, **fields)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, b = ctx.saved_tensors
+        d_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        sums = _doubles(d_w=w) if b is None else _doubles(d_w=w, d_b=b)
+        Linear.run("linear_backward", ctx.library, x, w, b, y=grad.contiguous(), d_x=d_x, **sums)
+        d_w, *d_b = (t.to(x.dtype) for t in sums.values())
+        return None, d_x, d_w, d_b[0] if d_b else None

@@ -468,6 +468,14 @@ struct Pairs {
     void *d_p, *d_x;           // gradients (N, …), written
     double *d_z, *d_u, *d_w_d, *d_w2, *d_b2, *d_wx, *d_bx, *d_w;
 };
+
+struct Linear {
+    int64_t rows, inputs, outputs;  // inputs and outputs are multiples of 16
+    const void *x, *w, *b;          // (rows, inputs), (outputs, inputs), (outputs,) or null
+    void* y;                        // (rows, outputs); in the backward pass its gradient
+    void* d_x;                      // (rows, inputs), written
+    double *d_w, *d_b;              // added to; d_b may be null
+};
 }
 
 namespace {
@@ -733,6 +741,35 @@ void pairs_backward(const Pairs& g) {
     }
 }
 
+template <class T>
+void linear_forward(const Linear& g) {
+    const int64_t I = g.inputs, O = g.outputs;
+    const T *x = static_cast<const T*>(g.x), *w = static_cast<const T*>(g.w);
+    Buffer<T> transposed(I * O);
+    for (int64_t r = 0; r < O; r++)
+        for (int64_t c = 0; c < I; c++) transposed[c * O + r] = w[r * I + c];
+    product<T, T>(g.rows, O, I, x, I, 1, transposed, O, static_cast<const T*>(g.b), false, static_cast<T*>(g.y));
+}
+
+template <class T>
+void linear_backward(const Linear& g) {
+    const int64_t I = g.inputs, O = g.outputs;
+    const T *x = static_cast<const T*>(g.x), *w = static_cast<const T*>(g.w), *grad = static_cast<const T*>(g.y);
+    product<T, T>(g.rows, I, O, grad, O, 1, w, I, nullptr, false, static_cast<T*>(g.d_x));
+    Sum<T> d_w(O * I, g.d_w), d_b(O, g.d_b);
+    for (int64_t from = 0; from < g.rows; from += FLUSH) {
+        const int64_t n = g.rows - from < FLUSH ? g.rows - from : FLUSH;
+        for (int64_t block = from; block < from + n; block += ROWS) {
+            const int64_t rows = from + n - block < ROWS ? from + n - block : ROWS;
+            product<T, T>(O, I, rows, grad + block * O, 1, O, x + block * I, I, nullptr, true, d_w.part);
+        }
+        d_w.flush();
+        for (int64_t r = 0; g.d_b && r < n; r++)
+            for (int64_t c = 0; c < O; c++) d_b.part[c] += grad[(from + r) * O + c];
+        if (g.d_b) d_b.flush();
+    }
+}
+
 // 0 if all went well, 1 if there was no memory for the buffers
 template <class Arguments>
 int guarded(void (*kernel)(const Arguments&), const Arguments* arguments) {
@@ -756,8 +793,13 @@ int pairs_forward_f64(const Pairs* g) { return guarded(pairs_forward<double>, g)
 int pairs_backward_f32(const Pairs* g) { return guarded(pairs_backward<float>, g); }
 int pairs_backward_f64(const Pairs* g) { return guarded(pairs_backward<double>, g); }
 
+int linear_forward_f32(const Linear* g) { return guarded(linear_forward<float>, g); }
+int linear_forward_f64(const Linear* g) { return guarded(linear_forward<double>, g); }
+int linear_backward_f32(const Linear* g) { return guarded(linear_backward<float>, g); }
+int linear_backward_f64(const Linear* g) { return guarded(linear_backward<double>, g); }
+
 int has_bfloat16_products() { return has_bfloat16; }
-int64_t size_of_arguments(int which) { return which ? sizeof(Pairs) : sizeof(Edges); }  // for kernels.py's tests
+int64_t size_of_arguments(int which) { return which == 2 ? sizeof(Linear) : which ? sizeof(Pairs) : sizeof(Edges); }  // for kernels.py's tests
 
 // the position of the best instruction set in build.py's list that this processor has
 int processor_level() {
