@@ -220,9 +220,9 @@ def test_tiles_without_halo_nodes_run_during_the_exchange(make_store: MakeStore)
     events: list[str] = []
 
     class RecordingEngine(message_passing.TorchEngine):
-        def mean(self, *args: Any) -> Any:
+        def mean(self, *args: Any, **options: Any) -> Any:
             events.append("block")
-            return super().mean(*args)
+            return super().mean(*args, **options)
 
     class RecordingExchange(halo.HaloExchange):
         def start(self, fields: halo.Fields) -> Callable[[], halo.Fields]:

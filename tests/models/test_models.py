@@ -17,7 +17,9 @@ from dist_egnn.data import graphs
 from dist_egnn.errors import Failure
 from dist_egnn.models import network
 from dist_egnn.ops import message_passing, tiling
+from dist_egnn.ops.native import library as native
 
+needs_native = pytest.mark.skipif(native.library() is None, reason="the native kernels are not compiled")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
 
 
@@ -168,14 +170,19 @@ class MessagePassingSuite(ModelSuite):
                 self.assert_equals_reference(model, graph)
                 assert all(gradient.isfinite().all() for gradient in gradients(model, graph).values())
 
-    @pytest.mark.parametrize("engine", ["dgl", "torch"])
+    @pytest.mark.parametrize("engine", ["dgl", "torch", "native"])
     @pytest.mark.parametrize("tile", [1, 40, 150, 10**9])
     def test_tiles_and_engine_do_not_matter(self, engine: str, tile: int) -> None:
         graph = dgl.batch([make_graph(50, 1), make_graph(20, 2), make_graph(35, 3)])
         model = self.model(engine=engine, tile=tile)
-        tiles = tiling.tiles_of(graph, message_passing.resolve_engine(engine), tile)
-        assert tiles.is_single_block == (tile == 10**9)
-        assert tiles.is_single_block or sum(len(one.blocks) for one in tiles.tiles) > 3
+        if engine == "native" and self.options.get("engine") != "native":
+            with pytest.raises(Failure, match=r"model\.engine=native: .* use model\.engine=auto"):
+                model(graph)
+            return
+        tiles = model.engine_and_tiles(graph)[1]
+        if engine != "native" or tile < 50:  # a native tile holds as many nodes as a block of others holds edges
+            assert tiles.is_single_block == (tile == 10**9)
+            assert tiles.is_single_block or sum(len(one.blocks) for one in tiles.tiles) >= 3
         self.assert_equals_reference(model, graph)
         computed = gradients(model, graph)
         model.forward = lambda g: self.reference(model, g)
@@ -183,8 +190,14 @@ class MessagePassingSuite(ModelSuite):
 
     @pytest.mark.parametrize("tile", [50, 10**9])
     def test_gradients_are_those_of_differences(self, tile: int) -> None:
+<<<<<<< HEAD
         # without `normalize`, whose divisor is detached
         graph, model = make_graph(14, 4, radius=0.6), self.model(hidden=4, layers=2, tile=tile, normalize=False)
+=======
+        # without `normalize`, whose divisor is no part of the gradient by definition
+        width = 16 if self.options.get("engine") == "native" else 4
+        graph, model = make_graph(14, 4, radius=0.6), self.model(hidden=width, layers=2, tile=tile, normalize=False)
+>>>>>>> ea4fcce (Model tests run the native engine)
         x = graph.ndata["x"].clone().requires_grad_()
 
         def outputs(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,6 +242,18 @@ class TestFastEGNN(EGNNSuite):
 class TestFastEGNNWithOneVirtualNode(EGNNSuite):
     name = "FastEGNN"
     options: ClassVar = {"hidden": 8, "layers": 2, "virtual_nodes": 1, "normalize": True}
+
+
+@needs_native
+class TestNativeEGNN(EGNNSuite):
+    name = "EGNN"
+    options: ClassVar = {"hidden": 16, "layers": 2, "engine": "native", "normalize": True}
+
+
+@needs_native
+class TestNativeFastEGNN(EGNNSuite):
+    name = "FastEGNN"
+    options: ClassVar = {"hidden": 32, "layers": 3, "engine": "native"}
 
 
 class TestFastEGNNWithEveryOption(EGNNSuite):
