@@ -1,9 +1,13 @@
 """Package metadata; `make setup` installs it (torch first and alone, see Makefile)."""
 
 import re
+import runpy
+import sys
 from pathlib import Path
+from typing import Any
 
-from setuptools import setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 (VERSION,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "dist_egnn" / "__init__.py").read_text(), re.M)
@@ -15,9 +19,29 @@ TFRECORDS = ["google-crc32c>=1.5,<2", "protobuf>=4.25,<8"]
 NUMBA = ["numba>=0.61,<1"]
 RECORDS = ["msgpack>=1.0,<2", "msgpack-numpy>=0.4.8,<0.5", "zstandard>=0.22,<1"]
 
+NATIVE = Path("dist_egnn/ops/native")
+
+
+class BuildNative(build_ext):
+    """Compile the native kernels. They are optional: without a compiler that works, models run on torch's operations."""
+
+    def run(self) -> None:
+        build: Any = runpy.run_path(str(NATIVE / "build.py"))
+        try:
+            build["build"](NATIVE if self.inplace else Path(self.build_lib) / NATIVE)
+        except (RuntimeError, OSError) as failure:
+            print(f"warning: native kernels not built: {failure}; the torch engine is used instead", file=sys.stderr)
+
+    def get_outputs(self) -> list[str]:
+        return [] if self.inplace else [str(path) for path in (Path(self.build_lib) / NATIVE).glob("*.so")]
+
+    def get_output_mapping(self) -> dict[str, str]:
+        return {}
+
+
 PACKAGES = [
     *("utils", "distributed", "data", "partition", "ops", "models", "train", "evaluate", "viz", "planning"),
-    *("commands", "launch"),
+    *("commands", "launch", "ops.native"),
 ]
 
 setup(
@@ -31,7 +55,9 @@ setup(
     python_requires=">=3.11,<3.12",  # hashlib.file_digest came with 3.11; DGL 1.1.3 has no wheel for 3.12
     packages=["dist_egnn", *(f"dist_egnn.{name}" for name in PACKAGES)],
     package_dir={"dist_egnn.partition": "partition"},
-    package_data={"dist_egnn": ["py.typed"]},
+    package_data={"dist_egnn": ["py.typed"], "dist_egnn.ops.native": ["*.cpp"]},
+    ext_modules=[Extension("dist_egnn.ops.native.message_mlp", [str(NATIVE / "message_mlp.cpp")], optional=True)],
+    cmdclass={"build_ext": BuildNative},
     install_requires=[
         "torch>=2.1,<2.14",
         "dgl==1.1.3",

@@ -12,7 +12,8 @@ case "$version" in
 *) fail "$python is Python $version, but this needs 3.11 (DGL 1.1.3 has no wheel for later ones); use make PYTHON=python3.11 setup" ;;
 esac
 
-want="$version $(cat setup.py tools/setup.sh | cksum)"
+native=dist_egnn/ops/native
+want="$version $(cat setup.py tools/setup.sh $native/build.py $native/message_mlp.cpp | cksum)"
 [ "$(cat .venv/.complete 2>/dev/null || true)" = "$want" ] && exit 0
 
 echo "setup: making .venv (Python $version); about a minute and 1.8 GB"
@@ -31,5 +32,7 @@ pip "torch==2.13.0"
 pip "setuptools<81" wheel
 # MDAnalysisTests, the offline input of recipes/protein, comes as a source archive only: Python and data, nothing to compile
 pip --no-build-isolation --no-binary=MDAnalysisTests -e ".[dev,protein]"
+# pip does not show why kernels were not compiled; without them, models run on torch's operations
+[ -e $native/message_mlp.base.so ] || .venv/bin/python $native/build.py >>"$log" 2>&1 || echo "setup: $(tail -n 1 "$log")" >&2
 printf '%s' "$want" >.venv/.complete
 echo "setup: done"

@@ -47,6 +47,7 @@ class Layer(nn.Module):
     features: ClassVar[bool] = True  # whether nodes have features h
     state: ClassVar[tuple[str, ...]] = ()  # further node fields that ``aggregate`` updates
     build: Callable[..., None]  # build(hidden, edge_attributes, **options)
+    g: Tensor  # (3,), a constant vector such as gravity
 
     def __init__(
         self,

@@ -39,7 +39,7 @@ def test_memory_of_a_backward_pass_is_one_tile() -> None:
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            network.FastEGNN(3, 2, hidden=16, tile=tile).double()(graph)
+            network.FastEGNN(3, 2, hidden=16, tile=tile, engine="torch").double()(graph)
         return sum(sizes.values())
 
     assert graph.num_edges() > 20 * graph.num_nodes()

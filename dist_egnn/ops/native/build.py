@@ -78,4 +78,4 @@ if __name__ == "__main__":
     try:
         print(*build(Path(sys.argv[1]) if len(sys.argv) > 1 else SOURCE.parent), sep="\n")
     except RuntimeError as failure:
-        sys.exit(f"native kernels not built: {failure}")
+        sys.exit(f"native kernels not built: {failure}; the torch engine is used instead")
