@@ -91,7 +91,7 @@ class Model:
     channels: int = _key(16, "TFN: vector features (degree 1) per node", _least(1))
     gravity: list[float] | None = _key(None, "constant vector g: adds φ_g(h) g, equivariant about g only", VECTOR)
     precision: str = _key("float32", "float32, or bf16-messages: messages in bfloat16, positions in float32")
-    engine: str = _key("auto", "message passing: dgl, torch or auto (torch, the faster one)")
+    engine: str = _key("auto", "message passing: native, torch, dgl or auto (native where it applies, else torch)")
     tile: int = _key(8192, "edges per tile, rows of the largest arrays; less takes less memory", _least(1))
 
 

@@ -149,7 +149,8 @@ def _build_tiles(graph: DGLGraph, engine: Engine, block_edges: int, device: torc
         block_edges *= ACCELERATOR_FACTOR
     tiles: list[Tile] = []
     first_edge = 0
-    for lo, hi in pairwise([*range(0, len(order), -(-block_edges // EDGES_PER_NODE)), len(order)]):
+    tile_nodes = block_edges if native else -(-block_edges // EDGES_PER_NODE)
+    for lo, hi in pairwise([*range(0, len(order), tile_nodes), len(order)]):
         indptr, src, edges = incoming.of_nodes(order[lo:hi])
         tile_edges = slice(first_edge, first_edge + len(edges))
         edge_order[tile_edges] = edges

@@ -190,14 +190,9 @@ class MessagePassingSuite(ModelSuite):
 
     @pytest.mark.parametrize("tile", [50, 10**9])
     def test_gradients_are_those_of_differences(self, tile: int) -> None:
-<<<<<<< HEAD
         # without `normalize`, whose divisor is detached
-        graph, model = make_graph(14, 4, radius=0.6), self.model(hidden=4, layers=2, tile=tile, normalize=False)
-=======
-        # without `normalize`, whose divisor is no part of the gradient by definition
         width = 16 if self.options.get("engine") == "native" else 4
         graph, model = make_graph(14, 4, radius=0.6), self.model(hidden=width, layers=2, tile=tile, normalize=False)
->>>>>>> ea4fcce (Model tests run the native engine)
         x = graph.ndata["x"].clone().requires_grad_()
 
         def outputs(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -93,7 +93,7 @@ def step(
     layers: Layers = 4,
     virtual_nodes: Virtual = 3,
     threads: Annotated[int, typer.Option(help="threads of the process")] = 1,
-    engine: Annotated[str, typer.Option(help="auto, dgl or torch: library that runs message passing")] = "auto",
+    engine: Annotated[str, typer.Option(help="auto, native, torch or dgl: library that runs message passing")] = "auto",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
     precision: Annotated[str, typer.Option(help="float32 or bf16-messages")] = "float32",
     tile: Annotated[int | None, typer.Option(help="edges of a tile", show_default="the model's")] = None,
@@ -167,7 +167,7 @@ def batch(
     layers: Layers = 4,
     virtual_nodes: Virtual = 3,
     threads: Annotated[int, typer.Option(help="threads of each process")] = 1,
-    engine: Annotated[str, typer.Option(help="auto, dgl or torch: library that runs message passing")] = "auto",
+    engine: Annotated[str, typer.Option(help="auto, native, torch or dgl: library that runs message passing")] = "auto",
     repeats: Annotated[
         int, typer.Option(help="minimum of timed repetitions after a warm-up; small cases get more")
     ] = 5,

@@ -23,7 +23,7 @@ from dist_egnn.utils import filesystem, memory, progress
 PEERS = {"EGNNConv": "egnnconv", "plain": "plain"}  # modules in this folder
 UNTILED = 10**9  # edges of a tile: more than any graph has
 OFFLOAD_FOLDER = os.environ.get("TMPDIR") or "/var/tmp"
-ENGINES, PRECISIONS = ("auto", "dgl", "torch"), ("float32", "bf16-messages")
+ENGINES, PRECISIONS = ("auto", "native", "torch", "dgl"), ("float32", "bf16-messages")
 Log = Callable[[str], None]
 
 
