@@ -26,7 +26,7 @@ class BuildNative(build_ext):
     """Compile the native kernels. They are optional: without a compiler that works, models run on torch's operations."""
 
     def run(self) -> None:
-        build: Any = runpy.run_path(str(NATIVE / "build.py"))
+        build: Any = runpy.run_path(str(ROOT / "tools" / "build_native.py"))
         try:
             build["build"](NATIVE if self.inplace else Path(self.build_lib) / NATIVE)
         except (RuntimeError, OSError) as failure:

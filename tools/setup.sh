@@ -13,7 +13,7 @@ case "$version" in
 esac
 
 native=dist_egnn/ops/native
-want="$version $(cat setup.py tools/setup.sh $native/build.py $native/message_mlp.cpp | cksum)"
+want="$version $(cat setup.py tools/setup.sh tools/build_native.py $native/message_mlp.cpp | cksum)"
 [ "$(cat .venv/.complete 2>/dev/null || true)" = "$want" ] && exit 0
 
 echo "setup: making .venv (Python $version); about a minute and 1.8 GB"
@@ -33,6 +33,6 @@ pip "setuptools<81" wheel
 # MDAnalysisTests, the offline input of recipes/protein, comes as a source archive only: Python and data, nothing to compile
 pip --no-build-isolation --no-binary=MDAnalysisTests -e ".[dev,protein]"
 # pip does not show why kernels were not compiled; without them, models run on torch's operations
-[ -e $native/message_mlp.base.so ] || .venv/bin/python $native/build.py >>"$log" 2>&1 || echo "setup: $(tail -n 1 "$log")" >&2
+[ -e $native/message_mlp.base.so ] || .venv/bin/python tools/build_native.py >>"$log" 2>&1 || echo "setup: $(tail -n 1 "$log")" >&2
 printf '%s' "$want" >.venv/.complete
 echo "setup: done"

@@ -241,8 +241,8 @@ class TorchEngine:
 def resolve_engine(name: str, device: torch.device | str = "cpu", obstacle: str | None = "no layer is given") -> Engine:
     """The engine for ``model.engine``: native, torch, dgl, or auto: native where it can run the layer, else torch.
 
-    obstacle: why the native engine cannot run the layer (`native.engine.obstacle`), "" if it can. Raises Failure for an unknown name, for
-    native where there is an obstacle, and for dgl where DGL does not support the device.
+    obstacle: why the native engine cannot run the layer, "" if it can (`native.engine.obstacle`). Raises Failure for an
+    unknown name, for native with an obstacle, and for dgl where DGL does not support the device.
     """
     if name not in ("auto", "native", "torch", "dgl"):
         raise Failure(f"model.engine={name}: unknown; use auto, native, torch or dgl")

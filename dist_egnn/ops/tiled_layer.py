@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, Protocol
@@ -136,12 +137,30 @@ class _Call:
         return self.layer.update(Nodes({**rows.dst, **mean}, rows.shared, tile.graph, self.library))
 
 
+_tile_threads: int | None = None  # None: as many as torch has
+
+
+@contextmanager
+def tile_threads(count: int) -> Iterator[None]:
+    """Run tiles on ``count`` threads, everything else on one: results then have the same bits for any count."""
+    global _tile_threads
+    before, torch_threads = _tile_threads, torch.get_num_threads()
+    _tile_threads = count
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        _tile_threads = before
+        torch.set_num_threads(torch_threads)
+
+
 @cache
 def _pool(threads: int) -> ThreadPoolExecutor:
     """Threads that each run a tile with one intra-op thread of torch."""
+    torch_threads = torch.get_num_threads()
     pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     list(pool.map(lambda _: time.sleep(0.01), range(threads)))
-    torch.set_num_threads(threads)  # the initializer also set the number for threads that start later
+    torch.set_num_threads(torch_threads)  # the initializer also set the number for threads that start later
     return pool
 
 
@@ -152,7 +171,7 @@ def _for_each_tile(tiles: Sequence[Tile], compute: Callable[[Tile], Callable[[],
     on T.
     """
     on_cpu = bool(tiles) and tiles[0].src.device.type == "cpu"
-    threads = min(torch.get_num_threads(), len(tiles)) if on_cpu else 1
+    threads = min(_tile_threads or torch.get_num_threads(), len(tiles)) if on_cpu else 1
     if threads == 1:
         for tile in tiles:
             compute(tile)()

@@ -30,7 +30,8 @@ OPTIONS = ["model.attention=true", "model.normalize=true", "model.tile=300", "mo
 
 
 CASES = [(parts, "metis", 1, overrides) for parts in (2, 4) for overrides in ([], OPTIONS)]
-CASES += [(2, "random", 1, []), (2, "morton", 1, []), (2, "metis", 2, [])]
+CASES += [(2, "random", 1, []), (2, "morton", 1, []), (2, "metis", 2, []), (4, "metis", 1, ["model.tile=10"])]
+CASES += [(8, "metis", 1, [])]
 
 
 def differences(store: Path, folder: Path, *overrides: str) -> dict[str, float]:

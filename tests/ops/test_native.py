@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import build_native
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -15,15 +16,15 @@ from hypothesis import given, settings
 from torch import Tensor
 from torch.nn.functional import silu
 
-from dist_egnn.ops.native import build
 from dist_egnn.ops.native.kernels import EdgeBlock, EdgeKernel, EdgeMeans, PairKernel, PairSums
-from dist_egnn.ops.native.library import FOLDER, Library, load
+from dist_egnn.ops.native.library import LEVELS as ALL_LEVELS
+from dist_egnn.ops.native.library import Library, load
 
 LOADED = load()
 if isinstance(LOADED, str):
     pytest.skip(f"native kernels: {LOADED}", allow_module_level=True)
 BEST = LOADED.functions.processor_level()
-LEVELS = list(build.levels())[: BEST + 1]
+LEVELS = ALL_LEVELS[: BEST + 1]
 
 
 def draw_weights(draw: torch.Generator, hidden: int, count: int, dtype: torch.dtype) -> list[Tensor]:
@@ -227,17 +228,24 @@ def test_a_compiler_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.M
     for command, says in (("false", "false failed: exit code 1"), ("/nowhere/c++", "/nowhere/c\\+\\+: ")):
         monkeypatch.setenv("CXX", command)
         with pytest.raises(RuntimeError, match=says) as failed:
-            build.build(tmp_path)
+            build_native.build(tmp_path)
         assert "\n" not in str(failed.value)
     assert not list(tmp_path.iterdir())
 
 
 def test_memory_errors_and_undefined_behaviour(tmp_path: Path) -> None:
     """The kernels in a program of its own, on buffers of exactly their size, under the sanitisers."""
-    compiler = build.compiler()
+    compiler = build_native.compiler()
     if not shutil.which(compiler[0]):
         pytest.skip(f"{compiler[0]}: not found")
-    flags = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{FOLDER}"]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-g",
+        "-fsanitize=address,undefined",
+        "-fno-sanitize-recover=all",
+        f"-I{build_native.SOURCE.parent}",
+    ]
     program = [str(Path(__file__).with_name("native_sanitizer.cpp")), "-o", str(tmp_path / "program")]
     compiled = subprocess.run([*compiler, *flags, *program], capture_output=True, text=True, check=False)
     if compiled.returncode and "sanitize" in compiled.stderr + "asan" * ("asan" in compiled.stderr):
@@ -253,5 +261,5 @@ def test_structures_have_the_compilers_sizes() -> None:
     from dist_egnn.ops.native import kernels
 
     LOADED.functions.size_of_arguments.restype = ctypes.c_int64
-    for which, structure in enumerate((kernels.Edges, kernels.Pairs)):
+    for which, structure in enumerate((kernels.EDGES, kernels.PAIRS, kernels.LINEAR)):
         assert LOADED.functions.size_of_arguments(which) == ctypes.sizeof(structure)

@@ -8,9 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-Fields = dict[str, Tensor]
-
-
 from .kernels import MAX_HIDDEN, EdgeBlock, EdgeKernel, EdgeMeans
 from .library import Library, load
 

@@ -1,41 +1,36 @@
-"""Load the native library for this processor."""
+"""Load the native library for this processor (tools/build_native.py compiles it, at installation)."""
 
 from __future__ import annotations
 
 import ctypes
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from .build import file_name, levels
-
-FOLDER = Path(__file__).parent
+LEVELS = ("base", "avx2", "avx512", "avx512bf16")  # in ascending order; other processors than x86 have the first alone
 
 
 class Library:
-    """The functions of one instruction set. level: its name; bfloat16: whether it multiplies in bfloat16."""
+    """The functions for one instruction set. bfloat16: whether it multiplies in bfloat16."""
 
-    def __init__(self, level: str, folder: Path = FOLDER) -> None:
+    def __init__(self, level: str) -> None:
         self.level = level
-        self.functions = ctypes.CDLL(str(folder / file_name(level)))
+        self.functions = ctypes.CDLL(str(Path(__file__).with_name(f"message_mlp.{level}.so")))
         self.bfloat16 = bool(self.functions.has_bfloat16_products())
 
-    def call(self, name: str, arguments: ctypes.Structure) -> None:
-        """Run a kernel; ctypes releases the interpreter's lock meanwhile. Raises MemoryError if its buffers do not fit."""
+    def call(self, name: str, arguments: Any) -> None:
+        """Run a kernel, without the interpreter's lock. Raises MemoryError if its buffers do not fit."""
         if self.functions[name](ctypes.byref(arguments)):
             raise MemoryError(f"native kernel {name}: no memory for its buffers")
 
 
 @cache
 def load() -> Library | str:
-    """The library of the best instruction set that this processor has, or the reason why there is none, in one line."""
-    names = list(levels())
-    if not (FOLDER / file_name(names[0])).is_file():
-        return "not compiled: install a C++ compiler, then run `pip install -e .` again"
+    """The library for the best instruction set of this processor, or one line that says why there is none."""
     try:
-        best = ctypes.CDLL(str(FOLDER / file_name(names[0]))).processor_level()
-        return Library(names[min(best, len(names) - 1)])
-    except (OSError, AttributeError) as error:
-        return f"the library does not load ({error}): run `pip install -e .` again"
+        return Library(LEVELS[Library(LEVELS[0]).functions.processor_level()])
+    except (OSError, AttributeError):
+        return "not compiled: install a C++ compiler, then `pip install -e .` again"
 
 
 def library() -> Library | None:

@@ -1,7 +1,6 @@
-"""Compile message_mlp.cpp, one shared library per instruction set. Standard library only: setup.py runs it.
+"""Compile dist_egnn/ops/native/message_mlp.cpp, one shared library per instruction set. setup.py runs it; standard library only.
 
-
-python dist_egnn/ops/native/build.py [FOLDER]
+python tools/build_native.py [FOLDER]
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-SOURCE = Path(__file__).with_name("message_mlp.cpp")
+SOURCE = Path(__file__).parents[1] / "dist_egnn" / "ops" / "native" / "message_mlp.cpp"
 FLAGS = "-std=c++17 -O3 -fPIC -shared -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-maybe-uninitialized"
 AVX512 = "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -DVECTOR_BYTES=64 -DPANEL=4"
 # in ascending order; the library picks the last one that the processor supports (processor_level in message_mlp.cpp)
@@ -31,11 +30,6 @@ OTHER = {"base": "-DVECTOR_BYTES=16 -DPANEL=4"}  # aarch64 has 32 vector registe
 def levels() -> dict[str, str]:
     """Instruction sets for this machine's architecture, in ascending order, with the compiler's flags."""
     return X86 if platform.machine().lower() in ("x86_64", "amd64") else OTHER
-
-
-def file_name(level: str) -> str:
-    """The library's file for an instruction set."""
-    return f"message_mlp.{level}.so"
 
 
 def compiler() -> list[str]:
@@ -54,7 +48,7 @@ def build(folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
 
     def compile_one(level: str) -> Path:
-        target = folder / file_name(level)
+        target = folder / f"message_mlp.{level}.so"
         partial = target.with_suffix(f".{os.getpid()}.partial")
         words = [*command, *FLAGS.split(), *levels()[level].split(), str(SOURCE), "-o", str(partial)]
         try:
