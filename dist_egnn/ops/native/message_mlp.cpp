@@ -106,22 +106,31 @@ INLINE V most(V limit, V x) {
 }
 
 // e^x for x clamped to [-87, 87]; NaN stays NaN. x / ln 2 = n + f: n by adding and subtracting 1.5 * 2^23, 2^f by a polynomial.
+template <bool low>
 INLINE vec_t<float> exponential(vec_t<float> x) {
     using ivec = Simd<float>::ivec;
     x = least(broadcast(87.0f), most(broadcast(-87.0f), x));
     const float magic = 12582912.0f, log2e = 1.44269504f;
     const vec_t<float> shifted = x * log2e + magic;
     const vec_t<float> f = x * log2e - (shifted - magic);
-    vec_t<float> p = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
-    p = p * f + 9.618437357674640e-3f;
-    p = p * f + 5.550332471162809e-2f;
-    p = p * f + 2.402264791363012e-1f;
-    p = p * f + 6.931472028550421e-1f;
-    p = p * f + 1.0f;
+    vec_t<float> p;
+    if constexpr (low) {  // to 1e-4: for products in bfloat16
+        p = f * 5.171758e-2f + 2.4261114e-1f;
+        p = p * f + 6.9326098e-1f;
+        p = p * f + 9.9992807e-1f;
+    } else {
+        p = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
+        p = p * f + 9.618437357674640e-3f;
+        p = p * f + 5.550332471162809e-2f;
+        p = p * f + 2.402264791363012e-1f;
+        p = p * f + 6.931472028550421e-1f;
+        p = p * f + 1.0f;
+    }
     const ivec scale = ((ivec)shifted << 23) + 0x3f800000;  // the low bits of `shifted` are n
     return p * (vec_t<float>)scale;
 }
 
+template <bool low>
 INLINE vec_t<double> exponential(vec_t<double> x) {
     using ivec = Simd<double>::ivec;
     x = least(broadcast(700.0), most(broadcast(-700.0), x));
@@ -139,25 +148,25 @@ INLINE vec_t<double> exponential(vec_t<double> x) {
     return p * (vec_t<double>)scale;
 }
 
-template <class T>
+template <class T, bool low>
 INLINE vec_t<T> sigmoid(vec_t<T> x) {
-    return T(1) / (T(1) + exponential(-x));
+    return T(1) / (T(1) + exponential<low>(-x));
 }
 
 // y = SiLU(a) over n values, a multiple of the lanes; y may be a
-template <class T>
+template <bool low, class T>
 void silu(int64_t n, const T* a, T* y) {
     for (int64_t k = 0; k < n; k += Simd<T>::lanes) {
         const vec_t<T> x = load(a + k);
-        store(y + k, x * sigmoid<T>(x));
+        store(y + k, x * sigmoid<T, low>(x));
     }
 }
 
 // y = SiLU(a) and its derivative d
-template <class T>
+template <bool low, class T>
 void silu_and_derivative(int64_t n, const T* a, T* y, T* d) {
     for (int64_t k = 0; k < n; k += Simd<T>::lanes) {
-        const vec_t<T> x = load(a + k), g = sigmoid<T>(x), s = x * g;
+        const vec_t<T> x = load(a + k), g = sigmoid<T, low>(x), s = x * g;
         store(y + k, s);
         store(d + k, s * (T(1) - g) + g);
     }
@@ -353,17 +362,20 @@ struct Block {
     }
 
     // a1 → m and scale
-    void forward(int64_t n) {
-        silu<T>(n * H, a1, a1);
+    void forward(int64_t n) { low ? forward_by<true>(n) : forward_by<false>(n); }
+
+    template <bool coarse>
+    void forward_by(int64_t n) {
+        silu<coarse, T>(n * H, a1, a1);
         multiply(n, a1, w2t, w2t_low, w.b2, false, m);
-        silu<T>(n * H, m, m);
+        silu<coarse, T>(n * H, m, m);
         for (int64_t k = 0; k < K; k++) {
             multiply(n, m, wxt + k * H * H, wxt_low + k * H * H / 2, w.bx + k * H, false, a3);
             for (int64_t r = 0; r < n; r++) {
                 vec_t<T> dot{};
                 for (int64_t c = 0; c < H; c += Simd<T>::lanes) {
                     const vec_t<T> x = load(a3 + r * H + c);
-                    dot += x * sigmoid<T>(x) * load(w.w + k * H + c);
+                    dot += x * sigmoid<T, coarse>(x) * load(w.w + k * H + c);
                 }
                 scale[k * ROWS + r] = sum<T>(dot);
             }
@@ -371,14 +383,17 @@ struct Block {
     }
 
     // a1 → scale, m and what the rest of the backward pass needs of them
-    void forward_for_backward(int64_t n) {
-        silu_and_derivative<T>(n * H, a1, s1, d1);
+    void forward_for_backward(int64_t n) { low ? forward_for_backward_by<true>(n) : forward_for_backward_by<false>(n); }
+
+    template <bool coarse>
+    void forward_for_backward_by(int64_t n) {
+        silu_and_derivative<coarse, T>(n * H, a1, s1, d1);
         multiply(n, s1, w2t, w2t_low, w.b2, false, a3);
-        silu_and_derivative<T>(n * H, a3, m, d2);
+        silu_and_derivative<coarse, T>(n * H, a3, m, d2);
     }
 
     // scale = w . SiLU(a3), g = its gradient times that of scale, and the sums for the gradients of w and b; V vectors of columns
-    template <int V>
+    template <int V, bool coarse>
     void last_layer(int64_t n, const T* g_scale, const T* weights, int64_t c, T* scales, T* of_w, T* of_b) {
         constexpr int L = Simd<T>::lanes;
         vec_t<T> weight[V], sum_w[V], sum_b[V];
@@ -390,7 +405,7 @@ struct Block {
             vec_t<T> dot{};
 #pragma GCC unroll 4
             for (int j = 0; j < V; j++) {
-                const vec_t<T> x = load(a3 + r * H + c + j * L), s = sigmoid<T>(x), y = x * s;
+                const vec_t<T> x = load(a3 + r * H + c + j * L), s = sigmoid<T, coarse>(x), y = x * s;
                 const vec_t<T> g3 = grad * weight[j] * (y * (T(1) - s) + s);
                 dot += y * weight[j];
                 sum_w[j] += grad * y;
@@ -410,9 +425,16 @@ struct Block {
         T *of_w = d_w.part + k * H, *of_b = d_bx.part + k * H, *scales = scale + k * ROWS;
         const T* weights = w.w + k * H;
         for (int64_t r = 0; r < n; r++) scales[r] = 0;
-        int64_t c = 0;
-        for (; c + PANEL * L <= H; c += PANEL * L) last_layer<PANEL>(n, g_scale, weights, c, scales, of_w, of_b);
-        for (; c < H; c += L) last_layer<1>(n, g_scale, weights, c, scales, of_w, of_b);
+        for (int64_t c = 0; c < H;) {
+            const bool panel = c + PANEL * L <= H;
+            if (panel)
+                low ? last_layer<PANEL, true>(n, g_scale, weights, c, scales, of_w, of_b)
+                    : last_layer<PANEL, false>(n, g_scale, weights, c, scales, of_w, of_b);
+            else
+                low ? last_layer<1, true>(n, g_scale, weights, c, scales, of_w, of_b)
+                    : last_layer<1, false>(n, g_scale, weights, c, scales, of_w, of_b);
+            c += panel ? PANEL * L : L;
+        }
         outer(n, g, m, d_wx.part + k * H * H);
         multiply(n, g, w.wx + k * H * H, wx_low + k * H * H / 2, nullptr, k > 0, h);
     }
