@@ -359,7 +359,7 @@ def test_pipeline_times_steps_and_stages(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("step --engine fast", r"--engine fast: unknown; use auto, dgl or torch"),
+        ("step --engine fast", r"--engine fast: unknown; use auto, native, torch or dgl"),
         ("step --device cuda", r"--device cuda: not available"),
         ("step --device tpu", r"--device tpu: unknown; use cpu, cuda or cuda:N"),
         ("step --precision half", r"--precision half: unknown; use float32 or bf16-messages"),
@@ -373,7 +373,7 @@ def test_pipeline_times_steps_and_stages(tmp_path: Path, monkeypatch: pytest.Mon
         ("batch --graphs 0", r"--graphs 0: must be at least 1"),
         ("batch --nodes 1", r"--nodes 1: must be at least 2"),
         ("batch --repeats 0", r"--repeats 0: must be at least 1"),
-        ("batch --engine fast", r"--engine fast: unknown; use auto, dgl or torch"),
+        ("batch --engine fast", r"--engine fast: unknown; use auto, native, torch or dgl"),
         ("batch --nodes 1000000", r"takes about"),
         ("models --graphs 0", r"--graphs 0: must be at least 1"),
         ("models --hidden 0", r"--hidden 0: must be at least 1"),
