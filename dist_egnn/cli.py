@@ -204,7 +204,7 @@ def rollout(
     parts: Annotated[int | None, Option(help="number of processes", show_default="as in training")] = None,
     repartition: Annotated[int, Option(help="with several processes: partition again every so many steps")] = 1,
     bounds: Annotated[str, Option(help="at the walls of the data's box: none, reflect, or clamp")] = "none",
-    fixed: Annotated[str | None, Option(help="nodes that do not move, as ATTRIBUTE=VALUE, like type=3")] = None,
+    fixed: Annotated[str | None, Option(help="nodes that do not move", show_default="data.fixed of the run")] = None,
 ) -> None:
     """Feed a model with its own predictions. Writes the trajectory for ParaView, and a table of errors by step."""
     from .evaluate.rollout import run_rollout

@@ -39,11 +39,21 @@ def _key(default: Any, comment: str, rule: Rule | None = None) -> Any:
     return field(**options, metadata={"comment": comment, "rule": rule})
 
 
+def _names_nodes(text: str) -> bool:
+    """Whether a text is NAME or NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    try:
+        return bool(name) and (not equals or math.isfinite(float(value)))
+    except ValueError:
+        return False
+
+
 POSITIVE = (lambda value: value > 0), "must be positive"
 RADIUS = (lambda value: value > 0), "must be positive (.inf for the complete graph)"
 CUTOFF = (lambda value: value is None or 0 < value < math.inf), "must be positive and finite, or null"
 VECTOR = (lambda value: value is None or len(value) == 3), "must be a vector of 3 numbers, or null"
 FRACTION = (lambda value: 0 <= value <= 1), "must lie in 0 … 1"
+FIXED = (lambda value: value == "" or _names_nodes(value)), "write NAME, or NAME=VALUE as type=3, of a node attribute"
 FACTOR = (lambda value: 0 < value < 1), "must lie between 0 and 1"
 
 
@@ -58,6 +68,9 @@ class Data:
     node_attributes: list[str] = _key([], "node attributes that every layer reads (a)")
     edge_drop: float = _key(0.0, "fraction p of the longest edges to drop, 0 … 1", FRACTION)
     periodic: bool = _key(False, "also join nodes across the boundary of a periodic box, by the nearest image")
+    fixed: str = _key(
+        "", "nodes that do not move, left out of loss and errors: attribute NAME ≠ 0, or NAME=VALUE", FIXED
+    )
     frames: int = _key(0, "random input frames per trajectory; 0: all", _least(0))
     first_frame: int = _key(0, "first frame that may be an input", _least(0))
     last_frame: int = _key(-1, "last frame that may be an input; -1: the last one that has a target", _least(-1))

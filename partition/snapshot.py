@@ -43,6 +43,7 @@ class Inputs:
     node_attributes: tuple[str, ...]
     edge_drop: float
     periodic: bool
+    fixed: str
     frames: int
     first_frame: int
     last_frame: int
@@ -55,7 +56,8 @@ class Inputs:
 
     @property
     def sample(self) -> SampleSpec:
-        return SampleSpec(self.radius, self.horizon, self.features, self.node_attributes, self.edge_drop, self.periodic)
+        names = self.features, self.node_attributes
+        return SampleSpec(self.radius, self.horizon, *names, self.edge_drop, self.periodic, self.fixed)
 
     def plain(self) -> dict[str, Any]:
         """The inputs as YAML and JSON read them back."""

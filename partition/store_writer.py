@@ -29,8 +29,9 @@ from numpy import ndarray as Array
 from dist_egnn import __version__
 from dist_egnn.config import Data
 from dist_egnn.data import graphs
+from dist_egnn.data.fixed_nodes import check_fixed
 from dist_egnn.data.samples import Snapshot, select_snapshots
-from dist_egnn.data.store import FORMAT, GRAPH, VERSION
+from dist_egnn.data.store import FORMAT, GRAPH, MOVING, NODE_FIELDS, VERSION
 from dist_egnn.data.store_inputs import DEFAULT_INPUTS
 from dist_egnn.data.trajectories import Trajectories
 from dist_egnn.errors import Failure
@@ -38,7 +39,7 @@ from dist_egnn.utils import part_weights
 from dist_egnn.utils.filesystem import describe_os_error, replace_file, save_verified, sha256
 
 SHARD_NODES = 262_144  # loading a part of a shard costs little beside a training step, and files are few
-NODE_FIELDS = ("x", "v", "f", "a", "y", "gid", "snapshot", "trainer_id")  # the last only with several trainers a part
+OWN_FIELDS = (*NODE_FIELDS, *MOVING, "snapshot", "trainer_id")  # those that a part has: see docs/formats.md
 
 
 def build_inputs(
@@ -69,6 +70,7 @@ def build_inputs(
 
 def list_snapshots(data: Trajectories, inputs: Inputs) -> list[Snapshot]:
     """The snapshots of a store. Raises Failure for a trajectory with too few nodes or without a required box."""
+    check_fixed(data, inputs.fixed)
     for k, trajectory in enumerate(data):
         if trajectory.nodes < inputs.processes:
             parts = f"{inputs.parts} parts" + (f" of {inputs.trainers} trainers" if inputs.trainers > 1 else "")
@@ -135,7 +137,7 @@ def _write_shard(folder: Path, spool: Path, indices: range, counts: Array) -> No
                 owner = np.searchsorted(starts[s], halo, side="right") - 1
                 halo_ids.append(node_lo[owner] + within[s, owner] + halo - starts[s, owner])
                 halo_done += len(halo)
-                for name in NODE_FIELDS:
+                for name in OWN_FIELDS:
                     if name in arrays:
                         rows.setdefault(name, []).append(arrays[name])
         graph = dgl.graph((torch.from_numpy(src), torch.from_numpy(dst)), num_nodes=inner + halo_done)

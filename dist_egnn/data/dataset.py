@@ -15,6 +15,7 @@ from dgl import DGLGraph
 from ..config import Config, Data
 from ..errors import Failure
 from ..utils import part_weights
+from .fixed_nodes import check_fixed
 from .samples import SampleSpec, read_sample, select_snapshots
 from .store import open_store
 from .store_inputs import check_settings
@@ -105,7 +106,7 @@ def part_count(config: Config) -> int:
 def sample_spec(data: Data, features: Iterable[str]) -> SampleSpec:
     """The spec of a data section; features: those of the section, or the ones that null stands for."""
     names = tuple(features), tuple(data.node_attributes)
-    return SampleSpec(data.radius, data.horizon, *names, data.edge_drop, data.periodic)
+    return SampleSpec(data.radius, data.horizon, *names, data.edge_drop, data.periodic, data.fixed)
 
 
 def open_dataset(config: Config, part: int, processes: int) -> Dataset:
@@ -123,6 +124,7 @@ def open_dataset(config: Config, part: int, processes: int) -> Dataset:
         return Dataset(lambda number: store.read(number, part, exchange), splits, widths, budget, frames, sizes)
     file = Trajectories(d.path)
     spec = sample_spec(d, d.features if d.features is not None else (*file[0].attributes, "speed"))
+    check_fixed(file, spec.fixed)
     if spec.periodic:
         for k in range(len(file)):
             file.sides(k, spec.radius)

@@ -35,6 +35,8 @@ TABLE = (
     Field("a", "node", None, "invariant", False, "-", "node attributes (K), read by every layer"),
     Field("y", "node", 3, "point", False, "length", "target: position after the horizon"),
     Field("gid", "node", 0, "index", False, "-", "row of the node in the whole snapshot"),
+    Field("moving_id", "node", 0, "index", False, "-", "row among the nodes that move; −1: fixed (data.fixed)"),
+    Field("moving", "node", 0, "index", False, "-", "nodes of the whole graph that move, the same on all its nodes"),
     Field("total", "node", 0, "index", False, "-", "N of the whole graph, the same on all its nodes"),
     Field("centroid", "node", 3, "point", False, "length", "mean x of the whole graph, the same on all its nodes"),
     Field("e", "edge", None, "invariant", False, "-", "edge attributes (A)"),

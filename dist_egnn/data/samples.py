@@ -10,6 +10,7 @@ from dgl import DGLGraph
 
 from ..errors import Failure
 from . import graphs
+from .fixed_nodes import fixed_nodes, moving_fields
 from .trajectories import Trajectories, check_displacement
 
 
@@ -23,6 +24,7 @@ class SampleSpec:
     node_attributes: tuple[str, ...] = ()
     edge_drop: float = 0.0
     periodic: bool = False
+    fixed: str = ""  # nodes that do not move, see ``fixed_nodes``
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,19 @@ def feature_columns(names: Sequence[str], v: np.ndarray, attribute: Callable[[st
 
 
 def node_fields(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> dict[str, np.ndarray]:
-    """The node fields x, v, f, a, y (float32) and gid of a snapshot. Raises Failure for non-finite values."""
+    """The node fields of a snapshot: x, v, f, a, y (float32), gid, and with data.fixed moving_id and moving.
+
+    Raises Failure for non-finite values and for fixed nodes that move.
+    """
     k, t = snapshot.trajectory, snapshot.frame
     where = f"{data.path}: trajectory {k}, frame {t}"
     fields = {"x": data.position(k, t), "v": data.velocity(k, t), "y": data.position(k, t + spec.horizon)}
     for field, names in (("f", spec.features), ("a", spec.node_attributes)):
         fields[field] = feature_columns(names, fields["v"], lambda name: data.attribute(k, name))
     fields["gid"] = np.arange(len(fields["x"]))
+    if spec.fixed:
+        fixed = fixed_nodes(spec.fixed, lambda name: data.attribute(k, name))
+        fields |= moving_fields(fixed, fields["x"], fields["y"], where)
     for name, value in fields.items():
         if not np.isfinite(value).all():
             row = int(np.argwhere(~np.isfinite(value))[0][0])

@@ -29,6 +29,7 @@ from .store_inputs import DEFAULT_INPUTS
 FORMAT, VERSION, GRAPH = "dist_egnn.store", 1, "dist_egnn"
 SIDES = ("side_x", "side_y", "side_z")  # columns of snapshots.csv in a store with periodic boxes
 NODE_FIELDS = ("x", "v", "f", "a", "y", "gid")
+MOVING = ("moving_id", "moving")  # with data.fixed
 
 
 @dataclass
@@ -113,6 +114,7 @@ class Store:
             actual = f"{version[0]} version {version[1]}"
             raise Failure(f"{manifest}: {actual}, this program reads {FORMAT} {VERSION}; partition again")
         self.source: Source = self.disk
+        self.fields = (*NODE_FIELDS, *(MOVING if self.inputs["fixed"] else ()))
         for name in ("snapshots.csv", "parts.csv"):
             self.disk.verify(name)
         self.snapshots = pd.read_csv(self.path / "snapshots.csv", float_precision="round_trip")
@@ -158,9 +160,9 @@ class Store:
         src, dst = shard.src[edges_lo:edges_hi], shard.dst[edges_lo:edges_hi] - lo
         own = (src >= lo) & (src < hi)
         graph = dgl.graph((src[own] - lo, dst[own]), num_nodes=hi - lo, idtype=torch.int32)
-        for name in set(NODE_FIELDS) - set(shard.nodes):
+        for name in set(self.fields) - set(shard.nodes):
             raise Failure(f"{self.path}/{row['shard']}/part{machine}: node field '{name}' is missing; partition again")
-        graph.ndata.update({name: shard.nodes[name][lo:hi] for name in NODE_FIELDS})
+        graph.ndata.update({name: shard.nodes[name][lo:hi] for name in self.fields})
         self._set_global_fields(graph, row)
         if exchange:
             halo.attach(graph, halo.Halos([self._halo(snapshot, part, shard, src[~own], dst[~own])], [hi - lo]))
@@ -196,7 +198,7 @@ class Store:
                 remote = torch.cat([rows + b for rows, b in zip(halos.parts[0].recv_rows, begins, strict=True)])
                 src, dst = torch.cat([src, remote[halos.src]]), torch.cat([dst, halos.dst + begin])
         graph = dgl.graph((gid[src], gid[dst]), num_nodes=len(gid), idtype=torch.int32)
-        graph.ndata.update({name: joined.ndata[name][gid.argsort()] for name in NODE_FIELDS})
+        graph.ndata.update({name: joined.ndata[name][gid.argsort()] for name in self.fields})
         self._set_global_fields(graph, self.snapshots.loc[snapshot])
         return graph
 

@@ -9,10 +9,10 @@ from ..config import Data
 from ..errors import Failure
 
 # inputs that manifests of older stores lack, and the values those stores were made with
-DEFAULT_INPUTS: dict[str, Any] = {"periodic": False, "trainers": 1, "weights": None}
+DEFAULT_INPUTS: dict[str, Any] = {"periodic": False, "trainers": 1, "weights": None, "fixed": ""}
 COMPARED = (
     *("radius", "horizon", "features", "node_attributes", "edge_drop", "periodic"),
-    *("frames", "first_frame", "last_frame", "frame_seed"),
+    *("fixed", "frames", "first_frame", "last_frame", "frame_seed"),
 )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..config import Config
+from ..data.fixed_nodes import fixed_nodes
 from ..data.samples import SampleSpec
 from ..data.trajectories import Trajectories
 from ..errors import Failure
@@ -28,7 +29,6 @@ class RolloutJob:
     steps: int
     repartition: int  # steps between partitions
     bounds: str
-    fixed: tuple[str, float] | None  # attribute and value of the nodes that do not move
     out: str
     double: bool = False  # compute in float64, to compare numbers of processes
 
@@ -44,11 +44,8 @@ class BoundaryConditions:
         self.attributes = {name: data.attribute(k, name).astype(self.dtype) for name in self.trajectory.attributes}
         # velocities are lengths per time if the data store them, else lengths per frame
         self.step_time = job.spec.horizon * (self.trajectory.dt if self.trajectory.velocity else 1.0)
-        self.fixed = np.zeros(self.trajectory.nodes, bool)
-        if job.fixed is not None:
-            self.fixed = data.attribute(k, job.fixed[0]) == job.fixed[1]
-            if not self.fixed.any():
-                raise Failure(f"--fixed {job.fixed[0]}={job.fixed[1]:g}: {job.data} has no such node in trajectory {k}")
+        fixed, n = job.spec.fixed, self.trajectory.nodes
+        self.fixed = fixed_nodes(fixed, self.attributes.__getitem__) if fixed else np.zeros(n, bool)
         if job.bounds != "none" and (self.box is None or self.trajectory.periodic):
             why = "has no box" if self.box is None else "is in a periodic box, which has no walls"
             raise Failure(f"--bounds {job.bounds}: trajectory {k} of {job.data} {why}; use --bounds none")
@@ -84,11 +81,3 @@ class BoundaryConditions:
         v = sign * (predicted - x) / np.asarray(self.step_time, x.dtype)
         after, v = np.where(self.fixed[:, None], x, after), np.where(self.fixed[:, None], 0, v)
         return after.astype(x.dtype), v.astype(x.dtype)
-
-
-def parse_fixed(text: str) -> tuple[str, float]:
-    name, _, value = text.partition("=")
-    try:
-        return name, float(value)
-    except ValueError:
-        raise Failure(f"--fixed {text}: write ATTRIBUTE=VALUE, for example --fixed type=3") from None

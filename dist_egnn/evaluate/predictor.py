@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import config as configs
 from ..data.dataset import sample_spec
+from ..data.fixed_nodes import fixed_nodes
 from ..data.samples import build_sample, feature_columns
 from ..data.trajectories import box_sides
 from ..distributed.comm import SingleProcess
@@ -78,12 +79,32 @@ class Predictor:
             node_attributes = features if isinstance(features, Mapping) else {}
         f = _columns("features", features, self.features, self.width, v)
         a = _columns("node_attributes", node_attributes, self.node_attributes, len(self.node_attributes), v)
+        fixed = self._fixed(features, node_attributes, len(x))
         side = None if box is None else box_sides(_numbers(box, "box", (2, 3)))
         with torch.no_grad():
             predicted, z = self.model(build_sample({"x": x, "v": v, "f": f, "a": a}, self.spec, side))
+        predicted = torch.where(fixed.to(predicted.device), torch.from_numpy(x).to(predicted), predicted)
         if isinstance(positions, Tensor):
             return predicted.to(positions.device), z[0].to(positions.device)
         return predicted.cpu().numpy(), z[0].cpu().numpy()
+
+    def _fixed(self, features: Given, node_attributes: Given, n: int) -> Tensor:
+        """The nodes (N, 1) bool that data.fixed names, from attributes given by name."""
+        if not (fixed := self.spec.fixed):
+            return torch.zeros(n, 1, dtype=torch.bool)
+        given: dict[str, Array] = {}
+        for named in (node_attributes, features):
+            given |= named if isinstance(named, Mapping) else {}
+        name = fixed.partition("=")[0]
+        return torch.from_numpy(fixed_nodes(fixed, lambda _: _attribute("features", given, name, n))).unsqueeze(1)
+
+
+def _attribute(what: str, given: ByName, name: str, n: int) -> np.ndarray:
+    """The attribute (N,) of this name. Raises Failure if it is not among those given."""
+    if name not in given:
+        listed = ", ".join(sorted(given)) or "none"
+        raise Failure(f"{what}: '{name}' is missing; pass {{'{name}': array of {n}}} (given: {listed})")
+    return _numbers(given[name], f"{what}: '{name}'", (n,))
 
 
 def _columns(what: str, given: ByName | Array, names: Sequence[str] | None, width: int, v: np.ndarray) -> np.ndarray:
@@ -97,13 +118,7 @@ def _columns(what: str, given: ByName | Array, names: Sequence[str] | None, widt
         if len(names) != width:
             used = f"all {width - 1} attributes of its data and speed"
             raise Failure(f"{what}: the model uses {used}; given are {len(given)}: {listed}")
-
-    def attribute(name: str) -> np.ndarray:
-        if name not in given:
-            raise Failure(f"{what}: '{name}' is missing; pass {{'{name}': array of {n}}} (given: {listed})")
-        return _numbers(given[name], f"{what}: '{name}'", (n,))
-
-    return feature_columns(names, v, attribute)
+    return feature_columns(names, v, lambda name: _attribute(what, given, name, n))
 
 
 def _numbers(value: Any, what: str, shape: tuple[int | None, ...]) -> np.ndarray:

@@ -19,6 +19,7 @@ from torch.nn import Module
 from .. import config as configs
 from ..data import graphs, halo
 from ..data.dataset import sample_spec
+from ..data.fixed_nodes import check_fixed
 from ..data.samples import feature_columns
 from ..data.store import open_store
 from ..data.trajectories import Trajectories
@@ -32,7 +33,7 @@ from ..utils.console import print_table
 from ..utils.filesystem import lock_output, write_atomically
 from ..utils.progress import progress_bar
 from . import metrics
-from .boundary_conditions import BOUNDS, BoundaryConditions, RolloutJob, parse_fixed
+from .boundary_conditions import BOUNDS, BoundaryConditions, RolloutJob
 from .repartition import LocalGraph, Repartitioner
 from .vtkhdf import Rollout, RolloutWriter, finish, partial_path
 
@@ -54,7 +55,7 @@ def roll_out(comm: Comm, job: RolloutJob) -> str:
         known = frame < conditions.trajectory.frames
         error = x.astype(np.float64) - data.position(job.trajectory, frame) if known else None
         writer.add(x, v, partition.part, error, z)
-        return "" if error is None else f"MSE {np.square(error).mean():.3e}"
+        return "" if error is None else f"MSE {np.square(error[~conditions.fixed]).mean():.3e}"
 
     with contextlib.ExitStack() as stack, torch.no_grad():
         tick = stack.enter_context(progress_bar("rolling out", job.steps, enabled=comm.rank == 0))
@@ -91,9 +92,9 @@ def _predict(
 
 def _writer(conditions: BoundaryConditions, virtual: int) -> RolloutWriter:
     job, trajectory = conditions.job, conditions.trajectory
-    names = ("weights", "data", "trajectory", "start", "bounds", "fixed", "repartition")
+    names = ("weights", "data", "trajectory", "start", "bounds", "repartition")
     meta = {name: getattr(job, name) for name in names}
-    meta |= {"model": job.config.model.name, "horizon": job.spec.horizon, "dt": trajectory.dt}
+    meta |= {"fixed": job.spec.fixed, "model": job.config.model.name, "horizon": job.spec.horizon, "dt": trajectory.dt}
     meta |= {"true_frames": trajectory.frames, "velocity": "stored" if trajectory.velocity else "per frame"}
     size = job.steps + 1, trajectory.nodes, virtual
     return RolloutWriter(Path(job.out), size, meta, conditions.attributes, conditions.box, conditions.dtype)
@@ -103,11 +104,11 @@ def error_table(path: Path) -> pd.DataFrame:
     """Errors of a rollout's file by frame; also of the first frame (static), and of that moved by its velocity (linear).
 
     Energies and radii of gyration use the attribute `mass`, else mass 1. True velocities are differences over a step,
-    as in the rollout. NaN where the data have ended.
+    as in the rollout. Errors are those of the nodes that move. NaN where the data have ended.
     """
     rows = []
     with Rollout(path) as rollout:
-        meta, mass = rollout.meta, rollout.attributes.get("mass")
+        meta, mass, at = rollout.meta, rollout.attributes.get("mass"), rollout.moving
         stored, step_time = meta["velocity"] == "stored", meta["horizon"] * meta["dt"]
         per_time = 1.0 if stored else 1 / meta["dt"]  # velocities that the data do not store are per frame
         for frame in rollout:
@@ -121,9 +122,10 @@ def error_table(path: Path) -> pd.DataFrame:
                 y = x - frame.error
                 true_v = (y - previous) / step_time if frame.step else v0 * per_time
                 elapsed = frame.step * (step_time if stored else meta["horizon"])
-                static, linear = metrics.baselines(x0, v0, elapsed, y)
-                row |= {"static_mse": static, "linear_mse": linear, "mse": metrics.position_mse(x, y)}
-                row |= {"mae": metrics.mean_absolute_error(x, y), "displacement": metrics.displacement_error(x, y)}
+                static, linear = metrics.baselines(x0[at], v0[at], elapsed, y[at])
+                row |= {"static_mse": static, "linear_mse": linear, "mse": metrics.position_mse(x[at], y[at])}
+                row |= {"mae": metrics.mean_absolute_error(x[at], y[at])}
+                row |= {"displacement": metrics.displacement_error(x[at], y[at])}
                 row |= {"rmsd": metrics.rmsd(x, y, mass), "true_kinetic_energy": metrics.kinetic_energy(true_v, mass)}
                 row["true_radius_of_gyration"] = metrics.radius_of_gyration(y, mass)
                 previous = y
@@ -190,8 +192,12 @@ def prepare(
     features = store.inputs["features"] if store else [*file[0].attributes, "speed"]  # what data.features: null means
     spec = sample_spec(config.data, features if config.data.features is None else config.data.features)
     best, trajectories, output = (str(path.absolute()) for path in (run / run_dir.BEST, file.path, out))
-    unmoved = None if fixed is None else parse_fixed(fixed)
-    job = RolloutJob(config, best, trajectories, spec, trajectory, start, steps, repartition, bounds, unmoved, output)
+    if fixed is not None:
+        if not configs.FIXED[0](fixed):
+            raise Failure(f"--fixed {fixed}: {configs.FIXED[1]}")
+        spec = replace(spec, fixed=fixed)
+    check_fixed(file, spec.fixed, "data.fixed=" if fixed is None else "--fixed ")
+    job = RolloutJob(config, best, trajectories, spec, trajectory, start, steps, repartition, bounds, output)
     BoundaryConditions(file, job)  # raises before processes start
     file.close()
     return job

@@ -18,6 +18,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from ..data.fixed_nodes import fixed_nodes
 from ..errors import Failure
 
 FORMAT, VERSION = "dist_egnn.rollout", 1
@@ -146,6 +147,14 @@ class Rollout(ExitStack):
 
     def __len__(self) -> int:
         return self._count
+
+    @property
+    def moving(self) -> Array:
+        """The nodes (N,) bool whose errors count: those that data.fixed or --fixed does not name."""
+        fixed = self.meta.get("fixed") or ""
+        if not isinstance(fixed, str):
+            raise Failure(f"{self.path}: written by an older version with --fixed; roll out again")
+        return ~fixed_nodes(fixed, self.attributes.__getitem__) if fixed else np.ones(self.nodes, bool)
 
     def __getitem__(self, step: int) -> Frame:
         if not 0 <= step < self._count:

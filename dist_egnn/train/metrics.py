@@ -10,6 +10,7 @@ from dgl import DGLGraph
 from torch import Tensor
 
 from ..distributed.comm import Comm
+from .losses import moving_nodes
 
 
 def peak_memory_gb(device: torch.device | None = None) -> float:
@@ -32,10 +33,10 @@ def mean_squared_error(pairs: Iterable[tuple[Tensor, Tensor]], comm: Comm) -> fl
 
 
 def fitted_time(graphs: Iterable[DGLGraph], comm: Comm) -> float:
-    """The time t of the linear baseline x + t v, by least squares to y over all nodes: Σ v·(y − x) / Σ v·v."""
+    """The time t of the linear baseline x + t v, by least squares to y over all nodes that move: Σ v·(y − x) / Σ v·v."""
     total = torch.zeros(2, dtype=torch.float64, device="cpu")
     for graph in graphs:
-        x, v, y = (graph.ndata[name].double() for name in ("x", "v", "y"))
+        x, v, y = (graph.ndata[name][moving_nodes(graph)].double() for name in ("x", "v", "y"))
         total += torch.stack([(v * (y - x)).sum(), (v * v).sum()])
     total = comm.sum(total)
     return float(total[0] / total[1].clamp(min=1e-300))

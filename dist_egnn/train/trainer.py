@@ -62,7 +62,11 @@ def compute_loss(
     with activation_offload.offload_to_disk(config.train.kept, [graph.edata[name] for name in graph.edata]):
         predicted, z = model(graph)
     total, _ = network.graph_size_and_centroid(graph, graph.ndata["x"].to(predicted), comm)
-    mse = losses.squared_error(predicted, graph.ndata["y"].to(predicted), total)
+    if "moving" in graph.ndata:
+        counts = graph.batch_num_nodes()
+        total = graph.ndata["moving"][counts.cumsum(0) - counts].to(total).unsqueeze(1)
+    moving = losses.moving_nodes(graph)
+    mse = losses.squared_error(predicted[moving], graph.ndata["y"][moving].to(predicted), total)
     if not (config.loss.mmd and z.shape[1]):
         return mse, mse.detach()
     return mse + config.loss.mmd * losses.mmd(z, graph, total, config.loss, generator), mse.detach()
@@ -105,7 +109,8 @@ def evaluate_split(
             predicted, z = model(graph)
             if virtual is not None:
                 virtual.append(z.flatten(0, 1).cpu())
-            yield predicted, graph.ndata["y"]
+            moving = losses.moving_nodes(graph)
+            yield predicted[moving], graph.ndata["y"][moving]
 
     with torch.no_grad():
         return metrics.mean_squared_error(pairs(), comm.world)
@@ -270,7 +275,8 @@ def evaluate(world: Comm, config: Config, weights: Path | None, split: str = "te
     fitted = metrics.fitted_time((samples[n] for n in _own(samples.splits["train"], comm)), world)
     own = _own(samples.splits[split], comm)
     for name, t in (("static", 0.0), ("linear", fitted)):
-        pairs = ((g.ndata["x"] + t * g.ndata["v"], g.ndata["y"]) for g in (samples[n] for n in own))
+        graphs = ((g, losses.moving_nodes(g)) for g in (samples[n] for n in own))
+        pairs = (((g.ndata["x"] + t * g.ndata["v"])[at], g.ndata["y"][at]) for g, at in graphs)
         result[name] = metrics.mean_squared_error(pairs, world)
     if weights is not None:
         model = build_model(config, samples.widths, comm).to(device)

@@ -21,7 +21,7 @@ from ..distributed.comm import SingleProcess
 from ..errors import Failure
 from ..evaluate import rollout
 from ..evaluate.vtkhdf import Rollout
-from ..train import checkpoint, run_dir, trainer
+from ..train import checkpoint, losses, run_dir, trainer
 from ..train.diagnostics import PHASES
 from ..utils.filesystem import write_atomically
 from . import plots
@@ -167,7 +167,7 @@ class Report:
         with torch.no_grad():
             predicted, z = model(graph)
         x, y, guess = graph.ndata["x"].numpy(), graph.ndata["y"].numpy(), predicted.numpy()
-        mse = np.square(guess.astype(np.float64) - y).mean()
+        mse = np.square(guess.astype(np.float64) - y)[losses.moving_nodes(graph)].mean()
         what = f"A {split} sample: trajectory {trajectory}, frame {frame}, {len(x):,} nodes"
         caption = f"Predicted over true displacement of each node. {what}; MSE {mse:.3e}."
         shown = [_figure(caption, plots.displacement, x, y, {self.config.model.name: guess})]

@@ -73,7 +73,11 @@ class DrawnFrames:
             if true is not None:
                 v = frame.velocity[rows] if previous is None else (true - previous) / self.step_time
                 true_colour = np.linalg.norm(v, axis=1)
-        mse = None if frame.error is None else float(np.square(frame.error.astype(np.float64)).mean())
+        mse = (
+            None
+            if frame.error is None
+            else float(np.square(frame.error[self.rollout.moving].astype(np.float64)).mean())
+        )
         return DrawnFrame(frame, frame.position[rows], colour, true, true_colour, mse)
 
 

@@ -417,7 +417,7 @@ def test_from_the_command_line(tmp_path: Path, distegnn: CommandLine) -> None:
     assert [line.split()[0] for line in lines[3:]] == ["1", "2", "3", "4"]
     fixed, start = file.attribute(2, "kind") == 2, file.position(2, 0)
     with Rollout(tmp_path / "new" / "out.vtkhdf") as frames:
-        assert (frames.meta["trajectory"], frames.meta["fixed"]) == (2, ["kind", 2.0])
+        assert (frames.meta["trajectory"], frames.meta["fixed"]) == (2, "kind=2")
         np.testing.assert_array_equal(frames.box, BOX)
         np.testing.assert_array_equal(frames.attributes["mass"], file.attribute(2, "mass"))
         assert {len(np.unique(frame.part)) for frame in frames} == {2}  # as many processes as the store has parts
@@ -438,7 +438,7 @@ def test_wrong_options_are_refused_before_any_work(tmp_path: Path) -> None:
         ({"bounds": "bounce"}, r"--bounds bounce: use one of none, reflect, clamp"),
         ({"bounds": "clamp"}, r"--bounds clamp: .* has no box"),
         ({"bounds": "clamp", "data": periodic}, r"--bounds clamp: .* periodic box"),
-        ({"fixed": "kind"}, r"--fixed kind: write ATTRIBUTE=VALUE"),
+        ({"fixed": "kind=b"}, r"--fixed kind=b: write NAME, or NAME=VALUE"),
         ({"fixed": "kind=7"}, r"--fixed kind=7: "),
         ({"fixed": "sort=1"}, r"no node attribute 'sort'"),
         ({"out": tmp_path / "o.h5"}, r"must end in \.vtkhdf"),
