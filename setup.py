@@ -67,7 +67,6 @@ setup(
         "scikit-learn>=1.4,<2",
         "h5py>=3.10,<4",
         "pandas>=2.1,<4",
-        "omegaconf>=2.3,<3",
         "pyyaml>=6,<7",
         "threadpoolctl>=3,<4",
         "tensorboard>=2.15,<3",

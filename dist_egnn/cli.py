@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -311,6 +312,12 @@ def console(commands: Callable[..., Any] = app) -> None:
 
 def main(commands: Callable[..., Any] = app) -> None:
     """Exit codes: 0 done, 2 an error that the user can fix, 75 stopped with a checkpoint, 130 interrupted, 1 others."""
+    # a shell replaces ~ only at the start of a word
+    home = [
+        re.sub(r"(?<==)~[^/]*", lambda user: os.path.expanduser(user[0]), w, count=1) if w[:2] == "--" else w
+        for w in sys.argv
+    ]
+    sys.argv[:] = home
     if len(sys.argv) == 1:  # not an error
         sys.argv.append("--help")
     try:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import json
 import math
+import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from .errors import Failure
-from .utils import devices
+from .utils import devices, typed_yaml
 
 KERNELS = ("laplacian", "gaussian")  # of the MMD
 SCHEDULES = ("constant", "cosine", "plateau")
 HALOS = ("bridge", "exchange")
+PATHS = ("data.path", "run.dir", "train.kept")  # in these ~ is the home folder
 
 
 # whether a key accepts a value, and the text of the error for a value that it does not accept
@@ -51,7 +52,10 @@ def _names_nodes(text: str) -> bool:
 POSITIVE = (lambda value: value > 0), "must be positive"
 RADIUS = (lambda value: value > 0), "must be positive (.inf for the complete graph)"
 CUTOFF = (lambda value: value is None or 0 < value < math.inf), "must be positive and finite, or null"
-VECTOR = (lambda value: value is None or len(value) == 3), "must be a vector of 3 numbers, or null"
+VECTOR = (
+    (lambda value: value is None or (len(value) == 3 and all(map(math.isfinite, value)))),
+    "must be 3 numbers, or null",
+)
 FRACTION = (lambda value: 0 <= value <= 1), "must lie in 0 … 1"
 FIXED = (lambda value: value == "" or _names_nodes(value)), "write NAME, or NAME=VALUE as type=3, of a node attribute"
 FACTOR = (lambda value: 0 < value < 1), "must lie between 0 and 1"
@@ -200,35 +204,52 @@ def _unknown_key(key: str, source: str) -> Failure:
     return Failure(f"{source}: unknown key '{key}'; {hint}")
 
 
-def _merge(config: DictConfig, given: Any, source: str) -> None:
-    """Merge the keys of ``given``, one by one so that an error names the key. source: a file or an override."""
+def convert(key: str, given: Any, source: str) -> Any:
+    """The value of a key from text, or from a list of text. Raises Failure that names ``source`` and the key."""
+    section, _, name = key.partition(".")
     try:
-        plain = OmegaConf.to_container(given, resolve=True)
-    except OmegaConfBaseException as error:
-        raise Failure(f"{source}: {str(error).splitlines()[0]}") from error
-    if not isinstance(plain, dict):
+        value = typed_yaml.convert(given, get_type_hints(SECTIONS[section])[name])
+    except ValueError as error:
+        shown = given if isinstance(given, str) else json.dumps(given)
+        raise Failure(f"{source}: {key}={shown}: {error}") from error
+    return os.path.expanduser(value) if key in PATHS else value
+
+
+def _merge(config: Config, given: Any, source: str) -> None:
+    """Set the keys of ``given``: sections of keys with text. source: a file or an override."""
+    if not isinstance(given, dict):
         raise Failure(f"{source}: a config is a mapping of sections, see `distegnn config`")
-    known = set(keys())
-    for section, entries in plain.items():
+    for section, entries in given.items():
         if section not in SECTIONS:
             raise _unknown_key(str(section), source)
         if not isinstance(entries, dict):
             raise Failure(f"{source}: '{section}' is a section; name a key in it: {section}.KEY=VALUE")
         for name, value in entries.items():
             key = f"{section}.{name}"
-            if key not in known:
+            if key not in keys():
                 raise _unknown_key(key, source)
-            try:
-                OmegaConf.update(config, key, value)
-            except OmegaConfBaseException as error:
-                raise Failure(f"{source}: {key}={value!r}: {str(error).splitlines()[0]}") from error
+            setattr(getattr(config, section), name, convert(key, value, source))
 
 
-def _read_yaml(read: Callable[[Any], Any], content: Any, source: str) -> Any:
+def read_yaml(content: str | bytes, source: str) -> Any:
+    """Nested dicts and lists of text, which `convert` reads. Raises Failure that names ``source``."""
     try:
-        return read(content)
-    except Exception as error:  # the YAML reader raises many types
-        raise Failure(f"{source}: not readable as YAML ({str(error).splitlines()[0]})") from error
+        return typed_yaml.read(content)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: bytes that are no text
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise Failure(f"{source}: not readable as YAML ({problem})") from error
+
+
+def _read_override(override: str) -> tuple[Any, str]:
+    """The nested key of ``KEY=VALUE``, and the source of its errors. The value of a list, and quoted text, is YAML."""
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise Failure(f"override '{override}': write key=value, for example train.epochs=10")
+    source = f"override '{override}'"
+    is_yaml = value.startswith("[") or (len(value) > 1 and value[0] == value[-1] and value[0] in "'\"")
+    given: Any = read_yaml(value, source) if is_yaml else value
+    section, dot, name = key.partition(".")
+    return ({section: {name: given}} if dot else {section: given}), source
 
 
 def _read_files(path: Path, including: tuple[Path, ...] = ()) -> list[tuple[Any, str]]:
@@ -242,22 +263,21 @@ def _read_files(path: Path, including: tuple[Path, ...] = ()) -> list[tuple[Any,
         raise Failure(f"{path}: no such config file{included}; `distegnn config > my.yaml` writes one to start from")
     if path.resolve() in [file.resolve() for file in including]:
         raise Failure(f"{including[-1]}: include: {path}: the files include each other in a cycle; remove one include")
-    given = _read_yaml(OmegaConf.load, path, str(path))
-    if not isinstance(given, DictConfig) or "include" not in given:
+    given = read_yaml(path.read_bytes(), str(path))
+    given = {} if given in (None, "") else given  # an empty file
+    if not isinstance(given, dict) or "include" not in given:
         return [(given, str(path))]
     base = given.pop("include")
     if not isinstance(base, str) or not base:
         raise Failure(f"{path}: include: must name one config file, relative to this one, not {base!r}")
-    return [*_read_files(path.parent / base, (*including, path)), (given, str(path))]
+    return [*_read_files(path.parent / os.path.expanduser(base), (*including, path)), (given, str(path))]
 
 
 def _build(layers: Sequence[tuple[Any, str]]) -> Config:
     """The defaults updated by the layers in turn, checked."""
-    merged = OmegaConf.structured(Config)
+    config = Config()
     for given, source in layers:
-        _merge(merged, given, source)
-    config = OmegaConf.to_object(merged)
-    assert isinstance(config, Config)
+        _merge(config, given, source)
     check(config)
     return config
 
@@ -265,20 +285,12 @@ def _build(layers: Sequence[tuple[Any, str]]) -> Config:
 def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
     """The config of a YAML file and its include, or the defaults, updated by key=value overrides. Raises Failure."""
     layers = _read_files(Path(path)) if path is not None else []
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals:
-            raise Failure(f"override '{override}': write key=value, for example train.epochs=10")
-        if not value and key in keys() and isinstance(attrgetter(key)(Config()), str):
-            value = "''"  # YAML reads nothing as null
-        source = f"override '{override}'"
-        layers.append((_read_yaml(OmegaConf.from_dotlist, [f"{key}={value}"], source), source))
-    return _build(layers)
+    return _build([*layers, *map(_read_override, overrides)])
 
 
 def parse(text: str, source: str) -> Config:
     """The config in a text that `to_yaml` wrote. Raises Failure that names ``source`` and the key."""
-    return _build([(_read_yaml(OmegaConf.create, text, source), source)])
+    return _build([(read_yaml(text, source), source)])
 
 
 def differences(before: Config, after: Config, ignore: Collection[str] = ()) -> list[tuple[str, Any, Any]]:

@@ -7,14 +7,13 @@ import difflib
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
-
-from omegaconf import OmegaConf
 
 from .. import config as configs
 from ..data import dataset
@@ -111,15 +110,11 @@ def load(path: Path) -> Sweep:
     """Read a sweep file. Raises Failure for every error that can be found without the data."""
     if not path.is_file():
         raise Failure(f"{path}: no such sweep file; docs/outputs.md shows one")
-    try:
-        given = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # of the YAML reader
-        raise Failure(f"{path}: not readable as YAML ({str(error).splitlines()[0]})") from error
-    given = _check(given, FILE, str(path), ("config", "out", "grids"))
+    given = _check(configs.read_yaml(path.read_bytes(), str(path)), FILE, str(path), ("config", "out", "grids"))
     fixed = _check(given.get("set", {}), SETTABLE, f"{path}: set")
-    seeds, out = given.get("seeds", [0]), Path(given["out"])
-    if not all(type(s) is int and s >= 0 for s in seeds) or len(set(seeds)) < len(seeds):
-        raise Failure(f"{path}: seeds={seeds}: must be different whole numbers from 0")
+    seeds, out = given.get("seeds", ["0"]), Path(given["out"]).expanduser()
+    if not all(type(s) is str and s.isdecimal() for s in seeds) or len(set(map(int, seeds))) < len(seeds):
+        raise Failure(f"{path}: seeds=[{', '.join(map(str, seeds))}]: must be different whole numbers from 0")
     unique: dict[str, Run] = {}  # by config: two grids may share a run
     for number, grid in enumerate(given["grids"]):
         for run in _runs_of_grid(given["config"], out, fixed, grid, f"{path}: grids[{number}]"):
@@ -131,7 +126,7 @@ def load(path: Path) -> Sweep:
     keys = dict.fromkeys(k for run in runs for k in run.given)
     varying = [k for k in keys if len({run.cell(k) for run in runs}) > 1]
     baseline = _check(given.get("baseline", {}), varying, f"{path}: baseline, keys that vary")
-    baseline = {k: to_text(v) for k, v in baseline.items()}
+    baseline = {k: to_text(configs.convert(k, v, f"{path}: baseline")) for k, v in baseline.items()}
     if not any(all(run.cell(k) == v for k, v in baseline.items()) for run in runs):
         raise Failure(f"{path}: baseline: no run has {', '.join(f'{k}={v}' for k, v in baseline.items())}")
     plot = _check(given.get("plot", {}), {"x": str, "lines": list}, f"{path}: plot", ["x"] * ("plot" in given))
@@ -139,7 +134,7 @@ def load(path: Path) -> Sweep:
     _check(dict.fromkeys([x, *lines] if x else []), varying, f"{path}: plot, keys that vary")
     if x and len({tuple(run.cell(k) for k in (x, *lines)) for run in runs}) < len(runs):
         raise Failure(f"{path}: plot: runs differ in more than x and lines; name all of {', '.join(varying)}")
-    return Sweep(out, [_with_seed(run, seed, out) for seed in seeds for run in runs], varying, baseline, x, lines)
+    return Sweep(out, [_with_seed(run, int(seed), out) for seed in seeds for run in runs], varying, baseline, x, lines)
 
 
 def _runs_of_grid(base: str, out: Path, fixed: Settings, grid: Any, where: str) -> Iterator[Run]:
@@ -153,7 +148,8 @@ def _runs_of_grid(base: str, out: Path, fixed: Settings, grid: Any, where: str) 
         varied = dict(zip(keys, values, strict=True))
         chosen = {**varied, **own, **partition, **varied}  # first for the order of names and columns, last to win
         try:
-            config = configs.load(base, [f"{k}={json.dumps(v)}" for k, v in (fixed | chosen).items()])
+            texts = {k: v if isinstance(v, str) else json.dumps(v) for k, v in (fixed | chosen).items()}
+            config = configs.load(os.path.expanduser(base), [f"{k}={v}" for k, v in texts.items()])
             network.model_class(config.model.name)
             needs_store = config.partition.parts > 1 and not dataset.is_store(config.data.path)
         except Failure as failure:

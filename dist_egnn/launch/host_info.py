@@ -21,7 +21,7 @@ from .. import __version__
 from ..train import run_dir
 from ..utils import memory
 
-PACKAGES = ("torch", "dgl", "numpy", "pandas", "omegaconf", "h5py")
+PACKAGES = ("torch", "dgl", "numpy", "pandas", "pyyaml", "h5py")
 PACKAGE = Path(__file__).parents[1]
 SIOCGIFADDR = 0x8915
 
