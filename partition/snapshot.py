@@ -41,6 +41,7 @@ class Inputs:
     horizon: int
     features: tuple[str, ...]
     node_attributes: tuple[str, ...]
+    widths: tuple[int, int] | None  # columns of features and of node attributes; None: one for each name
     edge_drop: float
     periodic: bool
     fixed: str

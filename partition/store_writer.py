@@ -30,7 +30,7 @@ from dist_egnn import __version__
 from dist_egnn.config import Data
 from dist_egnn.data import graphs
 from dist_egnn.data.fixed_nodes import check_fixed
-from dist_egnn.data.samples import Snapshot, select_snapshots
+from dist_egnn.data.samples import Snapshot, count_columns, select_snapshots
 from dist_egnn.data.store import FORMAT, GRAPH, MOVING, NODE_FIELDS, VERSION
 from dist_egnn.data.store_inputs import DEFAULT_INPUTS
 from dist_egnn.data.trajectories import Trajectories
@@ -64,6 +64,8 @@ def build_inputs(
     values = {name: value for name, value in vars(settings).items() if name in Inputs.__dataclass_fields__}
     features = [*data[0].attributes, "speed"] if settings.features is None else settings.features
     values |= {"features": tuple(features), "node_attributes": tuple(settings.node_attributes)}
+    widths = count_columns(data, features), count_columns(data, settings.node_attributes)
+    values["widths"] = widths if widths != (len(features), len(settings.node_attributes)) else None
     values |= {"radius": float(settings.radius), "edge_drop": float(settings.edge_drop), "shard_nodes": shard_nodes}
     return Inputs(data.path.name, sha256(data.path), parts, trainers, weights, method, method_seed, **values)
 

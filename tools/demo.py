@@ -27,6 +27,7 @@ from dist_egnn.commands.partition import write_store
 from dist_egnn.commands.train import run_training
 from dist_egnn.commands.verify import run_verification
 from dist_egnn.data.store import Store
+from dist_egnn.data.store_inputs import store_widths
 from dist_egnn.data.trajectories import Trajectories
 from dist_egnn.distributed.comm import SingleProcess
 from dist_egnn.errors import Failure
@@ -65,7 +66,7 @@ def picture(out: Path, store: Store, epochs: int) -> None:
     graph = store.whole(number)
     x, y = graph.ndata["x"].numpy(), graph.ndata["y"].numpy()
     predicted, virtual = {}, np.zeros((0, 3))
-    widths = len(store.inputs["features"]), len(store.inputs["node_attributes"])
+    widths = store_widths(store.inputs)
     for name in MODELS:
         model = trainer.build_model(settings(out, name, epochs), widths, SingleProcess())
         path = out / name / "best.pt"

@@ -16,9 +16,9 @@ from ..config import Config, Data
 from ..errors import Failure
 from ..utils import part_weights
 from .fixed_nodes import check_fixed
-from .samples import SampleSpec, read_sample, select_snapshots
+from .samples import SampleSpec, count_columns, read_sample, select_snapshots
 from .store import open_store
-from .store_inputs import check_settings
+from .store_inputs import check_settings, store_widths
 from .trajectories import SPLITS, Trajectories
 
 Key = TypeVar("Key")
@@ -116,7 +116,7 @@ def open_dataset(config: Config, part: int, processes: int) -> Dataset:
         store = open_store(d.path)
         check_settings(store.inputs, str(store.path), d)
         splits = {name: store.split(name) for name in SPLITS}
-        widths, sizes = (len(store.inputs["features"]), len(store.inputs["node_attributes"])), None
+        widths, sizes = store_widths(store.inputs), None
         frames = list(store.snapshots[["trajectory", "frame"]].itertuples(index=False, name=None))
         if exchange := config.partition.halo == "exchange" and store.parts > 1:
             largest = store.parts_table.groupby("snapshot")[["nodes", "edges"]].max().to_numpy().tolist()
@@ -130,5 +130,6 @@ def open_dataset(config: Config, part: int, processes: int) -> Dataset:
             file.sides(k, spec.radius)
     snapshots = select_snapshots(file, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed)
     splits = {name: [i for i, s in enumerate(snapshots) if s.split == name] for name in SPLITS}
-    widths, frames = (len(spec.features), len(spec.node_attributes)), [(s.trajectory, s.frame) for s in snapshots]
+    widths = count_columns(file, spec.features), count_columns(file, spec.node_attributes)
+    frames = [(s.trajectory, s.frame) for s in snapshots]
     return Dataset(lambda number: read_sample(file, snapshots[number], spec), splits, widths, budget, frames)

@@ -17,6 +17,8 @@ def fixed_nodes(text: str, attribute: Callable[[str], np.ndarray]) -> np.ndarray
     """The nodes (N,) bool that do not move: those whose attribute NAME is not 0, or with NAME=VALUE is VALUE."""
     name, equals, value = text.partition("=")
     column = attribute(name)
+    if column.ndim > 1:
+        raise Failure(f"data.fixed={text}: '{name}' has several columns or varies over time; use another attribute")
     return column == float(value) if equals else column != 0
 
 

@@ -33,6 +33,7 @@ from ..utils.filesystem import check_free_space
 from ..utils.memory import graph_server_bytes
 from . import dgl_compat
 from .store import Part, Store, open_store
+from .store_inputs import store_widths
 
 SHARED = Path("/dev/shm")
 RETRY_S = 3.0  # between two of DGL's attempts to connect
@@ -117,7 +118,7 @@ def shared_bytes(store: Store, machine: int) -> int:
     """The size of what the server of a machine puts into /dev/shm."""
     table = store.parts_table[store.parts_table["part"] // store.trainers == machine]
     nodes, edges, halo = table[["nodes", "edges", "halo"]].sum().tolist()
-    floats = 9 + len(store.inputs["features"]) + len(store.inputs["node_attributes"])
+    floats = 9 + sum(store_widths(store.inputs))
     return graph_server_bytes(nodes, edges, halo, floats, store.trainers)
 
 

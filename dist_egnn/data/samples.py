@@ -16,7 +16,10 @@ from .trajectories import Trajectories, check_displacement
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """How a frame becomes a sample. Features: a node attribute, 'speed' for ‖v‖, 'name/max' for name / max |name|."""
+    """How a frame becomes a sample. Features: a node attribute, 'speed' for ‖v‖, 'name/max' for name / max |name|.
+
+    An attribute of k columns gives k columns; its largest magnitude is that of all of them.
+    """
 
     radius: float
     horizon: int
@@ -57,16 +60,31 @@ def select_snapshots(data: Trajectories, horizon: int, count: int, first: int, l
 
 
 def feature_columns(names: Sequence[str], v: np.ndarray, attribute: Callable[[str], np.ndarray]) -> np.ndarray:
-    """SampleSpec's features (N, len(names)) in the dtype of v (N, 3). Raises Failure for an unknown scaling."""
+    """SampleSpec's features (N, F) in the dtype of v (N, 3), from attribute(name) (N,) or (N, k).
+
+    Raises Failure for an unknown scaling.
+    """
 
     def column(name: str) -> np.ndarray:
         base, _, scale = name.partition("/")
         value = np.linalg.norm(v, axis=1) if base == "speed" else attribute(base)
         if scale not in ("", "max"):
             raise Failure(f"feature '{name}': the only scaling is '/max'")
-        return value / max(float(np.abs(value).max()), 1e-30) if scale else value
+        return (value / max(float(np.abs(value).max()), 1e-30) if scale else value).reshape(len(v), -1)
 
-    return np.stack([column(name) for name in names], 1).astype(v.dtype) if names else np.zeros((len(v), 0), v.dtype)
+    return np.concatenate([np.zeros((len(v), 0), v.dtype), *map(column, names)], 1).astype(v.dtype)
+
+
+def count_columns(data: Trajectories, names: Sequence[str]) -> int:
+    """The columns of these features. Raises Failure for an attribute that a trajectory lacks or has in another width."""
+    total = 0
+    for base in (name.partition("/")[0] for name in names):
+        widths = [1 if base == "speed" else data.width(k, base) for k in range(len(data))]
+        if k := next((k for k, width in enumerate(widths) if width != widths[0]), 0):
+            text = f"has {widths[k]} columns, in trajectory 0 it has {widths[0]}; prepare the file again"
+            raise Failure(f"{data.path}: trajectory {k}: attribute '{base}' {text}")
+        total += widths[0]
+    return total
 
 
 def node_fields(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> dict[str, np.ndarray]:
@@ -78,7 +96,7 @@ def node_fields(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> dic
     where = f"{data.path}: trajectory {k}, frame {t}"
     fields = {"x": data.position(k, t), "v": data.velocity(k, t), "y": data.position(k, t + spec.horizon)}
     for field, names in (("f", spec.features), ("a", spec.node_attributes)):
-        fields[field] = feature_columns(names, fields["v"], lambda name: data.attribute(k, name))
+        fields[field] = feature_columns(names, fields["v"], lambda name: data.attribute(k, name, t))
     fields["gid"] = np.arange(len(fields["x"]))
     if spec.fixed:
         fixed = fixed_nodes(spec.fixed, lambda name: data.attribute(k, name))

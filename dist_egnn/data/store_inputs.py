@@ -9,11 +9,17 @@ from ..config import Data
 from ..errors import Failure
 
 # inputs that manifests of older stores lack, and the values those stores were made with
-DEFAULT_INPUTS: dict[str, Any] = {"periodic": False, "trainers": 1, "weights": None, "fixed": ""}
+DEFAULT_INPUTS: dict[str, Any] = {"periodic": False, "trainers": 1, "weights": None, "fixed": "", "widths": None}
 COMPARED = (
     *("radius", "horizon", "features", "node_attributes", "edge_drop", "periodic"),
     *("fixed", "frames", "first_frame", "last_frame", "frame_seed"),
 )
+
+
+def store_widths(inputs: Mapping[str, Any]) -> tuple[int, int]:
+    """Columns F and K of the fields f and a; in most stores each name is one column."""
+    f, a = inputs.get("widths") or (len(inputs["features"]), len(inputs["node_attributes"]))
+    return f, a
 
 
 def check_settings(inputs: Mapping[str, Any], path: str, data: Data) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ class Writer:
 
     >>> with Writer("out.h5", {"command": "prepare.py --seed 1", "seed": 1}) as out:
     ...     out.add(position, split="train", dt=0.02, source="SPlisHSPlasH 2.19.0", attributes={"mass": mass})
+    ...     with out.begin(split="test", dt=0.02, source="my simulation") as trajectory:  # may be longer than memory
+    ...         for position in simulation:
+    ...             trajectory.add_frame(position)
     """
 
     def __init__(self, path: str | Path, meta: Mapping[str, Any]) -> None:
@@ -54,37 +57,52 @@ class Writer:
     ) -> None:
         """Append a trajectory. Raises Failure for invalid arrays, an unknown split, or a full disk.
 
-        position, velocity: (T, N, 3); attributes: name → (N,); box: (2, 3) low and high corner; dt: time between frames;
-        periodic: nodes that leave the box enter on the other side; their positions must be unwrapped, see ``unwrap``.
+        position, velocity: (T, N, 3); attributes: name → (N,) or (N, k), over time (T, N) or (T, N, k); box: (2, 3) low
+        and high corner; dt: time between frames; periodic: nodes that leave the box enter on the other side; their
+        positions must be unwrapped, see ``unwrap``.
+        """
+        with self.begin(split=split, dt=dt, source=source, box=box, periodic=periodic) as trajectory:
+            arrays = {"position": stack_frames(position, trajectory.where)}
+            if velocity is not None:
+                arrays["velocity"] = stack_frames(velocity, trajectory.where)
+            frames, nodes = (*arrays["position"].shape, 0, 0)[:2]
+            for key, value in (attributes or {}).items():
+                shape = np.shape(value)
+                if attribute_varies(shape, frames, nodes):
+                    arrays[f"attributes/{key}"] = np.reshape(value, (frames, nodes, -1))
+                elif shape == (frames, nodes):
+                    remedy = (
+                        f"pass ({frames}, {nodes}, 1) for values over time, ({frames}, {nodes}, k) for constant ones"
+                    )
+                    raise Failure(f"{trajectory.where}: attributes/{key} {shape} may be (T, N) or (N, k); {remedy}")
+                else:
+                    trajectory.constant[f"attributes/{key}"] = value
+            trajectory.append(arrays)
+
+    def begin(
+        self,
+        *,
+        split: str,
+        dt: float,
+        source: str,
+        attributes: Mapping[str, np.ndarray] | None = None,
+        box: np.ndarray | None = None,
+        periodic: bool = False,
+    ) -> FrameWriter:
+        """Begin a trajectory that is written frame by frame in a ``with`` block; arguments as of ``add``.
+
+        attributes: the constant ones, name → (N,) or (N, k); `FrameWriter.add_frame` takes those that vary over time.
         """
         name = f"{len(self.group):06d}"
         where = f"{self.path}: trajectory {name}"
         if split not in SPLITS:
             raise Failure(f"{where}: split '{split}' is none of {', '.join(SPLITS)}")
-        if position.ndim != 3 or position.shape[2] != 3:
-            raise Failure(f"{where}: position has shape {position.shape}, expected (T, N, 3)")
         if periodic and box is None:
             raise Failure(f"{where}: periodic, but there is no box; pass box=")
-        frames, nodes, _ = position.shape
-        arrays = {"position": position, "velocity": velocity}
-        arrays |= {f"attributes/{key}": value for key, value in (attributes or {}).items()} | {"box": box}
-        shapes = {"position": position.shape, "velocity": position.shape, "box": (2, 3)}
         group = self.group.create_group(name)
         group.attrs.update(split=split, dt=float(dt), source=source, periodic=bool(periodic))
-        for key, array in ((key, array) for key, array in arrays.items() if array is not None):
-            value, shape = np.asarray(array, dtype=np.float32), shapes.get(key, (nodes,))
-            if value.shape != shape:
-                raise Failure(f"{where}: {key} has shape {value.shape}, expected {shape}")
-            if not np.isfinite(value).all():
-                raise Failure(f"{where}: {key} holds NaN or infinite values")
-            # such chunks compress a third better than whole frames and cost little more to read: differences need two
-            large = value.ndim == 3 and value.size
-            storage = {"chunks": (min(4, frames), nodes, 1), "shuffle": True, "compression": "gzip"} if large else {}
-            group.create_dataset(key, data=value, **storage)
-        if periodic and box is not None:
-            for t in range(frames - 1):
-                check_displacement(position[t], position[t + 1], box_sides(box), f"{where}, frame {t}")
-        self.sink.check()
+        constant = {f"attributes/{key}": value for key, value in (attributes or {}).items()}
+        return FrameWriter(group, where, self.sink, constant | ({} if box is None else {"box": box}))
 
     def copy(self, path: Path) -> None:
         """Append the trajectories of another file without compressing them again."""
@@ -103,6 +121,145 @@ class Writer:
         finally:
             self.sink.close()
             self.partial.unlink(missing_ok=True)
+
+
+CHUNK = 4  # frames; chunks of one axis compress a third better than whole frames, and differences need two frames
+
+
+class FrameWriter:
+    """Writes one trajectory frame by frame, with CHUNK frames in memory. After an error nothing of it remains."""
+
+    def __init__(self, group: h5py.Group, where: str, sink: DeferredErrorFile, constant: dict[str, Any]) -> None:
+        self.group, self.where, self.sink, self.constant = group, where, sink, constant
+        self.shapes: dict[str, tuple[int, ...]] = {}  # of the arrays of the first frame
+        self.frames, self.buffer = 0, list[dict[str, np.ndarray]]()
+        self.last: np.ndarray | None = None  # positions of the last frame written
+
+    def __enter__(self) -> FrameWriter:
+        return self
+
+    def add_frame(
+        self,
+        position: np.ndarray,
+        velocity: np.ndarray | None = None,
+        attributes: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """Append a frame: position, velocity (N, 3); attributes that vary over time, name → (N,) or (N, k).
+
+        Raises Failure if nodes, arrays or their shapes are not those of the first frame.
+        """
+        arrays = {"position": np.array(position)} | ({} if velocity is None else {"velocity": np.array(velocity)})
+        for key, value in (attributes or {}).items():
+            arrays[f"attributes/{key}"] = np.array(value).reshape(len(value), -1)
+        shapes = {key: value.shape for key, value in arrays.items()}
+        self.shapes = self.shapes or shapes
+        check_same_frame(self.shapes, shapes, f"{self.where}, frame {self.frames + len(self.buffer)}")
+        self.buffer.append(arrays)
+        if len(self.buffer) == CHUNK:
+            self._flush()
+
+    def _flush(self) -> None:
+        if self.buffer:
+            self.append({key: np.stack([frame[key] for frame in self.buffer]) for key in self.shapes}, grow=True)
+            self.buffer = []
+
+    def append(self, arrays: Mapping[str, np.ndarray], *, grow: bool = False) -> None:
+        """Append consecutive frames: position and velocity (T, N, 3), attributes/NAME (T, N, k). grow: more may follow."""
+        position, first = arrays["position"], not self.frames
+        if position.ndim != 3 or position.shape[2] != 3:
+            raise Failure(f"{self.where}: position has shape {position.shape}, expected (T, N, 3)")
+        frames, nodes, _ = position.shape
+        for key, array in arrays.items():
+            value = self._checked(key, array, (frames, nodes, None if "/" in key else 3))
+            if first:
+                storage = {"chunks": (min(CHUNK, frames), nodes, 1), "shuffle": True, "compression": "gzip"}
+                storage |= {"maxshape": (None, *value.shape[1:])} if grow else {}
+                self.group.create_dataset(key, data=value, **(storage if value.size else {}))
+            else:
+                self.group[key].resize(self.frames + frames, 0)
+                self.group[key][self.frames :] = value
+        for key, array in self.constant.items() if first else ():
+            shape = (nodes, None) if np.ndim(array) == 2 else (nodes,)
+            self.group.create_dataset(key, data=self._checked(key, array, (2, 3) if key == "box" else shape))
+        if self.group.attrs["periodic"]:
+            for t, current in enumerate(position, self.frames):
+                if self.last is not None:
+                    where = f"{self.where}, frame {t - 1}"
+                    check_displacement(self.last, current, box_sides(self.constant["box"]), where)
+                self.last = current
+        self.frames += frames
+        self.sink.check()
+
+    def _checked(self, key: str, array: Any, shape: tuple[int | None, ...]) -> np.ndarray:
+        """The array as float32. Raises Failure for another shape (None: any length) and values that are not finite."""
+        value = np.asarray(array, dtype=np.float32)
+        if value.ndim != len(shape) or any(s not in (None, n) for s, n in zip(shape, value.shape, strict=True)):
+            expected = str(shape).replace("None", "k")
+            raise Failure(f"{self.where}: {key} has shape {value.shape}, expected {expected}")
+        if not np.isfinite(value).all():
+            raise Failure(f"{self.where}: {key} holds NaN or infinite values")
+        return value
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        complete = False
+        try:
+            if kind is None:
+                self._flush()
+                if not self.frames:
+                    raise Failure(f"{self.where}: has no frame; add some, or do not begin it")
+                attribute_shapes(self.group, self.where)
+                complete = True
+        finally:
+            if not complete:
+                del self.group.parent[self.group.name]
+
+
+def check_same_frame(first: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
+    """Raise Failure unless a frame has the arrays and the shapes of the first one."""
+    counts = [shapes["position"][0] if shapes["position"] else 0 for shapes in (first, now)]
+    if counts[0] != counts[1]:
+        remedy = "keep absent nodes and mark them by an attribute, or begin another trajectory"
+        raise Failure(f"{where}: has {counts[1]} nodes, frame 0 has {counts[0]}; {remedy}")
+    if first != now:
+        raise Failure(f"{where}: has arrays of shapes {now}, frame 0 has {first}; pass the same arrays in all frames")
+
+
+def stack_frames(frames: Any, where: str) -> np.ndarray:
+    """An array, or a sequence of arrays of one frame each, as one array. Raises Failure if their shapes differ."""
+    if isinstance(frames, np.ndarray) and frames.dtype != object:
+        return frames
+    arrays = [np.asarray(frame) for frame in frames]
+    for t, array in enumerate(arrays):
+        check_same_frame({"position": arrays[0].shape}, {"position": array.shape}, f"{where}, frame {t}")
+    return np.stack(arrays)
+
+
+def attribute_varies(shape: tuple[int, ...], frames: int, nodes: int) -> bool | None:
+    """Whether an attribute varies over time: False for (N,) and (N, k), True for (T, N) and (T, N, k).
+
+    None for other shapes, and for (N, N) of N frames, which can be read both ways.
+    """
+    constant, varying = (
+        len(shape) in (1, 2) and shape[0] == nodes,
+        len(shape) in (2, 3) and shape[:2] == (frames, nodes),
+    )
+    return varying if constant != varying and 0 not in shape[1:] else None
+
+
+def attribute_shapes(group: h5py.Group, where: str) -> tuple[dict[str, int], tuple[str, ...]]:
+    """Of a trajectory's attributes: columns by name, and the names of those that vary. Raises Failure for wrong shapes."""
+    widths: dict[str, int] = {}
+    varying: list[str] = []
+    frames, nodes = group["position"].shape[:2]
+    for name, dataset in sorted(group.get("attributes", {}).items()):
+        shape: tuple[int, ...] = getattr(dataset, "shape", ())
+        if (varies := attribute_varies(shape, frames, nodes)) is None:
+            expected = f"({nodes},), ({nodes}, k), ({frames}, {nodes}) or ({frames}, {nodes}, k)"
+            what = f"dataset 'attributes/{name}' has shape {shape}, expected {expected}"
+            raise Failure(f"{where}: {what}; prepare it again")
+        widths[name] = shape[-1] if len(shape) == 2 + varies else 1
+        varying += [name] * varies
+    return widths, tuple(varying)
 
 
 def box_sides(box: np.ndarray) -> np.ndarray:
@@ -143,6 +300,8 @@ class Trajectory:
     velocity: bool
     attributes: tuple[str, ...]
     periodic: bool
+    widths: dict[str, int] = field(default_factory=dict)  # columns of each attribute
+    varying: tuple[str, ...] = ()  # attributes that vary over time
 
 
 class Trajectories(Sequence[Trajectory]):
@@ -177,13 +336,18 @@ class Trajectories(Sequence[Trajectory]):
         if missing or attrs["split"] not in SPLITS:
             raise Failure(f"{where}: attribute {sorted(missing) or 'split'} is missing or wrong; prepare it again")
         frames, nodes, _ = group["position"].shape
-        attributes = tuple(sorted(group.get("attributes", {})))
-        shapes = {f"attributes/{key}": (nodes,) for key in attributes}
-        for key, shape in {"velocity": (frames, nodes, 3), "box": (2, 3), **shapes}.items():
+        widths, varying = attribute_shapes(group, where)
+        for key, shape in {"velocity": (frames, nodes, 3), "box": (2, 3)}.items():
             if key in group and (actual := getattr(group[key], "shape", None)) != shape:
                 raise Failure(f"{where}: dataset '{key}' has shape {actual}, expected {shape}; prepare it again")
-        properties = float(attrs["dt"]), str(attrs["source"]), "velocity" in group, attributes, bool(attrs["periodic"])
-        return Trajectory(name, attrs["split"], frames, nodes, *properties)
+        properties = (
+            float(attrs["dt"]),
+            str(attrs["source"]),
+            "velocity" in group,
+            tuple(widths),
+            bool(attrs["periodic"]),
+        )
+        return Trajectory(name, attrs["split"], frames, nodes, *properties, widths, varying)
 
     def __len__(self) -> int:
         return len(self._all)
@@ -206,12 +370,17 @@ class Trajectories(Sequence[Trajectory]):
         """Velocities (N, 3): the stored ones, or else the forward difference x(t+1) − x(t) in length per frame."""
         return self._read(k, "velocity", t) if self._all[k].velocity else self.position(k, t + 1) - self.position(k, t)
 
-    def attribute(self, k: int, name: str) -> np.ndarray:
-        """A node attribute (N,)."""
+    def attribute(self, k: int, name: str, t: int | None = None) -> np.ndarray:
+        """A node attribute (N,) or (N, k) at frame t. Without t: one that does not vary, or else all frames (T, N, …)."""
+        self.width(k, name)
+        return self._read(k, f"attributes/{name}", t if name in self._all[k].varying else None)
+
+    def width(self, k: int, name: str) -> int:
+        """The columns of a node attribute. Raises Failure if the trajectory does not have it."""
         if name not in self._all[k].attributes:
             known = ", ".join(self._all[k].attributes) or "none"
             raise Failure(f"{self.path}: trajectory {k} has no node attribute '{name}' (it has: {known})")
-        return self._read(k, f"attributes/{name}")
+        return self._all[k].widths[name]
 
     def box(self, k: int) -> np.ndarray | None:
         """Low and high corner (2, 3) of the container, if the source has one."""

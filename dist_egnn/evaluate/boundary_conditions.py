@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +42,14 @@ class BoundaryConditions:
         self.trajectory, self.box = data[k], data.box(k)
         self.side = data.sides(k, job.spec.radius) if job.spec.periodic else None
         self.dtype = np.dtype(np.float64 if job.double else np.float32)
-        self.attributes = {name: data.attribute(k, name).astype(self.dtype) for name in self.trajectory.attributes}
+        self._data, varying = data, self.trajectory.varying
+        constant = [name for name in self.trajectory.attributes if name not in varying]
+        self.attributes = {name: data.attribute(k, name).astype(self.dtype) for name in constant}
+        names = (*job.spec.features, *job.spec.node_attributes)
+        used, last = {name.partition("/")[0] for name in names} & set(varying), self.trajectory.frames - 1
+        if used and (most := (last - job.start) // job.spec.horizon + 1) < job.steps:
+            what = f"the model uses '{min(used)}', which varies over time, up to frame {last}"
+            raise Failure(f"--steps {job.steps}: {what} of trajectory {k} of {job.data}; use at most {most}")
         # velocities are lengths per time if the data store them, else lengths per frame
         self.step_time = job.spec.horizon * (self.trajectory.dt if self.trajectory.velocity else 1.0)
         fixed, n = job.spec.fixed, self.trajectory.nodes
@@ -53,6 +61,17 @@ class BoundaryConditions:
         extent = np.stack([np.min(ends, (0, 1)), np.max(ends, (0, 1))])
         self.corners = extent if self.box is None else self.box
         self.limit = MAX_SIZES * float(np.ptp(self.corners, 0).max())
+
+    def attributes_at(self, step: int) -> Callable[[str], np.ndarray]:
+        """Attributes (N,) or (N, k) by name, as the input of a step needs them."""
+
+        def attribute(name: str) -> np.ndarray:
+            if name in self.attributes:
+                return self.attributes[name]
+            frame = self.job.start + step * self.job.spec.horizon
+            return self._data.attribute(self.job.trajectory, name, frame).astype(self.dtype)
+
+        return attribute
 
     def problem(self, x: np.ndarray, before: np.ndarray) -> str:
         """Why the rollout must stop at positions x (N, 3), given those of the step before; empty if it need not."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..data.store import Store, open_store
+from ..data.store_inputs import store_widths
 from ..distributed import spawn
 from ..distributed.comm import Comm, SingleProcess
 from ..train import trainer
@@ -28,7 +29,7 @@ def randomize_output_weights(model: torch.nn.Module) -> None:
 
 def _run_step(comm: Comm, config: Config, store: Store, graph: DGLGraph) -> dict[str, Tensor]:
     """A forward and backward pass: x (N, 3) of own nodes, z (B, C, 3), the loss, and the gradient of each parameter."""
-    widths = len(store.inputs["features"]), len(store.inputs["node_attributes"])
+    widths = store_widths(store.inputs)
     model = trainer.build_model(config, widths, comm).double()
     randomize_output_weights(model)
     predicted, z = model(graph)

@@ -49,7 +49,9 @@ class Predictor:
         self.features, self.node_attributes = ([], []) if embedding is None else (data.features, data.node_attributes)
         self.spec = sample_spec(data, ())
         with torch.random.fork_rng(devices=[]):  # keeps the caller's random state
-            self.model = build_model(self.config, (self.width, len(self.node_attributes)), SingleProcess())
+            width = len(self.node_attributes)
+            self.attribute_width = width and state.get("widths", (0, width))[1]
+            self.model = build_model(self.config, (self.width, self.attribute_width), SingleProcess())
         checkpoint.load_weights(self.model, state, file)
         self.model.to(devices.resolve(device)).eval()
 
@@ -68,8 +70,9 @@ class Predictor:
     ) -> tuple[Array, Array]:
         """Predicted positions (N, 3) float32, and those of the virtual nodes (C, 3) after the last layer.
 
-        positions, velocities: (N, 3) in the data's units; arrays, or tensors for tensors on their device. features: (N,)
-        attributes by name, or the run's features (N, F). node_attributes: the same, (N, K), if ``features`` lacks them.
+        positions, velocities: (N, 3) in the data's units; arrays, or tensors for tensors on their device. features:
+        attributes (N,) or (N, k) by name, or the run's features (N, F). node_attributes: the same, (N, K), if
+        ``features`` lacks them.
         box: low and high corner (2, 3) of periodic data. Raises Failure for wrong shapes and names, NaN and infinity.
         """
         x = _numbers(positions, "positions", (None, 3))
@@ -78,7 +81,7 @@ class Predictor:
         if node_attributes is None:
             node_attributes = features if isinstance(features, Mapping) else {}
         f = _columns("features", features, self.features, self.width, v)
-        a = _columns("node_attributes", node_attributes, self.node_attributes, len(self.node_attributes), v)
+        a = _columns("node_attributes", node_attributes, self.node_attributes, self.attribute_width, v)
         fixed = self._fixed(features, node_attributes, len(x))
         side = None if box is None else box_sides(_numbers(box, "box", (2, 3)))
         with torch.no_grad():
@@ -100,11 +103,11 @@ class Predictor:
 
 
 def _attribute(what: str, given: ByName, name: str, n: int) -> np.ndarray:
-    """The attribute (N,) of this name. Raises Failure if it is not among those given."""
+    """The attribute (N,) or (N, k) of this name. Raises Failure if it is not among those given."""
     if name not in given:
         listed = ", ".join(sorted(given)) or "none"
         raise Failure(f"{what}: '{name}' is missing; pass {{'{name}': array of {n}}} (given: {listed})")
-    return _numbers(given[name], f"{what}: '{name}'", (n,))
+    return _numbers(given[name], f"{what}: '{name}'", (n, None) if np.ndim(given[name]) == 2 else (n,))
 
 
 def _columns(what: str, given: ByName | Array, names: Sequence[str] | None, width: int, v: np.ndarray) -> np.ndarray:
@@ -113,12 +116,14 @@ def _columns(what: str, given: ByName | Array, names: Sequence[str] | None, widt
     if not isinstance(given, Mapping):
         return _numbers(given, what, (n, width))
     listed = ", ".join(sorted(given)) or "none"
+    listed_names = names is not None
     if names is None:
         names = (*sorted(given), "speed")
-        if len(names) != width:
-            used = f"all {width - 1} attributes of its data and speed"
-            raise Failure(f"{what}: the model uses {used}; given are {len(given)}: {listed}")
-    return feature_columns(names, v, lambda name: _attribute(what, given, name, n))
+    columns = feature_columns(names, v, lambda name: _attribute(what, given, name, n))
+    if columns.shape[1] != width:
+        used = f"columns ({', '.join(names)})" if listed_names else "columns: all attributes of its data and speed"
+        raise Failure(f"{what}: the model uses {width} {used}; given are {columns.shape[1]} columns of {listed}")
+    return columns
 
 
 def _numbers(value: Any, what: str, shape: tuple[int | None, ...]) -> np.ndarray:

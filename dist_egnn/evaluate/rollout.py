@@ -20,7 +20,7 @@ from .. import config as configs
 from ..data import graphs, halo
 from ..data.dataset import sample_spec
 from ..data.fixed_nodes import check_fixed
-from ..data.samples import feature_columns
+from ..data.samples import count_columns, feature_columns
 from ..data.store import open_store
 from ..data.trajectories import Trajectories
 from ..distributed import spawn
@@ -42,11 +42,11 @@ def roll_out(comm: Comm, job: RolloutJob) -> str:
     """Roll out on every process; rank 0 writes the frames. Returns why it stopped early, empty if it did not."""
     data = Trajectories(job.data)
     conditions = BoundaryConditions(data, job)
-    model = trainer.build_model(job.config, (len(job.spec.features), len(job.spec.node_attributes)), comm)
+    names = job.spec.features, job.spec.node_attributes
+    model = trainer.build_model(job.config, (count_columns(data, names[0]), count_columns(data, names[1])), comm)
     checkpoint.load_weights(model, checkpoint.load(Path(job.weights)), Path(job.weights))
     model = (model.double() if job.double else model.to(trainer.resolve_device(job.config, comm.rank))).eval()
     x, v = (read(job.trajectory, job.start).astype(conditions.dtype) for read in (data.position, data.velocity))
-    a = feature_columns(job.spec.node_attributes, v, conditions.attributes.__getitem__)
     partition = Repartitioner(comm, job, len(x), conditions.side)
 
     def add_frame(step: int, z: np.ndarray | None) -> str:
@@ -60,7 +60,12 @@ def roll_out(comm: Comm, job: RolloutJob) -> str:
     with contextlib.ExitStack() as stack, torch.no_grad():
         tick = stack.enter_context(progress_bar("rolling out", job.steps, enabled=comm.rank == 0))
         for step in range(job.steps):
-            predicted, z = _predict(model, comm, conditions, partition.local_graph(x, step), (x, v, a))
+            attribute = conditions.attributes_at(step)
+            columns = [feature_columns(listed, v, attribute) for listed in names]
+            local = partition.local_graph(x, step)
+            predicted, z = _predict(
+                model, comm, conditions.side, local, dict(zip("xvfa", (x, v, *columns), strict=True))
+            )
             if comm.rank == 0 and step == 0:  # the number of virtual nodes is known now
                 writer = stack.enter_context(_writer(conditions, len(z)))
                 add_frame(0, None)
@@ -73,15 +78,14 @@ def roll_out(comm: Comm, job: RolloutJob) -> str:
 
 
 def _predict(
-    model: Module, comm: Comm, conditions: BoundaryConditions, local: LocalGraph, state: tuple[np.ndarray, ...]
+    model: Module, comm: Comm, side: np.ndarray | None, local: LocalGraph, state: dict[str, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the next frame (N, 3) and of the virtual nodes (C, 3), from x, v and a of all nodes in ``state``."""
-    (x, v, a), (own, src, dst, own_halo) = state, local
-    f = feature_columns(conditions.job.spec.features, v, conditions.attributes.__getitem__)
-    fields = {name: torch.from_numpy(value[own]) for name, value in (("x", x), ("v", v), ("f", f), ("a", a))}
+    """Positions of the next frame (N, 3) and of the virtual nodes (C, 3), from x, v, f and a of all nodes."""
+    x, (own, src, dst, own_halo) = state["x"], local
+    fields = {name: torch.from_numpy(value[own]) for name, value in state.items()}
     fields["total"] = torch.full((len(own),), len(x))
     fields["centroid"] = torch.from_numpy(x.astype(np.float64).mean(0)).expand(len(own), 3).contiguous()
-    graph = graphs.build_graph(src, dst, fields, conditions.side)
+    graph = graphs.build_graph(src, dst, fields, side)
     if own_halo is not None:
         halo.attach(graph, halo.Halos([own_halo], [len(own)]))
     predicted, z = model(graph)
@@ -109,6 +113,7 @@ def error_table(path: Path) -> pd.DataFrame:
     rows = []
     with Rollout(path) as rollout:
         meta, mass, at = rollout.meta, rollout.attributes.get("mass"), rollout.moving
+        mass = mass.ravel() if mass is not None and mass.size == rollout.nodes else None
         stored, step_time = meta["velocity"] == "stored", meta["horizon"] * meta["dt"]
         per_time = 1.0 if stored else 1 / meta["dt"]  # velocities that the data do not store are per frame
         for frame in rollout:

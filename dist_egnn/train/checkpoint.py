@@ -1,7 +1,7 @@
 """Checkpoints: what they contain, how they are written and read, and how a run resumes from its last one.
 
 Keys: `model` and `config` (YAML) in all; in those of a training also `optimizer`, `rng`, `samples` (`fingerprint` of
-the data) and the fields of `TrainingState`. docs/outputs.md describes the format.
+the data), `widths` (F, K) and the fields of `TrainingState`. docs/outputs.md describes the format.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ def of_training(trainer: Trainer) -> Checkpoint:
     """A checkpoint to resume from."""
     return {
         **weights_only(trainer.model, trainer.config),
+        "widths": list(trainer.samples.widths),
         "optimizer": trainer.optimizer.state_dict(),
         "rng": torch.get_rng_state(),  # one for all ranks: every rank makes the same draws
         **vars(trainer.state) | {"sums": dict(trainer.state.sums)},

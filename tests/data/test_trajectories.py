@@ -9,7 +9,7 @@ import h5py
 import numpy as np
 import pytest
 
-from dist_egnn.data.samples import SampleSpec, Snapshot, read_sample
+from dist_egnn.data.samples import SampleSpec, Snapshot, count_columns, read_sample
 from dist_egnn.data.trajectories import Trajectories, Trajectory, Writer
 from dist_egnn.errors import Failure
 
@@ -43,7 +43,9 @@ def test_round_trip_is_exact(tmp_path):
     data = Trajectories(path)
     assert data.meta == meta
     assert len(data) == 2
-    assert data[0] == Trajectory("000000", "valid", 7, 4, 0.02, "an engine", True, ("charge", "mass"), True)
+    assert data[0] == Trajectory(
+        "000000", "valid", 7, 4, 0.02, "an engine", True, ("charge", "mass"), True, {"charge": 1, "mass": 1}
+    )
     assert data[1] == Trajectory("000001", "test", 5, 9, 1.0, "other", False, (), False)
     for t in range(7):
         np.testing.assert_array_equal(data.position(0, t), position[t])
@@ -169,3 +171,90 @@ def test_non_finite_values(copy, dataset, index, field, bad):
     message = rf"^\S+copy\.h5: trajectory 1, frame 5: field '{field}' is NaN or infinite at node 17"
     with pytest.raises(Failure, match=message):
         read_sample(Trajectories(copy), Snapshot("train", 1, 5), SampleSpec(0.27, 3, ("mass",)))
+
+
+def shapes_of_attributes(frames: int = 6, nodes: int = 5) -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(0).normal
+    shapes = {"mass": (nodes,), "kind": (nodes, 3), "heat": (frames, nodes), "field": (frames, nodes, 2)}
+    return {name: draw(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("framewise", [False, True])
+def test_attributes_of_every_shape(tmp_path, framewise):
+    position, velocity, attributes = walk(), walk(seed=1), shapes_of_attributes()
+    constant = {name: attributes[name] for name in ("mass", "kind")}
+    box = np.array([[-9] * 3, [9] * 3])
+    with Writer(tmp_path / "t.h5", {}) as out:
+        if framewise:
+            with out.begin(
+                split="train", dt=1, source="test", attributes=constant, box=box, periodic=True
+            ) as trajectory:
+                for t in range(6):
+                    varying = {name: attributes[name][t] for name in ("heat", "field")}
+                    trajectory.add_frame(position[t], velocity[t], varying)
+        else:
+            more = {"velocity": velocity, "attributes": attributes, "box": box, "periodic": True}
+            out.add(list(position), split="train", dt=1, source="test", **more)
+    data = Trajectories(tmp_path / "t.h5")
+    assert (data[0].frames, data[0].nodes) == (6, 5)
+    assert data[0].widths == {"field": 2, "heat": 1, "kind": 3, "mass": 1}
+    assert data[0].varying == ("field", "heat")
+    spec = SampleSpec(9.0, 1, ("kind/max", "heat", "field"), ("mass", "field"))
+    for t in (0, 3, 4):
+        graph = read_sample(data, Snapshot("train", 0, t), spec)
+        np.testing.assert_array_equal(graph.ndata["x"], position[t])
+        np.testing.assert_array_equal(graph.ndata["v"], velocity[t])
+        kind, heat, field = attributes["kind"], attributes["heat"][t, :, None], attributes["field"][t]
+        np.testing.assert_allclose(graph.ndata["f"], np.hstack([kind / abs(kind).max(), heat, field]), rtol=1e-6)
+        np.testing.assert_array_equal(graph.ndata["a"], np.hstack([attributes["mass"][:, None], field]))
+
+
+def test_a_frame_written_alone_equals_a_whole_trajectory(tmp_path):
+    position = walk(11, 5)
+    with Writer(tmp_path / "t.h5", {}) as out, out.begin(split="train", dt=0.5, source="test") as trajectory:
+        frame = np.empty((5, 3), np.float32)  # one buffer for all frames, as a simulation has it
+        for now in position:
+            frame[:] = now
+            trajectory.add_frame(frame)
+    for path in (tmp_path / "t.h5", write(tmp_path / "whole.h5", position)):
+        data = Trajectories(path)
+        assert data[0] == Trajectory("000000", "train", 11, 5, 0.5, "test", False, (), False)
+        np.testing.assert_array_equal([data.position(0, t) for t in range(11)], position)
+
+
+def add_frames(out: Writer, *frames: tuple[np.ndarray, ...]) -> None:
+    with out.begin(split="train", dt=1, source="test") as trajectory:
+        for frame in frames:
+            trajectory.add_frame(*frame)
+
+
+def test_a_number_of_nodes_that_changes_is_refused_with_its_frame(tmp_path):
+    frames = [*walk(7), *walk(2, nodes=4)]
+    message = r"^\S+t\.h5: trajectory 000000, frame 7: has 4 nodes, frame 0 has 5"
+    with Writer(tmp_path / "t.h5", {}) as out:
+        with pytest.raises(Failure, match=message):
+            out.add(frames, split="train", dt=1, source="test")
+        with pytest.raises(Failure, match=message):
+            add_frames(out, *((frame,) for frame in frames))
+        with pytest.raises(Failure, match=r"frame 1: .*same arrays"):
+            add_frames(out, (frames[0], frames[0]), (frames[0],))
+        with pytest.raises(Failure, match="has no frame"):
+            add_frames(out)
+        out.add(walk(), split="test", dt=1, source="test")
+    assert [trajectory.split for trajectory in Trajectories(tmp_path / "t.h5")] == ["test"]  # nothing else remains
+
+
+def test_an_attribute_that_can_be_read_both_ways_is_refused(tmp_path):
+    heat = np.random.default_rng(0).normal(size=(5, 5))  # 5 frames of 5 nodes
+    with pytest.raises(Failure, match=r"attributes/heat \(5, 5\) may be \(T, N\) or \(N, k\); pass \(5, 5, 1\)"):
+        write(tmp_path / "t.h5", walk(5, 5), attributes={"heat": heat})
+    data = Trajectories(write(tmp_path / "t.h5", walk(5, 5), attributes={"heat": heat[..., None]}))
+    np.testing.assert_allclose(data.attribute(0, "heat", 3)[:, 0], heat[3], rtol=1e-6)
+
+
+def test_an_attribute_of_other_width_is_refused(tmp_path):
+    with Writer(tmp_path / "t.h5", {}) as out:
+        for width in (2, 3):
+            out.add(walk(), split="train", dt=1, source="test", attributes={"kind": np.ones((5, width))})
+    with pytest.raises(Failure, match=r"t\.h5: trajectory 1: attribute 'kind' has 3 columns, in trajectory 0 it has 2"):
+        count_columns(Trajectories(tmp_path / "t.h5"), ["kind/max"])

@@ -219,7 +219,7 @@ def test_all_features_are_counted(small, tmp_path):
     """A run with data.features: null knows how many attributes it was trained with, not which."""
     predict = dist_egnn.load(write(settings(small, tmp_path / "run")))
     x, v = np.zeros((4, 3)), np.ones((4, 3))
-    with pytest.raises(Failure, match=r"all 2 attributes .* given are 1: mass"):
+    with pytest.raises(Failure, match=r"all attributes .* given are 2 columns of mass"):
         predict(x, v, {"mass": np.ones(4)})
     columns = np.stack([np.ones(4), np.arange(4), np.full(4, 3**0.5)], 1)
     np.testing.assert_array_equal(predict(x, v, {"b": np.arange(4), "a": np.ones(4)}), predict(x, v, columns))
