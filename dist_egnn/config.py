@@ -140,6 +140,7 @@ class Train:
     patience: int = _key(0, "epochs without a better validation MSE before training stops; 0: never", _least(0))
     seed: int = _key(0, "seed of weights, order and sampling")
     device: str = _key("cpu", "cpu, cuda:N, cuda (one device per process, in turn), or auto: cuda if available")
+    threads: int = _key(1, "threads of each process on a CPU; the results are the same bits for any number", _least(1))
     timeout_s: float = _key(60.0, "seconds that a process waits for the others before it fails", _least(1))
     kept: str = _key("", "folder for activations that the backward pass needs; empty: keep them in memory")
     checkpoint_minutes: float = _key(10.0, "minutes between checkpoints in an epoch; 0: after every step", _least(0))

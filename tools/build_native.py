@@ -11,10 +11,12 @@ import shlex
 import shutil
 import subprocess
 import sys
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 SOURCE = Path(__file__).parents[1] / "dist_egnn" / "ops" / "native" / "message_mlp.cpp"
+REASON = "not_compiled.txt"  # in the folder of the libraries; library.py shows it
 FLAGS = "-std=c++17 -O3 -fPIC -shared -fno-math-errno -fno-trapping-math -ffp-contract=fast -Wno-maybe-uninitialized"
 AVX512 = "-mavx512f -mavx512dq -mavx512bw -mavx512vl -mfma -DVECTOR_BYTES=64 -DPANEL=4"
 # in ascending order; the library picks the last one that the processor supports (processor_level in message_mlp.cpp)
@@ -43,14 +45,28 @@ def compiler() -> list[str]:
 
 
 def build(folder: Path) -> list[Path]:
-    """Compile every library into ``folder``; returns their paths. Raises RuntimeError with one line where that fails."""
-    command = compiler()
+    """Compile every library into ``folder``; returns their paths.
+
+    Where that fails, removes old libraries, writes the reason to REASON and raises RuntimeError with it, one line.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / REASON).unlink(missing_ok=True)
+    try:
+        return _compile(compiler(), folder)
+    except RuntimeError as failure:
+        for old in folder.glob("message_mlp.*.so"):
+            old.unlink()
+        (folder / REASON).write_text(str(failure))
+        raise
+
+
+def _compile(command: list[str], folder: Path) -> list[Path]:
+    source_sum = f"-DSOURCE_SUM={zlib.crc32(SOURCE.read_bytes())}"
 
     def compile_one(level: str) -> Path:
         target = folder / f"message_mlp.{level}.so"
         partial = target.with_suffix(f".{os.getpid()}.partial")
-        words = [*command, *FLAGS.split(), *levels()[level].split(), str(SOURCE), "-o", str(partial)]
+        words = [*command, *FLAGS.split(), *levels()[level].split(), source_sum, str(SOURCE), "-o", str(partial)]
         try:
             done = subprocess.run(words, capture_output=True, text=True, check=False)
         except OSError as error:

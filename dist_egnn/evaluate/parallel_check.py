@@ -13,6 +13,7 @@ from ..data.store import Store, open_store
 from ..data.store_inputs import store_widths
 from ..distributed import spawn
 from ..distributed.comm import Comm, SingleProcess
+from ..ops import tiled_layer
 from ..train import trainer
 
 TOLERANCE, PREDICTION = 1e-10, "prediction x"
@@ -32,9 +33,10 @@ def _run_step(comm: Comm, config: Config, store: Store, graph: DGLGraph) -> dict
     widths = store_widths(store.inputs)
     model = trainer.build_model(config, widths, comm).double()
     randomize_output_weights(model)
-    predicted, z = model(graph)
-    loss, _ = trainer.compute_loss(config, model, graph, comm, torch.Generator().manual_seed(2))
-    loss.backward()
+    with tiled_layer.tile_threads(config.train.threads):
+        predicted, z = model(graph)
+        loss, _ = trainer.compute_loss(config, model, graph, comm, torch.Generator().manual_seed(2))
+        loss.backward()
     comm.sum_gradients(model.parameters())
     gradients = {f"gradient {name}": p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {PREDICTION: predicted.detach(), "virtual nodes z": z.detach(), "loss": comm.sum(loss.detach()), **gradients}

@@ -26,6 +26,7 @@ from ..data.trajectories import Trajectories
 from ..distributed import spawn
 from ..distributed.comm import Comm
 from ..errors import Failure
+from ..ops import tiled_layer
 from ..partition import assign
 from ..train import checkpoint, preflight, run_dir, trainer
 from ..utils import part_weights
@@ -58,6 +59,7 @@ def roll_out(comm: Comm, job: RolloutJob) -> str:
         return "" if error is None else f"MSE {np.square(error[~conditions.fixed]).mean():.3e}"
 
     with contextlib.ExitStack() as stack, torch.no_grad():
+        stack.enter_context(tiled_layer.tile_threads(job.config.train.threads))
         tick = stack.enter_context(progress_bar("rolling out", job.steps, enabled=comm.rank == 0))
         for step in range(job.steps):
             attribute = conditions.attributes_at(step)

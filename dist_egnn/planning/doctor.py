@@ -201,6 +201,15 @@ def try_dgl() -> str:
     return f"{dgl.__version__} loads and passes messages"
 
 
+def try_native() -> str:
+    from ..ops.native import library
+
+    loaded = library.load()
+    if isinstance(loaded, str):
+        return f"none ({loaded}); models run on the torch engine"
+    return f"kernels for {loaded.level}{', with products in bfloat16' * loaded.bfloat16} (model.engine=auto uses them)"
+
+
 def try_gpu(devices: Path = Path("/dev")) -> str:
     import torch
 
@@ -237,6 +246,7 @@ def _sum_of_ranks(group: Comm) -> float:
 STAGES: dict[str, tuple[Callable[[], str], str]] = {
     "torch": (try_torch, "make setup in a fresh checkout, or pip install --force-reinstall torch==2.13.0"),
     "dgl": (try_dgl, "pip install --force-reinstall --no-deps dgl==1.1.3; only it works with this torch"),
+    "native": (try_native, "install a C++ compiler, then pip install -e . in the checkout"),
     "gpu": (try_gpu, "install a CUDA build of torch that fits the driver (see nvidia-smi), or set train.device=cpu"),
     "group": (try_group, f"check that the interface lo is up and no firewall blocks it; unset {INTERFACE}"),
 }

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from ..config import Config
 from ..data import dataset
@@ -124,11 +123,10 @@ def make_plan(config: Config, say: Say = lambda line: None) -> Plan:
         inputs: list[trial.HaloInputs] = [{}] * parts
         if config.partition.halo == "exchange" and parts > 1:
             inputs = trial.halo_inputs(open_store(source.config.data.path), sorted(source.snapshots))
-        # a run of one process stays in the command's process, with its threads
-        method, threads = ("spawn", torch.get_num_threads()) if parts == 1 else ("forkserver", 1)
+        method = "spawn" if parts == 1 else "forkserver"  # a run of one process stays in the command's process
         trials: list[Trial] = []
         for rank in range(parts):
-            arguments = source.config, rank, parts, snapshots, threads, inputs[rank]
+            arguments = source.config, rank, parts, snapshots, inputs[rank]
             trials += spawn.run_ranks(trial.try_rank, 1, *arguments, start_method=method)
             say(f"rank {rank}: {trials[-1].wall.batch:.3f} s a batch, {trials[-1].peak / 1e9:.2f} GB")
         timings = [(dict.fromkeys(PHASES, 0.0), 0.0)]
@@ -142,11 +140,16 @@ def make_plan(config: Config, say: Say = lambda line: None) -> Plan:
 
 
 class TimeEstimate:
-    """Seconds of a step and of an epoch with validation, by one of the trials' clocks. call_s: of a batch, by phase."""
+    """Seconds of a step and of an epoch with validation, by one of the trials' clocks.
 
-    def __init__(self, config: Config, source: Source, times: list[Times], call_s: dict[str, float]):
+    call_s: of a batch, by phase; used: cores that a process uses.
+    """
+
+    def __init__(
+        self, config: Config, source: Source, times: list[Times], call_s: dict[str, float], used: float = 1.0
+    ) -> None:
         tried = _rows(source.tried).mean(0)  # (P,)
-        self.times, self.call_s, self.cores = times, call_s, resources.available_cores()
+        self.times, self.call_s, self.used, self.cores = times, call_s, used, resources.available_cores()
         self.scale = {name: (_rows(c).mean(0) / tried).tolist() for name, c in source.counts.items()}
         self.batches = {name: -(-len(c) // config.train.batch_size) for name, c in source.counts.items()}
         self.steps = -(-self.batches["train"] // config.train.accumulate)
@@ -154,7 +157,7 @@ class TimeEstimate:
 
     def _slowest(self, work: Sequence[float], loading: Sequence[float]) -> float:
         """Seconds until all of P processes have done ``work``, each with a thread that loads, on the available cores."""
-        return max(*work, *loading, (sum(work) + sum(loading)) / self.cores)
+        return max(*work, *loading, (self.used * sum(work) + sum(loading)) / self.cores)
 
     def batch(self, split: str, fresh: bool) -> float:
         """Seconds of a batch while the next one is read from disk (fresh) or prepared from memory."""
@@ -186,8 +189,9 @@ def step_communication(calls: list[list[Call]], batches: int, parts: int) -> tup
 def combine(config: Config, source: Source, trials: list[Trial], call_s: dict[str, float], peaks: list[float]) -> Plan:
     """The plan from the trials of all ranks and the timing of the group's calls."""
     parts = len(trials)
-    now = TimeEstimate(config, source, [t.wall for t in trials], call_s)
-    idle = TimeEstimate(config, source, [t.cpu for t in trials], call_s)
+    used = max(t.cores for t in trials)
+    now = TimeEstimate(config, source, [t.wall for t in trials], call_s, used)
+    idle = TimeEstimate(config, source, [t.cpu for t in trials], call_s, used)
     total = sum(float(cached_bytes(counts, config).sum()) for counts in source.counts.values())
     fresh = total > dataset.CACHE_BYTES  # not all samples can stay in memory
     batch_rows = min(config.train.batch_size, len(source.snapshots)) * _rows(source.tried).mean(0)  # (P,)

@@ -25,6 +25,7 @@ from ..data.dataset import open_dataset, prefetch
 from ..data.store import Store
 from ..distributed.call_counter import PHASES, Call, SimulatedRank
 from ..distributed.comm import Comm
+from ..ops import tiled_layer
 from ..train import metrics, trainer
 from ..utils import devices, resources
 
@@ -36,6 +37,7 @@ Batches = Sequence[Sequence[int]]  # of snapshots
 # memory of a graph without tiles grows over about twenty steps.
 MIN_BATCHES, MIN_SECONDS, MAX_PASSES = 3, 8.0, 20
 CALL_REPEATS = 10
+CLOCKS = time.perf_counter, time.thread_time, time.process_time
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Trial:
     held_ratio: float  # bytes that a sample occupies per byte that the dataset counts for it
     calls: list[list[Call]]  # of one step on each batch
     fastest: float  # processor seconds of a batch, the mean over batches of the minimum
+    cores: float = 1.0  # that a batch uses
 
 
 def graph_bytes(graph: DGLGraph) -> int:
@@ -102,24 +105,23 @@ def halo_inputs(store: Store, snapshots: Iterable[int]) -> list[HaloInputs]:
 
 
 class _Stopwatch:
-    """Wall seconds and processor seconds of the calling thread, a pair for each run of a named block."""
+    """Wall seconds, and processor seconds of the calling thread and of the process, for each run of a named block."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self.seconds = device, defaultdict[str, list[tuple[float, float]]](list)
+        self._device, self.seconds = device, defaultdict[str, list[tuple[float, ...]]](list)
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        wall, cpu = time.perf_counter(), time.thread_time()
+        started = [clock() for clock in CLOCKS]
         yield
         devices.synchronize(self._device)
-        self.seconds[name].append((time.perf_counter() - wall, time.thread_time() - cpu))
+        self.seconds[name].append(tuple(clock() - start for clock, start in zip(CLOCKS, started, strict=True)))
 
 
-def try_rank(_: Comm, config: Config, rank: int, size: int, batches: Batches, threads: int, halos: HaloInputs) -> Trial:
+def try_rank(_: Comm, config: Config, rank: int, size: int, batches: Batches, halos: HaloInputs) -> Trial:
     """Train rank ``rank`` of ``size`` on batches of snapshots; after each pass over them it also predicts the first one."""
     import torch.utils.tensorboard  # as rank 0 of a run: it takes memory
 
-    torch.set_num_threads(threads)
     group = SimulatedRank(rank, size)
     device = trainer.resolve_device(config, rank)
     samples = open_dataset(config, rank, size)
@@ -158,18 +160,20 @@ def try_rank(_: Comm, config: Config, rank: int, size: int, batches: Batches, th
                 with watch("forward"):
                     model(graph)
 
-    run_pass()  # reads the samples
-    first, watch.seconds = watch.seconds, defaultdict(list)
-    watch.seconds["fresh"] = first["ready"][: len(batches)]
-    started = time.process_time()
-    for _pass in range(MAX_PASSES):
-        run_pass()
-        if len(watch.seconds["batch"]) >= MIN_BATCHES and time.process_time() - started > MIN_SECONDS:
-            break
+    with tiled_layer.tile_threads(config.train.threads):
+        run_pass()  # reads the samples
+        first, watch.seconds = watch.seconds, defaultdict(list)
+        watch.seconds["fresh"] = first["ready"][: len(batches)]
+        started = time.process_time()
+        for _pass in range(MAX_PASSES):
+            run_pass()
+            if len(watch.seconds["batch"]) >= MIN_BATCHES and time.process_time() - started > MIN_SECONDS:
+                break
     graphs = {n: samples[n] for snapshots in batches for n in snapshots}
     counted = sum(samples.size(n, graph) for n, graph in graphs.items())
+    threads = config.train.threads
     one_thread = device.type == "cpu" and threads == 1  # otherwise other threads or the device do the work
-    wall, cpu = zip(*watch.seconds["batch"], strict=True)
+    wall, cpu, of_process = zip(*watch.seconds["batch"], strict=True)
     seconds = cpu if one_thread else wall
     medians = {f.name: np.median(watch.seconds[f.name], 0).tolist() for f in fields(Times)}  # of wall and processor
     return Trial(
@@ -180,6 +184,7 @@ def try_rank(_: Comm, config: Config, rank: int, size: int, batches: Batches, th
         held_ratio=sum(map(graph_bytes, graphs.values())) / max(counted, 1),
         calls=calls,
         fastest=statistics.mean(min(seconds[k :: len(batches)]) for k in range(len(batches))),
+        cores=1.0 if one_thread else min(max(sum(of_process) / sum(wall), 1.0), threads),
     )
 
 

@@ -23,7 +23,8 @@ from ..data.dataset import Dataset, open_dataset, prefetch
 from ..distributed.comm import Comm
 from ..errors import Failure
 from ..models import network
-from ..ops import activation_offload, message_passing
+from ..ops import activation_offload, message_passing, tiled_layer
+from ..ops.native import engine as native_engine
 from ..utils import devices, filesystem, signals
 from ..utils.progress import progress_bar
 from . import checkpoint, diagnostics, losses, metrics
@@ -36,7 +37,9 @@ HISTOGRAM_EVERY = 10  # epochs
 def resolve_device(config: Config, rank: int = 0) -> torch.device:
     """The device of a rank's parameters. Raises Failure if it does not exist or model.engine does not support it."""
     device = devices.resolve(config.train.device, rank)
-    message_passing.resolve_engine(config.model.engine, device)
+    m = config.model
+    obstacle = native_engine.obstacle(m.hidden, torch.float32, device, m.precision != "float32")
+    message_passing.resolve_engine(m.engine, device, obstacle)
     return device
 
 
@@ -258,6 +261,7 @@ def train(world: Comm, config: Config, resume: bool = False) -> dict[str, float]
     trainer = Trainer(comm, config, model, optimizer, samples, fingerprint=checkpoint.fingerprint(samples, comm))
     warning = checkpoint.restore(trainer) if resume else ""
     with ExitStack() as stack:
+        stack.enter_context(tiled_layer.tile_threads(config.train.threads))
         writer = None
         if world.size > 1:  # rank processes receive signals, too
             stack.enter_context(signals.catch_stop_signals())
@@ -281,5 +285,6 @@ def evaluate(world: Comm, config: Config, weights: Path | None, split: str = "te
     if weights is not None:
         model = build_model(config, samples.widths, comm).to(device)
         checkpoint.load_weights(model, checkpoint.load(weights), weights)
-        result[config.model.name] = evaluate_split(model, samples, split, config, comm)
+        with tiled_layer.tile_threads(config.train.threads):
+            result[config.model.name] = evaluate_split(model, samples, split, config, comm)
     return result

@@ -29,6 +29,7 @@ from dist_egnn.evaluate import parallel_check
 from dist_egnn.models import network
 from dist_egnn.models.egnn import EGNNLayer
 from dist_egnn.ops import message_passing, tiled_layer, tiling
+from dist_egnn.ops.native import library as native
 from dist_egnn.train import trainer
 
 TOLERANCE = parallel_check.TOLERANCE
@@ -55,20 +56,31 @@ def read_parts(store: Store, snapshot: int) -> list[DGLGraph]:
 
 
 def parallel_differences(
-    model: torch.nn.Module, whole: DGLGraph, parts: list[DGLGraph], rows: list[torch.Tensor] | None = None
+    model: torch.nn.Module,
+    whole: DGLGraph,
+    parts: list[DGLGraph],
+    rows: list[torch.Tensor] | None = None,
+    whole_model: torch.nn.Module | None = None,
 ) -> dict[str, float]:
     """Differences of a step on parts from one on the whole graph. rows: node numbers of each part, by default gid."""
     many = run_ranks(len(parts), lambda member, copied: step(copied, parts[member.rank], member), model)
-    return differences(step(model, whole, comm.SingleProcess()), many, rows or [part.ndata["gid"] for part in parts])
+    return differences(
+        step(whole_model or model, whole, comm.SingleProcess()), many, rows or [part.ndata["gid"] for part in parts]
+    )
 
 
-def store_differences(store: Store, model: torch.nn.Module, *snapshots: int) -> dict[str, float]:
-    """Differences of the store's parts in halo mode from the full graph, on a batch of snapshots."""
+def store_differences(
+    store: Store, model: torch.nn.Module, *snapshots: int, whole: torch.nn.Module | None = None
+) -> dict[str, float]:
+    """Differences of the store's parts in halo mode from the full graph, on a batch of snapshots.
+
+    whole: the model of the full graph, by default the same.
+    """
     parts = [halo.batch([store.read(n, p, True) for n in snapshots]) for p in range(store.parts)]
     wholes = [store.whole(n, True) for n in snapshots]
     first = np.cumsum([0, *(whole.num_nodes() for whole in wholes[:-1])])
     rows = [torch.cat([g.ndata["gid"] + f for g, f in zip(dgl.unbatch(part), first, strict=True)]) for part in parts]
-    return parallel_differences(model, dgl.batch(wholes), parts, rows)
+    return parallel_differences(model, dgl.batch(wholes), parts, rows, whole)
 
 
 def assert_exact(errors: dict[str, float]) -> None:
@@ -92,16 +104,19 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 OPTIONS = ("model.attention=true", "model.normalize=true", "model.gravity=[0, 0, -1]")
 
 
-@pytest.mark.parametrize(("engine", "threads"), [("dgl", 1), ("torch", 1), ("torch", 2)])
+@pytest.mark.parametrize(("engine", "threads"), [("dgl", 1), ("torch", 1), ("torch", 2), ("native", 1), ("native", 2)])
 @pytest.mark.parametrize("keys", [(), OPTIONS], ids=["plain", "options"])
 @pytest.mark.usefixtures("small_tiles")
 def test_many_tiles_and_batches(make_store: MakeStore, engine: str, threads: int, keys: tuple[str, ...]) -> None:
-    model = model_of("FastEGNN", *keys, f"model.engine={engine}", "model.tile=50")
-    torch.set_num_threads(threads)
-    try:
-        assert_exact(store_differences(Store(make_store(3, "metis")), model, 0, 3, 1))
-    finally:
-        torch.set_num_threads(1)
+    """Several threads compute in their own order and give the same bits. The full graph is computed by torch."""
+    store = Store(make_store(3, "metis"))
+    if engine == "native":
+        if not native.library():
+            pytest.skip("the native kernels are not compiled")
+        keys = (*keys[1:], "model.hidden=16")  # not with attention
+    model, whole = (model_of("FastEGNN", *keys, f"model.engine={name}", "model.tile=50") for name in (engine, "torch"))
+    with tiled_layer.tile_threads(threads):
+        assert_exact(store_differences(store, model, 0, 3, 1, whole=whole))
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -6,6 +6,7 @@ import functools
 import itertools
 from typing import Any
 
+import dgl
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,7 @@ from dgl import DGLGraph
 from dist_egnn.data import fields, graphs
 from dist_egnn.models import network
 from dist_egnn.ops import tiling
+from dist_egnn.ops.native import library as native
 
 SHIFTS = np.array(list(itertools.product((-1, 0, 1), repeat=3)))
 NETWORKS = [m.__name__ for m in network.MODELS.values() if issubclass(m, network.Network)]
@@ -76,7 +78,10 @@ def test_images_of_nodes_and_the_place_of_the_boundary_do_not_matter(name):
     assert np.abs(step(model, graph) - expected).max() > 1e-3
 
 
-@pytest.mark.parametrize("options", [{"tile": 40, "engine": "torch"}, {"tile": 40, "engine": "dgl"}, {"tile": 10**9}])
+@pytest.mark.parametrize(
+    "options",
+    [{"tile": 40, "engine": "torch"}, {"tile": 40, "engine": "dgl"}, {"tile": 10**9}, {"tile": 10, "hidden": 16}],
+)
 @pytest.mark.parametrize("name", PLAIN)
 def test_a_periodic_box_equals_the_middle_one_of_27_images(name, options):
     """In open space among explicit images; two layers do not see beyond them."""
@@ -87,6 +92,22 @@ def test_a_periodic_box_equals_the_middle_one_of_27_images(name, options):
     middle = 25 * SHIFTS.tolist().index([0, 0, 0])
     assert SIDE.min() > 2 * RADIUS
     assert_close(step(model, periodic_graph(nodes)), step(model, block)[middle : middle + 25])
+
+
+@pytest.mark.skipif(native.library() is None, reason="the native kernels are not compiled")
+@pytest.mark.parametrize("tile", [7, 10**9])
+def test_native_kernels_equal_torch(tile):
+    """On a batch of periodic graphs: predictions and gradients."""
+    batch, results = dgl.batch([periodic_graph(random_nodes(n)) for n in (40, 1, 25)]), []
+    for engine in ("native", "torch"):
+        model = make("FastEGNN", hidden=16, tile=tile, engine=engine)
+        x = batch.ndata["x"] = batch.ndata["x"].detach().requires_grad_()
+        predicted, z = model(batch)
+        (predicted.pow(3).sum() + z.pow(3).sum()).backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        results.append([predicted.detach(), z.detach(), x.grad, *gradients])
+    for found, expected in zip(*results, strict=True):
+        assert_close(found.numpy(), expected.numpy(), atol=1e-10 * max(1.0, float(expected.abs().max())))
 
 
 @pytest.mark.parametrize("name", NETWORKS)

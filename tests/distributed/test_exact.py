@@ -23,6 +23,7 @@ from dist_egnn.distributed import comm, spawn
 from dist_egnn.errors import Failure
 from dist_egnn.evaluate import parallel_check
 from dist_egnn.models import network
+from dist_egnn.ops.native import library as native
 from dist_egnn.train import trainer
 
 SETTINGS = ["model.hidden=16", "model.layers=3", "loss.samples=4"]
@@ -31,7 +32,9 @@ OPTIONS = ["model.attention=true", "model.normalize=true", "model.tile=300", "mo
 
 CASES = [(parts, "metis", 1, overrides) for parts in (2, 4) for overrides in ([], OPTIONS)]
 CASES += [(2, "random", 1, []), (2, "morton", 1, []), (2, "metis", 2, []), (4, "metis", 1, ["model.tile=10"])]
-CASES += [(8, "metis", 1, [])]
+CASES += [(8, "metis", 1, []), (2, "metis", 1, ["train.threads=2", "model.tile=20"])]
+if native.library():
+    CASES += [(2, "metis", 1, ["model.engine=native", f"partition.halo={mode}"]) for mode in ("bridge", "exchange")]
 
 
 def differences(store: Path, folder: Path, *overrides: str) -> dict[str, float]:

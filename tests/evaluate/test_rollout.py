@@ -106,8 +106,8 @@ def test_linear_dynamics_in_closed_form(tmp_path: Path, stored: bool) -> None:
 
 
 def plain_loop(run: Path, data: Path, parts: int, repartition: int, method: str) -> list[np.ndarray]:
-    """The positions by one process on the cut graph: the whole graph without the edges that cross a cut."""
-    settings = config.load(run / "config.yaml")
+    """The positions by one process and the torch engine on the cut graph: the whole one without edges that cross a cut."""
+    settings = config.load(run / "config.yaml", ["model.engine=torch"])
     model = trainer.build_model(settings, (2, 1), comm.SingleProcess()).double()
     checkpoint.load_weights(model, checkpoint.load(run / "best.pt"), run / "best.pt")
     file = Trajectories(data)

@@ -11,11 +11,15 @@ from typing import Any
 import build_native
 import hypothesis.strategies as st
 import pytest
+import tiny_runs
 import torch
 from hypothesis import given, settings
 from torch import Tensor
 from torch.nn.functional import silu
 
+from dist_egnn.commands.train import run_training
+from dist_egnn.ops import tiled_layer, tiling
+from dist_egnn.ops.native import library
 from dist_egnn.ops.native.kernels import EdgeBlock, EdgeKernel, EdgeMeans, PairKernel, PairSums
 from dist_egnn.ops.native.library import LEVELS as ALL_LEVELS
 from dist_egnn.ops.native.library import Library, load
@@ -144,7 +148,7 @@ def test_edges(level: str, dtype: torch.dtype, hidden: int) -> None:
     n=st.integers(1, 30),
     sources=st.integers(1, 30),
     edges=st.integers(0, 300),
-    hidden=st.sampled_from(range(16, 145, 16)),
+    hidden=st.sampled_from(range(16, 257, 16)),
     attributes=st.integers(0, 4),
     periodic=st.booleans(),
     normalize=st.booleans(),
@@ -205,14 +209,21 @@ def test_pairs_of_any_shape(seed: int, n: int, graphs: int, count: int, hidden: 
     check_pairs(LOADED, pair_case(seed, n, graphs, count, hidden, torch.float64, features), features, 1e-11)
 
 
-@pytest.mark.parametrize("where", range(4))
-def test_nan_in_is_nan_out(where: int) -> None:
+@pytest.mark.parametrize("where", range(12))
+@pytest.mark.parametrize("low", [False, True])
+def test_nan_in_is_nan_out(where: int, low: bool) -> None:
+    """In results and in gradients, whichever input it is."""
     assert isinstance(LOADED, Library)
-    block, tensors = edge_case(3, 5, 5, 40, 16, 1, torch.float32, False)
-    tensors[where][int(block.source[0])] = float("nan")
-    dx, m = EdgeMeans.apply(EdgeKernel(LOADED, block, False, False, True), *tensors)
-    assert dx.isnan().any()
-    assert m.isnan().any()
+    block, tensors = edge_case(3, 5, 5, 40, 16, 1, torch.float32, True)
+    _, pairs = pair_case(3, 5, 1, 3, 16, torch.float32, True)
+    kernels = EdgeKernel(LOADED, block, False, low, True), PairKernel(LOADED, None, low, True)
+    for function, kernel, inputs in zip((EdgeMeans, PairSums), kernels, (tensors, pairs), strict=True):
+        if where < len(inputs):
+            inputs[where].view(-1)[3 if function is PairSums or where < 4 else 0] = float("nan")
+            results = function.apply(kernel, *[t.requires_grad_() for t in inputs])  # type: ignore[attr-defined]
+            assert results[0].isnan().any()
+            sum(t.sum() for t in results).backward()
+            assert any(t.grad.isnan().any() for t in inputs[-3:])
 
 
 @pytest.mark.skipif(not getattr(LOADED, "bfloat16", False), reason="the processor multiplies no bfloat16")
@@ -225,12 +236,35 @@ def test_products_in_bfloat16_are_near_those_in_float() -> None:
 
 
 def test_a_compiler_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It leaves no library of another source."""
     for command, says in (("false", "false failed: exit code 1"), ("/nowhere/c++", "/nowhere/c\\+\\+: ")):
+        (tmp_path / "message_mlp.base.so").touch()
         monkeypatch.setenv("CXX", command)
         with pytest.raises(RuntimeError, match=says) as failed:
             build_native.build(tmp_path)
         assert "\n" not in str(failed.value)
-    assert not list(tmp_path.iterdir())
+        assert [file.name for file in tmp_path.iterdir()] == [build_native.REASON]
+
+
+def test_libraries_of_another_source_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = tmp_path / "message_mlp.cpp"
+    changed.write_text(build_native.SOURCE.read_text() + "// changed")
+    monkeypatch.setattr(library, "SOURCE", changed)
+    assert str(library.load.__wrapped__()).startswith("compiled from another version of message_mlp.cpp: run pip")
+
+
+def test_training_with_any_number_of_threads_gives_the_same_bits(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiling, "MAX_UNTILED_BLOCKS", 0)
+    counts, pool = [], tiled_layer._pool
+    monkeypatch.setattr(tiled_layer, "_pool", lambda threads: (counts.append(threads), pool(threads))[1])
+    keys = ["model.hidden=16", "model.layers=2", "model.tile=32", "model.engine=native", "train.epochs=2"]
+    for threads in (1, 2, 3):
+        run_training(tiny_runs.settings(small, tmp_path / str(threads), *keys, f"train.threads={threads}"))
+    assert set(counts) == {2, 3}
+    for threads in (2, 3):
+        tiny_runs.assert_same(tmp_path / "1", tmp_path / str(threads))
 
 
 def test_memory_errors_and_undefined_behaviour(tmp_path: Path) -> None:

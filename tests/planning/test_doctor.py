@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from unittest.mock import Mock
 
+import build_native
 import dgl
 import pytest
 import torch
@@ -21,6 +22,7 @@ from dist_egnn import cli
 from dist_egnn.distributed import spawn
 from dist_egnn.errors import Failure
 from dist_egnn.ops import message_passing
+from dist_egnn.ops.native import library
 from dist_egnn.planning import doctor
 from dist_egnn.planning.doctor import Finding
 
@@ -144,6 +146,22 @@ def test_a_stage_that_stops_is_named(script: str, text: str) -> None:
     assert "dgl==1.1.3" in findings[1].remedy
 
 
+def test_native_kernels_or_why_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = tmp_path / "not_compiled.txt"
+    monkeypatch.setattr(library, "load", Mock(return_value=Mock(level="avx2", bfloat16=False)))
+    assert doctor.try_native() == "kernels for avx2 (model.engine=auto uses them)"
+    monkeypatch.undo()
+    monkeypatch.setenv("CXX", "false")
+    with pytest.raises(RuntimeError):
+        build_native.build(tmp_path)
+    monkeypatch.setattr(library, "REASON", reason)
+    monkeypatch.setattr(library, "LEVELS", ("none",))
+    monkeypatch.setattr(library, "load", library.load.__wrapped__)
+    assert doctor.try_native() == "none (not compiled: false failed: exit code 1); models run on the torch engine"
+    reason.unlink()
+    assert "pip install -e ." in doctor.try_native()
+
+
 def test_a_stage_that_computes_wrong_results_is_a_problem(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -162,5 +180,5 @@ def test_a_stage_that_computes_wrong_results_is_a_problem(
     monkeypatch.setattr(dgl.DGLGraph, "update_all", lambda graph, *_: graph.ndata.update(y=torch.zeros(2)))
     doctor.run_stages()
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [one["state"] for one in lines] == ["ok", "problem", "problem", "problem"]
+    assert [one["state"] for one in lines] == ["ok", "problem", "ok", "problem", "problem"]
     assert [one["check"] for one in lines] == list(doctor.STAGES)

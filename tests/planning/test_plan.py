@@ -80,7 +80,7 @@ def test_sums_and_exchanges_are_those_of_a_run(make_store: Any, monkeypatch: Any
     inputs = trial.halo_inputs(Store(config.data.path), snapshots) if mode == "exchange" else [{}] * parts
     for rank, steps in enumerate(real):
         batches = [[n] for n in snapshots]
-        calls = trial.try_rank(comm.SingleProcess(), config, rank, parts, batches, 1, inputs[rank]).calls
+        calls = trial.try_rank(comm.SingleProcess(), config, rank, parts, batches, inputs[rank]).calls
         assert [[(c.phase, c.sent(parts)) for c in step] for step in calls] == steps
         count, payload, wire = plan.step_communication(calls, 2, parts)
         sizes = [size for step in steps for phase, size in step for _ in range(1 if phase == "gradients" else 2)]

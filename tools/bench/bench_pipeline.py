@@ -19,7 +19,6 @@ from dist_egnn.data import graphs, halo
 from dist_egnn.data.dataset import open_dataset
 from dist_egnn.data.store import Store
 from dist_egnn.distributed import comm, spawn
-from dist_egnn.ops import message_passing, tiling
 from dist_egnn.train import trainer
 
 
@@ -50,7 +49,6 @@ def _measure_rank(group: comm.Comm, config: Config, repeats: int) -> dict[str, f
     fresh_s = step_seconds(trainer.prepared_batches(model, dataset, [[n] for n in numbers[: repeats + 1]]))
     # steps on the fixed graph are timed before and after, so that a change of the machine's speed does not favour one
     steps = {"fixed_s": (before + step_seconds(fixed)) / 2, "fresh_s": fresh_s}
-    engine = message_passing.resolve_engine(config.model.engine)
     store = Store(config.data.path)
     stages: dict[str, list[float]] = {"read_s": [], "graph_s": [], "tiles_s": [], "edges_s": []}
     for number in numbers[1 : repeats + 1]:
@@ -59,7 +57,7 @@ def _measure_rank(group: comm.Comm, config: Config, repeats: int) -> dict[str, f
         times.append(time.perf_counter())
         graph = store.read(number, group.rank, exchange=halo.get(first) is not None)
         times.append(time.perf_counter())
-        tiling.tiles_of(graph, engine, config.model.tile)
+        model.prepare(graph)
         times.append(time.perf_counter())
         graphs.radius_edges(graph.ndata["x"].numpy(), store.inputs["radius"])
         times.append(time.perf_counter())

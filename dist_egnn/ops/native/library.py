@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import zlib
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+SOURCE, REASON = (Path(__file__).with_name(name) for name in ("message_mlp.cpp", "not_compiled.txt"))
 LEVELS = ("base", "avx2", "avx512", "avx512bf16")  # in ascending order; other processors than x86 have the first alone
 
 
@@ -27,10 +29,14 @@ class Library:
 @cache
 def load() -> Library | str:
     """The library for the best instruction set of this processor, or one line that says why there is none."""
+    remedy = "run pip install -e . with a C++ compiler"
     try:
-        return Library(LEVELS[Library(LEVELS[0]).functions.processor_level()])
-    except (OSError, AttributeError):
-        return "not compiled: install a C++ compiler, then `pip install -e .` again"
+        loaded = Library(LEVELS[Library(LEVELS[0]).functions.processor_level()])
+        if loaded.functions.source_sum() & 0xFFFFFFFF == zlib.crc32(SOURCE.read_bytes()):
+            return loaded
+        return f"compiled from another version of {SOURCE.name}: {remedy}"
+    except (OSError, AttributeError):  # the tool that compiles them wrote why it failed
+        return f"not compiled: {REASON.read_text() if REASON.is_file() else remedy}"
 
 
 def library() -> Library | None:

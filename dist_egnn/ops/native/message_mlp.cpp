@@ -24,6 +24,9 @@
 #ifndef VECTOR_BYTES
 #define VECTOR_BYTES 16
 #endif
+#ifndef SOURCE_SUM
+#define SOURCE_SUM 0
+#endif
 #ifndef PANEL  // vectors of a register block
 #define PANEL 2
 #endif
@@ -820,6 +823,7 @@ int linear_forward_f64(const Linear* g) { return guarded(linear_forward<double>,
 int linear_backward_f32(const Linear* g) { return guarded(linear_backward<float>, g); }
 int linear_backward_f64(const Linear* g) { return guarded(linear_backward<double>, g); }
 
+int source_sum() { return static_cast<int>(SOURCE_SUM); }  // checksum of this file, for library.py
 int has_bfloat16_products() { return has_bfloat16; }
 int64_t size_of_arguments(int which) { return which == 2 ? sizeof(Linear) : which ? sizeof(Pairs) : sizeof(Edges); }  // for kernels.py's tests
 
