@@ -83,9 +83,7 @@ TYPED += [("model.tanh", "1", None), ("run.dir", "~", None), ("run.dir", "null",
 
 @pytest.mark.parametrize("in_file", [False, True])
 @pytest.mark.parametrize(("key", "text", "value"), TYPED)
-def test_values_are_read_by_the_type_of_their_key(
-    tmp_path: Path, in_file: bool, key: str, text: str, value: object
-) -> None:
+def test_values_are_read_by_the_type_of_their_key(tmp_path, in_file, key, text, value):
     """Not by YAML's guess; a value of None is refused, unless the key has null."""
     section, name = key.split(".")
     given = write(tmp_path, f"{section}:\n  {name}: {text}\n") if in_file else None

@@ -11,6 +11,7 @@ import torch
 from small_data import DATA
 
 from dist_egnn import config
+from dist_egnn.commands import train
 from dist_egnn.train import checkpoint, trainer
 
 PLAIN_STEPS, PLAIN_TRAIN = trainer.Trainer.steps, trainer.train
@@ -47,6 +48,11 @@ def assert_same(run: Path, other: Path) -> None:
 
 def file_contents(run: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in run.iterdir() if file.is_file()}
+
+
+def resume_training(run: Path, overrides: list[str]) -> dict[str, float]:
+    """As `distegnn train --resume`."""
+    return train.run_training(train.resumed_config(run, overrides), resume=True)
 
 
 class ActAfterStep:

@@ -73,8 +73,3 @@ def resumed_config(run: Path, overrides: Sequence[str]) -> Config:
         raise Failure(f"override 'run.dir': --resume continues in {run}; copy that folder to continue elsewhere")
     config.run.dir = str(run)
     return config
-
-
-def resume_training(run: Path, overrides: Sequence[str]) -> dict[str, float]:
-    """Continue a run with its own config, changed by the overrides."""
-    return run_training(resumed_config(run, overrides), resume=True)

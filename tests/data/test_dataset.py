@@ -42,9 +42,7 @@ def recorded_train(folder: Path, comm: Any, *given: Any) -> Any:
 
 
 @pytest.mark.parametrize(("parts", "partitioned"), [(1, True), (2, True), (2, False)])
-def test_the_command_and_each_rank_open_a_store_once(
-    make_store: MakeStore, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parts: int, partitioned: bool
-) -> None:
+def test_the_command_and_each_rank_open_a_store_once(make_store, small, tmp_path, monkeypatch, parts, partitioned):
     store = tmp_path / "run" / "store"
     data = Path(shutil.copytree(make_store(parts, "random"), tmp_path / "data")) if partitioned else small
     config = settings(data, tmp_path / "run", "train.epochs=1", f"partition.parts={parts}", "partition.method=random")

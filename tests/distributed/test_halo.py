@@ -33,9 +33,7 @@ def _each_tiled(group: comm.Comm, settings: dict[str, config.Config], path: str,
 
 
 @pytest.mark.parametrize(("parts", "names"), [(2, ["EGNN", "FastTFN"]), (4, ["FastEGNN", "RF"]), (8, ["FastEGNN"])])
-def test_many_processes_equal_one_on_the_full_graph(
-    make_store: Callable[..., Path], tmp_path: Path, parts: int, names: list[str]
-) -> None:
+def test_many_processes_equal_one_on_the_full_graph(make_store, tmp_path, parts, names):
     settings = {name: config.load(None, [f"model.name={name}", *SMALL, "model.tile=60"]) for name in names}
     store = Store(make_store(parts, "metis"))
     for name in settings:

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_runs import PLAIN_TRAIN, ActAfterStep, assert_same, outcome, settings
+from tiny_runs import PLAIN_TRAIN, ActAfterStep, assert_same, outcome, resume_training, settings
 
 from dist_egnn import config
 from dist_egnn.commands.evaluate import run_evaluation
-from dist_egnn.commands.train import resume_training, run_training
+from dist_egnn.commands.train import run_training
 from dist_egnn.data import dataset
 from dist_egnn.data.store import Store
 from dist_egnn.distributed import comm, spawn

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
@@ -32,13 +31,17 @@ from dist_egnn.train import trainer as training
 LIMIT_S = 120.0
 MakeStore = Callable[..., Path]
 HOST = "127.0.0.1"
+HOST_IN_PROC = f"{int.from_bytes(socket.inet_aton(HOST), sys.byteorder):08X}"
 
 pytestmark = pytest.mark.skipif(not graph_server.SHARED.is_dir(), reason="DGL's servers share graphs through /dev/shm")
 
 
-def listening_addresses(pid: int | None = None) -> set[str]:
-    """The addresses on which a process, by default this one, listens for TCP."""
-    return {c.laddr.ip for c in psutil.Process(pid).net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+def listening_addresses(pid: int | str = "self") -> set[str]:
+    """The addresses on which a process listens for TCP, as /proc writes them: hexadecimal, in the host's byte order."""
+    sockets = {file.resolve().name for file in Path(f"/proc/{pid}/fd").iterdir()}
+    lines = [line for table in Path(f"/proc/{pid}/net").glob("tcp*") for line in table.read_text().splitlines()[1:]]
+    rows = [row for row in map(str.split, lines) if row[3] == "0A" and f"socket:[{row[9]}]" in sockets]  # 0A: LISTEN
+    return {row[1].partition(":")[0] for row in rows}
 
 
 def config_of(path: Path, run: Path) -> config.Config:
@@ -66,7 +69,7 @@ def trainer(path: str, rank: str, ip_config: str, group: str, port: str, run: st
     assert type(store.source) is graph_server.ServerSource
     for machine in range(store.machines):
         assert equal(store.source.part("shard-00000", machine), store.disk.part("shard-00000", machine)), machine
-    assert listening_addresses() == {HOST}  # torch's store on rank 0, gloo's and DGL's sockets on all
+    assert listening_addresses() == {HOST_IN_PROC}  # torch's store on rank 0, gloo's and DGL's sockets on all
     training.train(trainers, config_of(Path(path), Path(run)))
     graph_server.leave(0)
 
@@ -131,7 +134,7 @@ def running_servers(path: Path, folder: Path) -> Iterator[Cluster]:
         for machine, address in enumerate(cluster.addresses):
             size = sum(file.stat().st_size for file in address.files())
             assert size <= graph_server.shared_bytes(cluster.store, machine) <= 1.2 * size + (64 << 10)
-            assert listening_addresses(servers[machine].pid) == {HOST}
+            assert listening_addresses(servers[machine].pid) == {HOST_IN_PROC}
         yield cluster
         for server in servers:
             if server.poll() is None:
@@ -197,9 +200,7 @@ def test_killed_trainers_and_servers(one: Path, tmp_path: Path) -> None:
             other.unlink()
 
 
-def test_what_a_server_refuses(
-    one: Path, make_store: MakeStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_a_server_refuses(one, make_store, tmp_path, monkeypatch):
     ip_config = tmp_path / "ip.txt"
     ip_config.write_text(f"{HOST} {free_ports(1)[0]}\n")
     damaged = Path(shutil.copytree(one, tmp_path / "damaged"))

@@ -153,9 +153,7 @@ def test_edges(level: str, dtype: torch.dtype, hidden: int) -> None:
     periodic=st.booleans(),
     normalize=st.booleans(),
 )
-def test_edges_of_any_shape(
-    seed: int, n: int, sources: int, edges: int, hidden: int, attributes: int, periodic: bool, normalize: bool
-) -> None:
+def test_edges_of_any_shape(seed, n, sources, edges, hidden, attributes, periodic, normalize):
     """Also no edge, one node, isolated nodes, coincident nodes."""
     assert isinstance(LOADED, Library)
     check_edges(
@@ -253,9 +251,7 @@ def test_libraries_of_another_source_are_not_used(tmp_path: Path, monkeypatch: p
     assert str(library.load.__wrapped__()).startswith("compiled from another version of message_mlp.cpp: run pip")
 
 
-def test_training_with_any_number_of_threads_gives_the_same_bits(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_with_any_number_of_threads_gives_the_same_bits(small, tmp_path, monkeypatch):
     monkeypatch.setattr(tiling, "MAX_UNTILED_BLOCKS", 0)
     counts, pool = [], tiled_layer._pool
     monkeypatch.setattr(tiled_layer, "_pool", lambda threads: (counts.append(threads), pool(threads))[1])

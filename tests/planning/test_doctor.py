@@ -162,9 +162,7 @@ def test_native_kernels_or_why_there_are_none(tmp_path: Path, monkeypatch: pytes
     assert "pip install -e ." in doctor.try_native()
 
 
-def test_a_stage_that_computes_wrong_results_is_a_problem(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_stage_that_computes_wrong_results_is_a_problem(monkeypatch, capsys, tmp_path):
     assert "none" in doctor.try_gpu(tmp_path)
     (tmp_path / "nvidia0").touch()
     with pytest.raises(Failure, match="torch cannot use it"):

@@ -235,9 +235,7 @@ def test_repetitions_alternate() -> None:
     assert [len(each) for each in seconds.values()] == [3, 3]
 
 
-def test_a_long_pass_is_measured_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_long_pass_is_measured_once(tmp_path, monkeypatch, capsys):
     """One pass of each kind with progress events: a tile's update counts 1 forward and 3 backward."""
     monkeypatch.setattr(bench_worker, "LONG_S", 0.0)
     monkeypatch.setattr(tiling, "MAX_UNTILED_BLOCKS", 0)

@@ -12,11 +12,11 @@ import pandas as pd
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny_runs import PLAIN_TRAIN, ActAfterStep, settings
+from tiny_runs import PLAIN_TRAIN, ActAfterStep, resume_training, settings
 from torch.optim import lr_scheduler
 
 from dist_egnn import config
-from dist_egnn.commands.train import resume_training, run_training
+from dist_egnn.commands.train import run_training
 from dist_egnn.errors import Failure
 from dist_egnn.train import checkpoint, trainer
 from dist_egnn.train.state import TrainingState

@@ -20,11 +20,11 @@ import pytest
 import torch
 import yaml
 from small_data import falling_swirl
-from tiny_runs import PLAIN_TRAIN, ActAfterStep, assert_same, file_contents, settings
+from tiny_runs import PLAIN_TRAIN, ActAfterStep, assert_same, file_contents, resume_training, settings
 
 from dist_egnn import cli, config
 from dist_egnn.commands.evaluate import run_evaluation
-from dist_egnn.commands.train import resume_training, run_training
+from dist_egnn.commands.train import run_training
 from dist_egnn.data.trajectories import Writer
 from dist_egnn.distributed import spawn
 from dist_egnn.errors import Failure

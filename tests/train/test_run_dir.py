@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from tiny_runs import PLAIN_STEPS, assert_same, file_contents, settings
+from tiny_runs import PLAIN_STEPS, assert_same, file_contents, resume_training, settings
 
 from dist_egnn.commands.evaluate import run_evaluation
-from dist_egnn.commands.train import resume_training, run_training
+from dist_egnn.commands.train import run_training
 from dist_egnn.errors import Failure
 from dist_egnn.train import checkpoint, run_writer, trainer
 from dist_egnn.utils import filesystem
