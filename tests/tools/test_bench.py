@@ -118,16 +118,9 @@ def step(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_step_reports_options_times_and_memory(step: dict[str, Any]) -> None:
-    expected = {
-        "nodes": 400,
-        "edges": 5840,
-        "degree": 14.6,
-        "hidden": 64,
-        "layers": 4,
-        "virtual_nodes": 3,
-        "threads": 1,
-    }
-    expected |= {"engine": "auto", "device": "cpu", "precision": "float32", "repeats": 1, "kept": "", "place": ""}
+    expected = {"nodes": 400, "edges": 5840, "degree": 14.6, "hidden": 64, "layers": 4, "virtual_nodes": 3}
+    expected |= {"engine": "auto", "device": "cpu", "precision": "float32", "threads": 1, "repeats": 1}
+    expected |= {"kept": "", "place": ""}
     assert {key: step[key] for key in expected} == expected
     assert list(step["peers"]) == ["untiled", "EGNNConv", "plain"]
     for row in (step, *step["peers"].values()):
@@ -331,9 +324,8 @@ def test_comm_counts_the_formula(parts: int, count: int) -> None:
         assert result["phases"][phase]["floats"] == [numbers] * 3
         assert result["phases"][phase]["bytes"] == 3 * numbers * 4
     model = network.EGNN(3, 2, 2, hidden=16, layers=3, virtual_nodes=count)
-    assert sum(result["phases"]["gradients"]["floats"]) == (parts - 1) * (
-        sum(p.numel() for p in model.parameters()) + 3
-    )  # loss, MSE, stop
+    gradients = sum(p.numel() for p in model.parameters()) + 3  # and loss, MSE, stop
+    assert sum(result["phases"]["gradients"]["floats"]) == (parts - 1) * gradients
 
 
 def test_partition_shows_every_method() -> None:
@@ -398,10 +390,9 @@ def test_invalid_options_fail_before_any_work(line: str, message: str, monkeypat
 
 def test_a_failed_worker_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_step, "check_options", lambda *_: None)
+    options = bench_step.Options(nodes=50, degree=5, hidden=4, layers=1, tile=0, repeats=1)
     with pytest.raises(Failure, match=r"'ours': model\.tile=0: must be at least 1"):
-        bench_step.measure_step(
-            bench_step.Options(nodes=50, degree=5, hidden=4, layers=1, tile=0, repeats=1), peers=False
-        )
+        bench_step.measure_step(options, peers=False)
 
 
 SMALLER = {
@@ -420,12 +411,9 @@ def test_the_example_of_each_help_runs(name: str, monkeypatch: pytest.MonkeyPatc
     assert set(SMALLER) == set(typer.main.get_command(bench_cli.app).commands)
     monkeypatch.setattr(bench_batch, "MAX_REPEATS", 1)
     monkeypatch.setattr(bench_batch, "SINGLE_NODES", (100, 3000))
-    monkeypatch.setattr(
-        bench_step, "measure_in_process", lambda timed, folder: bench_worker.measure_variants(folder, timed)
-    )
-    example = (
-        CliRunner().invoke(bench_cli.app, [name, "--help"], env={"COLUMNS": "80"}).output.partition("Example: ")[2]
-    )
+    monkeypatch.setattr(bench_step, "measure_in_process", lambda *given: bench_worker.measure_variants(*given[::-1]))
+    text = CliRunner().invoke(bench_cli.app, [name, "--help"], env={"COLUMNS": "80"}).output
+    example = text.partition("Example: ")[2]
     words = shlex.split(re.sub(r"--nodes \d+", "--nodes 300", re.sub(r"\\\s*\n", " ", example)) + " " + SMALLER[name])
     assert words[:2] == ["python", "tools/bench"]
     result = CliRunner().invoke(bench_cli.app, words[2:])
