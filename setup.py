@@ -10,7 +10,9 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-(VERSION,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "dist_egnn" / "__init__.py").read_text(), re.M)
+(VERSION,) = re.findall(
+    r'^__version__ = "(.+)"$', (ROOT / "dist_egnn" / "__init__.py").read_text(encoding="utf-8"), re.M
+)
 
 VIZ = ["matplotlib>=3.8,<4"]
 TFN = ["e3nn>=0.5.9,<0.6"]  # 0.5.9 is what was tried: nn/tfn.py sets its jit_mode

@@ -14,7 +14,7 @@ from typer import Argument, Option, Typer
 
 from . import config as configs
 from .errors import Failure
-from .utils.console import example
+from .utils.console import check_output, example, guard_streams
 
 # one thread per process unless the user sets another number: DGL's kernels slow down when threads outnumber cores
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -296,6 +296,7 @@ def sweep(
 def config(overrides: Overrides = None) -> None:
     """Print every config key with its default."""
     print(configs.to_yaml(configs.load(None, overrides or ())), end="")
+    check_output()
 
 
 def console(commands: Callable[..., Any] = app) -> None:
@@ -312,6 +313,7 @@ def console(commands: Callable[..., Any] = app) -> None:
 
 def main(commands: Callable[..., Any] = app) -> None:
     """Exit codes: 0 done, 2 an error that the user can fix, 75 stopped with a checkpoint, 130 interrupted, 1 others."""
+    guard_streams()
     # a shell replaces ~ only at the start of a word
     home = [
         re.sub(r"(?<==)~[^/]*", lambda user: os.path.expanduser(user[0]), w, count=1) if w[:2] == "--" else w

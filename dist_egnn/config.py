@@ -67,10 +67,10 @@ class Data:
 
     path: str = _key("", "trajectories.h5, or a store that `distegnn partition` wrote")
     radius: float = _key(math.inf, "edges join nodes up to this distance; .inf for the complete graph", RADIUS)
-    horizon: int = _key(10, "frames from input to target (Δt)", _least(1))
+    horizon: int = _key(10, "frames from input to target", _least(1))
     features: list[str] | None = _key(None, "node attributes, 'speed' or 'NAME/max'; null: all attributes and speed")
     node_attributes: list[str] = _key([], "node attributes that every layer reads (a)")
-    edge_drop: float = _key(0.0, "fraction p of the longest edges to drop, 0 … 1", FRACTION)
+    edge_drop: float = _key(0.0, "fraction p of the longest edges to drop, 0 to 1", FRACTION)
     periodic: bool = _key(False, "also join nodes across the boundary of a periodic box, by the nearest image")
     fixed: str = _key(
         "", "nodes that do not move, left out of loss and errors: attribute NAME ≠ 0, or NAME=VALUE", FIXED
@@ -102,11 +102,11 @@ class Model:
     virtual_nodes: int = _key(3, "virtual nodes C, for models that have them", _least(1))
     normalize: bool = _key(False, "divide x_i - x_j by its length")
     attention: bool = _key(False, "weight messages by a learned gate")
-    tanh: bool = _key(False, "bound φ_x by tanh")
+    tanh: bool = _key(False, "bound phi_x by tanh")
     basis: int = _key(20, "SchNet, TFN: radial basis functions of the distance", _least(1))
     cutoff: float | None = _key(None, "SchNet, TFN: cutoff of the basis; null: data.radius, 10 if .inf", CUTOFF)
     channels: int = _key(16, "TFN: vector features (degree 1) per node", _least(1))
-    gravity: list[float] | None = _key(None, "constant vector g: adds φ_g(h) g, equivariant about g only", VECTOR)
+    gravity: list[float] | None = _key(None, "constant vector g: adds phi_g(h) g, equivariant about g only", VECTOR)
     precision: str = _key("float32", "float32, or bf16-messages: messages in bfloat16, positions in float32")
     engine: str = _key("auto", "message passing: native, torch, dgl or auto (native where it applies, else torch)")
     tile: int = _key(8192, "edges per tile, rows of the largest arrays; less takes less memory", _least(1))
@@ -114,10 +114,10 @@ class Model:
 
 @dataclass
 class Loss:
-    """MSE + mmd · MMD."""
+    """MSE + mmd * MMD."""
 
-    mmd: float = _key(0.01, "weight λ of the MMD between virtual nodes and targets; 0: none", _least(0))
-    sigma: float = _key(1.5, "width σ of the kernel", POSITIVE)
+    mmd: float = _key(0.01, "weight of the MMD between virtual nodes and targets; 0: none", _least(0))
+    sigma: float = _key(1.5, "width of the kernel", POSITIVE)
     samples: int = _key(3, "targets sampled per virtual node", _least(1))
     kernel: str = _key("laplacian", "laplacian (the authors' code) or gaussian (the paper)", _choice(*KERNELS))
 

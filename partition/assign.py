@@ -11,6 +11,7 @@ import importlib.util
 import math
 import os
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +33,7 @@ MAX_IMBALANCE = 1.05  # of a balanced method: nodes of the largest part / mean
 WEIGHT_TOLERANCE = 0.02  # relative error of a weighted part's size; machine and trainer levels together stay within 5%
 M_PERTURB = -6  # <malloc.h>: fill memory on malloc (with the value's complement) and on free
 LANDMARKS = 2000  # nodes that spectral clustering sees; its eigenvectors cost far more than the rest
+_process_wide = threading.Lock()  # standard error and malloc's settings belong to all threads
 Weights = Sequence[float] | None  # (parts,) in any unit; None: equal parts
 
 
@@ -192,22 +194,24 @@ def _pymetis(nodes: int, src: Array, dst: Array, sizes: Array) -> Array:
 
 @contextlib.contextmanager
 def _silent_and_repeatable() -> Iterator[None]:
-    """Drop Python's standard output and the process's standard error; make malloc return zeroed memory (glibc only).
+    """Drop what DGL prints and the process's standard error; make malloc return zeroed memory (glibc only).
 
     When it drops edges of a coarse graph, DGL's METIS takes a median beyond the end of what it wrote. Blocks in a
     thread's cache (tcache) are not zeroed: `cli.console` switches it off, and a new thread's is almost empty.
     """
-    sys.stderr.flush()
-    stderr = os.dup(2)
-    try:
-        with open(os.devnull, "w") as sink, contextlib.redirect_stdout(sink):
+    with _process_wide, open(os.devnull, "wb") as sink:
+        if sys.stderr:
+            sys.stderr.flush()
+        stderr = os.dup(2)
+        dgl.partition.print = lambda *_: None  # other threads may print
+        try:
             os.dup2(sink.fileno(), 2)
             memory.mallopt(M_PERTURB, 255)
             yield
-    finally:
-        memory.mallopt(M_PERTURB, 0)
-        os.dup2(stderr, 2)
-        os.close(stderr)
+        finally:
+            memory.mallopt(M_PERTURB, 0)
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 def _random(problem: Problem) -> Array:

@@ -159,13 +159,17 @@ def _write_shard(folder: Path, spool: Path, indices: range, counts: Array) -> No
         save_verified(part / "edge_feat.dgl", 0, partial(dgl.data.utils.save_tensors, tensor_dict={}))
         files = {"node_feats": "node_feat", "edge_feats": "edge_feat", "part_graph": "graph"}
         meta[f"part-{p}"] = {key: f"part{p}/{name}.dgl" for key, name in files.items()}
-    (folder / f"{GRAPH}.json").write_text(json.dumps(meta, indent=1))
+    (folder / f"{GRAPH}.json").write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
 def _names_inputs(file: Path, inputs: Inputs) -> bool:
     """Whether a manifest.yaml or an unfinished run's inputs.json exists and names these inputs."""
     try:
-        stored = yaml.safe_load(file.read_text())["inputs"] if file.suffix == ".yaml" else json.loads(file.read_text())
+        stored = (
+            yaml.safe_load(file.read_text(encoding="utf-8"))["inputs"]
+            if file.suffix == ".yaml"
+            else json.loads(file.read_text(encoding="utf-8"))
+        )
         return DEFAULT_INPUTS | stored == inputs.plain()
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return False
@@ -221,7 +225,7 @@ def _write_shards(
                 if not mark.is_file():
                     row = snapshot.write_parts(data, selected[index], index, inputs, spool)
                     replace_file(mark, json.dumps(row).encode())
-                rows.append(json.loads(mark.read_text()))
+                rows.append(json.loads(mark.read_text(encoding="utf-8")))
                 progress(index + 1, len(selected))
             shutil.rmtree(work / shard, ignore_errors=True)
             counts = np.reshape([row["parts"] for row in rows], (len(rows), inputs.parts, inputs.trainers, 4)).sum(2)
@@ -231,7 +235,7 @@ def _write_shards(
             for file in spool.iterdir():
                 file.unlink()
         progress(indices.stop, len(selected))
-        shards.append(json.loads(complete.read_text()))
+        shards.append(json.loads(complete.read_text(encoding="utf-8")))
     return shards
 
 
@@ -247,7 +251,7 @@ def _finish(work: Path, out: Path, inputs: Inputs, shards: list[dict[str, Any]])
     files.update({name: sha256(work / name) for name in ("snapshots.csv", "parts.csv")})
     versions = {"dist_egnn": __version__} | {module.__name__: str(module.__version__) for module in (dgl, torch, np)}
     manifest = {"format": FORMAT, "version": VERSION, "inputs": inputs.plain(), "versions": versions, "files": files}
-    (work / "manifest.yaml").write_text(yaml.safe_dump(manifest, sort_keys=False))
+    (work / "manifest.yaml").write_text(yaml.safe_dump(manifest, sort_keys=False), encoding="utf-8")
     shutil.rmtree(work / "spool")
     for file in [*work.glob("shard-*.json"), work / "inputs.json"]:  # inputs.json last, see _open_folder
         file.unlink()

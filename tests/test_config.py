@@ -99,7 +99,7 @@ def test_values_are_read_by_the_type_of_their_key(tmp_path, in_file, key, text, 
 def test_recipes_load(path: Path) -> None:
     config = load(path)
     assert config.data.path.startswith(("recipes/", "data/"))
-    for section, entries in yaml.safe_load(path.read_text()).items():
+    for section, entries in yaml.safe_load(path.read_text(encoding="utf-8")).items():
         for name, value in entries.items():
             assert attrgetter(f"{section}.{name}")(config) == value
 

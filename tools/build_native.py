@@ -68,7 +68,7 @@ def _compile(command: list[str], folder: Path) -> list[Path]:
         partial = target.with_suffix(f".{os.getpid()}.partial")
         words = [*command, *FLAGS.split(), *levels()[level].split(), source_sum, str(SOURCE), "-o", str(partial)]
         try:
-            done = subprocess.run(words, capture_output=True, text=True, check=False)
+            done = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace", check=False)
         except OSError as error:
             raise RuntimeError(f"{command[0]}: {error.strerror}") from error
         if done.returncode or not partial.is_file():

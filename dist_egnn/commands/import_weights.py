@@ -12,6 +12,7 @@ from ..errors import Failure
 from ..models import network, published_weights
 from ..train import checkpoint, trainer
 from ..utils.console import print_table
+from ..utils.filesystem import write_atomically
 
 
 def run_import(file: Path, config: Config) -> None:
@@ -45,6 +46,6 @@ def run_import(file: Path, config: Config) -> None:
     checkpoint.load_weights(configured, content, file)  # must accept the weights
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint.save(folder / "best.pt", content)
-    (folder / "config.yaml").write_text(content["config"])
+    write_atomically(folder / "config.yaml", content["config"].encode())
     shown = {**sizes, "features": widths["f"], "node_attributes": widths["a"], "attention": attention}
     print_table(f"{folder}: FastEGNN of {file}", ["option", "found"], [[k, v] for k, v in shown.items()])

@@ -22,9 +22,9 @@ import torch
 
 from .. import config as configs
 from ..data import dataset
-from ..distributed.spawn import exit_with_parent
+from ..distributed.spawn import exit_with_parent, without_script
 from ..train import checkpoint, run_dir
-from ..utils.console import print_table
+from ..utils.console import guard_streams, print_table
 from ..utils.filesystem import lock_folder, write_atomically
 from ..utils.progress import progress_bar
 from ..viz import plots
@@ -45,6 +45,7 @@ def _run_process(run: Run, sweep_pid: int) -> None:
     with (folder / "log.txt").open("a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    guard_streams()
     torch.set_num_threads(1)
     if run.store:
         run_partition(run.config, run.store)
@@ -77,7 +78,8 @@ def execute(sweep: Sweep, jobs: int = 1, minutes: float = math.inf) -> dict[str,
                     run.folder.mkdir(parents=True, exist_ok=True)
                     write_atomically(run.folder / "wanted.yaml", configs.to_yaml(run.config).encode())
                     process = context.Process(target=_run_process, args=(run, os.getpid()))
-                    process.start()
+                    with without_script(run.config):
+                        process.start()
                     live[process.sentinel] = run, process
                     continue
                 for sentinel in wait(list(live), timeout=0.5):
@@ -97,7 +99,7 @@ def _last_line(log: Path, code: int) -> str:
     """Why a run failed: the last line of its traceback, unless it was killed (a negative exit code)."""
     if code < 0:
         return f"died (exit code {code}); was it killed, or short of memory?"
-    lines = log.read_text().strip().splitlines() if log.is_file() else []
+    lines = log.read_text(encoding="utf-8").strip().splitlines() if log.is_file() else []
     return re.sub(r"^dist_egnn\.errors\.Failure: ", "", lines[-1]) if lines else f"exit code {code}, no log"
 
 

@@ -54,7 +54,7 @@ class Run:
 
     def result(self) -> dict[str, float] | None:
         file = self.folder / "result.json"
-        return json.loads(file.read_text()) if file.is_file() else None
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
 @dataclass(frozen=True)

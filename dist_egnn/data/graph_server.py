@@ -29,6 +29,7 @@ from dgl.distributed.graph_partition_book import get_shared_mem_partition_book
 
 from ..distributed import comm
 from ..errors import Failure
+from ..utils.console import guard_streams
 from ..utils.filesystem import check_free_space
 from ..utils.memory import graph_server_bytes
 from . import dgl_compat
@@ -62,7 +63,7 @@ def addresses(ip_config: Path, machines: int) -> list[Address]:
     """The addresses in an ip_config. Raises Failure unless it has this many, each an IPv4 address and a port."""
     result: list[Address] = []
     try:
-        for line in ip_config.read_text().splitlines():
+        for line in ip_config.read_text(encoding="utf-8").splitlines():
             host, port = line.split()
             if ipaddress.IPv4Address(host).is_unspecified or not 0 < int(port) < 1 << 16:
                 raise ValueError
@@ -151,7 +152,7 @@ def serve(path: Path, machine: int, ip_config: Path, replicas: int = 1) -> None:
         dgl_compat.ignore_lost_trainers()
         dgl_compat.print_when_listening(f"distegnn server {machine} ready on {here}")
         try:
-            with tempfile.NamedTemporaryFile("w", prefix="dist_egnn-", suffix=".json") as file:
+            with tempfile.NamedTemporaryFile("w", encoding="utf-8", prefix="dist_egnn-", suffix=".json") as file:
                 json.dump(config, file)
                 file.flush()
                 rpc.reset()
@@ -169,7 +170,7 @@ def _dgl_config(store: Store, machine: int, here: Address) -> dict[str, Any]:
         raise Failure(f"{store.path}: has {graphs} graphs, a server serves one; partition again with --shard-nodes 0")
     if not store.parts_table["edges"].groupby(store.parts_table["part"] // store.trainers).sum().all():
         raise Failure(f"{store.path}: a part has no edges at all, which DGL cannot share; train without servers")
-    config, own = json.loads(store.disk.config(shards[0], machine).read_text()), f"part-{machine}"
+    config, own = json.loads(store.disk.config(shards[0], machine).read_text(encoding="utf-8")), f"part-{machine}"
     files = {kind: str(store.path.absolute() / shards[0] / name) for kind, name in config[own].items()}
     return config | {"graph_name": here.name, own: files}
 
@@ -269,6 +270,7 @@ def leave(code: int) -> NoReturn:
 
 def main() -> None:
     """Serve one machine's partition of a store, or with --clear remove what its killed server left in shared memory."""
+    guard_streams()
     parser = argparse.ArgumentParser(prog="python -m dist_egnn.data.graph_server", description=main.__doc__)
     for name, kind in (("store", Path), ("machine", int), ("ip_config", Path)):
         parser.add_argument(name, type=kind)

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..distributed.spawn import exit_with_parent
+from ..distributed import spawn
 from ..errors import Failure
-from ..utils import filesystem, progress
+from ..utils import console, filesystem, progress
 from .trajectories import Writer
 
 SCALES = ("tiny", "small", "full")
@@ -67,6 +67,7 @@ def parse(from_parser: Parser, arguments: Sequence[str] | None = None) -> argpar
 
 def main(run: Callable[[Sequence[str] | None], None], arguments: Sequence[str] | None = None) -> int:
     """Call run(arguments) and return the exit code, 2 after an error (--debug: with traceback), 130 after Ctrl-C."""
+    console.guard_streams()
     try:
         run(arguments)
     except (Failure, OSError) as error:
@@ -122,15 +123,15 @@ def write(
     started = time.monotonic()
     pool: Executor = ThreadPoolExecutor(workers)
     if not threads:
-        context = multiprocessing.get_context("forkserver")
-        pool = ProcessPoolExecutor(workers, context, exit_with_parent, (os.getpid(),))
+        context, server = multiprocessing.get_context("forkserver"), spawn.start_forkserver()
+        pool = ProcessPoolExecutor(workers, context, spawn.exit_with_parent, (os.getpid(), server))
     try:
         folder = out.with_name(out.name + ".parts")  # new, or left by an interrupted run
         folder.mkdir(parents=True, exist_ok=True)
         file, content = folder / "settings.json", json.dumps(settings, sort_keys=True, indent=1)
         if not file.exists():
             filesystem.write_atomically(file, content.encode())
-        elif file.read_text() != content:
+        elif file.read_text(encoding="utf-8") != content:
             raise Failure(f"{folder} has parts made with other settings ({file}); delete it, or choose another --out")
         paths = [folder / f"{k:06d}.h5" for k in range(parts)]
         _make_missing(out.name, functools.partial(_write_part, make, folder), paths, pool, unit, steps)
@@ -176,6 +177,6 @@ def _make_missing(
 def read_count(path: Path) -> int:
     """The progress that a process writes to a file as a number; 0 while there is none."""
     try:
-        return int(path.read_text())
+        return int(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return 0

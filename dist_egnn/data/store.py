@@ -100,7 +100,7 @@ class Store:
                 raise Failure(f"{unfinished}: an unfinished partition; run the same `distegnn partition` again")
             raise Failure(f"{path}: not a store (no manifest.yaml); make one with `distegnn partition`")
         try:
-            self.manifest: dict[str, Any] = yaml.safe_load(manifest.read_text())
+            self.manifest: dict[str, Any] = yaml.safe_load(manifest.read_text(encoding="utf-8"))
             version = self.manifest["format"], self.manifest["version"]
             if version == (FORMAT, VERSION):
                 self.inputs: dict[str, Any] = DEFAULT_INPUTS | self.manifest["inputs"]

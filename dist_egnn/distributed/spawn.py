@@ -7,30 +7,36 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from contextlib import suppress
-from multiprocessing import forkserver
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing import forkserver, util
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from ..config import Config
 from ..errors import Failure
-from ..utils import signals
+from ..utils import console, signals
+
+SOCKET_FOLDER_LENGTH = 107 - len("/pymp-12345678/listener-12345678")  # of a UNIX socket's path, what is left for TMPDIR
+_starting = threading.RLock()  # starting a process changes what all threads share
 
 
-def exit_with_parent(pid: int, folder: Path | None = None) -> None:
-    """End this process when process ``pid`` has ended, and remove ``folder``: a killed run leaves nothing behind."""
+def exit_with_parent(pid: int, *folders: str | Path) -> None:
+    """End this process when process ``pid`` has ended, and remove ``folders``: a killed run leaves nothing behind."""
 
     def poll() -> None:
         while True:
             try:
                 os.kill(pid, 0)
             except ProcessLookupError:
-                if folder is not None:
+                for folder in folders:
                     shutil.rmtree(folder, ignore_errors=True)
                 os._exit(1)
             time.sleep(0.5)
@@ -39,17 +45,28 @@ def exit_with_parent(pid: int, folder: Path | None = None) -> None:
 
 
 def _rank_main(
-    function: Callable[..., Any], args: tuple, rank: int, size: int, folder: Path, timeout_s: float, pipe: Connection
+    function: Callable[..., Any],
+    args: tuple,
+    rank: int,
+    size: int,
+    folder: Path,
+    server: str,
+    timeout_s: float,
+    pipe: Connection,
 ) -> None:
-    """The main function of a rank. folder: where the ranks meet and the parent creates the file ``stop``."""
+    """The main function of a rank. folder: where the ranks meet and the parent creates the file ``stop``.
+
+    server: the fork server's own folder.
+    """
     import torch
 
     from . import comm
 
+    console.guard_streams()
     signals.watch_stop_file(folder / "stop")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which stops the ranks
     parent: Any = multiprocessing.parent_process()  # the process that called run_ranks, not the fork server
-    exit_with_parent(parent.pid, folder)
+    exit_with_parent(parent.pid, folder, server)
     torch.set_num_threads(1)
     try:
         result = function(comm.join_local(rank, size, folder / "rendezvous", timeout_s), *args)
@@ -63,16 +80,49 @@ def _rank_main(
         os._exit(1)  # a regular exit would wait for the other ranks
 
 
-def _start_forkserver() -> None:
-    """Start the server that ranks are forked from, which imports torch and DGL once for all of them."""
-    forkserver.set_forkserver_preload(["dist_egnn.train.trainer"])
-    environment = dict(os.environ)
-    os.environ["PYTHONSAFEPATH"] = "1"  # `python -c` would import a dgl.py in the working folder as DGL
-    try:
-        forkserver.ensure_running()
-    finally:
-        del os.environ["PYTHONSAFEPATH"]
-        os.environ.update(environment)
+def start_forkserver(*preload: str) -> str:
+    """Start the server that processes are forked from, which imports modules once for all; returns its own folder.
+
+    Its socket is in TMPDIR, or in another temporary folder if the path would be too long for a socket.
+    """
+    with _starting:
+        if preload:
+            forkserver.set_forkserver_preload([*preload])
+        temporary, environment = tempfile.tempdir, dict(os.environ)
+        os.environ["PYTHONSAFEPATH"] = "1"  # `python -c` would import a dgl.py in the working folder as DGL
+        tempfile.tempdir = _socket_folder()
+        try:
+            forkserver.ensure_running()
+            return util.get_temp_dir()
+        finally:
+            tempfile.tempdir = temporary
+            del os.environ["PYTHONSAFEPATH"]
+            os.environ.update(environment)
+
+
+def _socket_folder() -> str:
+    first = tempfile.gettempdir()
+    for folder in (first, f"/run/user/{os.getuid()}", "/tmp", "/var/tmp"):
+        if len(os.fsencode(folder)) <= SOCKET_FOLDER_LENGTH and os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    raise Failure(f"TMPDIR={first}: too long; set it to a folder of at most {SOCKET_FOLDER_LENGTH} characters")
+
+
+@contextmanager
+def without_script(*sent: Any) -> Iterator[None]:
+    """Processes started in the block do not import the user's script, which may have no main guard or be no file.
+
+    sent: what they are sent. If it comes from the script, they must import it.
+    """
+    names = [item.model.name if isinstance(item, Config) else getattr(item, "__module__", "") or "" for item in sent]
+    with _starting:
+        script = sys.modules["__main__"]
+        if not any(name.split(":")[0] == "__main__" for name in names):
+            sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = script
 
 
 def run_ranks(
@@ -89,15 +139,15 @@ def run_ranks(
         return [function(comm.SingleProcess(), *args)]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context: Any = multiprocessing.get_context(start_method or "forkserver")
-    if context.get_start_method() == "forkserver":
-        _start_forkserver()
+    server = start_forkserver("dist_egnn.train.trainer") if context.get_start_method() == "forkserver" else ""
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as name:
         folder, pipes, processes = Path(name), [], []
         for rank in range(size):
             receiver, sender = context.Pipe(duplex=False)
-            rank_args = (function, args, rank, size, folder, timeout_s, sender)
+            rank_args = (function, args, rank, size, folder, server, timeout_s, sender)
             processes.append(context.Process(target=_rank_main, args=rank_args, daemon=True))
-            processes[-1].start()
+            with without_script(function, *args):
+                processes[-1].start()
             sender.close()
             pipes.append(receiver)
         try:
@@ -128,7 +178,11 @@ def _collect(pipes: list[Connection], processes: list[Any]) -> list[Any]:
                 results[rank], error = pipe.recv()
             except EOFError:
                 processes[rank].join(5)
-                reason = f"died (exit code {processes[rank].exitcode}); was it killed, or short of memory?"
+                code = processes[rank].exitcode
+                why = "was it killed, or short of memory?"
+                if code == 1:  # `_rank_main` reports its errors: this was before it
+                    why = "a script that trains a class of its own does so under `if __name__ == '__main__':`"
+                reason = f"died (exit code {code}); {why}"
                 error = ChildProcessError(f"process {rank} of {len(pipes)} {reason}")
             if error:
                 errors.append(error)

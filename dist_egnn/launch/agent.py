@@ -174,7 +174,7 @@ class Agent:
     def do_write(self, name: str, content: str) -> str:
         """Write a file for the processes and return its path. It is removed when the agent ends."""
         path = Path(self.folder) / name
-        path.write_text(content)
+        path.write_text(content, encoding="utf-8")
         return str(path)
 
     def do_start(self, name: str, argv: list[str], env: dict[str, str], text: str, shared: str) -> dict[str, Any]:

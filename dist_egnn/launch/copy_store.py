@@ -38,7 +38,9 @@ def _copy_files(path: Path, host: Host, names: list[str]) -> None:
     if host.copy is None:
         raise Failure(f"--dispatch: host {host.name} is not reached by ssh; use a file system that the hosts share")
     command = [*RSYNC, host.copy, *(f"./{name}" for name in names), f"{host.name}:{path.absolute()}/"]
-    done = subprocess.run(command, cwd=path, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        command, cwd=path, capture_output=True, encoding="utf-8", errors="replace", stdin=subprocess.DEVNULL
+    )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise Failure(f"host {host.name}: rsync failed, exit code {done.returncode} ({reason}); repeat the command")

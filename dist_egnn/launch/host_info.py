@@ -82,7 +82,7 @@ def summarize_store(path: Path) -> dict[str, Any] | None:
         machines, trainers = inputs["parts"], inputs.get("trainers", 1)
         largest = [[0, 0] for _ in range(machines * trainers)]
         sums = [[0, 0, 0] for _ in range(machines)]
-        with open(path / "parts.csv", newline="") as file:
+        with open(path / "parts.csv", encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file):
                 rank, counts = int(row["part"]), [int(row[name]) for name in ("nodes", "edges", "halo")]
                 machine = rank // trainers
@@ -105,10 +105,10 @@ def port_owner(port: int) -> str:
     sockets = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with suppress(OSError):
-            rows = [line.split() for line in Path(table).read_text().splitlines()[1:]]
+            rows = [line.split() for line in Path(table).read_text(encoding="utf-8").splitlines()[1:]]
             sockets |= {f"socket:[{r[9]}]" for r in rows if r[3] == "0A" and int(r[1].rsplit(":", 1)[1], 16) == port}
     for process in Path("/proc").glob("[0-9]*") if sockets else ():
         with suppress(OSError):  # it has ended, or belongs to another user
             if any(os.readlink(fd) in sockets for fd in (process / "fd").iterdir()):
-                return f"; used by process {process.name} ({(process / 'comm').read_text().strip()})"
+                return f"; used by process {process.name} ({(process / 'comm').read_text(encoding='utf-8').strip()})"
     return ""

@@ -55,7 +55,7 @@ def read_hosts(path: Path, ssh: str = SSH) -> list[Host]:
     """
     remedy = "write one host per line, for example `node1 trainers=2`"
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise Failure(f"{path}: not a readable file of hosts; {remedy}") from error
     rows = {f"{path}, line {number}": line.partition("#")[0].split() for number, line in enumerate(lines, 1)}
@@ -89,7 +89,9 @@ def slurm_hosts() -> list[Host]:
         raise Failure("no hosts: name them with --hosts FILE, use --local, or start this inside a Slurm job")
     command = ["scontrol", "show", "hostnames", nodes]
     try:
-        names = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+        names = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=60
+        ).stdout.split()
     except (OSError, subprocess.SubprocessError) as error:
         problem = f"SLURM_JOB_NODELIST={nodes}: scontrol does not expand it ({error})"
         raise Failure(f"{problem}; name the hosts with --hosts") from error

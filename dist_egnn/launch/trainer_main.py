@@ -15,7 +15,7 @@ from ..data import graph_server
 from ..distributed.comm import join_hosts
 from ..errors import Failure
 from ..train import checkpoint, run_dir, trainer
-from ..utils import filesystem, progress, signals
+from ..utils import console, filesystem, progress, signals
 
 
 def train(config: Config, resume: bool, peers: dict[str, Any]) -> dict[str, float]:
@@ -41,6 +41,7 @@ def train(config: Config, resume: bool, peers: dict[str, Any]) -> dict[str, floa
 
 def main() -> None:
     """Exit codes: 0 done, or stopped on request; 2 an error that a restart cannot fix; 1 any other error."""
+    console.guard_streams()
     task = json.load(sys.stdin)
     try:
         result = train(configs.parse(task["config"], "the launcher's config"), task["resume"], task["peers"])

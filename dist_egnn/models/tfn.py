@@ -30,8 +30,8 @@ def _e3nn() -> Iterator[Any]:
         warnings.simplefilter("ignore")  # e3nn uses deprecated functions of torch
         try:
             import e3nn
-            import e3nn.math
-            import e3nn.o3
+            import e3nn.math  # noqa: F401
+            import e3nn.o3  # noqa: F401
         except ImportError as error:
             raise Failure(f"model.name=TFN or FastTFN: {error}; run .venv/bin/pip install -e '.[tfn]'") from error
         mode = e3nn.get_optimization_defaults()["jit_mode"]

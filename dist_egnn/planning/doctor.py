@@ -159,7 +159,7 @@ def _stale_files(folder: Path) -> list[Path]:
     used: set[str] = set()
     for process in Path("/proc").glob("[0-9]*") if files else ():
         with suppress(OSError):  # ended, or of another user
-            maps = (process / "maps").read_text().splitlines()
+            maps = (process / "maps").read_text(encoding="utf-8").splitlines()
             used |= {line.split(maxsplit=5)[5] for line in maps if str(folder) in line}
             for descriptor in (process / "fd").iterdir():
                 with suppress(OSError):  # closed meanwhile
@@ -266,7 +266,9 @@ def check_stages(command: list[str] | None = None, timeout_s: float = TIMEOUT_S)
     """Run `run_stages` in its own process, since a stage may hang or crash; the stages after that one are left out."""
     command = command or [sys.executable, "-P", "-c", "from dist_egnn.planning import doctor; doctor.run_stages()"]
     try:
-        process = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+        process = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=timeout_s, check=False
+        )
         out, lines, code = process.stdout, process.stderr.strip().splitlines(), process.returncode
         reason = f"ended by signal {-code}" if code < 0 else (lines or [f"exit code {code}"])[-1]
     except subprocess.TimeoutExpired as expired:

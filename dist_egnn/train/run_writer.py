@@ -35,7 +35,9 @@ def git_state(folder: Path) -> dict[str, Any]:
 
     def git(*arguments: str) -> str:
         command = ["git", "--no-optional-locks", "-C", str(folder), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        return subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", timeout=10, check=True
+        ).stdout.strip()
 
     try:
         if not git("ls-files", "."):  # not tracked: an installed copy inside another checkout

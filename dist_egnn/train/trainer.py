@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack
@@ -32,6 +33,7 @@ from .run_writer import RunWriter
 from .state import TrainingState
 
 HISTOGRAM_EVERY = 10  # epochs
+_drawing = threading.Lock()  # torch's generator belongs to all threads
 
 
 def resolve_device(config: Config, rank: int = 0) -> torch.device:
@@ -50,8 +52,9 @@ def build_model(config: Config, widths: tuple[int, int], comm: Comm) -> Module:
     if exchange and not issubclass(kind, (network.Linear, network.Network)):
         needed = "partition.halo=exchange needs a subclass of Network"
         raise Failure(f"model.name={config.model.name}: {needed}; set partition.halo=bridge")
-    torch.manual_seed(config.train.seed)
-    model = kind(features=widths[0], node_attributes=widths[1], **options)
+    with _drawing:
+        torch.manual_seed(config.train.seed)
+        model = kind(features=widths[0], node_attributes=widths[1], **options)
     model.comm = comm  # type: ignore[assignment]
     if isinstance(model, network.Network):
         model.requires_halo = exchange

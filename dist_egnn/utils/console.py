@@ -2,13 +2,61 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
+from ..errors import Failure
+
 WHOLE_WORDS: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+
+
+class _LenientFile(io.FileIO):
+    """A standard stream that may lose its reader or its disk: what cannot be written is dropped, the error is kept."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any, /) -> int:
+        try:
+            if (written := super().write(data)) is not None:
+                return written
+        except OSError as error:
+            self.error = error
+        return memoryview(data).nbytes
+
+
+def guard_streams() -> None:
+    """Let this process go on when its standard streams are closed, broken or full, or lack a character."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        stream: Any = getattr(sys, name)
+        try:
+            os.fstat(number)
+        except OSError:  # closed: another file would get this number, and with it what libraries print
+            while (null := os.open(os.devnull, os.O_RDWR)) < number:
+                pass
+            os.set_inheritable(null, True)
+        if number and (stream is None or stream is getattr(sys, f"__{name}__")):  # not a test's or a notebook's
+            with suppress(OSError, ValueError):
+                print(end="", file=stream, flush=True)
+            modes: Any = {mode: getattr(stream, mode, False) for mode in ("line_buffering", "write_through")}
+            encoding = getattr(stream, "encoding", "utf-8")
+            buffer = io.BufferedWriter(_LenientFile(number, "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(buffer, encoding, "replace", **modes))
+            setattr(sys, f"__{name}__", getattr(sys, name))
+
+
+def check_output() -> None:
+    """Raise Failure if standard output, where a command's result goes, was lost. `| head` is no loss."""
+    sys.stdout.flush()
+    error = getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "error", None)
+    if error and error.errno != errno.EPIPE:
+        raise Failure(f"standard output: cannot be written ({error.strerror}); redirect it to another file")
 
 
 def terminal_width() -> int | None:

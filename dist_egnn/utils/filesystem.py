@@ -128,7 +128,7 @@ class DeferredErrorFile(io.FileIO):
 def _locked(lock: Path, path: Path, busy: str, *operations: int) -> Iterator[None]:
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("a")  # "a" keeps the modification time of the content
+        file = lock.open("a", encoding="utf-8")  # "a" keeps the modification time of the content
     except OSError as error:
         raise Failure(f"{path}: cannot be written ({error.strerror}); choose another path") from error
     with file:

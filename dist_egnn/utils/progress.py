@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 LINE_INTERVAL_S = 5.0  # between plain lines; for long work a twentieth of the elapsed time
 EVENT_PREFIX = "\x1e"  # starts a line of JSON for a parent process that sets EVENTS_VARIABLE and draws the bar itself
@@ -21,7 +21,7 @@ def progress_bar(title: str, total: int, *, enabled: bool = True, initial: int =
         yield lambda note="", completed=None: None
     elif os.environ.get(EVENTS_VARIABLE):
         yield _events(title, total, initial)
-    elif sys.stderr.isatty():
+    elif sys.stderr and sys.stderr.isatty():
         with _terminal_bar(title, total, initial) as update:
             yield update
     else:
@@ -63,7 +63,8 @@ def _lines(title: str, total: int, initial: int) -> Callable[..., None]:
         if count != previous and (due or (count == total and elapsed >= LINE_INTERVAL_S)):
             last_line = elapsed
             left = elapsed / max(count - initial, 1) * (total - count)
-            print(f"{title}: {count}/{total}, {left:.0f} s left  {note}".rstrip(), file=sys.stderr, flush=True)
+            with suppress(OSError, ValueError):  # lost, or closed: the work goes on
+                print(f"{title}: {count}/{total}, {left:.0f} s left  {note}".rstrip(), file=sys.stderr, flush=True)
 
     return update
 
@@ -78,6 +79,7 @@ def _events(title: str, total: int, initial: int) -> Callable[..., None]:
         if now - last_event >= EVENT_INTERVAL_S or count == total:
             last_event = now
             event = {"title": title, "total": total, "initial": initial, "done": count, "note": note}
-            print(f"\n{EVENT_PREFIX}{json.dumps(event)}", flush=True)
+            with suppress(OSError, ValueError):
+                print(f"\n{EVENT_PREFIX}{json.dumps(event)}", flush=True)
 
     return update

@@ -14,7 +14,7 @@ def read_cgroup(controller: str, *names: str, root: Path = CGROUP_ROOT) -> list[
     """The words of each of the files in the folders of our control group (v1 and v2; ``root`` inside a container)."""
     own = ""
     with suppress(OSError, ValueError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
+        for line in Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines():
             _, controllers, path = line.split(":", 2)
             if controller in controllers.split(",") or not controllers:
                 own = path.strip("/") or own
@@ -22,7 +22,7 @@ def read_cgroup(controller: str, *names: str, root: Path = CGROUP_ROOT) -> list[
     contents = []
     for file in (folder / name for folder in [*bases, *(base / own for base in bases if own)] for name in names):
         with suppress(OSError):
-            contents.append(file.read_text().split())
+            contents.append(file.read_text(encoding="utf-8").split())
     return contents
 
 

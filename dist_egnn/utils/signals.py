@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,8 @@ def catch_stop_signals() -> Iterator[None]:
         if _stop_file is not None:
             _stop_file.touch()
         if number == signal.SIGINT:
-            os.write(2, b"\nstopping at the end of this step; press Ctrl-C again to stop at once\n")
+            with suppress(OSError):  # nobody reads standard error
+                os.write(2, b"\nstopping at the end of this step; press Ctrl-C again to stop at once\n")
             signal.signal(number, previous[number])
 
     for number, handler in previous.items():

@@ -217,7 +217,7 @@ class Report:
         path = self.run / "about.yaml"
         if not path.is_file():
             raise Failure("recorded by an older version, without about.yaml; a resume or a new run writes it")
-        return f"<pre>{escape(path.read_text().rstrip())}</pre>"
+        return f"<pre>{escape(path.read_text(encoding='utf-8').rstrip())}</pre>"
 
 
 def run_report(run: Path, rollout_file: Path | None, out: Path | None) -> None:

@@ -69,7 +69,7 @@ def write_scene(directory: Path, job: Mapping[str, np.ndarray], elapsed: float =
     lines = ["v {:.8g} {:.8g} {:.8g}".format(*corner) for corner in itertools.product(*job["box"].T)]
     for a, b, c, d in ("1243", "5786", "1562", "3487", "1375", "2684"):
         lines += [f"f {a} {b} {c}", f"f {a} {c} {d}"]
-    (directory / "box.obj").write_text("\n".join(lines) + "\n")
+    (directory / "box.obj").write_text("\n".join(lines) + "\n", encoding="utf-8")
     dt, frames = float(job["dt"]), int(job["frames"])
     configuration = CONFIGURATION | {
         "particleRadius": float(job["radius"]),
@@ -83,7 +83,7 @@ def write_scene(directory: Path, job: Mapping[str, np.ndarray], elapsed: float =
         "RigidBodies": [{"geometryFile": "box.obj", "isDynamic": False, "isWall": True, "samplingMode": 1}],
         "FluidModels": [{"id": FLUID["id"], "particleFile": "fluid.pda", "initialVelocity": job["velocity"].tolist()}],
     }
-    (directory / "scene.json").write_text(json.dumps(content, indent=1))
+    (directory / "scene.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def allocated(path: Path, shape: tuple[int, ...]) -> np.memmap:
@@ -141,7 +141,7 @@ class Recorder:
             frames[self.done] = values
         self.done += 1
         count = self.directory / "frames"
-        count.with_suffix(".new").write_text(str(self.done))
+        count.with_suffix(".new").write_text(str(self.done), encoding="utf-8")
         os.replace(count.with_suffix(".new"), count)  # prepare.py may read it at any time
 
     def __call__(self) -> None:

@@ -116,7 +116,9 @@ class Engines:
         with self.lock:
             if self.reason:
                 raise Failure(self.reason)
-            process = subprocess.Popen(command, env=self.env, stderr=subprocess.PIPE, text=True)
+            process = subprocess.Popen(
+                command, env=self.env, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+            )
             self.running.add(process)
         lines = process.communicate()[1].strip().splitlines()
         with self.lock:
@@ -139,7 +141,7 @@ def simulate(options: argparse.Namespace, engines: Engines, k: int) -> Iterator[
     name, directory = f"trajectory {k}", engine_folder(options, k)
     state = directory / "state.npz"
     if state.exists():  # frames after the last complete leg are simulated again
-        (directory / "frames").write_text(str(np.load(state)["done"]))
+        (directory / "frames").write_text(str(np.load(state)["done"]), encoding="utf-8")
     else:
         shutil.rmtree(directory, ignore_errors=True)  # left by a killed run
     scene = draw(options.seed, k, options.particles)

@@ -5,12 +5,21 @@ A separate module, because numba's cache identifies functions by module name.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numba
 import numpy as np
 
+
 # Without fastmath, operations are not reordered or fused on any processor; the elementwise loop over j is still vectorised.
 # float64: rounding in float32 would add an error as large as that of leapfrog.
-compiled = numba.njit(cache=True, nogil=True, error_model="numpy")
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # no folder for the cache can be written
+        return numba.njit(**options)(function)
 
 
 @compiled

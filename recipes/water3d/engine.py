@@ -36,7 +36,7 @@ def write_scene(directory: Path, job: dict[str, Any]) -> None:
     # corner 1 + 4 i + 2 j + k is at (low, high)[i], …; two triangles a side, counterclockwise from outside
     sides = ("1243", "5786", "1562", "3487", "1375", "2684")
     faces = [f"f {s[0]} {s[1]} {s[2]}\nf {s[0]} {s[2]} {s[3]}" for s in sides]
-    (directory / "box.obj").write_text("\n".join([*corners, *faces]) + "\n")
+    (directory / "box.obj").write_text("\n".join([*corners, *faces]) + "\n", encoding="utf-8")
     step = job["dt"] / job["steps"]
     scene = {
         "Configuration": {
@@ -54,12 +54,12 @@ def write_scene(directory: Path, job: dict[str, Any]) -> None:
             {"denseMode": 0, "start": job["block"][0], "end": job["block"][1], "initialVelocity": job["velocity"]}
         ],
     }
-    (directory / "scene.json").write_text(json.dumps(scene, indent=1))
+    (directory / "scene.json").write_text(json.dumps(scene, indent=1), encoding="utf-8")
 
 
 def simulate(directory: Path) -> None:
     """Simulate DIR/job.json and write the frames."""
-    job = json.loads((directory / "job.json").read_text())
+    job = json.loads((directory / "job.json").read_text(encoding="utf-8"))
     write_scene(directory, job)
     engine = load_engine()
     base = engine.Exec.SimulatorBase()
@@ -76,7 +76,7 @@ def simulate(directory: Path) -> None:
         ids, x = (np.array(fluid.getFieldBuffer(name))[:nodes] for name in ("id", "position"))
         frames.append(np.empty((nodes, 3), np.float32))
         frames[-1][ids.ravel()] = x
-        (directory / "frames.new").write_text(str(len(frames)))
+        (directory / "frames.new").write_text(str(len(frames)), encoding="utf-8")
         os.replace(directory / "frames.new", directory / "frames")  # prepare.py may read it at any time
 
     def after_step() -> None:

@@ -118,7 +118,7 @@ def read_metadata(path: Path, keys: Mapping[str, str]) -> dict[str, Any]:
     if not path.is_file():
         raise Failure(f"{path}: no such file; --download fetches GNS' files, --source splishsplash needs none")
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise Failure(f"{path}: not JSON ({error}); fetch it again") from None
     for key, meaning in keys.items():

@@ -83,11 +83,13 @@ class Simulations:
 
     def simulate(self, number: int, job: dict[str, Any], folder: Path) -> dict[str, Any]:
         timing = {"radius": RADIUS, "dt": DT, "steps": 2, "frames": self.frames}
-        (folder / "job.json").write_text(json.dumps(job | timing))
+        (folder / "job.json").write_text(json.dumps(job | timing), encoding="utf-8")
         command = [sys.executable, str(Path(__file__).with_name("engine.py")), str(folder)]
         # one thread: the engine's sums depend on the number of threads
         env = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
+        )
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or [f"the engine ended with code {done.returncode}"])[-1]
             raise Failure(f"trajectory {number}: {reason}")

@@ -35,10 +35,12 @@ def write(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch):
     """write(**keys): a sweep file in an empty working folder, on a small base config; its path."""
     monkeypatch.chdir(tmp_path)
     data = {"path": str(small), "radius": 0.27, "horizon": 3, "frames": 2, "features": ["mass"]}
-    Path("base.yaml").write_text(yaml.safe_dump({"data": data, "model": {"hidden": 8, "layers": 1}}))
+    Path("base.yaml").write_text(yaml.safe_dump({"data": data, "model": {"hidden": 8, "layers": 1}}), encoding="utf-8")
 
     def make(**keys) -> Path:
-        Path("sweep.yaml").write_text(yaml.safe_dump({"config": "base.yaml", "out": "out", **keys}, sort_keys=False))
+        Path("sweep.yaml").write_text(
+            yaml.safe_dump({"config": "base.yaml", "out": "out", **keys}, sort_keys=False), encoding="utf-8"
+        )
         return Path("sweep.yaml")
 
     return make
@@ -221,7 +223,7 @@ def test_a_killed_sweep_goes_on(write):
     run_training(run.config)
     numbers = ["train_loss", "valid_mse"]
     pd.testing.assert_frame_equal(metrics[numbers], pd.read_csv("whole/metrics.csv")[numbers], rtol=0)
-    result = json.loads(Path("out/name=EGNN,seed=0/result.json").read_text())
+    result = json.loads(Path("out/name=EGNN,seed=0/result.json").read_text(encoding="utf-8"))
     assert (result["test_mse"], result["epochs"]) == (run_evaluation(Path("whole"))["EGNN"], 30)
 
 
@@ -232,7 +234,7 @@ def test_sweeps_of_the_recipes(monkeypatch, file, settings):
     path = Path(f"recipes/{file}.yaml")
     plan = sweep_config.load(path)
     assert len(plan.runs) == 3 * settings
-    assert f" {3 * settings} runs." in path.read_text().split("config:")[0]
+    assert f" {3 * settings} runs." in path.read_text(encoding="utf-8").split("config:")[0]
     assert plan.x
     if plan.runs[0].config.data.path.endswith("sample.h5"):
         sweep_config.check_data(plan)

@@ -28,7 +28,7 @@ def record_openings(log: Path) -> None:
     """Make this process write a line to the file for each store that it opens."""
 
     def init(store: Store, path: str | Path) -> None:
-        with log.open("a") as file:
+        with log.open("a", encoding="utf-8") as file:
             file.write(f"{path}\n")
         PLAIN_INIT(store, path)
 

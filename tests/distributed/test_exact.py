@@ -155,7 +155,9 @@ def test_a_killed_process_ends_the_run_and_leaves_none(tmp_path: Path) -> None:
     with pytest.raises(Failure, match="process 1 of 3 died"):
         spawn.run_ranks(_dies, 3, str(tmp_path))
     for pid in (int(f.name) for f in tmp_path.iterdir()):
-        assert not Path(f"/proc/{pid}").exists() or Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+        assert (
+            not Path(f"/proc/{pid}").exists() or Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").split()[2] == "Z"
+        )
 
 
 def _refuses(group: comm.Comm) -> None:

@@ -216,7 +216,7 @@ OWNER = """if True:
 @pytest.mark.parametrize("victim", ["owner", "bridge"])
 def test_nothing_is_left_after_a_kill(make_hosts, tmp_path, victim):
     """A kill of the owner, or of the bridge: that one leaves its socket, which the next set of that name removes."""
-    before = Path("/proc/self/mounts").read_text(), os.listdir("/sys/class/net")
+    before = Path("/proc/self/mounts").read_text(encoding="utf-8"), os.listdir("/sys/class/net")
     command = [sys.executable, "-c", OWNER, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=TOOL.parent) as owner, ending(owner):
         name, *pids = owner.stdout.readline().split()
@@ -227,7 +227,7 @@ def test_nothing_is_left_after_a_kill(make_hosts, tmp_path, victim):
         wait_until(lambda: not network_of(pids[0]), "the bridge lives")
     socket = Path(f"/tmp/emulated-hosts-{name}.sock")
     assert socket.exists() == (victim == "bridge")
-    assert (Path("/proc/self/mounts").read_text(), os.listdir("/sys/class/net")) == before
+    assert (Path("/proc/self/mounts").read_text(encoding="utf-8"), os.listdir("/sys/class/net")) == before
     assert name not in os.listdir("/dev/shm")  # what others put there is theirs: tests run side by side
     make_hosts("a", name=name)
     with pytest.raises(Failure, match="are up already"):

@@ -59,7 +59,9 @@ def table() -> Iterator[None]:
         rows = [f"| {event} | {outcome} | {f'{s:.0f} s' if s else ''} |" for event, (outcome, s) in _outcomes.items()]
         lines = "\n".join(["| event | outcome | time to it |", "|---|---|---|", *rows])
         marks = r"(?s)(<!-- outcomes -->\n).*?(<!-- /outcomes -->)"
-        Path(page).write_text(re.sub(marks, lambda m: f"{m[1]}{lines}\n{m[2]}", Path(page).read_text()))
+        Path(page).write_text(
+            re.sub(marks, lambda m: f"{m[1]}{lines}\n{m[2]}", Path(page).read_text(encoding="utf-8")), encoding="utf-8"
+        )
 
 
 @dataclass
@@ -137,7 +139,7 @@ def launch(cluster: Any, tmp_path: Path) -> Iterator[Callable[..., Run]]:
         file.write_text(lines or "\n".join(names))
         words = (*(() if "--resume" in words else settings(store, folder)), *words)
         command = [*LAUNCH, *words, "--hosts", str(file), "--ssh", " ".join(hosts.ssh)]
-        with open(log, "w") as out:
+        with open(log, "w", encoding="utf-8") as out:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, cwd=ROOT)
         started.append(Run(hosts, names, folder, log, process))
         return started[-1]
@@ -334,7 +336,7 @@ def test_hosts_that_share_no_files(launch, alone, store_of_two, make_hosts, tmp_
     assert dispatch == [] or not (there / "shard-00000/part0").exists()
     assert_equal(hosts.inside("a", disk / "run"), alone(store_of_two, 2))
     for name, text in {"parts.csv": "\n", "manifest.yaml": "# changed\n"}.items():
-        with open(there / name, "a") as file:
+        with open(there / name, "a", encoding="utf-8") as file:
             file.write(text)
     run = launch(copied, "ab", "train.epochs=2", folder=disk / "again", hosts=hosts)
     seconds = run.end(2)
@@ -373,7 +375,7 @@ def test_through_ssh_itself(store_of_two, cluster, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
     argv = [*LAUNCH, *settings(store_of_two, folder), ENDLESS, SHORT_TIMEOUT, "--hosts", str(tmp_path / "hosts.txt")]
     argv += ["--ssh", ssh, "--max-restarts", "1"]
-    with open(log, "w") as out:
+    with open(log, "w", encoding="utf-8") as out:
         launcher = cluster.run("a", argv, cwd=ROOT, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
     run = Run(cluster, "b", folder, log, launcher)
     try:

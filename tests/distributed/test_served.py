@@ -81,7 +81,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def start(log: Path, *arguments: object) -> subprocess.Popen:
-    with open(log, "w") as out:
+    with open(log, "w", encoding="utf-8") as out:
         return subprocess.Popen(
             [sys.executable, *map(str, arguments)], stdin=subprocess.DEVNULL, stdout=out, stderr=out
         )
@@ -89,9 +89,9 @@ def start(log: Path, *arguments: object) -> subprocess.Popen:
 
 def wait_for(text: str, log: Path, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + LIMIT_S
-    while text not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
+    while text not in log.read_text(encoding="utf-8"):
+        assert process.poll() is None, log.read_text(encoding="utf-8")
+        assert time.monotonic() < deadline, log.read_text(encoding="utf-8")
         time.sleep(0.05)
 
 

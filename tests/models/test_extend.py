@@ -22,7 +22,7 @@ from dist_egnn.models import network
 PAGE = Path(__file__).parents[2] / "docs" / "extend.md"
 FILES = dict(re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", PAGE.read_text(), re.M | re.S))
 FOLDER = tempfile.TemporaryDirectory(prefix="dist_egnn-extend-")  # until the last test has run
-Path(FOLDER.name, "powers.py").write_text(FILES["powers.py"])
+Path(FOLDER.name, "powers.py").write_text(FILES["powers.py"], encoding="utf-8")
 sys.path.append(FOLDER.name)
 exec(compile(FILES["test_powers.py"], str(PAGE), "exec"))  # pytest finds its class here
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import os
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple
 
+import dgl
 import numpy as np
 import pytest
 from dist_egnn.partition.assign import METHODS, assign, check_method, fill_empty_parts, quality, rebalance
@@ -113,6 +116,25 @@ def test_metis_does_not_depend_on_the_heap(nodes, seed, radius, parts, calls, li
             draw.integers(-(2**62), 2**62, draw.integers(2, litter))  # freed at once
         results.add(assign("metis", *case, parts).tobytes())
     assert len(results) == 1
+
+
+def test_threads_take_turns_in_metis_and_do_not_lose_output(monkeypatch, capsys):
+    inside, most, plain = 0, 0, dgl.metis_partition_assignment
+
+    def counted(*arguments, **options):
+        nonlocal inside, most
+        inside, most = inside + 1, max(most, inside + 1)
+        print("another thread prints")
+        time.sleep(0.05)
+        inside -= 1
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(dgl, "metis_partition_assignment", counted)
+    case = joined(np.random.default_rng(0).uniform(size=(60, 3)), 0.4)
+    with ThreadPoolExecutor(3) as pool:
+        parts = [*pool.map(lambda _: assign("metis", *case, 2).tolist(), range(3))]
+    assert (most, parts[0] == parts[1] == parts[2]) == (1, True)
+    assert capsys.readouterr().out == "another thread prints\n" * 3
 
 
 def test_metis_without_edges_is_bisection_and_silent(capfd):

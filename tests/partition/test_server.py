@@ -43,7 +43,7 @@ def shared_files() -> set[Path]:
 @pytest.fixture
 def alone() -> Iterator[None]:
     """One such server per machine: DGL names its files in /dev/shm after the fields alone."""
-    with open("/tmp/dist_egnn-test-server.lock", "w") as lock:
+    with open("/tmp/dist_egnn-test-server.lock", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 

@@ -102,7 +102,7 @@ def test_stale_files_in_shared_memory(tmp_path: Path, monkeypatch: pytest.Monkey
     for name in ("stale", "open"):
         (tmp_path / name).touch()
         os.utime(tmp_path / name, (0, 0))
-    with open(tmp_path / "open"):
+    with open(tmp_path / "open", encoding="utf-8"):
         finding = only(doctor.check_shared_memory(tmp_path))
     assert (finding.state, finding.remedy) == ("problem", f"rm {tmp_path / 'stale'}")
     (tmp_path / "stale").unlink()

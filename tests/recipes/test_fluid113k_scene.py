@@ -266,7 +266,7 @@ def test_no_engine_outlives_prepare(tmp_path, sent, code):
     process.send_signal(sent)
     assert process.wait(300) == code
     state = Path(f"/proc/{child}/status")
-    wait_for(lambda: not state.exists() or "zombie" in state.read_text())
+    wait_for(lambda: not state.exists() or "zombie" in state.read_text(encoding="utf-8"))
 
 
 IN_LEGS = """

@@ -80,6 +80,12 @@ def test_forces_are_clipped_component_by_component(leapfrog, nodes):
     np.testing.assert_allclose(result.T, expected, rtol=1e-12)
 
 
+def test_without_a_writable_folder_for_the_cache(leapfrog, monkeypatch):
+    caching = pytest.importorskip("numba.core.caching")
+    monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
+    assert leapfrog.compiled(lambda x: x + 1)(1) == 2
+
+
 def test_the_sum_is_clipped_not_each_pair(leapfrog):
     """Between two equal charges, forces of 10⁴ that cancel leave what a third particle adds."""
     x, q = np.array([[0.0, 0, 0], [0.01, 0, 0], [-0.01, 0, 0], [0, 1, 0]]), np.ones(4)

@@ -120,7 +120,7 @@ def flip(path: Path, at: int) -> None:
 
 
 def without(path: Path, key: str) -> None:
-    path.write_text(json.dumps({k: v for k, v in METADATA.items() if k != key}))
+    path.write_text(json.dumps({k: v for k, v in METADATA.items() if k != key}), encoding="utf-8")
 
 
 def first(folder: Path, payload: bytes) -> None:

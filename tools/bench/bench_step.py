@@ -232,14 +232,15 @@ def measure_in_process(timed: dict[str, Options], folder: Path) -> dict[str, dic
     name = ", ".join(timed)
     threads = str(max(options.threads for options in timed.values()))
     arguments = json.dumps({variant: asdict(options) for variant, options in timed.items()})
-    with tempfile.TemporaryFile("w+") as errors:
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as errors:
         process = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("bench_worker.py")), str(folder), arguments],
             # torch reads the numbers of threads when it is imported
             env={**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, progress.EVENTS_VARIABLE: "1"},
             stdout=subprocess.PIPE,
             stderr=errors,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
         )
         assert process.stdout is not None
         try:

@@ -59,7 +59,7 @@ def main() -> None:
         if store.isdigit():
             made = bench_data.config_with_store(Path(folder), int(store), 14.6, int(config), 1, {}, "bridge")
             store, config = made.data.path, str(Path(folder) / "config.yaml")
-            Path(config).write_text(configs.to_yaml(made))
+            Path(config).write_text(configs.to_yaml(made), encoding="utf-8")
         ranks = spawn.run_ranks(step_times, Store(store).parts, config, store)
     print("mode        step [s]  processor [s]  collectives [s]")
     for mode in MODES:

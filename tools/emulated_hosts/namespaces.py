@@ -59,13 +59,13 @@ def children_in(space: str) -> Iterator[None]:
     """Children that this thread forks in the block are in the PID namespace of that file; '' creates one."""
     try:
         if space:
-            with open(space) as file:
+            with open(space, encoding="utf-8") as file:
                 _call("setns", file.fileno(), _NEW_PID)
         else:
             _call("unshare", _NEW_PID)
         yield
     finally:
-        with open("/proc/self/ns/pid") as own:
+        with open("/proc/self/ns/pid", encoding="utf-8") as own:
             _call("setns", own.fileno(), _NEW_PID)
 
 
@@ -74,7 +74,10 @@ def start(
 ) -> subprocess.Popen:
     """Start a child process in the host whose process 1 has the pid ``first`` here. Raises Failure for a missing cwd."""
     with contextlib.ExitStack() as files:
-        spaces = [files.enter_context(open(f"/proc/{first}/ns/{kind}")) for kind in ("net", "uts", "ipc", "mnt")]
+        spaces = [
+            files.enter_context(open(f"/proc/{first}/ns/{kind}", encoding="utf-8"))
+            for kind in ("net", "uts", "ipc", "mnt")
+        ]
         reason = files.enter_context(tempfile.TemporaryFile())  # subprocess does not pass on the error of the child
 
         def enter() -> None:
@@ -130,7 +133,7 @@ def _set_up(name: str, address: str, names: str, private: Iterable[str], interfa
     _mount("none", "/", None, _PRIVATE)
     _mount("proc", "/proc", "proc")
     _mount("tmpfs", "/dev/shm", "tmpfs")
-    Path("/dev/shm/hosts").write_text(names)
+    Path("/dev/shm/hosts").write_text(names, encoding="utf-8")
     _mount("/dev/shm/hosts", "/etc/hosts", None, _BIND)
     for folder in ("/dev/shm", *private):  # /dev/shm again: ours must not be visible
         _mount("tmpfs", folder, "tmpfs", 0, "mode=1777")
@@ -138,7 +141,7 @@ def _set_up(name: str, address: str, names: str, private: Iterable[str], interfa
     tun = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
     fcntl.ioctl(tun, 0x400454CA, struct.pack("16sh22x", interface.encode(), 0x1001))  # TUNSETIFF: IFF_TUN | IFF_NO_PI
     with contextlib.suppress(OSError):
-        Path(f"/proc/sys/net/ipv6/conf/{interface}/disable_ipv6").write_text("1")
+        Path(f"/proc/sys/net/ipv6/conf/{interface}/disable_ipv6").write_text("1", encoding="utf-8")
     _switch_on("lo")
     _switch_on(interface, address, mtu)
     return tun

@@ -68,8 +68,8 @@ def link_halos(parts: list[DGLGraph]) -> list[DGLGraph]:
 def config_with_store(folder: Path, nodes: int, method: str, parts: int) -> configs.Config:
     """A config whose data are a store of a block in ``parts`` parts. Raises Failure if it cannot be partitioned."""
     if not (file := folder / "block.h5").exists():
-        (folder / "radius").write_text(repr(bench_data.write_data(file, nodes, 1, 14.6)))
-    radius = float((folder / "radius").read_text())
+        (folder / "radius").write_text(repr(bench_data.write_data(file, nodes, 1, 14.6)), encoding="utf-8")
+    radius = float((folder / "radius").read_text(encoding="utf-8"))
     config = bench_data.config_for(file, radius, parts, [f"partition.method={method}"])
     with contextlib.redirect_stdout(sys.stderr):
         run_partition(config, folder / f"{method}-{parts}")
@@ -212,7 +212,7 @@ def real(
                     "scaling-runs.csv", [{**setting, "delay_ms": -1, "rate_mbit": 0, **row} for row in rows], out
                 )
                 continue
-            (file := Path(name) / "config.yaml").write_text(configs.to_yaml(config))
+            (file := Path(name) / "config.yaml").write_text(configs.to_yaml(config), encoding="utf-8")
             with hosts.Hosts(names := [f"h{k}" for k in range(size)]) as up:
                 for delay, rate in (map(float, value.split(":")) for value in link):
                     up.set(delay_ms=delay, rate_mbit=rate)
