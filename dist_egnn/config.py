@@ -73,7 +73,7 @@ class Data:
     edge_drop: float = _key(0.0, "fraction p of the longest edges to drop, 0 to 1", FRACTION)
     periodic: bool = _key(False, "also join nodes across the boundary of a periodic box, by the nearest image")
     fixed: str = _key(
-        "", "nodes that do not move, left out of loss and errors: attribute NAME ≠ 0, or NAME=VALUE", FIXED
+        "", "nodes that do not move, left out of loss and errors: attribute NAME != 0, or NAME=VALUE", FIXED
     )
     frames: int = _key(0, "random input frames per trajectory; 0: all", _least(0))
     first_frame: int = _key(0, "first frame that may be an input", _least(0))
