@@ -116,7 +116,7 @@ class Model:
 class Loss:
     """MSE + mmd * MMD."""
 
-    mmd: float = _key(0.01, "weight of the MMD between virtual nodes and targets; 0: none", _least(0))
+    mmd: float = _key(0.01, "weight of the MMD of virtual nodes and targets, which can be negative; 0: none", _least(0))
     sigma: float = _key(1.5, "width of the kernel", POSITIVE)
     samples: int = _key(3, "targets sampled per virtual node", _least(1))
     kernel: str = _key("laplacian", "laplacian (the authors' code) or gaussian (the paper)", _choice(*KERNELS))

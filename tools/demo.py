@@ -1,4 +1,4 @@
-"""The complete workflow on a fluid: partition, verify, train EGNN and DistEGNN on two processes, evaluate, plot.
+"""The complete workflow on a fluid: partition, verify, train EGNN and FastEGNN on two processes, evaluate, plot.
 
 `make demo` runs it; all output goes to runs/demo. Example: .venv/bin/python tools/demo.py --epochs 20
 """
@@ -40,7 +40,7 @@ from dist_egnn.viz.html_report import node_parts
 
 HERE = Path(__file__).resolve().parent.parent
 RECIPE = HERE / "recipes" / "fluid113k"
-MODELS = {"EGNN": "EGNN", "DistEGNN": "FastEGNN"}
+MODELS = ("EGNN", "FastEGNN")
 
 
 def settings(out: Path, name: str, epochs: int) -> config.Config:
@@ -51,7 +51,7 @@ def settings(out: Path, name: str, epochs: int) -> config.Config:
             "data.frames=10",
             f"data.path={out / 'store'}",
             f"run.dir={out / name}",
-            f"model.name={MODELS[name]}",
+            f"model.name={name}",
             "train.accumulate=1",
             "train.lr=2e-3",
             "train.schedule=cosine",
@@ -119,7 +119,7 @@ def main() -> None:
     store = Store(out / "store")
 
     print("\n2. Verify the store, and that two processes compute the same as one")
-    run_verification(out / "store", settings(out, "DistEGNN", 1))
+    run_verification(out / "store", settings(out, "FastEGNN", 1))
 
     print(f"\n3. Train on two processes, {options.epochs} epochs for each model")
     errors, statistics = {}, {}
@@ -128,9 +128,9 @@ def main() -> None:
         errors[name] = run_evaluation(out / name)
 
     rows = [[name, f"{errors['EGNN'][name]:.3e}", "", ""] for name in ("static", "linear")]
-    for name, model in MODELS.items():
+    for name in MODELS:
         last = statistics[name]
-        rows.append([name, f"{errors[name][model]:.3e}", f"{last['step_s']:.3f}", f"{last['peak_gb']:.2f}"])
+        rows.append([name, f"{errors[name][name]:.3e}", f"{last['step_s']:.3f}", f"{last['peak_gb']:.2f}"])
     print("\n4. Errors on the test trajectory, 20 frames ahead")
     print_table(
         f"edges cut by the partition: {store.summary()['edge_cut']:.1%}; linear: x + t·v with t fitted on the training split",
@@ -140,7 +140,7 @@ def main() -> None:
     picture(out, store, options.epochs)
     shown = out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out
     print(f"\nPicture: {shown / 'report.png'}   all output: {shown}   {time.perf_counter() - started:.0f} s")
-    worse = [name for name, model in MODELS.items() if not errors[name][model] < errors[name]["linear"]]
+    worse = [name for name in MODELS if not errors[name][name] < errors[name]["linear"]]
     if worse:
         raise Failure(
             f"{', '.join(worse)} is not better than linear extrapolation; train longer (--epochs) or report this as a bug"

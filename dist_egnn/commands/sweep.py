@@ -24,6 +24,7 @@ from .. import config as configs
 from ..data import dataset
 from ..distributed.spawn import exit_with_parent, without_script
 from ..train import checkpoint, run_dir
+from ..train.metrics import prediction_name
 from ..utils.console import guard_streams, print_table
 from ..utils.filesystem import lock_folder, write_atomically
 from ..utils.progress import progress_bar
@@ -52,7 +53,7 @@ def _run_process(run: Run, sweep_pid: int) -> None:
     run_training(run.config, run_dir.can_resume(folder))
     errors, epochs = run_evaluation(folder), pd.read_csv(folder / "metrics.csv")
     parameters = sum(t.numel() for t in checkpoint.load(folder / "best.pt")["model"].values())
-    result = {"test_mse": errors[run.config.model.name], "valid_mse": float(epochs["valid_mse"].min())}
+    result = {"test_mse": errors[prediction_name(run.config.model.name)], "valid_mse": float(epochs["valid_mse"].min())}
     result |= {"epochs": len(epochs), "epoch_s": float(epochs["epoch_s"].mean())}
     result |= {"seconds": float(epochs["epoch_s"].sum()), "parameters": parameters}
     result |= {"processes": dataset.process_count(run.config), "peak_gb": float(epochs["peak_gb"].max())}

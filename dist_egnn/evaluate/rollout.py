@@ -229,7 +229,7 @@ def run_rollout(run: Path, **options: Any) -> pd.DataFrame:
     table = error_table(out)
     write_atomically(out.with_suffix(".csv"), table.to_csv(index=False).encode())
     selected = np.unique(np.linspace(min(1, frames - 1), frames - 1, 10).round().astype(int))  # to be printed
-    header = {"mse": "MSE", "static_mse": "static", "linear_mse": "linear", "mae": "MAE"}
+    header = {"mse": "MSE", "static_mse": "static", "linear_mse": "constant v", "mae": "MAE"}
     header |= {"kinetic_energy": "energy", "true_kinetic_energy": "true"}
     numbers = table.iloc[selected][list(header)].map(lambda value: "" if np.isnan(value) else f"{value:.3e}")
     rows = table.iloc[selected][["step", "frame"]].astype(int).astype(str).join(numbers)

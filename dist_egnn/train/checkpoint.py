@@ -196,13 +196,14 @@ def read_last(folder: Path) -> tuple[bytes, str]:
         raise Failure(f"{warning}; and {failure}") from failure
 
 
-def rows_before(path: Path, epoch: int) -> list[dict[str, Any]]:
-    """The rows of a metrics.csv before an epoch, exactly as written. Raises Failure if the file is damaged."""
+def first_rows(path: Path, epochs: int) -> list[dict[str, Any]]:
+    """The rows of so many epochs of a metrics.csv, exactly as written. Raises Failure if the file is damaged."""
     if not path.is_file():
         return []
     try:
         table = pd.read_csv(path, float_precision="round_trip")
-        return table[table["epoch"] < epoch].to_dict("records")
+        table["epoch"] += int(table["epoch"].min() == 0)  # older versions counted from 0
+        return table[table["epoch"] <= epochs].to_dict("records")
     except (ValueError, KeyError) as error:  # of pandas, for text that is no such table
         raise Failure(f"{path}: not the metrics of a run ({str(error).splitlines()[0]}); copy it again") from error
 
@@ -217,5 +218,5 @@ def check_resume(config: Config) -> None:
     state, remedy = last_state(folder), "the copy is incomplete: copy it again"
     if state.best < math.inf and not (folder / BEST).is_file():
         raise Failure(f"{folder / BEST}: missing; {remedy}")
-    if (rows := len(rows_before(folder / METRICS, state.epoch))) < state.epoch:
+    if (rows := len(first_rows(folder / METRICS, state.epoch))) < state.epoch:
         raise Failure(f"{folder / METRICS}: has {rows} of {state.epoch} epochs; {remedy}")

@@ -65,8 +65,8 @@ def nonfinite_cause(model: Module, samples: Dataset, numbers: list[int], group: 
 
 
 def divergence(config: Config, epoch: int, step: int | None, cause: str) -> Failure:
-    """The error of a run that diverged. step: None in validation."""
-    folder, where = config.run.dir, f"epoch {epoch}, {'validation' if step is None else f'step {step}'}"
+    """The error of a run that diverged. epoch: complete ones; step: from 1, None in validation."""
+    folder, where = config.run.dir, f"epoch {epoch + 1}, {'validation' if step is None else f'step {step}'}"
     remedy = f"--resume {folder} train.lr={config.train.lr / 4:g} train.clip={config.train.clip or 1:g}"
     advice = "last.pt still holds the last good checkpoint, lower train.lr or set train.clip"
     return Failure(f"{folder}: {where}: {cause}; {advice}: distegnn train {remedy}")

@@ -13,6 +13,11 @@ from ..distributed.comm import Comm
 from .losses import moving_nodes
 
 
+def prediction_name(model: str) -> str:
+    """A model's name in tables of errors, which tells the model `Linear` from the baseline `linear`."""
+    return "Linear (trained)" if model == "Linear" else model
+
+
 def peak_memory_gb(device: torch.device | None = None) -> float:
     """Peak resident memory of this process, or of its CUDA device, in GB (10⁹ bytes)."""
     if device is not None and device.type == "cuda":

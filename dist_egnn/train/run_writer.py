@@ -11,12 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
+import torch
 import yaml
 from torch import Tensor
 
@@ -25,9 +26,20 @@ from .. import config as configs
 from ..errors import Failure
 from ..utils import filesystem
 from . import checkpoint, diagnostics, run_dir
+from .events import Events
 
 if TYPE_CHECKING:
     from .trainer import Trainer
+
+HISTOGRAM_EVERY = 10  # epochs
+
+
+@dataclass
+class Shown:
+    """What a validation shows: virtual nodes (n, 3) of each batch, and x, prediction, y (N, 3) of the first batch."""
+
+    virtual: list[Tensor] = field(default_factory=list)
+    nodes: tuple[Tensor, Tensor, Tensor] | None = None
 
 
 def git_state(folder: Path) -> dict[str, Any]:
@@ -52,7 +64,7 @@ def append_provenance(path: Path, trainer: Trainer) -> None:
     config, state = trainer.config, trainer.state
     packages = {name: importlib.metadata.version(name) for name in ("torch", "dgl", "numpy")}
     entry = {
-        "epoch": state.epoch,
+        "epoch": state.epoch + 1,
         "step": state.step,
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.argv),
@@ -81,27 +93,24 @@ class RunWriter:
     @contextmanager
     def open(self, resumed: bool, warning: str) -> Iterator[RunWriter]:
         """Start or continue the run's folder. warning: why the run resumes from previous.pt, empty if it does not."""
-        from torch.utils.tensorboard import SummaryWriter
-
         config, state = self.trainer.config, self.trainer.state
         self.folder = Path(config.run.dir)
         if warning:
-            source = f"{self.folder / run_dir.PREVIOUS} (epoch {state.epoch}, step {state.step})"
+            source = f"{self.folder / run_dir.PREVIOUS} (epoch {state.epoch + 1} after step {state.step})"
             print(f"warning: {warning}; resuming from {source}", file=sys.stderr)
         self.last_save = time.monotonic()
         if warning or not resumed:  # before config.yaml, so that a folder with config.yaml has a checkpoint
             self.save(keep_previous=False)
         filesystem.write_atomically(self.folder / run_dir.CONFIG, configs.to_yaml(config).encode())
         append_provenance(self.folder / "about.yaml", self.trainer)
-        self.rows = checkpoint.rows_before(
+        self.rows = checkpoint.first_rows(
             self.folder / run_dir.METRICS, state.epoch
         )  # drops those of an interrupted attempt
-        self.events = SummaryWriter(str(self.folder / "tensorboard"), purge_step=state.epoch)
+        self.events = Events(self.folder / "tensorboard", config, self.trainer.steps_done())
         try:
             yield self
         finally:
-            with suppress(OSError):  # of a full disk, which `end_epoch` has reported
-                self.events.close()
+            self.events.close()
 
     def save(self, name: str = run_dir.LAST, keep_previous: bool = True) -> None:
         """Write a checkpoint; keep_previous: the present file becomes previous.pt.
@@ -116,20 +125,16 @@ class RunWriter:
         checkpoint.save(path, checkpoint.of_training(trainer))
         self.last_save = time.monotonic()
 
-    def end_epoch(self, epoch: int, row: dict[str, float], gb: list[float], z: Tensor | None, improved: bool) -> None:
-        """Record an epoch. gb: peak memory of each rank; z (n, 3): positions of virtual nodes."""
-        self.rows.append({"epoch": epoch, **row})
+    def end_epoch(self, row: dict[str, float], gb: list[float], shown: Shown, improved: bool) -> None:
+        """Record the epoch that is complete. gb: peak memory of each rank; shown: of its validation."""
+        self.rows.append({"epoch": self.trainer.state.epoch, **row})
         content = pd.DataFrame(self.rows).to_csv(index=False).encode()
         filesystem.write_atomically(self.folder / run_dir.METRICS, content)
-        try:
-            for name, value in {**row, **{f"memory_gb/rank{rank}": peak for rank, peak in enumerate(gb)}}.items():
-                self.events.add_scalar(name, value, epoch)
-            for axis, values in zip("xyz", z.T if z is not None and len(z) else (), strict=False):
-                self.events.add_histogram(f"virtual_nodes/{axis}", values, epoch)
-            self.events.flush()
-        except OSError as error:
-            reason = f"cannot be written ({error.strerror}); free disk space, then resume the run"
-            raise Failure(f"{self.events.log_dir}: {reason}") from error
+        done = self.trainer.steps_done()
+        if shown.nodes:
+            self.events.pictures(done, *shown.nodes)
+        histogram = shown.virtual and (self.trainer.state.epoch - 1) % HISTOGRAM_EVERY == 0
+        self.events.epoch(done, self.rows[-1], gb, torch.cat(shown.virtual) if histogram else None)
         if improved:
             self.save(run_dir.BEST, keep_previous=False)
         self.save()  # last: metrics.csv and best.pt include the epochs of last.pt

@@ -29,10 +29,9 @@ from ..ops.native import engine as native_engine
 from ..utils import devices, filesystem, signals
 from ..utils.progress import progress_bar
 from . import checkpoint, diagnostics, losses, metrics
-from .run_writer import RunWriter
+from .run_writer import RunWriter, Shown
 from .state import TrainingState
 
-HISTOGRAM_EVERY = 10  # epochs
 _drawing = threading.Lock()  # torch's generator belongs to all threads
 
 
@@ -104,17 +103,19 @@ def _seeded(*seed: int) -> torch.Generator:
 
 
 def evaluate_split(
-    model: Module, samples: Dataset, split: str, config: Config, comm: Comm, virtual: list[Tensor] | None = None
+    model: Module, samples: Dataset, split: str, config: Config, comm: Comm, shown: Shown | None = None
 ) -> float:
-    """The model's MSE over all samples of a split. Appends virtual node positions (n, 3) to ``virtual``."""
+    """The model's MSE over all samples of a split; fills ``shown``."""
     model.eval()
     batches = _own(_chunks(samples.splits[split], config.train.batch_size), comm)
 
     def pairs() -> Iterator[tuple[Tensor, Tensor]]:
         for graph in prepared_batches(model, samples, batches):
             predicted, z = model(graph)
-            if virtual is not None:
-                virtual.append(z.flatten(0, 1).cpu())
+            if shown is not None:
+                shown.virtual.append(z.flatten(0, 1).cpu())
+                nodes = (graph.ndata["x"].to(predicted), predicted, graph.ndata["y"].to(predicted))
+                shown.nodes = shown.nodes or nodes
             moving = losses.moving_nodes(graph)
             yield predicted[moving], graph.ndata["y"][moving]
 
@@ -141,24 +142,35 @@ class Trainer:
     samples: Dataset
     state: TrainingState = field(default_factory=TrainingState)
     fingerprint: dict[str, Any] = field(default_factory=dict)  # of the samples, see checkpoint.py
+    last_step: dict[str, float] = field(default_factory=dict)  # means of the last step's batches
+
+    def steps_of_an_epoch(self) -> int:
+        settings, samples = self.config.train, len(self.samples.splits["train"])
+        return math.ceil(math.ceil(samples / settings.batch_size) / settings.accumulate)
+
+    def steps_done(self) -> int:
+        """Optimiser steps since the start of the training."""
+        return self.state.epoch * self.steps_of_an_epoch() + self.state.step
 
     def train(self, writer: RunWriter | None) -> dict[str, float]:
         """Train the remaining epochs; returns what `train` does. writer: on rank 0 only."""
         settings, state, world, row = self.config.train, self.state, self.comm.world, dict[str, float]()
-        count = math.ceil(math.ceil(len(self.samples.splits["train"]) / settings.batch_size) / settings.accumulate)
-        total, done = settings.epochs * count, state.epoch * count + state.step
-        with progress_bar("training", total, enabled=writer is not None, initial=done) as tick:
+        count = self.steps_of_an_epoch()
+        total = settings.epochs * count
+        with progress_bar("training", total, enabled=writer is not None, initial=self.steps_done()) as tick:
             while not state.finished(settings):
                 started = time.perf_counter() - state.sums["epoch_s"]  # its seconds before a resume
                 for stop in self.steps():
                     state.sums["epoch_s"] = time.perf_counter() - started
                     tick(self._progress_note(row))
+                    if writer:
+                        writer.events.step(self.steps_done(), self.last_step)
                     if writer and (stop or time.monotonic() - writer.last_save >= 60 * settings.checkpoint_minutes):
                         writer.save()
                     if stop:
                         return self._stopped()
-                virtual: list[Tensor] | None = [] if state.epoch % HISTOGRAM_EVERY == 0 else None
-                valid = evaluate_split(self.model, self.samples, "valid", self.config, self.comm, virtual)
+                shown = Shown()
+                valid = evaluate_split(self.model, self.samples, "valid", self.config, self.comm, shown)
                 if not math.isfinite(valid):
                     raise self._divergence(self.samples.splits["valid"], None)
                 values = torch.zeros(world.size + 1, dtype=torch.float64, device="cpu")
@@ -170,11 +182,14 @@ class Trainer:
                 row = {f"train_{name}": state.sums[name] / state.sums["batches"] for name in ("loss", "mse")}
                 row |= {"lr": self.optimizer.param_groups[0]["lr"], **means, "valid_mse": valid}
                 row |= {"peak_gb": max(memory), "epoch_s": state.sums["epoch_s"]}
-                epoch, improved = state.epoch, state.end_epoch(valid, settings)
+                improved = state.end_epoch(valid, settings)
                 if writer:
-                    writer.end_epoch(epoch, row, memory, torch.cat(virtual) if virtual else None, improved)
+                    writer.end_epoch(row, memory, shown, improved)
                 if stop:
                     return self._stopped()
+        if writer and row:
+            final = {name: row[name] for name in ("train_mse", "valid_mse")} | {"best_valid_mse": state.best}
+            writer.events.finish(self.steps_done(), final)
         return {**row, "best_valid_mse": state.best}
 
     def steps(self) -> Iterator[bool]:
@@ -212,12 +227,14 @@ class Trainer:
             norm = clip_gradients(model, settings.clip)
             if not (math.isfinite(loss_sum) and math.isfinite(norm)):
                 graphs.close()  # ends the thread that reads samples
-                raise self._divergence([number for index in step for number in batches[index]], state.step)
+                raise self._divergence([number for index in step for number in batches[index]], state.step + 1)
             for options in self.optimizer.param_groups:
                 options["lr"] = state.learning_rate(settings, len(steps))
             self.optimizer.step()
             devices.synchronize(device)
             state.step += 1
+            losses_of_step = {"train_loss": loss_sum / len(step), "train_mse": mse_sum / len(step)}
+            self.last_step = {**losses_of_step, "grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]}
             for name, value in {"loss": loss_sum, "mse": mse_sum, "batches": len(step), "grad_norm": norm}.items():
                 sums[name] += value
             sums["step_s"] += time.perf_counter() - started
@@ -228,14 +245,19 @@ class Trainer:
         return diagnostics.divergence(self.config, self.state.epoch, step, cause)
 
     def _stopped(self) -> dict[str, float]:
-        return {"best_valid_mse": self.state.best, "stopped": 1.0, "epoch": self.state.epoch, "step": self.state.step}
+        return {
+            "best_valid_mse": self.state.best,
+            "stopped": 1.0,
+            "epoch": self.state.epoch + 1,
+            "step": self.state.step,
+        }
 
     def _progress_note(self, row: dict[str, float]) -> str:
         sums, epoch = self.state.sums, f"epoch {self.state.epoch + 1}/{self.config.train.epochs}"
         valid = f"  valid {row['valid_mse']:.1e}" if row else ""
-        # the most important numbers first, because a narrow terminal cuts the end off
+        # the most important numbers first, because a narrow terminal cuts the end off; not the loss, which can be negative
         step_s = sums["step_s"] / self.state.step
-        return f"loss {sums['loss'] / sums['batches']:.1e}  {step_s:.2g} s/step  {epoch}{valid}"
+        return f"MSE {sums['mse'] / sums['batches']:.1e}  {step_s:.2g} s/step  {epoch}{valid}"
 
 
 def _open(world: Comm, config: Config, *splits: str) -> tuple[torch.device, Comm, Dataset]:
@@ -251,7 +273,7 @@ def _open(world: Comm, config: Config, *splits: str) -> tuple[torch.device, Comm
 def train(world: Comm, config: Config, resume: bool = False) -> dict[str, float]:
     """Train a model, or resume the run in run.dir; returns the last row of metrics.csv and `best_valid_mse`.
 
-    A run that a signal stops returns `stopped`, `epoch` and `step` instead of the row. Graphs stay on the CPU.
+    A run that a signal stops returns `stopped`, `epoch` (from 1) and `step` (done) instead of the row. Graphs stay on the CPU.
     world: `train.replicas` groups, each of as many ranks as a graph has parts; the groups share the batches.
     """
     device, comm, samples = _open(world, config, "train", "valid")
@@ -289,5 +311,5 @@ def evaluate(world: Comm, config: Config, weights: Path | None, split: str = "te
         model = build_model(config, samples.widths, comm).to(device)
         checkpoint.load_weights(model, checkpoint.load(weights), weights)
         with tiled_layer.tile_threads(config.train.threads):
-            result[config.model.name] = evaluate_split(model, samples, split, config, comm)
+            result[metrics.prediction_name(config.model.name)] = evaluate_split(model, samples, split, config, comm)
     return result

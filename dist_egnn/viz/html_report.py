@@ -33,7 +33,7 @@ h1 { font-size: 1.6rem; margin: .3rem 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; border-bottom: 1px solid #ccc; }
 .pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
 figure { margin: 0; break-inside: avoid; }
-img { width: 100%; height: auto; }
+img { width: 100%; max-width: 38rem; height: auto; }
 figcaption, .left-out { color: #555; font-size: .9rem; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; margin-bottom: 1rem; }
 table { border-collapse: collapse; }
@@ -93,7 +93,8 @@ class Report:
 
     def metrics(self) -> pd.DataFrame:
         remedy = "written by: distegnn train, or train --resume (imported weights have none)"
-        return self.read("metrics.csv", {"epoch", "train_mse", "valid_mse"}, remedy)
+        table = self.read("metrics.csv", {"epoch", "train_mse", "valid_mse"}, remedy)
+        return table.assign(epoch=table["epoch"] + int(table["epoch"].min() == 0))  # older versions counted from 0
 
     def scores(self) -> dict[str, dict[str, float]]:
         """evaluate.csv: split → prediction → MSE."""
@@ -102,14 +103,31 @@ class Report:
             str(split): dict(rows[["prediction", "mse"]].values) for split, rows in table.groupby("split", sort=False)
         }
 
+    def parameters(self) -> str:
+        """The number of the best checkpoint's parameters, or why it cannot be read."""
+        try:
+            weights = checkpoint.load(self.run / run_dir.BEST)["model"]
+        except Failure as failure:
+            return str(failure)
+        return f"{sum(value.numel() for value in weights.values()):,}"
+
     def numbers(self) -> str:
         table = self.metrics()
         known, last = table["valid_mse"].dropna(), table.iloc[-1]  # NaN: a validation split without samples
         best = f"{known.min():.4e} (epoch {int(table.loc[known.idxmin(), 'epoch'])})" if len(known) else "none"
-        rows = [("model", self.config.model.name), ("epochs", len(table)), ("best validation MSE", best)]
+        data, parts = self.config.data, self.config.partition.parts
+        rows: list[tuple[str, object]] = [("model", self.config.model.name), ("parameters", self.parameters())]
+        rows += [("data", data.path), ("parts", parts or "those of the store"), ("radius", f"{data.radius:g}")]
+        rows += [("horizon [frames]", data.horizon), ("epochs", len(table)), ("best validation MSE", best)]
         for name, column, values, form in (
             ("last validation MSE", "valid_mse", last, ".4e"),
             ("last training MSE", "train_mse", last, ".4e"),
+            (
+                "last training loss (MSE + MMD without its constant term, so it can be negative)",
+                "train_loss",
+                last,
+                ".4e",
+            ),
             ("seconds per step, last epoch", "step_s", last, ".3f"),
             ("seconds of training", "epoch_s", table.sum(), ",.0f"),
             ("memory of the largest process [GB]", "peak_gb", last, ".2f"),
@@ -136,9 +154,9 @@ class Report:
         epochs, lines = table["epoch"], {"training": table["train_mse"], "validation": table["valid_mse"]}
         shown = [_figure(caption, plots.curves, epochs, lines, levels, "epoch", "mean squared error")]
         if "lr" in table and "grad_norm" in table:
-            lines = {"gradient norm before clipping": table["grad_norm"], "learning rate": table["lr"]}
-            caption = "Gradient norm and learning rate by epoch."
-            shown.append(_figure(caption, plots.curves, epochs, lines, {}, "epoch", "norm, rate"))
+            for column, name in (("grad_norm", "gradient norm before clipping"), ("lr", "learning rate")):
+                caption = f"{name.capitalize()} by epoch."
+                shown.append(_figure(caption, plots.curves, epochs, {name: table[column]}, {}, "epoch", name))
         return _pictures(*shown)
 
     def timing(self) -> str:
@@ -196,8 +214,9 @@ class Report:
         shown = []
         known = table[table["mse"].notna() & (table["step"] > 0)]
         if len(known):
-            lines = {"rollout": known["mse"], "static": known["static_mse"], "linear": known["linear_mse"]}
-            caption = "Error of the rollout by step. Static: the first frame; linear: moved on by its own velocity."
+            lines = {"rollout": known["mse"], "static": known["static_mse"]}
+            lines["constant velocity"] = known["linear_mse"]
+            caption = "Error of the rollout by step. Static: the first frame; constant velocity: x + t·v of that frame."
             shown.append(_figure(caption, plots.curves, known["step"], lines, {}, "step", "mean squared error"))
             if len(known) < steps:
                 text += f" The data end after step {int(known['step'].max())} of {steps}."

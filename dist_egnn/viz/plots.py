@@ -17,6 +17,7 @@ from ..utils.filesystem import write_atomically
 
 SIZE, DPI = (5.6, 4.0), 160  # of one panel: inches, pixels per inch
 MAX_POINTS = 6000  # of a point cloud
+MAX_BARS = 60
 Values = Sequence[float]
 Lines = Mapping[str, Values]  # by name
 
@@ -168,13 +169,17 @@ def virtual_node_paths(figure: Any, x: np.ndarray, virtual: np.ndarray) -> None:
 
 
 def timing(figure: Any, epochs: Values, seconds: Lines, step: Values) -> None:
-    """Stacked bars: seconds per step of each phase, and the rest of the step on top."""
+    """Stacked bars: seconds per step of each phase, and the rest of the step on top; means of epochs if they are many."""
     axes = _axes(figure)
     bars = {name: np.asarray(values, float) for name, values in seconds.items()}
     bars["other (optimiser)"] = np.maximum(np.asarray(step, float) - sum(bars.values()), 0)
-    bottom = np.zeros(len(epochs))
-    for k, (name, height) in enumerate(bars.items()):
-        axes.bar(epochs, height, bottom=bottom, width=0.8, color=f"C{k}", label=name)
+    groups = np.array_split(np.asarray(epochs, float), min(len(epochs), MAX_BARS))
+    ends = np.cumsum([0, *map(len, groups)])
+    bottom = np.zeros(len(groups))
+    for k, (name, values) in enumerate(bars.items()):
+        height = np.add.reduceat(values, ends[:-1]) / np.diff(ends)
+        centre, width = [group.mean() for group in groups], 0.8 * np.diff(ends)
+        axes.bar(centre, height, bottom=bottom, width=width, color=f"C{k}", label=name, snap=True)
         bottom = bottom + height
     axes.set(xlabel="epoch", ylabel="seconds per step", axisbelow=True)
     axes.xaxis.get_major_locator().set_params(integer=True)

@@ -50,7 +50,7 @@ def test_errors_are_means_over_the_nodes_that_move(run: config.Config, tmp_path:
     mse = np.square(MOVES[~WALL]).mean()  # of an error of one frame
     errors = trainer.evaluate(SingleProcess(), run, tmp_path / "run" / "best.pt")
     assert errors["static"] == pytest.approx(4 * mse, rel=1e-5)
-    assert errors["Linear"] == pytest.approx(0.25 * mse, rel=1e-5)
+    assert errors["Linear (trained)"] == pytest.approx(0.25 * mse, rel=1e-5)
     table = rollout.run_rollout(tmp_path / "run", trajectory=2, steps=1, out=tmp_path / "o.vtkhdf")
     assert table["mse"][1] == pytest.approx(0.25 * mse, rel=1e-5)
     assert table["static_mse"][1] == pytest.approx(4 * mse, rel=1e-5)

@@ -261,7 +261,7 @@ def test_recipe(data, tmp_path, capsys):
     arguments = ["--out", str(out), "--models", "Linear", "EGNN", "train.lr=1e-3"]
     recipe.run_recipe(RECIPE, SCALES, arguments)
     result = table(out)
-    assert list(result.index) == ["static", "linear", "Linear", "EGNN"]
+    assert list(result.index) == ["static", "linear", "Linear (trained)", "EGNN"]
     assert result.loc["static", "of static"] == result.loc["linear", "of linear"] == 1
     np.testing.assert_allclose(result["of static"], result["test MSE"] / result.loc["static", "test MSE"])
     np.testing.assert_allclose(result["of linear"], result["test MSE"] / result.loc["linear", "test MSE"])

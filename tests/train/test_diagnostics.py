@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -19,6 +20,7 @@ from dist_egnn import config
 from dist_egnn.commands.train import run_training
 from dist_egnn.errors import Failure
 from dist_egnn.train import checkpoint, trainer
+from dist_egnn.train.events import GROUPS
 from dist_egnn.train.state import TrainingState
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +36,7 @@ def test_metrics_and_events(small: Path, make_store: Callable[..., Path], tmp_pa
     (table,) = re.findall(r"^### metrics\.csv\n\n(.*?)\n\n", (ROOT / "docs" / "outputs.md").read_text(), re.M | re.S)
     documented = [name for line in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", line.split("|")[1])]
     assert list(rows) == documented
-    assert rows["epoch"].tolist() == list(range(12))
+    assert rows["epoch"].tolist() == list(range(1, 13))
     phases = rows[["data_s", "forward_s", "communication_s", "backward_s"]]
     assert (phases.to_numpy() >= 0).all()
     assert (phases.sum(axis=1) <= rows["step_s"]).all()
@@ -42,17 +44,37 @@ def test_metrics_and_events(small: Path, make_store: Callable[..., Path], tmp_pa
     assert ((rows["communication_s"] > 0) == (parts > 1)).all()
     assert (rows["grad_norm"] > 0).all()
 
-    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0})
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0, "images": 0})
     events.Reload()
-    ranks = [f"memory_gb/rank{rank}" for rank in range(parts)]
-    assert set(events.Tags()["scalars"]) == {*documented[1:], *ranks}
-    for tag in (*documented[1:], *ranks):
-        assert [e.step for e in events.Scalars(tag)] == list(range(12)), tag
+    ranks = [f"memory/rank{rank}_gb" for rank in range(parts)]
+    by_step = {f"{tag}_step" for tag in ("loss/train", "loss/train_mse", "model/grad_norm", "model/lr")}
+    final = {f"hparam/{name}": name for name in ("train_mse", "valid_mse", "best_valid_mse")}
+    tags = {GROUPS.get(name, f"time/{name}"): name for name in documented}
+    assert set(events.Tags()["scalars"]) == {*tags, *ranks, *by_step, *final}
+    for tag, name in tags.items():
+        scalars = events.Scalars(tag)
+        assert [e.step for e in scalars] == list(range(3, 37, 3)), tag  # an epoch has 3 steps
+        assert [e.value for e in scalars] == pytest.approx(rows[name].tolist(), rel=1e-6), tag
+    for tag in by_step:
+        scalars, name = events.Scalars(tag), tags[tag.removesuffix("_step")]
+        assert [e.step for e in scalars] == list(range(1, 37)), tag
+        means = np.reshape([e.value for e in scalars], (12, 3)).mean(1)
+        if name != "lr":  # the row has that of the last step
+            np.testing.assert_allclose(means, rows[name], rtol=1e-5, err_msg=tag)
     peaks = [max(events.Scalars(rank)[epoch].value for rank in ranks) for epoch in range(12)]
     assert rows["peak_gb"].tolist() == pytest.approx(peaks, rel=1e-6)
-    assert set(events.Tags()["histograms"]) == {f"virtual_nodes/{axis}" for axis in "xyz"}
-    histogram = events.Histograms("virtual_nodes/x")
-    assert [h.step for h in histogram] == [0, 10]
+    assert {name: events.Scalars(tag)[-1].value for tag, name in final.items()} == pytest.approx(
+        {
+            "train_mse": rows["train_mse"].iloc[-1],
+            "valid_mse": rows["valid_mse"].iloc[-1],
+            "best_valid_mse": rows["valid_mse"].min(),
+        }
+    )
+    assert set(events.Tags()["images"]) == {"validation/displacement", "validation/error"}
+    assert [image.step for image in events.Images("validation/error")] == list(range(3, 37, 3))
+    assert set(events.Tags()["histograms"]) == {f"model/virtual_nodes_{axis}" for axis in "xyz"}
+    histogram = events.Histograms("model/virtual_nodes_x")
+    assert [h.step for h in histogram] == [3, 33]
     assert histogram[0].histogram_value.num == 3 * 3  # 3 samples in validation, 3 virtual nodes
 
 
@@ -122,14 +144,14 @@ def _set_nan() -> None:
 def test_a_nan_parameter_ends_the_run_and_the_last_checkpoint_stays(small, make_store, tmp_path, monkeypatch, parts):
     path = small if parts == 1 else make_store(2)
     monkeypatch.setattr(trainer, "train", ActAfterStep(4, None, _set_nan))
-    with pytest.raises(Failure, match=rf"epoch 1, step 1: parameter {re.escape(NAME)} is NaN; .*train\.lr"):
+    with pytest.raises(Failure, match=rf"epoch 2, step 1: parameter {re.escape(NAME)} is NaN; .*train\.lr"):
         run_training(settings(path, tmp_path / "run", "train.epochs=4"))
     last = checkpoint.load(tmp_path / "run" / "last.pt")
     assert (last["epoch"], last["step"]) == (1, 0)
     assert all(value.isfinite().all() for value in last["model"].values())
     monkeypatch.setattr(trainer, "train", PLAIN_TRAIN)
     resume_training(tmp_path / "run", ["train.lr=1e-3", "train.clip=0.1"])  # the remedy in the message
-    assert pd.read_csv(tmp_path / "run" / "metrics.csv")["epoch"].tolist() == [0, 1, 2, 3]
+    assert pd.read_csv(tmp_path / "run" / "metrics.csv")["epoch"].tolist() == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("parts", [1, 2])
@@ -140,7 +162,7 @@ def test_divergence_names_the_sample(small, make_store, tmp_path, parts):
         run_training(settings(path, tmp_path / "run", "train.lr=1e25", "train.warmup=0"))
     message = str(caught.value)
     quantity = "predicted positions|virtual nodes' positions|squared error"
-    match = re.search(rf"/run: epoch 0, step 1: \w+ ({quantity}) of sample (\d+) \(trajectory (\d+), frame", message)
+    match = re.search(rf"/run: epoch 1, step 2: \w+ ({quantity}) of sample (\d+) \(trajectory (\d+), frame", message)
     assert match, message
     assert int(match[3]) == int(match[2]) // 3  # three frames of each trajectory
     assert "\n" not in message
@@ -149,6 +171,6 @@ def test_divergence_names_the_sample(small, make_store, tmp_path, parts):
 
 def test_a_validation_that_is_not_finite(small, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "evaluate_split", lambda *_: float("inf"))
-    with pytest.raises(Failure, match=r"epoch 0, validation: the loss is not finite \(samples 6, 7, 8\)"):
+    with pytest.raises(Failure, match=r"epoch 1, validation: the loss is not finite \(samples 6, 7, 8\)"):
         run_training(settings(small, tmp_path / "run"))
     assert not (tmp_path / "run" / "best.pt").exists()

@@ -94,7 +94,7 @@ def test_killed_ten_times_at_random(inputs, whole, tmp_path):
     resume_training(run, [])
     assert_same(run, whole(1, LONG))
     starts = [(s["epoch"], s["step"]) for s in yaml.safe_load((run / "about.yaml").read_text())]
-    assert starts[0] == (0, 0)
+    assert starts[0] == (1, 0)
     assert starts == sorted(starts)
     assert len({*starts}) > 5
 
@@ -161,7 +161,7 @@ def test_a_signal_stops_all_ranks_at_the_end_of_the_step(
     last = checkpoint.load(run / "last.pt")
     assert steps in (None, 3 * last["epoch"] + last["step"])
     error = capsys.readouterr().err
-    assert f"stopped in epoch {last['epoch']} after step {last['step']}; " in error
+    assert f"stopped in epoch {last['epoch'] + 1} after step {last['step']}; " in error
     assert error.endswith(f"distegnn train --resume {run}\n")
     monkeypatch.setattr(trainer, "train", PLAIN_TRAIN)
     resume_training(run, [])
@@ -196,7 +196,7 @@ def test_the_command(inputs, tmp_path):
     assert f"distegnn train --resume {run}\n" in error
     epochs = checkpoint.load(run / "last.pt")["epoch"] + 2
     subprocess.run([*distegnn, "--resume", run, f"train.epochs={epochs}"], check=True)
-    assert pd.read_csv(run / "metrics.csv")["epoch"].tolist() == list(range(epochs))
+    assert pd.read_csv(run / "metrics.csv")["epoch"].tolist() == list(range(1, epochs + 1))
     assert config.load(run / "config.yaml").train.epochs == epochs
     for arguments, message in (((), "config is missing"), ((path, "--resume", run), r"my\.yaml: --resume")):
         with pytest.raises(Failure, match=message):
@@ -215,11 +215,11 @@ def test_on_another_number_of_parts(small, make_store, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "train", PLAIN_TRAIN)
     resume_training(run, [f"data.path={small}"])
     rows, expected = (pd.read_csv(folder / "metrics.csv") for folder in (run, tmp_path / "whole"))
-    assert rows["epoch"].tolist() == list(range(6))
+    assert rows["epoch"].tolist() == list(range(1, 7))
     for column in ("train_loss", "valid_mse", "lr", "grad_norm"):
         assert rows[column].tolist() == pytest.approx(expected[column].tolist(), rel=1e-3)
     starts = yaml.safe_load((run / "about.yaml").read_text())
-    assert [(s["processes"], s["epoch"], s["step"]) for s in starts] == [(1, 0, 0), (2, 1, 2), (1, 3, 0)]
+    assert [(s["processes"], s["epoch"], s["step"]) for s in starts] == [(1, 1, 0), (2, 2, 2), (1, 4, 0)]
 
 
 def test_a_resume_can_partition(small, tmp_path):

@@ -87,7 +87,7 @@ def test_resume_from_the_previous_checkpoint(run, whole, capsys, message):
     assert (run / "previous.pt").read_bytes() == before
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: {run}/last.pt: {message}")
-    assert line.endswith(f"from {run}/previous.pt (epoch 1, step 3)")
+    assert line.endswith(f"from {run}/previous.pt (epoch 2 after step 3)")
     resume_training(run, [EPOCHS])
     assert_same(run, whole)
 
@@ -99,7 +99,7 @@ INCOMPLETE: dict[str, Callable[[Path], object]] = {
     r"last\.pt: damaged.*; and .*previous\.pt: damaged": lambda run: [flip(run / name, 0.5) for name in BOTH],
     r"best\.pt: missing": lambda run: (run / "best.pt").unlink(),
     r"metrics\.csv: has 0 of 2 epochs": lambda run: (run / "metrics.csv").unlink(),
-    r"metrics\.csv: has 1 of 2 epochs": lambda run: (run / "metrics.csv").write_text("epoch\n0\n"),
+    r"metrics\.csv: has 1 of 2 epochs": lambda run: (run / "metrics.csv").write_text("epoch\n1\n"),
     r"metrics\.csv: not the metrics of a run": lambda run: (run / "metrics.csv").write_bytes(b"\0\0"),
     r"last\.pt: not a checkpoint": lambda run: torch.save({"a": 1}, run / "last.pt"),
 }
@@ -208,13 +208,13 @@ def test_a_full_disk(small, disk, whole, monkeypatch, epoch):
     (folder / "filler").unlink()
     resume_training(folder / "run", [])
     assert_same(folder / "run", whole)
-    assert len(checkpoint.rows_before(folder / "run" / "metrics.csv", 9)) == 4
+    assert len(checkpoint.first_rows(folder / "run" / "metrics.csv", 9)) == 4
 
 
 def test_about(run):
     before = (run / "about.yaml").read_text()
     (start,) = yaml.safe_load(before)
-    assert (start["epoch"], start["step"], start["processes"], start["device"]) == (0, 0, 1, "cpu")
+    assert (start["epoch"], start["step"], start["processes"], start["device"]) == (1, 0, 1, "cpu")
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     assert versions.items() < start["versions"].items()
     assert set(start["versions"]) == {*versions, "dist_egnn", "dgl", "numpy"}
@@ -223,7 +223,7 @@ def test_about(run):
     resume_training(run, ["train.epochs=3"])
     after = (run / "about.yaml").read_text()
     assert after.startswith(before)
-    assert [(s["epoch"], s["step"]) for s in yaml.safe_load(after)] == [(0, 0), (2, 0)]
+    assert [(s["epoch"], s["step"]) for s in yaml.safe_load(after)] == [(1, 0), (3, 0)]
 
 
 def test_git_state(tmp_path):

@@ -58,7 +58,7 @@ def test_training_on_a_terminal(train: list[str]) -> None:
     assert code == 0, screen
     bar, note, result = screen
     assert re.fullmatch(r"training ━+ 12/12 \d:\d\d:\d\d 0:00:00 left", bar)
-    assert re.fullmatch(r"  loss \S+  \S+ s/step  epoch 2/2  valid \d\.\de-\d\d", note)
+    assert re.fullmatch(r"  MSE \d\.\de-\d\d  \S+ s/step  epoch 2/2  valid \d\.\de-\d\d", note)
     assert result.startswith("run: best validation MSE ")
     assert all(len(line) <= 80 for line in screen)
     assert "\x1b[?25h" in raw  # the cursor is visible again

@@ -20,6 +20,7 @@ from dist_egnn.commands.train import run_training
 from dist_egnn.data.store import Store
 from dist_egnn.errors import Failure
 from dist_egnn.evaluate import rollout
+from dist_egnn.train import checkpoint
 from dist_egnn.train.diagnostics import PHASES
 from dist_egnn.viz import html_report
 from dist_egnn.viz.html_report import run_report
@@ -62,14 +63,19 @@ def pictures(text: str) -> list[Image.Image]:
 def test_page_has_every_section(run, capsys):
     content = sections(run)
     assert list(content) == TITLES
-    assert [len(pictures(content[title])) for title in TITLES] == [0, 0, 2, 3, 3, 1, 0, 0]
-    assert f"{run / 'report.html'}: 9 pictures" in capsys.readouterr().out
+    assert [len(pictures(content[title])) for title in TITLES] == [0, 0, 3, 3, 3, 1, 0, 0]
+    assert f"{run / 'report.html'}: 10 pictures" in capsys.readouterr().out
     text = "".join(content.values())
     assert "left-out" not in text
-    assert len(re.findall(r'<img [^>]*alt="[^"]{11,}"', text)) == 9
+    assert len(re.findall(r'<img [^>]*alt="[^"]{11,}"', text)) == 10
     # numbers are the run's own
     table = pd.read_csv(run / "metrics.csv")
-    assert f"{table['valid_mse'].min():.4e} (epoch {table['valid_mse'].idxmin()})" in content["The run in numbers"]
+    assert f"{table['valid_mse'].min():.4e} (epoch {table['valid_mse'].idxmin() + 1})" in content["The run in numbers"]
+    weights = checkpoint.load(run / "best.pt")["model"].values()
+    settings = config.load(run / "config.yaml").data
+    known = {"parameters": f"{sum(value.numel() for value in weights):,}", "data": settings.path, "radius": "0.27"}
+    for name, value in {**known, "horizon [frames]": 3}.items():
+        assert f"<td>{name}</td><td>{value}</td>" in content["The run in numbers"]
     for row in pd.read_csv(run / "evaluate.csv").itertuples():
         assert f"<td>{row.prediction}</td><td>{row.mse:.4e}</td>" in content["Errors"]
     assert "The data end after step 4 of 5." in content["Rollout"]
@@ -120,8 +126,11 @@ def test_older_and_damaged_files(copy):
     report = html_report.Report(copy, config.load(copy / "config.yaml"), None)
     table = pd.read_csv(copy / "metrics.csv")
     old = ["epoch", "train_loss", "train_mse", "lr", "step_s", "grad_norm", "valid_mse", "peak_gb"]
-    table[old].to_csv(copy / "metrics.csv", index=False)
-    assert len(pictures(report.curves())) == 2
+    table[old].assign(epoch=table["epoch"] - 1).to_csv(copy / "metrics.csv", index=False)  # counted from 0
+    assert report.metrics()["epoch"].tolist() == table["epoch"].tolist()
+    kept = checkpoint.first_rows(copy / "metrics.csv", len(table) - 1)
+    assert [row["epoch"] for row in kept] == list(range(1, len(table)))
+    assert len(pictures(report.curves())) == 3
     with pytest.raises(Failure, match="older version"):
         report.timing()
     table.loc[0, list(PHASES)] = np.nan  # resumed by this version
