@@ -20,6 +20,8 @@ from .utils import devices, typed_yaml
 KERNELS = ("laplacian", "gaussian")  # of the MMD
 SCHEDULES = ("constant", "cosine", "plateau")
 HALOS = ("bridge", "exchange")
+WALLS = ("none", "box")
+PREDICTS = ("position", "velocity", "acceleration")
 PATHS = ("data.path", "run.dir", "train.kept")  # in these ~ is the home folder
 
 
@@ -75,6 +77,12 @@ class Data:
     fixed: str = _key(
         "", "nodes that do not move, left out of loss and errors: attribute NAME != 0, or NAME=VALUE", FIXED
     )
+    history: int = _key(0, "simulator: past velocities in its input; 0: no simulator, one velocity (v)", _least(0))
+    walls: str = _key(
+        "none", "simulator: walls that it feels; none, or box: the sides of the trajectory's box", _choice(*WALLS)
+    )
+    gravity: list[float] | None = _key(None, "simulator: gravity, length/time²; null: that of the file", VECTOR)
+    pushforward: int = _key(0, "simulator: steps of its own before the input, in training", _least(0))
     frames: int = _key(0, "random input frames per trajectory; 0: all", _least(0))
     first_frame: int = _key(0, "first frame that may be an input", _least(0))
     last_frame: int = _key(-1, "last frame that may be an input; -1: the last one that has a target", _least(-1))
@@ -97,6 +105,7 @@ class Model:
     """The network."""
 
     name: str = _key("FastEGNN", "Linear, EGNN, FastEGNN, RF, FastRF, SchNet, FastSchNet, TFN, FastTFN, MODULE:CLASS")
+    predicts: str = _key("position", "position; simulator: velocity or acceleration", _choice(*PREDICTS))
     hidden: int = _key(64, "width H of the hidden features", _least(1))
     layers: int = _key(4, "layers L", _least(1))
     virtual_nodes: int = _key(3, "virtual nodes C, for models that have them", _least(1))
@@ -186,6 +195,7 @@ def check(config: Config) -> None:
         from .utils import part_weights  # here: it imports numpy
 
         part_weights.validate(p.weights, p.parts or len(p.weights))
+    _check_simulator(config)
     if 0 <= d.last_frame < d.first_frame:
         raise Failure(f"data.last_frame={d.last_frame}: lies before data.first_frame={d.first_frame}")
     if t.replicas > t.accumulate:
@@ -196,6 +206,25 @@ def check(config: Config) -> None:
     if t.schedule == "plateau" and 0 < t.patience <= t.plateau_epochs:
         remedy = f"set it above train.plateau_epochs={t.plateau_epochs}"
         raise Failure(f"train.patience={t.patience}: training would stop before the learning rate falls; {remedy}")
+
+
+def _check_simulator(config: Config) -> None:
+    """Raise Failure for keys of a simulator without data.history, and for keys that a simulator does not have."""
+    defaults = Config()
+    simulator = ("data.walls", "data.gravity", "data.pushforward", "model.predicts")
+    if not config.data.history:
+        for key in simulator:
+            if (value := attrgetter(key)(config)) != attrgetter(key)(defaults):
+                raise Failure(f"{key}={value}: is an option of a simulator; set data.history to 1 or more")
+        return
+    if math.isinf(config.data.radius):
+        raise Failure("data.radius=.inf: a simulator (data.history) needs a finite radius")
+    if config.model.gravity is not None:
+        raise Failure(
+            f"model.gravity={config.model.gravity}: a simulator reads data.gravity, in length/time²; set that"
+        )
+    if config.data.edge_drop and config.data.pushforward:
+        raise Failure(f"data.edge_drop={config.data.edge_drop}: not with data.pushforward; set it to 0")
 
 
 def _unknown_key(key: str, source: str) -> Failure:

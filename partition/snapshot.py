@@ -15,9 +15,9 @@ import numpy as np
 from dist_egnn.partition import assign, neighbors
 from numpy import ndarray as Array
 
-from dist_egnn.data import graphs
-from dist_egnn.data.samples import SampleSpec, Snapshot, node_fields
-from dist_egnn.data.store import SIDES
+from dist_egnn.data import domain, graphs
+from dist_egnn.data.samples import SampleSpec, Snapshot, edge_positions, node_fields, squares, surroundings
+from dist_egnn.data.store import SIDES, SQUARES
 from dist_egnn.data.trajectories import Trajectories
 from dist_egnn.errors import Failure
 from dist_egnn.utils import memory, part_weights
@@ -45,6 +45,10 @@ class Inputs:
     edge_drop: float
     periodic: bool
     fixed: str
+    history: int
+    walls: str
+    gravity: tuple[float, ...] | None
+    pushforward: int
     frames: int
     first_frame: int
     last_frame: int
@@ -58,18 +62,32 @@ class Inputs:
     @property
     def sample(self) -> SampleSpec:
         names = self.features, self.node_attributes
-        return SampleSpec(self.radius, self.horizon, *names, self.edge_drop, self.periodic, self.fixed)
+        simulator = {name: getattr(self, name) for name in ("history", "walls", "gravity", "pushforward")}
+        return SampleSpec(self.radius, self.horizon, *names, self.edge_drop, self.periodic, self.fixed, **simulator)
 
     def plain(self) -> dict[str, Any]:
         """The inputs as YAML and JSON read them back."""
         return json.loads(json.dumps(asdict(self)))
 
 
-def node_arrays(data: Trajectories, snapshot: Snapshot, inputs: Inputs) -> tuple[dict[str, Array], Array, Array | None]:
-    """Node fields; positions (N, 3) to partition by, wrapped into a periodic box; the sides (3,) of the box or None."""
+@dataclass
+class NodeArrays:
+    """A snapshot to partition."""
+
+    fields: dict[str, Array]
+    x: Array  # (N, 3), where edges join nodes
+    wrapped: Array  # (N, 3), x wrapped into a periodic box: what parts are made by
+    side: Array | None  # (3,) of the box
+    around: tuple[Array, Array | None] | None  # a simulator's gravity and box
+
+
+def node_arrays(data: Trajectories, snapshot: Snapshot, inputs: Inputs) -> NodeArrays:
+    """Read a snapshot."""
     fields = node_fields(data, snapshot, inputs.sample)
     side = data.sides(snapshot.trajectory, inputs.radius) if inputs.periodic else None
-    return fields, fields["x"] if side is None else graphs.wrap(fields["x"], side), side
+    around = surroundings(data, snapshot.trajectory, inputs.sample)
+    x = edge_positions(fields, around and around[0])
+    return NodeArrays(fields, x, x if side is None else graphs.wrap(x, side), side, around)
 
 
 def needs_all_edges(inputs: Inputs) -> bool:
@@ -138,10 +156,11 @@ def write_parts(data: Trajectories, snapshot: Snapshot, index: int, inputs: Inpu
     A file holds fields of a part's inner nodes, src and dst (E,) in local numbers (inner nodes, then halo nodes), the
     numbers (m,) of its halo. Returns "row" of snapshots.csv and "parts": nodes, edges, cut edges, halo of each rank.
     """
-    fields, wrapped, side = node_arrays(data, snapshot, inputs)
+    read = node_arrays(data, snapshot, inputs)
+    fields, wrapped, side = read.fields, read.wrapped, read.side
     n, trainers = len(wrapped), inputs.trainers
     where = f"{data.path}: trajectory {snapshot.trajectory}"
-    owner, in_neighbors = _ranks_and_edges(fields["x"], wrapped, inputs, side, where)
+    owner, in_neighbors = _ranks_and_edges(read.x, wrapped, inputs, side, where)
     order = graphs.morton_order(wrapped, owner).astype(neighbors.index_dtype(n))
     number = np.empty_like(order)
     number[order] = np.arange(n)
@@ -173,4 +192,9 @@ def write_parts(data: Trajectories, snapshot: Snapshot, index: int, inputs: Inpu
     row |= zip(CENTROID, fields["x"].astype(np.float64).mean(0).tolist(), strict=True)
     if side is not None:
         row |= zip(SIDES, side.tolist(), strict=True)
+    if read.around:
+        gravity, box = read.around
+        corners = np.full((2, 3), np.nan) if box is None else np.asarray(box, np.float64)
+        row |= zip(domain.COLUMNS, [*gravity.tolist(), *corners.flatten().tolist()], strict=True)
+        row |= zip(SQUARES, squares(fields, gravity), strict=True)
     return {"row": row, "parts": ranks}

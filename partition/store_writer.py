@@ -30,7 +30,7 @@ from dist_egnn import __version__
 from dist_egnn.config import Data
 from dist_egnn.data import graphs
 from dist_egnn.data.fixed_nodes import check_fixed
-from dist_egnn.data.samples import Snapshot, count_columns, select_snapshots
+from dist_egnn.data.samples import Snapshot, count_columns, select_snapshots, surroundings
 from dist_egnn.data.store import FORMAT, GRAPH, MOVING, NODE_FIELDS, VERSION
 from dist_egnn.data.store_inputs import DEFAULT_INPUTS
 from dist_egnn.data.trajectories import Trajectories
@@ -39,7 +39,7 @@ from dist_egnn.utils import part_weights
 from dist_egnn.utils.filesystem import describe_os_error, replace_file, save_verified, sha256
 
 SHARD_NODES = 262_144  # loading a part of a shard costs little beside a training step, and files are few
-OWN_FIELDS = (*NODE_FIELDS, *MOVING, "snapshot", "trainer_id")  # those that a part has: see docs/formats.md
+OWN_FIELDS = (*NODE_FIELDS, *MOVING, "past", "snapshot", "trainer_id")  # those that a part has: see docs/formats.md
 
 
 def build_inputs(
@@ -64,6 +64,7 @@ def build_inputs(
     values = {name: value for name, value in vars(settings).items() if name in Inputs.__dataclass_fields__}
     features = [*data[0].attributes, "speed"] if settings.features is None else settings.features
     values |= {"features": tuple(features), "node_attributes": tuple(settings.node_attributes)}
+    values["gravity"] = None if settings.gravity is None else tuple(map(float, settings.gravity))
     widths = count_columns(data, features), count_columns(data, settings.node_attributes)
     values["widths"] = widths if widths != (len(features), len(settings.node_attributes)) else None
     values |= {"radius": float(settings.radius), "edge_drop": float(settings.edge_drop), "shard_nodes": shard_nodes}
@@ -81,8 +82,9 @@ def list_snapshots(data: Trajectories, inputs: Inputs) -> list[Snapshot]:
             part_weights.sizes(trajectory.nodes, inputs.weights)
         if inputs.periodic:
             data.sides(k, inputs.radius)
+        surroundings(data, k, inputs.sample)
     frames = inputs.frames, inputs.first_frame, inputs.last_frame, inputs.frame_seed
-    return select_snapshots(data, inputs.horizon, *frames)
+    return select_snapshots(data, inputs.horizon, *frames, inputs.sample.past)
 
 
 def check_inputs(data: Trajectories, inputs: Inputs) -> list[Snapshot]:
@@ -260,9 +262,9 @@ def _finish(work: Path, out: Path, inputs: Inputs, shards: list[dict[str, Any]])
 
 def compare_methods(data: Trajectories, inputs: Inputs) -> list[tuple[str, assign.Quality, float]]:
     """Apply every method that can follow the weights to the first snapshot: name, quality, seconds."""
-    fields, wrapped, side = snapshot.node_arrays(data, list_snapshots(data, inputs)[0], inputs)
-    snapshot.check_memory(fields["x"], replace(inputs, method="metis"), side, str(data.path))
-    src, dst = graphs.sample_edges(fields["x"], inputs.radius, inputs.edge_drop, side)
+    read = snapshot.node_arrays(data, list_snapshots(data, inputs)[0], inputs)
+    snapshot.check_memory(read.x, replace(inputs, method="metis"), read.side, str(data.path))
+    src, dst = graphs.sample_edges(read.x, inputs.radius, inputs.edge_drop, read.side)
     rows = []
     for name in assign.METHODS:
         try:
@@ -270,7 +272,7 @@ def compare_methods(data: Trajectories, inputs: Inputs) -> list[tuple[str, assig
         except Failure:
             continue
         started = time.perf_counter()
-        owner = snapshot.assign_ranks(name, wrapped, src, dst, inputs)
+        owner = snapshot.assign_ranks(name, read.wrapped, src, dst, inputs)
         seconds = time.perf_counter() - started
         rows.append((name, assign.quality(owner, src, dst, inputs.processes, inputs.weights), seconds))
     return rows

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from dist_egnn.data import graphs
+from dist_egnn.data.samples import edge_positions
 from dist_egnn.data.store import GRAPH, Store
 from dist_egnn.errors import Failure
 
@@ -65,7 +66,9 @@ def _check_snapshot(store: Store, snapshot: int, parts: list[LoadedPart], snapsh
         if (snapshot_of[src] != snapshot).any():
             raise Failure(f"{where}: an edge joins two snapshots; partition again")
         stored.append(gid_of[src] * n + gid_of[dst])
-    x = store.whole(snapshot).ndata["x"].numpy()  # also checks fields, shapes and NaN
+    whole, around = store.whole(snapshot), store.domain(snapshot)  # also checks fields, shapes and NaN
+    values = {name: whole.ndata[name].numpy() for name in ("x", "v")}
+    x = edge_positions(values, None if around is None else around.gravity[0].numpy())
     src, dst = graphs.sample_edges(x, store.inputs["radius"], store.inputs["edge_drop"], store.sides(snapshot))
     if not np.array_equal(np.sort(np.concatenate(stored)), np.sort(src * n + dst)):
         raise Failure(f"{where}: its edges are not those of its positions, each once; partition again")

@@ -16,7 +16,7 @@ from ..config import Config, Data
 from ..errors import Failure
 from ..utils import part_weights
 from .fixed_nodes import check_fixed
-from .samples import SampleSpec, count_columns, read_sample, select_snapshots
+from .samples import SampleSpec, count_columns, read_sample, root_mean_squares, select_snapshots, snapshot_squares
 from .store import open_store
 from .store_inputs import check_settings, store_widths
 from .trajectories import SPLITS, Trajectories
@@ -53,6 +53,7 @@ class Dataset:
     # what each sample counts for in the cache, by default its own bytes; in halo mode all ranks need the same sizes, so
     # that they evict the same samples: they link a halo together
     sizes: list[int] | None = None
+    statistics: Callable[[], tuple[float, float] | None] = lambda: None  # σ_v and σ_a of a simulator's training split
     _cache: OrderedDict[int, tuple[DGLGraph, int]] = field(default_factory=OrderedDict)
     _used: int = 0
 
@@ -106,7 +107,9 @@ def part_count(config: Config) -> int:
 def sample_spec(data: Data, features: Iterable[str]) -> SampleSpec:
     """The spec of a data section; features: those of the section, or the ones that null stands for."""
     names = tuple(features), tuple(data.node_attributes)
-    return SampleSpec(data.radius, data.horizon, *names, data.edge_drop, data.periodic, data.fixed)
+    plain = {name: getattr(data, name) for name in ("history", "walls", "pushforward")}
+    plain["gravity"] = None if data.gravity is None else tuple(data.gravity)
+    return SampleSpec(data.radius, data.horizon, *names, data.edge_drop, data.periodic, data.fixed, **plain)
 
 
 def open_dataset(config: Config, part: int, processes: int) -> Dataset:
@@ -121,15 +124,24 @@ def open_dataset(config: Config, part: int, processes: int) -> Dataset:
         if exchange := config.partition.halo == "exchange" and store.parts > 1:
             largest = store.parts_table.groupby("snapshot")[["nodes", "edges"]].max().to_numpy().tolist()
             sizes = [cached_bytes(nodes, edges) for nodes, edges in largest]
-        return Dataset(lambda number: store.read(number, part, exchange), splits, widths, budget, frames, sizes)
+        given = splits, widths, budget, frames, sizes, store.statistics
+        return Dataset(lambda number: store.read(number, part, exchange), *given)
     file = Trajectories(d.path)
     spec = sample_spec(d, d.features if d.features is not None else (*file[0].attributes, "speed"))
     check_fixed(file, spec.fixed)
     if spec.periodic:
         for k in range(len(file)):
             file.sides(k, spec.radius)
-    snapshots = select_snapshots(file, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed)
+    chosen = d.frames, d.first_frame, d.last_frame, d.frame_seed
+    snapshots = select_snapshots(file, d.horizon, *chosen, spec.past)
     splits = {name: [i for i, s in enumerate(snapshots) if s.split == name] for name in SPLITS}
     widths = count_columns(file, spec.features), count_columns(file, spec.node_attributes)
     frames = [(s.trajectory, s.frame) for s in snapshots]
-    return Dataset(lambda number: read_sample(file, snapshots[number], spec), splits, widths, budget, frames)
+
+    def statistics() -> tuple[float, float] | None:
+        if not spec.past:
+            return None
+        return root_mean_squares(snapshot_squares(file, snapshots[number], spec) for number in splits["train"])
+
+    given = splits, widths, budget, frames, None, statistics
+    return Dataset(lambda number: read_sample(file, snapshots[number], spec), *given)

@@ -31,6 +31,7 @@ class Field:
 TABLE = (
     Field("x", "node", 3, "point", True, "length", "position"),
     Field("v", "node", 3, "vector", True, "length/time", "velocity, constant over the layers"),
+    Field("past", "node", None, "vector", False, "length/step", "velocities before v, newest first (simulator)"),
     Field("f", "node", None, "invariant", True, "-", "input features (F)"),
     Field("a", "node", None, "invariant", False, "-", "node attributes (K), read by every layer"),
     Field("y", "node", 3, "point", False, "length", "target: position after the horizon"),

@@ -21,7 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from ..distributed.comm import Comm
 from ..errors import Failure
-from . import graphs
+from . import domain, graphs
 
 Fields = dict[str, Tensor]
 
@@ -92,6 +92,7 @@ class Halos:
         self.dst = torch.cat([part.dst + first for part, first in zip(self.parts, self.first, strict=False)])
         self.recv_counts: list[int] = counts.sum(0).tolist()
         self.size = sum(self.recv_counts)  # m
+        self.fields: Fields = {}  # of the cross edges, if a simulator computes them
 
     def link(self, x: Tensor, comm: Comm) -> None:
         """Link the halos that are not yet linked; x: (n, 3) of the batch."""
@@ -100,7 +101,7 @@ class Halos:
 
     def edge(self, name: str) -> Tensor:
         """A field of the cross edges."""
-        return torch.cat([part.edge[name] for part in self.parts])
+        return self.fields[name] if self.fields else torch.cat([part.edge[name] for part in self.parts])
 
     def exchange(self, position: Tensor, comm: Comm) -> HaloExchange:
         """The exchange of a layer's rows. position: (n,) index of each own node's row in the layer's fields."""
@@ -172,10 +173,12 @@ def get(graph: DGLGraph) -> Halos | None:
 
 
 def batch(samples: Sequence[DGLGraph]) -> DGLGraph:
-    """dgl.batch of samples and of their halos."""
+    """dgl.batch of samples, of their halos and of their domains."""
     if len(samples) == 1:
         return samples[0]
     joined = dgl.batch(list(samples))
+    if domains := domain.batch(samples):
+        domain.attach(joined, domains)
     parts = [part for halos in map(get, samples) if halos for part in halos.parts]
     return attach(joined, Halos(parts, [graph.num_nodes() for graph in samples])) if parts else joined
 

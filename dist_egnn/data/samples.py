@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
+import torch
 from dgl import DGLGraph
 
 from ..errors import Failure
-from . import graphs
+from . import domain, graphs
 from .fixed_nodes import fixed_nodes, moving_fields
 from .trajectories import Trajectories, check_displacement
 
@@ -28,6 +30,15 @@ class SampleSpec:
     edge_drop: float = 0.0
     periodic: bool = False
     fixed: str = ""  # nodes that do not move, see ``fixed_nodes``
+    history: int = 0  # past velocities of a simulator's input; 0: no simulator
+    walls: str = "none"
+    gravity: tuple[float, ...] | None = None
+    pushforward: int = 0
+
+    @property
+    def past(self) -> int:
+        """Velocities that a sample holds."""
+        return self.history + self.pushforward
 
 
 @dataclass(frozen=True)
@@ -39,20 +50,25 @@ class Snapshot:
     frame: int
 
 
-def select_snapshots(data: Trajectories, horizon: int, count: int, first: int, last: int, seed: int) -> list[Snapshot]:
+def select_snapshots(
+    data: Trajectories, horizon: int, count: int, first: int, last: int, seed: int, past: int = 0
+) -> list[Snapshot]:
     """Up to ``count`` (0: all) frames of each trajectory in first…last (−1: the last with a target), in order of time.
 
-    The draw depends on the seed and the trajectory's number only. Raises Failure if a trajectory has no such frame.
+    The draw depends on the seed and the trajectory's number only. past: earlier steps that a frame needs. Raises Failure
+    if a trajectory has no such frame.
     """
     if horizon < 1:
         raise Failure(f"data.horizon={horizon}: must be at least 1 frame")
     result: list[Snapshot] = []
     for k, trajectory in enumerate(data):
         end = trajectory.frames - 1 - horizon
-        frames = np.arange(max(first, 0), 1 + (end if last < 0 else min(last, end)))
+        frames = np.arange(max(first, past * horizon), 1 + (end if last < 0 else min(last, end)))
         if not len(frames):
             none = f"has {trajectory.frames} frames, none in {first}…{last} with a target {horizon} frames ahead"
-            raise Failure(f"{data.path}: trajectory {k} {none}; lower data.horizon or data.first_frame")
+            history = f" and {past} velocities before" if past else ""
+            keys = "data.history, data.horizon or data.first_frame" if past else "data.horizon or data.first_frame"
+            raise Failure(f"{data.path}: trajectory {k} {none}{history}; lower {keys}")
         if 0 < count < len(frames):
             frames = np.sort(np.random.default_rng([seed, k]).choice(frames, count, replace=False))
         result += (Snapshot(trajectory.split, k, int(frame)) for frame in frames)
@@ -94,7 +110,8 @@ def node_fields(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> dic
     """
     k, t = snapshot.trajectory, snapshot.frame
     where = f"{data.path}: trajectory {k}, frame {t}"
-    fields = {"x": data.position(k, t), "v": data.velocity(k, t), "y": data.position(k, t + spec.horizon)}
+    fields = {"x": data.position(k, t), **past_velocities(data, k, t, spec)}
+    fields["y"] = data.position(k, t + spec.horizon)
     for field, names in (("f", spec.features), ("a", spec.node_attributes)):
         fields[field] = feature_columns(names, fields["v"], lambda name: data.attribute(k, name, t))
     fields["gid"] = np.arange(len(fields["x"]))
@@ -110,14 +127,70 @@ def node_fields(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> dic
     return fields
 
 
-def build_sample(fields: Mapping[str, np.ndarray], spec: SampleSpec, side: np.ndarray | None = None) -> DGLGraph:
-    """The graph of these node fields. Raises Failure unless side (3,) is given exactly if spec.periodic."""
+def past_velocities(data: Trajectories, k: int, t: int, spec: SampleSpec) -> dict[str, np.ndarray]:
+    """v (N, 3) at frame t and, for a simulator, the field ``past`` of those before it.
+
+    A simulator's velocities are x(t) − x(t − horizon), in length per step: no stored ones, none that read ahead.
+    """
+    if not spec.past:
+        return {"v": data.velocity(k, t)}
+    x = [data.position(k, t - n * spec.horizon) for n in range(spec.past + 1)]
+    v, *past = (after - before for after, before in pairwise(x))
+    return {"v": v, "past": np.concatenate(past, 1)} if past else {"v": v}
+
+
+def edge_positions(fields: Mapping[str, np.ndarray], gravity: np.ndarray | None) -> np.ndarray:
+    """Where nodes are when edges join them (N, 3): at x, or with a simulator's gravity (3,) at x + v + g."""
+    if gravity is None:
+        return fields["x"]
+    x, v = (torch.from_numpy(fields[name]) for name in ("x", "v"))
+    return domain.advance(x, v, torch.from_numpy(gravity)).numpy()
+
+
+def build_sample(
+    fields: Mapping[str, np.ndarray],
+    spec: SampleSpec,
+    side: np.ndarray | None = None,
+    around: tuple[np.ndarray, np.ndarray | None] | None = None,
+) -> DGLGraph:
+    """The graph of these node fields. around: a simulator's `surroundings`.
+
+    Raises Failure unless side (3,) is given exactly if spec.periodic.
+    """
     if spec.periodic != (side is not None):
         raise Failure("data.periodic=true needs a box" if side is None else "data.periodic=false: leave the box out")
-    return graphs.build_graph(*graphs.sample_edges(fields["x"], spec.radius, spec.edge_drop, side), fields, side)
+    positions = edge_positions(fields, around and around[0])
+    graph = graphs.build_graph(*graphs.sample_edges(positions, spec.radius, spec.edge_drop, side), fields, side)
+    return domain.attach(graph, domain.make_domain(*around, side)) if around else graph
 
 
 def read_sample(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> DGLGraph:
     """The snapshot as a DGLGraph with the fields of ``fields.TABLE``."""
     side = data.sides(snapshot.trajectory, spec.radius) if spec.periodic else None
-    return build_sample(node_fields(data, snapshot, spec), spec, side)
+    around = surroundings(data, snapshot.trajectory, spec)
+    return build_sample(node_fields(data, snapshot, spec), spec, side, around)
+
+
+def surroundings(data: Trajectories, k: int, spec: SampleSpec) -> tuple[np.ndarray, np.ndarray | None] | None:
+    """Gravity per step² (3,) and box (2, 3) of a trajectory; None without a simulator."""
+    return domain.read_domain(data, k, spec.horizon, spec.walls, spec.gravity) if spec.past else None
+
+
+def snapshot_squares(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> tuple[float, float, int]:
+    """The `squares` of a snapshot of a simulator."""
+    around = surroundings(data, snapshot.trajectory, spec)
+    assert around is not None
+    return squares(node_fields(data, snapshot, spec), around[0])
+
+
+def squares(fields: Mapping[str, np.ndarray], gravity: np.ndarray) -> tuple[float, float, int]:
+    """Σ‖v‖², Σ‖y − x − v − g‖² and the number of terms of each, over the nodes that move."""
+    moving = fields["moving_id"] >= 0 if "moving_id" in fields else slice(None)
+    x, v, y = (fields[name][moving].astype(np.float64) for name in ("x", "v", "y"))
+    return float(np.square(v).sum()), float(np.square(y - x - v - gravity).sum()), v.size
+
+
+def root_mean_squares(sums: Iterable[Sequence[float]]) -> tuple[float, float]:
+    """A simulator's statistics σ_v and σ_a, from the `squares` of snapshots: root mean squares over nodes and components."""
+    v, a, count = np.sum(list(sums), 0).tolist()
+    return (v / count) ** 0.5, (a / count) ** 0.5

@@ -23,13 +23,15 @@ from torch import Tensor
 from ..errors import Failure
 from ..utils import part_weights
 from ..utils.filesystem import sha256
-from . import fields, graphs, halo
+from . import domain, fields, graphs, halo
+from .samples import root_mean_squares
 from .store_inputs import DEFAULT_INPUTS
 
 FORMAT, VERSION, GRAPH = "dist_egnn.store", 1, "dist_egnn"
 SIDES = ("side_x", "side_y", "side_z")  # columns of snapshots.csv in a store with periodic boxes
 NODE_FIELDS = ("x", "v", "f", "a", "y", "gid")
 MOVING = ("moving_id", "moving")  # with data.fixed
+SQUARES = ("v_squares", "a_squares", "terms")  # columns of snapshots.csv of a simulator: ``samples.squares``
 
 
 @dataclass
@@ -114,7 +116,8 @@ class Store:
             actual = f"{version[0]} version {version[1]}"
             raise Failure(f"{manifest}: {actual}, this program reads {FORMAT} {VERSION}; partition again")
         self.source: Source = self.disk
-        self.fields = (*NODE_FIELDS, *(MOVING if self.inputs["fixed"] else ()))
+        self.past = self.inputs["history"] + self.inputs["pushforward"]
+        self.fields = (*NODE_FIELDS, *(MOVING if self.inputs["fixed"] else ()), *(["past"] if self.past > 1 else ()))
         for name in ("snapshots.csv", "parts.csv"):
             self.disk.verify(name)
         self.snapshots = pd.read_csv(self.path / "snapshots.csv", float_precision="round_trip")
@@ -148,6 +151,19 @@ class Store:
     def sides(self, snapshot: int) -> np.ndarray | None:
         """The sides (3,) of the snapshot's periodic box; None unless the store was made with data.periodic."""
         return self.snapshots.loc[snapshot, list(SIDES)].to_numpy(np.float64) if self.inputs["periodic"] else None
+
+    def domain(self, snapshot: int) -> domain.Domain | None:
+        """Gravity and walls of a snapshot; None unless the store was made with data.history."""
+        if not self.past:
+            return None
+        gravity, *box = self.snapshots.loc[snapshot, list(domain.COLUMNS)].to_numpy(np.float64).reshape(3, 3)
+        walls = None if np.isnan(box).any() else np.stack(box)
+        return domain.make_domain(gravity, walls, self.sides(snapshot))
+
+    def statistics(self) -> tuple[float, float] | None:
+        """σ_v and σ_a of the training split; None unless the store was made with data.history."""
+        rows = self.snapshots[self.snapshots["split"] == "train"]
+        return root_mean_squares(rows[list(SQUARES)].to_numpy()) if self.past else None
 
     def read(self, snapshot: int, part: int, exchange: bool = False) -> DGLGraph:
         """A part of a snapshot: its nodes and the edges among them; with ``exchange`` its halo is attached (halo mode).
@@ -207,6 +223,8 @@ class Store:
         n, centroid = graph.num_nodes(), torch.tensor([row[f"centroid_{axis}"] for axis in "xyz"], dtype=torch.float64)
         graph.ndata.update(total=torch.full((n,), int(row["nodes"])), centroid=centroid.expand(n, 3).contiguous())
         graphs.set_edge_lengths(graph, self.sides(row["snapshot"]))
+        if around := self.domain(row["snapshot"]):
+            domain.attach(graph, around)
         fields.validate(graph, f"{self.path}: snapshot {row['snapshot']}", target=True)
 
     def summary(self) -> dict[str, float]:

@@ -10,8 +10,10 @@ from ..errors import Failure
 
 # inputs that manifests of older stores lack, and the values those stores were made with
 DEFAULT_INPUTS: dict[str, Any] = {"periodic": False, "trainers": 1, "weights": None, "fixed": "", "widths": None}
+DEFAULT_INPUTS |= {"history": 0, "walls": "none", "gravity": None, "pushforward": 0}
 COMPARED = (
     *("radius", "horizon", "features", "node_attributes", "edge_drop", "periodic"),
+    *("history", "walls", "gravity", "pushforward"),
     *("fixed", "frames", "first_frame", "last_frame", "frame_seed"),
 )
 

@@ -54,14 +54,16 @@ class Writer:
         attributes: Mapping[str, np.ndarray] | None = None,
         box: np.ndarray | None = None,
         periodic: bool = False,
+        gravity: Sequence[float] | None = None,
     ) -> None:
         """Append a trajectory. Raises Failure for invalid arrays, an unknown split, or a full disk.
 
         position, velocity: (T, N, 3); attributes: name → (N,) or (N, k), over time (T, N) or (T, N, k); box: (2, 3) low
         and high corner; dt: time between frames; periodic: nodes that leave the box enter on the other side; their
-        positions must be unwrapped, see ``unwrap``.
+        positions must be unwrapped, see ``unwrap``; gravity: (3,) acceleration, length/time².
         """
-        with self.begin(split=split, dt=dt, source=source, box=box, periodic=periodic) as trajectory:
+        about: dict[str, Any] = {"split": split, "dt": dt, "source": source, "box": box, "gravity": gravity}
+        with self.begin(**about, periodic=periodic) as trajectory:
             arrays = {"position": stack_frames(position, trajectory.where)}
             if velocity is not None:
                 arrays["velocity"] = stack_frames(velocity, trajectory.where)
@@ -88,6 +90,7 @@ class Writer:
         attributes: Mapping[str, np.ndarray] | None = None,
         box: np.ndarray | None = None,
         periodic: bool = False,
+        gravity: Sequence[float] | None = None,
     ) -> FrameWriter:
         """Begin a trajectory that is written frame by frame in a ``with`` block; arguments as of ``add``.
 
@@ -101,6 +104,8 @@ class Writer:
             raise Failure(f"{where}: periodic, but there is no box; pass box=")
         group = self.group.create_group(name)
         group.attrs.update(split=split, dt=float(dt), source=source, periodic=bool(periodic))
+        if gravity is not None:
+            group.attrs["gravity"] = np.array(gravity, np.float64).reshape(3)
         constant = {f"attributes/{key}": value for key, value in (attributes or {}).items()}
         return FrameWriter(group, where, self.sink, constant | ({} if box is None else {"box": box}))
 
@@ -302,6 +307,7 @@ class Trajectory:
     periodic: bool
     widths: dict[str, int] = field(default_factory=dict)  # columns of each attribute
     varying: tuple[str, ...] = ()  # attributes that vary over time
+    gravity: tuple[float, ...] | None = None  # acceleration, length/time²
 
 
 class Trajectories(Sequence[Trajectory]):
@@ -347,7 +353,8 @@ class Trajectories(Sequence[Trajectory]):
             tuple(widths),
             bool(attrs["periodic"]),
         )
-        return Trajectory(name, attrs["split"], frames, nodes, *properties, widths, varying)
+        gravity = tuple(map(float, attrs["gravity"])) if "gravity" in attrs else None
+        return Trajectory(name, attrs["split"], frames, nodes, *properties, widths, varying, gravity)
 
     def __len__(self) -> int:
         return len(self._all)

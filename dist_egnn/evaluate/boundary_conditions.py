@@ -9,7 +9,7 @@ import numpy as np
 
 from ..config import Config
 from ..data.fixed_nodes import fixed_nodes
-from ..data.samples import SampleSpec
+from ..data.samples import SampleSpec, surroundings
 from ..data.trajectories import Trajectories
 from ..errors import Failure
 
@@ -50,8 +50,11 @@ class BoundaryConditions:
         if used and (most := (last - job.start) // job.spec.horizon + 1) < job.steps:
             what = f"the model uses '{min(used)}', which varies over time, up to frame {last}"
             raise Failure(f"--steps {job.steps}: {what} of trajectory {k} of {job.data}; use at most {most}")
-        # velocities are lengths per time if the data store them, else lengths per frame
-        self.step_time = job.spec.horizon * (self.trajectory.dt if self.trajectory.velocity else 1.0)
+        self.around = surroundings(data, k, job.spec)
+        # velocities are lengths per step in a simulator, lengths per time if the data store them, else lengths per frame
+        self.stored = self.trajectory.velocity and self.around is None
+        frames = 1 if self.around else job.spec.horizon
+        self.step_time = frames * (self.trajectory.dt if self.stored else 1.0)
         fixed, n = job.spec.fixed, self.trajectory.nodes
         self.fixed = fixed_nodes(fixed, self.attributes.__getitem__) if fixed else np.zeros(n, bool)
         if job.bounds != "none" and (self.box is None or self.trajectory.periodic):

@@ -6,6 +6,7 @@ float64. With ``comm`` a collective call: every process passes the rows that it 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -69,6 +70,16 @@ def displacement_error(x: Any, y: Any, comm: Comm | None = None) -> float:
 def baselines(start: Any, v: Any, time: float, y: Any, comm: Comm | None = None) -> tuple[float, float]:
     """The MSE of the static prediction ``start`` (N, 3) and of the linear one, start + time · v."""
     return position_mse(start, y, comm), position_mse(to_float64(start) + time * to_float64(v), y, comm)
+
+
+def ballistic(x: Any, v: Any, gravity: Any, box: np.ndarray | None) -> Iterator[np.ndarray]:
+    """x (N, 3), then x after each step of free flight: x + v + gravity, clamped to the box (2, 3). v: length per step."""
+    position, velocity = to_float64(x), to_float64(v)
+    while True:
+        yield position
+        after = position + velocity + to_float64(gravity)
+        after = after if box is None else np.clip(after, *to_float64(box))
+        position, velocity = after, after - position
 
 
 def kinetic_energy(v: Any, mass: Any = None, comm: Comm | None = None) -> float:

@@ -31,7 +31,7 @@ def randomize_output_weights(model: torch.nn.Module) -> None:
 def _run_step(comm: Comm, config: Config, store: Store, graph: DGLGraph) -> dict[str, Tensor]:
     """A forward and backward pass: x (N, 3) of own nodes, z (B, C, 3), the loss, and the gradient of each parameter."""
     widths = store_widths(store.inputs)
-    model = trainer.build_model(config, widths, comm).double()
+    model = trainer.build_model(config, widths, comm, store.statistics()).double()
     randomize_output_weights(model)
     with tiled_layer.tile_threads(config.train.threads):
         predicted, z = model(graph)

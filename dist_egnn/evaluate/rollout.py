@@ -7,6 +7,8 @@ One sum over processes of (N, 3) numbers, in which each process fills its own ro
 from __future__ import annotations
 
 import contextlib
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,10 @@ import torch
 from torch.nn import Module
 
 from .. import config as configs
-from ..data import graphs, halo
+from ..data import domain, graphs, halo
 from ..data.dataset import sample_spec
 from ..data.fixed_nodes import check_fixed
-from ..data.samples import count_columns, feature_columns
+from ..data.samples import count_columns, edge_positions, feature_columns, past_velocities
 from ..data.store import open_store
 from ..data.trajectories import Trajectories
 from ..distributed import spawn
@@ -39,15 +41,21 @@ from .repartition import LocalGraph, Repartitioner
 from .vtkhdf import Rollout, RolloutWriter, finish, partial_path
 
 
-def roll_out(comm: Comm, job: RolloutJob) -> str:
-    """Roll out on every process; rank 0 writes the frames. Returns why it stopped early, empty if it did not."""
+def roll_out(comm: Comm, job: RolloutJob) -> tuple[str, float]:
+    """Roll out on every process; rank 0 writes the frames.
+
+    Returns why it stopped early, empty if it did not, and the seconds that its steps took, without writing.
+    """
     data = Trajectories(job.data)
     conditions = BoundaryConditions(data, job)
     names = job.spec.features, job.spec.node_attributes
     model = trainer.build_model(job.config, (count_columns(data, names[0]), count_columns(data, names[1])), comm)
     checkpoint.load_weights(model, checkpoint.load(Path(job.weights)), Path(job.weights))
     model = (model.double() if job.double else model.to(trainer.resolve_device(job.config, comm.rank))).eval()
-    x, v = (read(job.trajectory, job.start).astype(conditions.dtype) for read in (data.position, data.velocity))
+    x = data.position(job.trajectory, job.start).astype(conditions.dtype)
+    velocities = past_velocities(data, job.trajectory, job.start, job.spec)
+    v, past = (velocities.get(name, x[:, :0]).astype(conditions.dtype) for name in ("v", "past"))
+    per_frame = job.spec.horizon if conditions.around else 1
     partition = Repartitioner(comm, job, len(x), conditions.side)
 
     def add_frame(step: int, z: np.ndarray | None) -> str:
@@ -55,39 +63,44 @@ def roll_out(comm: Comm, job: RolloutJob) -> str:
         frame = job.start + step * job.spec.horizon
         known = frame < conditions.trajectory.frames
         error = x.astype(np.float64) - data.position(job.trajectory, frame) if known else None
-        writer.add(x, v, partition.part, error, z)
+        writer.add(x, v / per_frame, partition.part, error, z)
         return "" if error is None else f"MSE {np.square(error[~conditions.fixed]).mean():.3e}"
 
     with contextlib.ExitStack() as stack, torch.no_grad():
         stack.enter_context(tiled_layer.tile_threads(job.config.train.threads))
         tick = stack.enter_context(progress_bar("rolling out", job.steps, enabled=comm.rank == 0))
+        seconds = 0.0
         for step in range(job.steps):
+            started = time.perf_counter()
             attribute = conditions.attributes_at(step)
             columns = [feature_columns(listed, v, attribute) for listed in names]
-            local = partition.local_graph(x, step)
-            predicted, z = _predict(
-                model, comm, conditions.side, local, dict(zip("xvfa", (x, v, *columns), strict=True))
-            )
+            state = dict(zip(("x", "v", "past", "f", "a"), (x, v, past, *columns), strict=True))
+            local = partition.local_graph(edge_positions(state, conditions.around and conditions.around[0]), step)
+            predicted, z = _predict(model, comm, conditions, local, state)
+            seconds += time.perf_counter() - started
             if comm.rank == 0 and step == 0:  # the number of virtual nodes is known now
                 writer = stack.enter_context(_writer(conditions, len(z)))
                 add_frame(0, None)
             if problem := conditions.problem(predicted, x):
-                return f"step {step + 1}: {problem}"
+                return f"step {step + 1}: {problem}", seconds
+            past = np.concatenate([v, past], 1)[:, : past.shape[1]]
             x, v = conditions.apply(x, predicted)
             if comm.rank == 0:
                 tick(add_frame(step + 1, z))
-    return ""
+    return "", seconds
 
 
 def _predict(
-    model: Module, comm: Comm, side: np.ndarray | None, local: LocalGraph, state: dict[str, np.ndarray]
+    model: Module, comm: Comm, conditions: BoundaryConditions, local: LocalGraph, state: dict[str, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the next frame (N, 3) and of the virtual nodes (C, 3), from x, v, f and a of all nodes."""
+    """Positions of the next frame (N, 3) and of the virtual nodes (C, 3), from the fields of all nodes."""
     x, (own, src, dst, own_halo) = state["x"], local
     fields = {name: torch.from_numpy(value[own]) for name, value in state.items()}
     fields["total"] = torch.full((len(own),), len(x))
     fields["centroid"] = torch.from_numpy(x.astype(np.float64).mean(0)).expand(len(own), 3).contiguous()
-    graph = graphs.build_graph(src, dst, fields, side)
+    graph = graphs.build_graph(src, dst, fields, conditions.side)
+    if conditions.around:
+        domain.attach(graph, domain.make_domain(*conditions.around, conditions.side))
     if own_halo is not None:
         halo.attach(graph, halo.Halos([own_halo], [len(own)]))
     predicted, z = model(graph)
@@ -101,13 +114,16 @@ def _writer(conditions: BoundaryConditions, virtual: int) -> RolloutWriter:
     names = ("weights", "data", "trajectory", "start", "bounds", "repartition")
     meta = {name: getattr(job, name) for name in names}
     meta |= {"fixed": job.spec.fixed, "model": job.config.model.name, "horizon": job.spec.horizon, "dt": trajectory.dt}
-    meta |= {"true_frames": trajectory.frames, "velocity": "stored" if trajectory.velocity else "per frame"}
+    if conditions.around:
+        meta["gravity"] = conditions.around[0].tolist()
+    meta |= {"true_frames": trajectory.frames, "velocity": "stored" if conditions.stored else "per frame"}
     size = job.steps + 1, trajectory.nodes, virtual
     return RolloutWriter(Path(job.out), size, meta, conditions.attributes, conditions.box, conditions.dtype)
 
 
 def error_table(path: Path) -> pd.DataFrame:
-    """Errors of a rollout's file by frame; also of the first frame (static), and of that moved by its velocity (linear).
+    """Errors of a rollout's file by frame; also of the first frame (static), of that moved by its velocity (linear) and,
+    of a simulator's, of free flight that ends at the walls (ballistic).
 
     Energies and radii of gyration use the attribute `mass`, else mass 1. True velocities are differences over a step,
     as in the rollout. Errors are those of the nodes that move. NaN where the data have ended.
@@ -118,10 +134,14 @@ def error_table(path: Path) -> pd.DataFrame:
         mass = mass.ravel() if mass is not None and mass.size == rollout.nodes else None
         stored, step_time = meta["velocity"] == "stored", meta["horizon"] * meta["dt"]
         per_time = 1.0 if stored else 1 / meta["dt"]  # velocities that the data do not store are per frame
+        flight: Iterator[np.ndarray] = iter(())
         for frame in rollout:
             x = frame.position.astype(np.float64)
             if frame.step == 0:
                 x0, v0, previous = x, frame.velocity.astype(np.float64), x
+                if "gravity" in meta:
+                    flight = metrics.ballistic(x0, v0 * meta["horizon"], meta["gravity"], rollout.box)
+            ballistic = next(flight, None)
             row: dict[str, float] = {"step": frame.step, "frame": frame.frame, "time": frame.time}
             row["kinetic_energy"] = metrics.kinetic_energy(frame.velocity * per_time, mass)
             row["radius_of_gyration"] = metrics.radius_of_gyration(x, mass)
@@ -131,13 +151,15 @@ def error_table(path: Path) -> pd.DataFrame:
                 elapsed = frame.step * (step_time if stored else meta["horizon"])
                 static, linear = metrics.baselines(x0[at], v0[at], elapsed, y[at])
                 row |= {"static_mse": static, "linear_mse": linear, "mse": metrics.position_mse(x[at], y[at])}
+                if ballistic is not None:
+                    row["ballistic_mse"] = metrics.position_mse(ballistic[at], y[at])
                 row |= {"mae": metrics.mean_absolute_error(x[at], y[at])}
                 row |= {"displacement": metrics.displacement_error(x[at], y[at])}
                 row |= {"rmsd": metrics.rmsd(x, y, mass), "true_kinetic_energy": metrics.kinetic_energy(true_v, mass)}
                 row["true_radius_of_gyration"] = metrics.radius_of_gyration(y, mass)
                 previous = y
             rows.append(row)
-    names = ["step", "frame", "time", "mse", "mae", "displacement", "static_mse", "linear_mse", "rmsd"]
+    names = ["step", "frame", "time", "mse", "mae", "displacement", "static_mse", "linear_mse", "ballistic_mse", "rmsd"]
     names += [f"{true}{name}" for name in ("kinetic_energy", "radius_of_gyration") for true in ("", "true_")]
     return pd.DataFrame(rows, columns=names)
 
@@ -172,10 +194,15 @@ def prepare(
     file = Trajectories(data or config.data.path)
     if not 0 <= trajectory < len(file):
         raise Failure(f"--trajectory {trajectory}: {file.path} has trajectories 0 to {len(file) - 1}")
-    start = max(config.data.first_frame, 0) if start is None else start
-    latest = file[trajectory].frames - 1 - (not file[trajectory].velocity)  # a forward difference needs the next frame
-    if not 0 <= start <= latest:
-        raise Failure(f"--start {start}: trajectory {trajectory} of {file.path} can start at frames 0 to {latest}")
+    earliest = config.data.history * config.data.horizon
+    start = max(config.data.first_frame, earliest) if start is None else start
+    needs_next = not (earliest or file[trajectory].velocity)  # for a forward difference
+    latest = file[trajectory].frames - 1 - needs_next
+    if not earliest <= start <= latest:
+        possible = (
+            f"can start at frames {earliest} to {latest}" if earliest <= latest else "is too short for data.history"
+        )
+        raise Failure(f"--start {start}: trajectory {trajectory} of {file.path} {possible}; choose another")
     if min(steps, repartition) < 1:
         raise Failure(f"--steps {steps}, --repartition {repartition}: both must be at least 1")
     if bounds not in BOUNDS:
@@ -204,6 +231,7 @@ def prepare(
             raise Failure(f"--fixed {fixed}: {configs.FIXED[1]}")
         spec = replace(spec, fixed=fixed)
     check_fixed(file, spec.fixed, "data.fixed=" if fixed is None else "--fixed ")
+    spec = replace(spec, pushforward=0)
     job = RolloutJob(config, best, trajectories, spec, trajectory, start, steps, repartition, bounds, output)
     BoundaryConditions(file, job)  # raises before processes start
     file.close()
@@ -221,7 +249,7 @@ def run_rollout(run: Path, **options: Any) -> pd.DataFrame:
     with lock_output(out, "another rollout is writing it; wait for it, or choose another --out"):
         partial_path(out).unlink(missing_ok=True)  # of a killed rollout
         try:
-            stopped = spawn.run_ranks(roll_out, processes, job, timeout_s=timeout_s)[0]
+            stopped, seconds = spawn.run_ranks(roll_out, processes, job, timeout_s=timeout_s)[0]
         finally:
             frames = finish(out) if partial_path(out).is_file() else 0
             if 0 < frames < job.steps + 1:
@@ -229,12 +257,18 @@ def run_rollout(run: Path, **options: Any) -> pd.DataFrame:
     table = error_table(out)
     write_atomically(out.with_suffix(".csv"), table.to_csv(index=False).encode())
     selected = np.unique(np.linspace(min(1, frames - 1), frames - 1, 10).round().astype(int))  # to be printed
-    header = {"mse": "MSE", "static_mse": "static", "linear_mse": "constant v", "mae": "MAE"}
+    header = {"mse": "MSE", "static_mse": "static", "linear_mse": "constant v"}
+    header |= {"ballistic_mse": "ballistic"} if table["ballistic_mse"].notna().any() else {}
+    header |= {"mae": "MAE"}
     header |= {"kinetic_energy": "energy", "true_kinetic_energy": "true"}
     numbers = table.iloc[selected][list(header)].map(lambda value: "" if np.isnan(value) else f"{value:.3e}")
     rows = table.iloc[selected][["step", "frame"]].astype(int).astype(str).join(numbers)
     title = f"{shown}: {frames} frames; the whole table is {shown.with_suffix('.csv')}"
     print_table(title, ["step", "frame", *header.values()], rows.values.tolist())
+    rate, nodes = (frames - 1) / max(seconds, 1e-9), Trajectories(job.data)[job.trajectory].nodes
+    print(
+        f"{rate:.3g} steps/s of {nodes:,} nodes, {rate * nodes:,.0f} nodes/s, on {processes} process{'es' * (processes > 1)}"
+    )
     if stopped:
         remedy = "train longer, use a shorter data.horizon, or keep nodes in the box with --bounds"
         raise Failure(f"{shown}: stopped at {stopped}; the file has the {frames} frames before it; {remedy}")

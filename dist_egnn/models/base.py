@@ -32,11 +32,14 @@ def direction(r: Tensor, length: Tensor) -> Tensor:
 class Layer(nn.Module):
     """One layer. Right-hand sides use the layer's inputs; a mean over no neighbour is zero.
 
-        x_i' = x_i + mean_j dx_ij [+ mean_c (x_i − z_c) φ_xv(m_ic)] + φ_v(o_i) v_i [+ φ_g(o_i) g]
+        x_i' = x_i + mean_j dx_ij [+ mean_c (x_i − z_c) φ_xv(m_ic)] + Σ_k φ_vk(o_i) v_ik [+ φ_g(o_i) g]
         h_i' = h_i + φ_h([h_i, mean_j m_ij, [mean_c m_ic,] a_i])
 
-    The terms in c are those of virtual nodes (virtual_nodes.py); g is a constant vector such as gravity. o_i is h_i, or
-    ‖v_i‖ in a backbone without features h.
+    The terms in c are those of virtual nodes (virtual_nodes.py); v_ik are the node's vector inputs, of which samples have
+    one, the velocity; g is a constant vector such as gravity. o_i is h_i, or ‖v_ik‖ in a backbone without features h.
+
+    A simulator (simulator.py) sets ``unit``, by which x_i' − x_i is multiplied, and gives nodes a field ``degree``, by
+    which means over j are multiplied.
 
     A backbone is a subclass with ``build``, which makes its networks, and ``message``, which returns dx (E, 3) and m
     (E, H), or fields whose means ``aggregate`` turns into them. ``send`` and ``receive`` compute once per node what
@@ -48,6 +51,7 @@ class Layer(nn.Module):
     state: ClassVar[tuple[str, ...]] = ()  # further node fields that ``aggregate`` updates
     build: Callable[..., None]  # build(hidden, edge_attributes, **options)
     g: Tensor  # (3,), a constant vector such as gravity
+    unit: float = 1.0  # of x' − x, in the unit of x
 
     def __init__(
         self,
@@ -56,6 +60,7 @@ class Layer(nn.Module):
         node_attributes: int,
         *,
         virtual_nodes: int = 0,
+        vectors: int = 1,
         gravity: Sequence[float] | None = None,
         last: bool = False,
         attention: bool = False,
@@ -71,8 +76,9 @@ class Layer(nn.Module):
         self.sums: tuple[str, ...] = self.virtual.sums if self.virtual else ()
         options |= {"attention": attention, "bf16": bf16}
         self.build(hidden, edge_attributes, **{k: v for k, v in options.items() if k in self.options})
-        width = hidden if self.features else 1
-        self.phi_v = mlp(width, hidden, 1)
+        self.vectors = vectors
+        width = hidden if self.features else vectors
+        self.phi_v = mlp(width, hidden, vectors)
         if self.features:
             self.phi_h = mlp((3 if self.virtual else 2) * hidden + node_attributes, hidden)
         self.phi_g = mlp(width, hidden, 1) if gravity else None
@@ -109,10 +115,12 @@ class Layer(nn.Module):
     def update(self, nodes: Any) -> Fields:
         """Node UDF: x', h', the fields in ``state``, and the sums over nodes (b, …) for the virtual nodes' update."""
         data = nodes.data
-        h, x, v = data.get("h"), data["x"], data["v"]
-        invariant = h if self.features else torch.linalg.vector_norm(v, dim=1, keepdim=True)
+        h, x, v = data.get("h"), data["x"], data["v"].view(len(data["x"]), self.vectors, 3)
+        invariant = h if self.features else torch.linalg.vector_norm(v, dim=2)
         mean = self.aggregate(data)
-        x_new = x + mean["dx"] + apply_mlp(self.phi_v, invariant) * v
+        if "degree" in data:
+            mean = mean | {name: mean[name] * data["degree"] for name in ("dx", "m") if name in mean}
+        x_new = x + mean["dx"] + (apply_mlp(self.phi_v, invariant).unsqueeze(2) * v).sum(1)
         sums: Fields = {}
         h_inputs = [h, mean["m"]] if "h" in self.outputs else []
         if self.virtual is not None:
@@ -121,6 +129,8 @@ class Layer(nn.Module):
             h_inputs.append(m_virtual)
         if self.phi_g is not None:
             x_new = x_new + apply_mlp(self.phi_g, invariant) * self.g.to(x_new)
+        if self.unit != 1:
+            x_new = torch.lerp(x, x_new, self.unit)
         if self.virtual is not None:
             sums["sum_x"] = nodes.sum(x_new)
         out = {"x": x_new, **sums}

@@ -74,7 +74,8 @@ class Network(nn.Module):
 
     If ``comm`` spans several processes, each holds one partition and a replica of the virtual nodes (DistEGNN).
 
-    options: those of the layer's ``build``. Raises Failure for an unknown option, naming the config key.
+    vectors: vector inputs of a node, the width of its field v over 3. options: those of the layer's ``build``. Raises
+    Failure for an unknown option, naming the config key.
     """
 
     layer: ClassVar[type[Layer]]
@@ -89,6 +90,7 @@ class Network(nn.Module):
         hidden: int = 64,
         layers: int = 4,
         virtual_nodes: int | None = None,
+        vectors: int = 1,
         gravity: Sequence[float] | None = None,
         precision: str = "float32",
         engine: str = "auto",
@@ -107,13 +109,13 @@ class Network(nn.Module):
         if bf16 and options.get("attention"):
             raise Failure(f"model.precision={precision}: cannot be combined with model.attention; turn one of them off")
         count = self.virtual_nodes if virtual_nodes is None else virtual_nodes
-        self.widths = {"f": features, "a": node_attributes, "e": edge_attributes}
+        self.widths = {"v": 3 * vectors, "f": features, "a": node_attributes, "e": edge_attributes}
         self.hidden, self.count, self.tile, self.engine = hidden, count, tile, engine
         if self.layer.features:
             self.embedding = nn.Linear(features, hidden)
             if count:
                 self.s = nn.Parameter(torch.randn(count, hidden))
-        options |= {"virtual_nodes": count, "gravity": gravity, "bf16": bf16}
+        options |= {"virtual_nodes": count, "vectors": vectors, "gravity": gravity, "bf16": bf16}
         self.layers = nn.ModuleList(
             self.layer(hidden, edge_attributes, node_attributes, last=k == layers - 1, **options) for k in range(layers)
         )
@@ -123,7 +125,9 @@ class Network(nn.Module):
     def _inputs(self, graph: DGLGraph, tiles: tiling.Tiles) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Node fields in the tiles' order and edge fields, in the model's precision."""
         like = next(self.parameters())
-        widths = {"x": 3, "v": 3}
+        widths = {"x": 3, "v": self.widths["v"]}
+        if "degree" in graph.ndata:
+            widths["degree"] = 1
         if self.layer.features:
             widths["f"] = self.widths["f"]
             if self.widths["a"]:
@@ -301,7 +305,7 @@ def resolve_model(
     if cls.virtual_nodes:
         accepted.add("virtual_nodes")
     for key, value in settings.items():
-        if key not in {"name", "virtual_nodes", *accepted} and value != defaults[key]:
+        if key not in {"name", "predicts", "virtual_nodes", *accepted} and value != defaults[key]:
             raise Failure(f"model.{key}={value}: {cls.__name__} has no such option; leave it at {defaults[key]}")
     options = {key: value for key, value in settings.items() if key in accepted}
     if "cutoff" in options and options["cutoff"] is None:

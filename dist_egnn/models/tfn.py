@@ -111,8 +111,8 @@ class TFNLayer(Layer):
         self.phi_t = mlp(hidden, hidden, m)
 
     def initial_state(self, node: Fields) -> Fields:
-        """t (n, m·3): v / cutoff in every channel."""
-        return {"t": (node["v"] / self.cutoff).repeat(1, self.channels)}
+        """t (n, m·3): the vectors v / cutoff in turn, one in every channel."""
+        return {"t": (node["v"] / self.cutoff).repeat(1, -(-self.channels // self.vectors))[:, : 3 * self.channels]}
 
     def send(self, src: Fields) -> Fields:
         """x (n_src, 3), and a, b, t̂ in one row q (n_src, H + 4m)."""

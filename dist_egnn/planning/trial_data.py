@@ -121,7 +121,8 @@ def open_source(config: Config, parts: int, folder: Path, say: Say) -> Source:
         source = Source(config, store.split("train"), counts["train"], counts, table)
     else:
         file = Trajectories(d.path)
-        selected = samples.select_snapshots(file, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed)
+        chosen = d.frames, d.first_frame, d.last_frame, d.frame_seed
+        selected = samples.select_snapshots(file, d.horizon, *chosen, d.history + d.pushforward)
         if not any(s.split == "train" for s in selected):
             raise Failure(f"{d.path}: no snapshot in split 'train'; prepare data with one")
         given = config, file, selected

@@ -72,12 +72,23 @@ def training_state(checkpoint: Checkpoint) -> TrainingState:
 
 
 def load_weights(model: Module, checkpoint: Checkpoint, path: Path) -> None:
-    """Load a checkpoint's weights into a model. Raises Failure naming the first parameter that does not fit."""
+    """Load a checkpoint's weights into a model. Raises Failure naming the first parameter that does not fit, and if the
+    model was built with the statistics of other data."""
+    present, stored = getattr(model, "statistics", None), checkpoint["model"].get("statistics")
+    if present is not None and stored is not None and not present.isnan().any():
+        _check_statistics(present.tolist(), stored.tolist(), path)
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
         reason = str(error).splitlines()[:2][-1].strip()
         raise Failure(f"{path}: its weights do not fit this model: {reason}") from error
+
+
+def _check_statistics(present: list[float], stored: list[float], path: Path) -> None:
+    if any(not math.isclose(a, b, rel_tol=1e-6) for a, b in zip(present, stored, strict=True)):
+        values = [", ".join(f"{value:.6g}" for value in pair) for pair in (stored, present)]
+        remedy = "set data.path to the data that it was trained on"
+        raise Failure(f"{path}: trained with σ_v, σ_a = {values[0]}, the training split has {values[1]}; {remedy}")
 
 
 def fingerprint(samples: Dataset, comm: Comm) -> dict[str, Any]:

@@ -55,7 +55,8 @@ def _estimated_sizes(config: Config, parts: int) -> list[tuple[float, float, flo
     from ..utils import part_weights
 
     d, file = config.data, Trajectories(config.data.path)
-    listed = select_snapshots(file, d.horizon, d.frames, d.first_frame, d.last_frame, d.frame_seed)
+    chosen = d.frames, d.first_frame, d.last_frame, d.frame_seed
+    listed = select_snapshots(file, d.horizon, *chosen, d.history + d.pushforward)
     train = [snapshot for snapshot in listed if snapshot.split == "train"]
     if not train:
         return []

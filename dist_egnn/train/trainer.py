@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..data import halo
 from ..data.dataset import Dataset, open_dataset, prefetch
 from ..distributed.comm import Comm
 from ..errors import Failure
-from ..models import network
+from ..models import network, simulator
 from ..ops import activation_offload, message_passing, tiled_layer
 from ..ops.native import engine as native_engine
 from ..utils import devices, filesystem, signals
@@ -44,20 +44,40 @@ def resolve_device(config: Config, rank: int = 0) -> torch.device:
     return device
 
 
-def build_model(config: Config, widths: tuple[int, int], comm: Comm) -> Module:
-    """The model for widths (F, K) of features and node attributes, on the CPU; all ranks draw the same weights."""
+def build_model(
+    config: Config, widths: tuple[int, int], comm: Comm, statistics: tuple[float, float] | None = None
+) -> Module:
+    """The model for widths (F, K) of features and node attributes, on the CPU; all ranks draw the same weights.
+
+    statistics: of a simulator's training split (`Dataset.statistics`); None if a checkpoint will be loaded.
+    """
     kind, options = network.resolve_model(asdict(config.model), asdict(Model()), config.data.radius)
     exchange = config.partition.halo == "exchange" and comm.size > 1
     if exchange and not issubclass(kind, (network.Linear, network.Network)):
         needed = "partition.halo=exchange needs a subclass of Network"
         raise Failure(f"model.name={config.model.name}: {needed}; set partition.halo=bridge")
+    make: Callable[..., Module] = kind
+    if config.data.history:
+        if not issubclass(kind, network.Network):
+            raise Failure(
+                f"model.name={config.model.name}: a simulator needs a subclass of Network; set data.history=0"
+            )
+        d = config.data
+        options |= {"history": d.history, "walls": d.walls != "none", "radius": d.radius}
+        options |= {"predicts": config.model.predicts, "statistics": statistics}
+        make = partial(simulator.Simulator, kind)
     with _drawing:
         torch.manual_seed(config.train.seed)
-        model = kind(features=widths[0], node_attributes=widths[1], **options)
+        model = make(features=widths[0], node_attributes=widths[1], **options)
     model.comm = comm  # type: ignore[assignment]
-    if isinstance(model, network.Network):
-        model.requires_halo = exchange
+    if isinstance(network_of(model), network.Network):
+        network_of(model).requires_halo = exchange  # type: ignore[assignment]
     return model
+
+
+def network_of(model: Module) -> Module:
+    """The model, or the backbone of a simulator."""
+    return model.backbone if isinstance(model, simulator.Simulator) else model
 
 
 def compute_loss(
@@ -72,9 +92,10 @@ def compute_loss(
         total = graph.ndata["moving"][counts.cumsum(0) - counts].to(total).unsqueeze(1)
     moving = losses.moving_nodes(graph)
     mse = losses.squared_error(predicted[moving], graph.ndata["y"][moving].to(predicted), total)
+    loss = mse / model.unit**2 if isinstance(model, simulator.Simulator) else mse
     if not (config.loss.mmd and z.shape[1]):
-        return mse, mse.detach()
-    return mse + config.loss.mmd * losses.mmd(z, graph, total, config.loss, generator), mse.detach()
+        return loss, mse.detach()
+    return loss + config.loss.mmd * losses.mmd(z, graph, total, config.loss, generator), mse.detach()
 
 
 def _chunks(items: Sequence[int], size: int) -> list[list[int]]:
@@ -91,7 +112,7 @@ def prepared_batches(model: Module, samples: Dataset, batches: list[list[int]]) 
 
     def make(numbers: list[int]) -> DGLGraph:
         graph = halo.batch([samples[n] for n in numbers])
-        return model.prepare(graph) if isinstance(model, network.Network) else graph
+        return model.prepare(graph) if isinstance(model, (network.Network, simulator.Simulator)) else graph
 
     return prefetch(make, batches)
 
@@ -281,7 +302,7 @@ def train(world: Comm, config: Config, resume: bool = False) -> dict[str, float]
     if config.train.replicas > batches:
         made = f"only {batches} batches of train.batch_size={config.train.batch_size}; lower one of the two"
         raise Failure(f"train.replicas={config.train.replicas}: {config.data.path} makes {made}")
-    model = build_model(config, samples.widths, comm).to(device)
+    model = build_model(config, samples.widths, comm, samples.statistics()).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay)
     trainer = Trainer(comm, config, model, optimizer, samples, fingerprint=checkpoint.fingerprint(samples, comm))
     warning = checkpoint.restore(trainer) if resume else ""
@@ -308,7 +329,7 @@ def evaluate(world: Comm, config: Config, weights: Path | None, split: str = "te
         pairs = (((g.ndata["x"] + t * g.ndata["v"])[at], g.ndata["y"][at]) for g, at in graphs)
         result[name] = metrics.mean_squared_error(pairs, world)
     if weights is not None:
-        model = build_model(config, samples.widths, comm).to(device)
+        model = build_model(config, samples.widths, comm, samples.statistics()).to(device)
         checkpoint.load_weights(model, checkpoint.load(weights), weights)
         with tiled_layer.tile_threads(config.train.threads):
             result[metrics.prediction_name(config.model.name)] = evaluate_split(model, samples, split, config, comm)
