@@ -124,6 +124,7 @@ def plan(
     measure: Annotated[bool, Option("--measure", help="also measure devices and propose partition.weights")] = False,
 ) -> None:
     """Estimate memory, communication and time. Runs a few real steps of every process of a training run."""
+    print(f"{config}: loading torch and DGL", file=sys.stderr, flush=True)  # which takes seconds
     from .commands.plan import run_plan
 
     run_plan(configs.load(config, overrides or ()), as_json, measure)
@@ -161,6 +162,7 @@ def launch(
     hosts: Annotated[Path | None, Option(help=f"file, one host per line: {HOST_LINE}")] = None,
     local: Annotated[bool, Option("--local", help="only this machine, over its loopback interface")] = False,
     resume: Resume = None,
+    plan: Annotated[bool, Option("--plan", help="print which host would run what; reach no host")] = False,
     dry_run: Annotated[bool, Option("--dry-run", help="check every host and print the plan; start nothing")] = False,
     dispatch: Annotated[bool, Option("--dispatch", help="first copy the store to the hosts by rsync")] = False,
     max_restarts: Annotated[int, Option(min=0, help="restarts from the last checkpoint after failures")] = 3,
@@ -180,7 +182,14 @@ def launch(
         raise Failure(f"--local and --hosts {hosts}: use one of them")
     settings, targets = training_config("launch", config, overrides, resume), hostfile.select_hosts(hosts, local, ssh)
     launch_main.run(
-        settings, targets, resume=bool(resume), port=port, max_restarts=max_restarts, dry_run=dry_run, dispatch=dispatch
+        settings,
+        targets,
+        resume=bool(resume),
+        port=port,
+        max_restarts=max_restarts,
+        plan=plan,
+        dry_run=dry_run,
+        dispatch=dispatch,
     )
 
 

@@ -42,7 +42,14 @@ def run_plan(config: Config, as_json: bool = False, measure: bool = False) -> No
 
 
 def _print_summary(plan: Plan) -> None:
-    print_line(f"memory: {plan.memory_gb:.2f} GB in all, {plan.free_gb:.1f} GB are free")
+    if plan.machines > 1:
+        each = f"{plan.parts // plan.machines} of the {plan.parts} processes"
+        print_line(
+            f"the store is for {plan.machines} machines, not for this one alone: `distegnn launch` starts {each}"
+        )
+        print_line("on each; estimates are for machines like this one, with calls that do not cross a network")
+    where = "on a machine" if plan.machines > 1 else "in all"
+    print_line(f"memory: {plan.memory_gb:.2f} GB {where}, {plan.free_gb:.1f} GB are free")
     sums = "a step's sums and exchanges" if plan.halo == "exchange" else "a step's sums"
     print_line(
         f"{sums}: {plan.calls} calls, up to {plan.payload_bytes:,.0f} bytes from a process, "

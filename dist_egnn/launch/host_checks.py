@@ -33,7 +33,7 @@ def find_problems(hosts: list[Host], infos: list[dict[str, Any]], config: Config
         return problems
     other = f"{path} is another store there than on {hosts[0].name} (manifest.yaml differs); copy it, or use --dispatch"
     problems = [f"host {host.name}: {other}" for host, info in pairs if info["store"]["sha256"] != store["sha256"]]
-    problems += _layout_problems(hosts, store, path)
+    problems += layout_problems(hosts, store, path)
     if problems:
         return problems
     for number, (host, info) in enumerate(pairs):
@@ -47,7 +47,7 @@ def find_problems(hosts: list[Host], infos: list[dict[str, Any]], config: Config
     return problems
 
 
-def _layout_problems(hosts: list[Host], store: dict[str, Any], path: str) -> list[str]:
+def layout_problems(hosts: list[Host], store: dict[str, Any], path: str) -> list[str]:
     """Whether the store was made for this number of hosts and of trainers."""
     machines, trainers = store["machines"], store["trainers"]
     listed = {host.trainers for host in hosts if host.trainers is not None}

@@ -13,7 +13,7 @@ from ..data.store_inputs import DEFAULT_INPUTS, check_settings
 from ..errors import Failure
 from ..utils import signals
 from ..utils.console import print_table
-from . import host_checks
+from . import host_checks, host_info
 from .agent_client import PING_EVERY_S, AgentClient, Events
 from .copy_store import copy_store
 from .hostfile import Host
@@ -70,39 +70,66 @@ def make_job(clients: list[AgentClient], config: Config, resume: bool, port: int
     return Job(config, addresses, interfaces, store["trainers"], store["sizes"], resume, port, max_restarts)
 
 
-def print_plan(job: Job, clients: list[AgentClient]) -> None:
+def show_plan(config: Config, hosts: list[Host], *, resume: bool, port: int, max_restarts: int) -> None:
+    """Print the plan of a launch from the list of hosts and the store that lies here, without reaching a host."""
+    path = Path(config.data.path)
+    if (store := host_info.summarize_store(path)) is None:
+        raise Failure(f"data.path={path}: no whole store here; make one with `distegnn partition --shard-nodes 0`")
+    _raise_errors(host_checks.layout_problems(hosts, store, str(path)))
+    check_settings(DEFAULT_INPUTS | store["inputs"], str(path), config.data)
+    names, interfaces = [host.name for host in hosts], [host.interface or "(its own)" for host in hosts]
+    job = Job(config, names, interfaces, store["trainers"], store["sizes"], resume, port, max_restarts)
+    print_plan(job, hosts)
+    print("no host was reached; --dry-run also checks each of them")
+
+
+def print_plan(job: Job, hosts: list[Host]) -> None:
     """Print which host runs which processes, and by which commands."""
     train, store, ranks, step = job.config.train, job.config.data.path, job.ranks(), job.trainers
     rows = []
-    for machine, client in enumerate(clients):
-        first = range(machine * step, len(ranks), step * len(clients))
+    for machine, host in enumerate(hosts):
+        first = range(machine * step, len(ranks), step * len(hosts))
         shown = ", ".join(f"{rank} to {rank + step - 1}" if step > 1 else str(rank) for rank in first)
         server = f"{job.addresses[machine]}:{job.port or '(free)'}"
-        rows.append([client.host.name, job.interfaces[machine], server, shown, f"{job.sizes[machine] / 1e6:.1f} MB"])
-    title = f"{store}: servers {len(clients)}, trainers {len(ranks)}"
+        rows.append([host.name, job.interfaces[machine], server, shown, f"{job.sizes[machine] / 1e6:.1f} MB"])
+    title = f"{store}: servers {len(hosts)}, trainers {len(ranks)}"
     print_table(title, ["host", "interface", "server", "ranks", "partition"], rows)
     rendezvous = f"{job.addresses[0]}:{job.port + 1 if job.port else '(free)'}"
-    print(f"rendezvous: {rendezvous}; run: {job.config.run.dir} on {clients[0].host.name}")
+    print(f"rendezvous: {rendezvous}; run: {job.config.run.dir} on {hosts[0].name}")
     print(f"a process waits {train.timeout_s:g} s for others; a checkpoint every {train.checkpoint_minutes:g} minutes;")
     print(f"after a failure up to {job.max_restarts} restarts from the last checkpoint")
-    for machine, client in enumerate(clients):
-        name, python = client.host.name, f"{client.host.python} -P -m dist_egnn."
+    for machine, host in enumerate(hosts):
+        name, python = host.name, f"{host.python} -P -m dist_egnn."
         print(f"on {name}: {python}data.graph_server {store} {machine} IP_CONFIG --replicas={train.replicas}")
         print(f"{' ' * len(name)}     {job.trainers * train.replicas} × {python}launch.trainer_main")
 
 
 def run(
-    config: Config, hosts: list[Host], *, resume: bool, port: int, max_restarts: int, dry_run: bool, dispatch: bool
+    config: Config,
+    hosts: list[Host],
+    *,
+    resume: bool,
+    port: int,
+    max_restarts: int,
+    plan: bool,
+    dry_run: bool,
+    dispatch: bool,
 ) -> dict[str, float]:
-    """Check all hosts, train, and return the result of rank 0. Raises Failure, or Stopped after a checkpoint."""
+    """Check all hosts, train, and return the result of rank 0. Raises Failure, or Stopped after a checkpoint.
+
+    plan: only `show_plan`; dry_run: only check.
+    """
     if not config.data.path:
         raise Failure("data.path is not set: name a store made with `distegnn partition --shard-nodes 0`")
     config.data.path = str(Path(config.data.path).absolute())
+    if plan:
+        show_plan(config, hosts, resume=resume, port=port, max_restarts=max_restarts)
+        return {}
     if dispatch and not dry_run:
         copy_store(Path(config.data.path), hosts)
     with connect_agents(hosts, max(config.train.timeout_s, 3 * PING_EVERY_S)) as clients:
         job = make_job(clients, config, resume, port, max_restarts)
-        print_plan(job, clients)
+        print_plan(job, hosts)
         workers = Workers(clients)
         supervisor = Supervisor(job, workers)
         if dry_run:

@@ -65,9 +65,10 @@ class Plan:
     busy: float  # share of a core that the trials got
     epochs: int
     partition_s: float  # to write the store; 0 if it exists
-    memory_gb: float  # of all ranks together
+    memory_gb: float  # of all ranks of the machine that needs most
     free_gb: float
-    cores: float
+    cores: float  # of a machine
+    machines: int  # that the store was made for, each with its share of the ranks
     weights: list[float] | None  # with which all devices finish together, 1 for the slowest; None: speeds are similar
 
 
@@ -115,6 +116,7 @@ def make_plan(config: Config, say: Say = lambda line: None) -> Plan:
         raise Failure("train.replicas: plan with 1; N groups take N times its memory and cores and share its batches")
     preflight.check_training(config, parts)
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
+        say(f"{config.data.path}: reading the sizes of the snapshots")
         source = trial_data.open_source(config, parts, Path(folder), say)
         batches = pick_batches(source, config.train.batch_size)
         snapshots = [[source.snapshots[index] for index in batch] for batch in batches]
@@ -126,6 +128,7 @@ def make_plan(config: Config, say: Say = lambda line: None) -> Plan:
         method = "spawn" if parts == 1 else "forkserver"  # a run of one process stays in the command's process
         trials: list[Trial] = []
         for rank in range(parts):
+            say(f"rank {rank} of {parts}: a trial of about ten seconds")
             arguments = source.config, rank, parts, snapshots, inputs[rank]
             trials += spawn.run_ranks(trial.try_rank, 1, *arguments, start_method=method)
             say(f"rank {rank}: {trials[-1].wall.batch:.3f} s a batch, {trials[-1].peak / 1e9:.2f} GB")
@@ -137,6 +140,11 @@ def make_plan(config: Config, say: Say = lambda line: None) -> Plan:
     if device.type == "cpu":  # samples and calls stay on the CPU
         peaks = peak_bytes(source, trials, max(group for _, group in timings))
     return combine(config, source, trials, call_s, peaks)
+
+
+def largest_sum(values: Sequence[float] | np.ndarray, machines: int) -> float:
+    """The largest of the machines' sums over their ranks; rank r of P is on machine r // (P / machines)."""
+    return float(np.reshape(values, (machines, -1)).sum(1).max())
 
 
 class TimeEstimate:
@@ -152,12 +160,14 @@ class TimeEstimate:
         self.times, self.call_s, self.used, self.cores = times, call_s, used, resources.available_cores()
         self.scale = {name: (_rows(c).mean(0) / tried).tolist() for name, c in source.counts.items()}
         self.batches = {name: -(-len(c) // config.train.batch_size) for name, c in source.counts.items()}
+        self.machines = source.machines
         self.steps = -(-self.batches["train"] // config.train.accumulate)
         self.finish = self._slowest([t.finish for t in times], [0.0]) + call_s["gradients"]
 
     def _slowest(self, work: Sequence[float], loading: Sequence[float]) -> float:
-        """Seconds until all of P processes have done ``work``, each with a thread that loads, on the available cores."""
-        return max(*work, *loading, (self.used * sum(work) + sum(loading)) / self.cores)
+        """Seconds until all of P processes have done ``work``, each with a thread that loads, on each machine's cores."""
+        busy = self.used * np.asarray(work) + np.asarray(loading)
+        return max(*work, *loading, largest_sum(np.broadcast_to(busy, len(self.times)), self.machines) / self.cores)
 
     def batch(self, split: str, fresh: bool) -> float:
         """Seconds of a batch while the next one is read from disk (fresh) or prepared from memory."""
@@ -223,8 +233,9 @@ def combine(config: Config, source: Source, trials: list[Trial], call_s: dict[st
         busy=float(np.mean([t.busy for t in trials])),
         epochs=config.train.epochs,
         partition_s=source.partition_s,
-        memory_gb=sum(peaks) / 1e9,
+        memory_gb=largest_sum(peaks, source.machines) / 1e9,
         free_gb=memory.available_memory("cpu") / 1e9,
         cores=now.cores,
+        machines=source.machines,
         weights=weights if max(weights) >= SIMILAR_SPEED else None,
     )

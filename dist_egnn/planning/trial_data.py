@@ -36,6 +36,7 @@ class Source:
     counts: dict[str, np.ndarray]  # the same of all snapshots of the run, by split
     table: np.ndarray  # (S, P, 4): COLUMNS
     partition_s: float = 0.0  # seconds to write the run's store, 0 if it exists
+    machines: int = 1  # that the store was made for
 
 
 class _Subset(Trajectories):
@@ -118,7 +119,9 @@ def open_source(config: Config, parts: int, folder: Path, say: Say) -> Source:
         check_settings(store.inputs, str(store.path), d)
         table = _table(store)
         counts = {name: _computed(table[store.split(name)], config) for name in ("train", "valid")}
-        source = Source(config, store.split("train"), counts["train"], counts, table)
+        several = store.trainers > 1 or store.inputs["shard_nodes"] == 0  # as graph servers need
+        machines = store.machines if several else 1
+        source = Source(config, store.split("train"), counts["train"], counts, table, machines=machines)
     else:
         file = Trajectories(d.path)
         chosen = d.frames, d.first_frame, d.last_frame, d.frame_seed

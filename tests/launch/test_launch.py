@@ -11,20 +11,24 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from small_data import DATA
 
 from dist_egnn import config as configs
 from dist_egnn.errors import Failure
 from dist_egnn.launch import agent_client, host_checks, host_info, hostfile
+from dist_egnn.launch import main as launch_main
 from dist_egnn.launch.agent_client import AgentClient
 from dist_egnn.launch.workers import WorkerFailure, Workers
 
 PATIENCE_S = 60.0
+ROOT = Path(__file__).parents[2]
 
 
 def hosts_of(text: str, folder: Path, ssh: str = "ssh") -> list[hostfile.Host]:
@@ -72,6 +76,50 @@ def test_hosts_are_missing(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
     with pytest.raises(Failure, match="--hosts FILE"):
         hostfile.select_hosts(None, local=False, ssh=None)
+
+
+def test_the_plan_reaches_no_host(make_store, tmp_path, capsys):
+    """A program that would reach a host fails the test; ranks 0, 1 are on the first machine, 2, 3 on the second."""
+    path = make_store(2, trainers=2, shard_nodes=0)
+    given = [f"data.{key}={value}".replace("'", "") for key, value in DATA.items()]
+    config = configs.load(None, [*given, f"data.path={path}", "run.dir=runs/x"])
+    options: dict[str, Any] = {"resume": False, "max_restarts": 3, "dry_run": False, "dispatch": False, "plan": True}
+    assert launch_main.run(config, hosts_of("a\nb interface=ib0", tmp_path, "no-such-ssh"), port=29700, **options) == {}
+    printed = capsys.readouterr().out
+    assert re.search(r"a +\(its own\) +a:29700 +0 to 1 ", printed)
+    assert re.search(r"b +ib0 +b:29700 +2 to 3 ", printed)
+    assert "rendezvous: a:29701; run: runs/x on a" in printed
+    with pytest.raises(Failure, match=r"made for 2 machines × 2 trainers; .*--parts 1 --trainers 2 --shard-nodes 0"):
+        launch_main.run(config, hosts_of("a", tmp_path, "no-such-ssh"), port=0, **options)
+
+
+@pytest.mark.parametrize(("code", "resumed"), [(75, False), (75, True), (0, False), (2, True)])
+def test_sbatch_script_of_the_page(tmp_path, code, resumed):
+    """SIGTERM reaches the launch, whose exit code decides whether the job is requeued; a run that exists is resumed."""
+    (script,) = re.findall(r"```bash\n(#!.*?)```", (ROOT / "docs" / "distributed.md").read_text(), re.S)
+    (tmp_path / "bin").mkdir()
+    for name, text in {
+        "distegnn": f'trap "echo saved >> started; exit {code}" TERM; echo "$*" > started; while :; do sleep 0.05; done',
+        "scontrol": 'echo "$*" > requeued',
+    }.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    if resumed:
+        (tmp_path / "runs" / "fluid").mkdir(parents=True)
+        (tmp_path / "runs" / "fluid" / "last.pt").touch()
+    env = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
+    job = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=env)
+    while not (tmp_path / "started").exists() or not (tmp_path / "started").read_text():
+        assert job.poll() is None
+    time.sleep(0.2)  # the script has reached its wait
+    job.terminate()
+    assert job.wait(PATIENCE_S) == code
+    words, saved = (tmp_path / "started").read_text().splitlines()
+    fresh = "launch recipes/fluid113k/config.yaml data.path=store run.dir=runs/fluid"
+    assert (words, saved) == ("launch --resume runs/fluid" if resumed else fresh, "saved")
+    assert (tmp_path / "requeued").exists() == (code == 75)
+    if code == 75:
+        assert (tmp_path / "requeued").read_text() == "requeue 17\n"
 
 
 STORE: dict[str, Any] = {"sha256": "a", "machines": 2, "trainers": 2, "shards": 1, "sizes": [10**6] * 2, "floats": 12}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,25 @@ def test_time_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "available_cores", lambda: 1.0)  # both ranks and their readers in turn
     estimate = plan.TimeEstimate(config, source_of(2), times, sums)
     assert estimate.batch("train", fresh=True) == pytest.approx(2 * (1.0 + 2.0) + 2 * (0.2 + 0.2) + 0.03)
+
+
+def test_a_store_for_two_machines(monkeypatch: pytest.MonkeyPatch, make_store) -> None:
+    """Each machine has the cores for its own ranks only; four ranks on one machine take turns."""
+    monkeypatch.setattr(resources, "available_cores", lambda: 2.0)
+    times = [Times(batch, 0.4, 0.1, 0.0, 0.0) for batch in (1.0, 2.0, 1.0, 1.0)]
+    source = source_of(2)
+    source.tried, source.counts = (
+        np.tile(source.tried, (1, 2, 1)),
+        {k: np.tile(c, (1, 2, 1)) for k, c in source.counts.items()},
+    )
+    call_s = dict.fromkeys(("forward", "backward", "gradients"), 0.0)
+    for machines, seconds in ((1, 2 * 5.0 / 2), (2, 2 * 2.0)):
+        estimate = plan.TimeEstimate(Config(), replace(source, machines=machines), times, call_s)
+        assert estimate.batch("train", fresh=False) == pytest.approx(seconds)
+    assert plan.largest_sum([3.0, 1.0, 2.0, 5.0], 2) == 7.0
+    for store, machines in ((make_store(2, trainers=2, shard_nodes=0), 2), (make_store(2), 1)):
+        config = load(None, [*DATA, f"data.path={store}"])
+        assert trial_data.open_source(config, Store(store).parts, Path("unused"), print).machines == machines
 
 
 def test_work_between_calls_by_hand() -> None:
