@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 app = Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 METHODS = "metis, random, kmeans, spectral (of 2,000 nodes), bisection (by coordinates) or morton (Z-order curve)"
+LIMIT = "stop when neighbours, spacing or kinetic energy change by this factor; 0: never"
 HOST_LINE = "[user@]host [port=22] [trainers=2] [interface=eth0] [python=/path]"
 
 Overrides = Annotated[list[str] | None, Argument(help="config keys to set, as key=value", show_default=False)]
@@ -215,11 +216,12 @@ def rollout(
     repartition: Annotated[int, Option(help="with several processes: partition again every so many steps")] = 1,
     bounds: Annotated[str, Option(help="at the walls of the data's box: none, reflect, or clamp")] = "none",
     fixed: Annotated[str | None, Option(help="nodes that do not move", show_default="data.fixed of the run")] = None,
+    limit: Annotated[float, Option(min=0, help=LIMIT)] = 30.0,
 ) -> None:
     """Feed a model with its own predictions. Writes the trajectory for ParaView, and a table of errors by step."""
     from .evaluate.rollout import run_rollout
 
-    options = {"parts": parts, "repartition": repartition, "bounds": bounds, "fixed": fixed}
+    options = {"parts": parts, "repartition": repartition, "bounds": bounds, "fixed": fixed, "limit": limit}
     run_rollout(run, data=data, trajectory=trajectory, start=start, steps=steps, out=out, **options)
 
 

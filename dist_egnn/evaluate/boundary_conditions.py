@@ -13,6 +13,7 @@ from ..data.samples import SampleSpec, surroundings
 from ..data.trajectories import Trajectories
 from ..errors import Failure
 
+LIMIT = 30.0
 BOUNDS = ("none", "reflect", "clamp")
 MAX_SIZES = 10.0  # a rollout stops where a node is so many box sizes from the centre of the box
 
@@ -31,6 +32,7 @@ class RolloutJob:
     repartition: int  # steps between partitions
     bounds: str
     out: str
+    limit: float = LIMIT  # factor by which neighbours, energy or spacing may change from the start; 0: any
     double: bool = False  # compute in float64, to compare numbers of processes
 
 

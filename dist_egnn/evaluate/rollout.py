@@ -36,8 +36,9 @@ from ..utils.console import print_table
 from ..utils.filesystem import lock_output, write_atomically
 from ..utils.progress import progress_bar
 from . import metrics
-from .boundary_conditions import BOUNDS, BoundaryConditions, RolloutJob
+from .boundary_conditions import BOUNDS, LIMIT, BoundaryConditions, RolloutJob
 from .repartition import LocalGraph, Repartitioner
+from .stability import Stability
 from .vtkhdf import Rollout, RolloutWriter, finish, partial_path
 
 
@@ -56,6 +57,7 @@ def roll_out(comm: Comm, job: RolloutJob) -> tuple[str, float]:
     velocities = past_velocities(data, job.trajectory, job.start, job.spec)
     v, past = (velocities.get(name, x[:, :0]).astype(conditions.dtype) for name in ("v", "past"))
     per_frame = job.spec.horizon if conditions.around else 1
+    stability = Stability(data, job, x, v, conditions.side)
     partition = Repartitioner(comm, job, len(x), conditions.side)
 
     def add_frame(step: int, z: np.ndarray | None) -> str:
@@ -85,6 +87,8 @@ def roll_out(comm: Comm, job: RolloutJob) -> tuple[str, float]:
                 return f"step {step + 1}: {problem}", seconds
             past = np.concatenate([v, past], 1)[:, : past.shape[1]]
             x, v = conditions.apply(x, predicted)
+            if problem := stability.problem(step + 1, x, v, warn=comm.rank == 0):
+                return f"step {step + 1}: {problem}", seconds
             if comm.rank == 0:
                 tick(add_frame(step + 1, z))
     return "", seconds
@@ -176,6 +180,7 @@ def prepare(
     repartition: int = 1,
     bounds: str = "none",
     fixed: str | None = None,
+    limit: float = LIMIT,
 ) -> RolloutJob:
     """The job of a run's best checkpoint on ``parts`` processes, or on as many as shared a graph in training.
 
@@ -232,10 +237,15 @@ def prepare(
         spec = replace(spec, fixed=fixed)
     check_fixed(file, spec.fixed, "data.fixed=" if fixed is None else "--fixed ")
     spec = replace(spec, pushforward=0)
-    job = RolloutJob(config, best, trajectories, spec, trajectory, start, steps, repartition, bounds, output)
+    job = RolloutJob(config, best, trajectories, spec, trajectory, start, steps, repartition, bounds, output, limit)
     BoundaryConditions(file, job)  # raises before processes start
     file.close()
     return job
+
+
+def _has_free_walls(job: RolloutJob) -> bool:
+    data = Trajectories(job.data)
+    return job.bounds == "none" and data.box(job.trajectory) is not None and not data[job.trajectory].periodic
 
 
 def run_rollout(run: Path, **options: Any) -> pd.DataFrame:
@@ -248,10 +258,11 @@ def run_rollout(run: Path, **options: Any) -> pd.DataFrame:
     out, shown = Path(job.out), options["out"]
     with lock_output(out, "another rollout is writing it; wait for it, or choose another --out"):
         partial_path(out).unlink(missing_ok=True)  # of a killed rollout
+        stopped = "an error or interruption"
         try:
             stopped, seconds = spawn.run_ranks(roll_out, processes, job, timeout_s=timeout_s)[0]
         finally:
-            frames = finish(out) if partial_path(out).is_file() else 0
+            frames = finish(out, stopped) if partial_path(out).is_file() else 0
             if 0 < frames < job.steps + 1:
                 print(f"{shown}: {frames} of {job.steps + 1} frames")
     table = error_table(out)
@@ -270,6 +281,10 @@ def run_rollout(run: Path, **options: Any) -> pd.DataFrame:
         f"{rate:.3g} steps/s of {nodes:,} nodes, {rate * nodes:,.0f} nodes/s, on {processes} process{'es' * (processes > 1)}"
     )
     if stopped:
-        remedy = "train longer, use a shorter data.horizon, or keep nodes in the box with --bounds"
-        raise Failure(f"{shown}: stopped at {stopped}; the file has the {frames} frames before it; {remedy}")
+        remedies = ["train longer"]
+        remedies += ["use a shorter data.horizon"] if job.spec.horizon > 1 else []
+        remedies += ["keep nodes in the box with --bounds"] if _has_free_walls(job) else []
+        raise Failure(
+            f"{shown}: stopped at {stopped}; the file has the {frames} frames before it; {', or '.join(remedies)}"
+        )
     return table

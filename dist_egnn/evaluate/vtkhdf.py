@@ -174,8 +174,11 @@ class Rollout(ExitStack):
         return (self[step] for step in range(self._count))
 
 
-def finish(path: Path) -> int:
-    """Rename PATH.partial to PATH, cut to its complete frames; returns their number. Without any, remove it."""
+def finish(path: Path, stopped: str = "") -> int:
+    """Rename PATH.partial to PATH, cut to its complete frames; returns their number. Without any, remove it.
+
+    stopped: why there are no more, kept as meta["stopped"].
+    """
     partial = partial_path(path)
     with Rollout(partial) as source:
         frames, planned = len(source), len(source.file["VTKHDF/Steps/Values"])
@@ -184,7 +187,9 @@ def finish(path: Path) -> int:
             short = path.with_name(path.name + ".short")
             size = frames, source.nodes, 0 if source._virtual is None else source._virtual.shape[1]
             dtype = source.file["VTKHDF/Points"].dtype
-            with RolloutWriter(short, size, source.meta, source.attributes, source.box, dtype) as out:
+            with RolloutWriter(
+                short, size, source.meta | {"stopped": stopped}, source.attributes, source.box, dtype
+            ) as out:
                 for frame in source:
                     out.add(frame.position, frame.velocity, frame.part, frame.error, frame.virtual)
             os.replace(out.path, partial)

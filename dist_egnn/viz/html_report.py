@@ -211,6 +211,8 @@ class Report:
             virtual = [frame.virtual for frame in file if frame.virtual is not None and len(frame.virtual)]
         text = f"{path.name}: trajectory {meta['trajectory']} from frame {meta['start']} on, {steps} steps of "
         text += f"{meta['horizon']} frames. To render a video: distegnn render {path}."
+        if meta.get("stopped"):
+            text += f" The rollout stopped early, at {meta['stopped']}."
         shown = []
         known = table[table["mse"].notna() & (table["step"] > 0)]
         if len(known):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 import shutil
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
 import pytest
@@ -99,6 +101,13 @@ def test_sample_is_the_models_own_prediction(run, monkeypatch):
     assert f"MSE {np.square(predicted - y).mean():.3e}" in content
     for p in (0, 1):
         np.testing.assert_array_equal(np.flatnonzero(part == p), np.sort(store.read(number, p).ndata["gid"].numpy()))
+
+
+def test_a_rollout_that_stopped_early_says_so(copy):
+    with h5py.File(copy / "rolled.vtkhdf", "r+") as file:
+        meta = json.loads(file["dist_egnn"].attrs["meta"]) | {"stopped": "step 6: node 1 left"}
+        file["dist_egnn"].attrs["meta"] = json.dumps(meta)
+    assert "stopped early, at step 6: node 1 left" in sections(copy)["Rollout"]
 
 
 MISSING = {
