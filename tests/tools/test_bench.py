@@ -122,7 +122,7 @@ def test_step_reports_options_times_and_memory(step: dict[str, Any]) -> None:
     expected |= {"engine": "auto", "device": "cpu", "precision": "float32", "threads": 1, "repeats": 1}
     expected |= {"kept": "", "place": ""}
     assert {key: step[key] for key in expected} == expected
-    assert list(step["peers"]) == ["untiled", "EGNNConv", "plain"]
+    assert set(step["peers"]) - {"2-threads"} == {"bf16-messages", "torch", "untiled", "EGNNConv", "plain"}
     for row in (step, *step["peers"].values()):
         assert 0 < row["forward_s"] < math.inf
         assert 0 < row["step_s"] < math.inf
@@ -140,8 +140,9 @@ def test_step_reports_options_times_and_memory(step: dict[str, Any]) -> None:
 
 def test_step_variants_predict_alike(step: dict[str, Any]) -> None:
     """The predictions of each worker, from its own process."""
-    assert 0 <= step["peers"]["untiled"]["difference"] < 1e-4
-    assert 0 <= step["peers"]["plain"]["difference"] < 1e-4
+    for name in ("torch", "untiled", "plain"):
+        assert 0 <= step["peers"][name]["difference"] < 1e-4
+    assert 0 < step["peers"]["bf16-messages"]["difference"] < 1e-1
     assert "difference" not in step["peers"]["EGNNConv"]  # another model
 
 
@@ -183,12 +184,13 @@ def test_batch_compares_every_case() -> None:
     for row in result["rows"]:
         assert (row["tiled"]["tile"], row["untiled"]["tile"]) == (8192, 10**9)
         for key in ("forward", "step"):
-            for kind in ("tiled", "untiled"):
+            for kind in ("tiled", "untiled", "torch"):
                 seconds = row[kind][f"{key}_all_s"]
                 assert len(seconds) == row["repeats"]
                 assert row[kind][f"{key}_s"] == sorted(seconds)[1] > 0
-            turns = zip(*(row[kind][f"{key}_all_s"] for kind in ("untiled", "tiled")), strict=True)
-            assert row[f"{key}_ratio"] == sorted(untiled / tiled for untiled, tiled in turns)[1]
+            for kind, prefix in (("untiled", ""), ("torch", "torch_")):
+                turns = zip(*(row[which][f"{key}_all_s"] for which in (kind, "tiled")), strict=True)
+                assert row[f"{prefix}{key}_ratio"] == sorted(other / tiled for other, tiled in turns)[1]
         assert 0 <= row["difference"] < 1e-4
 
 

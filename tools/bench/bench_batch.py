@@ -1,4 +1,4 @@
-"""Batches of small graphs and single graphs of growing size, tiled and untiled."""
+"""Batches of small graphs and single graphs of growing size, tiled, untiled and by the torch engine."""
 
 from __future__ import annotations
 
@@ -76,11 +76,12 @@ def reduce_to_memory(case: Case, options: Options) -> tuple[Case, str]:
 
 
 def measure_batches(graphs: int, nodes: int, options: Options, log: Log = lambda line: None) -> dict[str, Any]:
-    """Time every case tiled and untiled, alternating in one process; log(line) after each.
+    """Time every case tiled, untiled and by the torch engine, alternating in one process; log(line) after each.
 
     Returns the settings, ``notes`` (cases that were reduced) and ``rows``: the case, its graphs, nodes and edges (of all
-    graphs), repeats, ``tiled`` and ``untiled`` (medians forward_s and step_s, every repetition in …_all_s, tile),
-    forward_ratio and step_ratio (medians of untiled/tiled over the repetitions), and ``difference`` of the predictions
+    graphs), repeats, ``tiled``, ``untiled`` and ``torch`` (medians forward_s and step_s, every repetition in …_all_s,
+    tile), forward_ratio, step_ratio, torch_forward_ratio and torch_step_ratio (medians of untiled/tiled and torch/tiled
+    over the repetitions), and ``difference`` of the predictions
     (bench_step.differences).
     """
     requested = cases(graphs, nodes)
@@ -91,7 +92,7 @@ def measure_batches(graphs: int, nodes: int, options: Options, log: Log = lambda
     for case, _ in reduced:
         with tempfile.TemporaryDirectory(prefix="dist_egnn-") as name:
             rows.append(row := _measure_case(case, options, Path(name)))
-        log(f"{case.name}: untiled/tiled forward {row['forward_ratio']:.2f}, step {row['step_ratio']:.2f}")
+        log(f"{case.name}: untiled/tiled step {row['step_ratio']:.2f}, torch/tiled {row['torch_step_ratio']:.2f}")
     keys = ("hidden", "layers", "virtual_nodes", "threads", "engine")
     settings = {key: asdict(options)[key] for key in keys}
     return {**settings, "notes": [note for _, note in reduced if note], "rows": rows}
@@ -101,17 +102,20 @@ def _measure_case(case: Case, options: Options, folder: Path) -> dict[str, Any]:
     edges = bench_step.write_graphs(map(case.make, range(case.graphs)), folder)
     repeats = max(options.repeats, min(MAX_REPEATS, EDGES // max(edges, 1)))
     sized = replace(options_for(case, options), repeats=repeats)
-    measured = bench_step.measure_in_process({"ours": sized, "untiled": replace(sized, tile=UNTILED)}, folder)
+    timed = {"ours": sized, "untiled": replace(sized, tile=UNTILED), "torch": replace(sized, engine="torch")}
+    measured = bench_step.measure_in_process(timed, folder)
     keys = ("forward_s", "step_s", "forward_all_s", "step_all_s", "tile")
-    tiled, untiled = ({key: measured[name][key] for key in keys} for name in ("ours", "untiled"))
+    tiled, untiled, by_torch = ({key: measured[name][key] for key in keys} for name in timed)
+    passes = ("forward", "step")
     return {
         **{"case": case.name, "graphs": case.graphs, "nodes": sized.nodes, "edges": edges, "repeats": repeats},
-        **{"tiled": tiled, "untiled": untiled},
-        **{f"{key}_ratio": _ratio(untiled[f"{key}_all_s"], tiled[f"{key}_all_s"]) for key in ("forward", "step")},
+        **{"tiled": tiled, "untiled": untiled, "torch": by_torch},
+        **{f"{key}_ratio": _ratio(untiled[f"{key}_all_s"], tiled[f"{key}_all_s"]) for key in passes},
+        **{f"torch_{key}_ratio": _ratio(by_torch[f"{key}_all_s"], tiled[f"{key}_all_s"]) for key in passes},
         "difference": bench_step.differences(folder, ["untiled"])["untiled"],
     }
 
 
-def _ratio(untiled: list[float], tiled: list[float]) -> float:
+def _ratio(other: list[float], tiled: list[float]) -> float:
     """Consecutive repetitions are compared, so that a temporarily slow machine affects both."""
-    return statistics.median(a / b for a, b in zip(untiled, tiled, strict=True))
+    return statistics.median(a / b for a, b in zip(other, tiled, strict=True))

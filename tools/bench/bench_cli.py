@@ -109,8 +109,8 @@ def step(
         bool,
         typer.Option(
             "--peers",
-            help="also time the model untiled, layers of dgl.nn.EGNNConv, and a plain PyTorch implementation; with another "
-            "precision or several threads also the model in float32 or on one thread",
+            help="also time the model by the torch engine, tiled and untiled, in bf16-messages and on 2 threads (or in float32 "
+            "and on one thread), layers of dgl.nn.EGNNConv, and a plain PyTorch implementation",
         ),
     ] = False,
     as_json: Json = False,
@@ -143,10 +143,11 @@ def _step_report(result: dict[str, Any], as_json: bool) -> Report:
     shown = ("hidden", "layers", "virtual_nodes", "threads", "engine", "device", "precision", "tile", "repeats", "kept")
     settings = ", ".join(f"{key}={result[key]}" for key in shown)
     table = Table(f"{result['nodes']:,} nodes, {result['edges']:,} edges, {settings}", header, rows)
-    onednn = result.get("machine_gflops_onednn")
+    rates = {"oneDNN": result.get("machine_gflops_onednn"), "the native kernel": result.get("machine_gflops_native")}
     note = (
         f"forward: {result['gflops_forward']:.0f} GFLOP/s in matrix products; 64-wide products alone reach "
-        f"{result['machine_gflops']:.0f} on this machine" + (f", {onednn:.0f} with oneDNN" if onednn else "")
+        f"{result['machine_gflops']:.0f} on one thread of this machine"
+        + "".join(f", {rate:.0f} with {name}" for name, rate in rates.items() if rate)
     )
     notes = [note, result["place"]] if result["place"] else [note]
     if result["once"]:
@@ -173,7 +174,7 @@ def batch(
     ] = 5,
     as_json: Json = False,
 ) -> Report:
-    """Compare tiled with untiled message passing on small graphs, alternating in one process for each case."""
+    """Compare tiled, untiled and the torch engine's message passing on small graphs, alternating in one process per case."""
     check_sizes({"--graphs": graphs, "--nodes": nodes}, 1)
     import bench_batch
     import bench_step
@@ -185,15 +186,21 @@ def batch(
     rows = [
         [
             *(row["case"], *(f"{row[key]:,}" for key in ("graphs", "nodes", "edges", "repeats"))),
-            *(f"{1e3 * row[kind][key]:,.1f}" for key in ("forward_s", "step_s") for kind in ("tiled", "untiled")),
-            *(f"{row['forward_ratio']:.2f}", f"{row['step_ratio']:.2f}", f"{row['difference']:.0e}"),
+            *(
+                f"{1e3 * row[kind][key]:,.1f}"
+                for key in ("forward_s", "step_s")
+                for kind in ("tiled", "untiled", "torch")
+            ),
+            *(f"{row[f'{kind}{key}_ratio']:.2f}" for key in ("forward", "step") for kind in ("", "torch_")),
+            f"{row['difference']:.0e}",
         ]
         for row in result["rows"]
     ]
-    times = ["forward [ms]", "untiled", "step [ms]", "untiled", "forward ratio", "step ratio", "difference"]
+    times = ["forward [ms]", "untiled", "torch", "step [ms]", "untiled", "torch"]
+    times += ["forward ratio", "torch", "step ratio", "torch", "difference"]
     settings = ", ".join(f"{key}={result[key]}" for key in model)
     table = Table(
-        f"median times, tiled and untiled; ratio: median of untiled/tiled over repetitions; {settings}",
+        f"median times, tiled, untiled and by the torch engine; ratio: median of theirs to tiled over repetitions; {settings}",
         ["case", "graphs", "nodes", "edges", "repeats", *times],
         rows,
     )
@@ -342,6 +349,7 @@ def pipeline(
     layers: Layers = 4,
     virtual_nodes: Virtual = 3,
     halo: Halo = "bridge",
+    engine: Annotated[str, typer.Option(help="auto, native, torch or dgl: library that runs message passing")] = "auto",
     repeats: Annotated[int, typer.Option(help="timed steps, each on a different snapshot")] = 5,
     as_json: Json = False,
 ) -> Report:
@@ -352,7 +360,7 @@ def pipeline(
     _check_processes(nodes, degree, hidden, layers, parts, halo)
     import bench_pipeline
 
-    result = bench_pipeline.measure_pipeline(nodes, degree, parts, repeats, model, log, halo)
+    result = bench_pipeline.measure_pipeline(nodes, degree, parts, repeats, {**model, "engine": engine}, log, halo)
     labels = {
         "fixed_s": "step on a fixed graph",
         "fresh_s": "step with a new snapshot",

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from dist_egnn.errors import Failure
-from dist_egnn.utils import filesystem, memory, progress
+from dist_egnn.utils import filesystem, memory, progress, resources
 
 PEERS = {"EGNNConv": "egnnconv", "plain": "plain"}  # modules in this folder
 UNTILED = 10**9  # edges of a tile: more than any graph has
@@ -58,9 +58,15 @@ def variants(options: Options, peers: bool) -> dict[str, Options]:
         return result
     if options.precision != "float32":
         result["float32"] = replace(options, precision="float32")
+    else:
+        result["bf16-messages"] = replace(options, precision="bf16-messages")
     if options.threads > 1:
         result["1-thread"] = replace(options, threads=1)
-    result["untiled"] = replace(options, tile=UNTILED)
+    elif options.device == "cpu" and resources.available_cores() >= 2:
+        result["2-threads"] = replace(options, threads=2)
+    if options.engine != "torch":
+        result["torch"] = replace(options, engine="torch")
+    result["untiled"] = replace(options, tile=UNTILED, engine="torch")
     return {**result, **{name: replace(options, precision="float32") for name in PEERS}}
 
 
@@ -197,8 +203,8 @@ def measure_step(options: Options, peers: bool, log: Log = lambda line: None) ->
             row[f"{key.rsplit('_', 1)[0]}_ratio"] = row[key] / ours[key]
         if variant in difference:
             row["difference"] = difference[variant]
-        del row["machine_gflops"]
-        row.pop("machine_gflops_onednn", None)
+        for key in [key for key in row if key.startswith("machine_gflops")]:
+            del row[key]
     rate = matmul_operations(options, edges) / 1e9 / ours["forward_s"]
     return {**asdict(options), **ours, "place": place, "edges": edges, "gflops_forward": rate, "peers": rows}
 

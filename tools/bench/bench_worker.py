@@ -29,7 +29,9 @@ from dist_egnn.distributed.spawn import exit_with_parent
 from dist_egnn.errors import Failure
 from dist_egnn.evaluate import parallel_check
 from dist_egnn.models import network
-from dist_egnn.ops import activation_offload
+from dist_egnn.ops import activation_offload, tiled_layer
+from dist_egnn.ops.native import library
+from dist_egnn.ops.native.kernels import Linear
 from dist_egnn.train.metrics import peak_memory_gb
 from dist_egnn.utils import devices
 from dist_egnn.utils.progress import progress_bar
@@ -101,12 +103,14 @@ def _times(
 
 
 def machine_rates(device: str) -> dict[str, float]:
-    """GFLOP/s of 64-wide float32 matrix products by torch's linear and, where available, by oneDNN's."""
+    """GFLOP/s of 64-wide float32 matrix products by torch's linear and, where available, by oneDNN's and the native one."""
     x, w, b = (torch.randn(shape, device=device) for shape in ((8192, 64), (64, 64), (64,)))
     kernels: dict[str, Callable[[], Any]] = {"machine_gflops": lambda: torch.nn.functional.linear(x, w, b)}
     onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if device == "cpu" else None
     if onednn is not None:
         kernels["machine_gflops_onednn"] = lambda: onednn(x, w, b, "none", [], "")
+    if device == "cpu" and (native := library.library()):
+        kernels["machine_gflops_native"] = lambda: Linear.apply(native, x, w, b)
     work = 2 * 8192 * 64 * 64 / 1e9
     with torch.no_grad():
         return {
@@ -172,6 +176,14 @@ def measure_variants(folder: Path, timed: dict[str, Options]) -> dict[str, dict[
     """
     first = next(iter(timed.values()))
     torch.set_num_threads(first.threads)
+    if not PEERS.keys() & timed.keys():  # as in training with train.threads
+        with tiled_layer.tile_threads(first.threads):
+            return _measure(folder, timed, first)
+    return _measure(folder, timed, first)
+
+
+def _measure(folder: Path, timed: dict[str, Options], first: Options) -> dict[str, dict[str, Any]]:
+    """`measure_variants` with threads set."""
     device = torch.device(first.device)
     variants = {name: _variant(name, options, _graph(folder)) for name, options in timed.items()}
     name, variant = next(iter(variants.items()))
