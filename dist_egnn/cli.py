@@ -43,12 +43,14 @@ def main_options(debug: Annotated[bool, Option("--debug", help="show the traceba
     """Train equivariant graph networks on geometric graphs too large for one device."""
 
 
-def data_config(config: Path | None, radius: float | None, overrides: list[str] | None) -> configs.Config:
+def data_config(
+    config: Path | None, radius: float | None, overrides: list[str] | None, published: bool = False
+) -> configs.Config:
     """The config of a command that needs a data section: --config, then --radius and the overrides. Raises Failure."""
     words = [*([] if radius is None else [f"data.radius={radius}"]), *(overrides or ())]
     if config is None and not any(word.startswith("data.radius=") for word in words):
         raise Failure("--radius is missing: set it (inf joins every pair of nodes), or name a config with --config")
-    return configs.load(config, words)
+    return configs.load(config, words, published=published)
 
 
 @command("partition recipes/fluid113k/sample.h5 --config recipes/fluid113k/config.yaml --parts 2 --out store")
@@ -266,7 +268,7 @@ def import_checkpoint(
     """
     from .commands.import_weights import run_import
 
-    settings = data_config(config, radius, overrides)
+    settings = data_config(config, radius, overrides, published=True)
     settings.run.dir = str(out)
     run_import(file, settings)
 

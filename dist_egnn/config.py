@@ -22,6 +22,9 @@ SCHEDULES = ("constant", "cosine", "plateau")
 HALOS = ("bridge", "exchange")
 WALLS = ("none", "box")
 PREDICTS = ("position", "velocity", "acceleration")
+DIFFERENCES = ("backward", "forward")
+# what keys stood for before they existed: the published convention
+PUBLISHED = {"data": {"velocity": "forward", "velocity_scale": "1"}}
 PATHS = ("data.path", "run.dir", "train.kept")  # in these ~ is the home folder
 
 
@@ -58,6 +61,7 @@ VECTOR = (
     (lambda value: value is None or (len(value) == 3 and all(map(math.isfinite, value)))),
     "must be 3 numbers, or null",
 )
+SCALE = (lambda value: value is None or 0 < value < math.inf), "must be positive and finite, or null"
 FRACTION = (lambda value: 0 <= value <= 1), "must lie in 0 … 1"
 FIXED = (lambda value: value == "" or _names_nodes(value)), "write NAME, or NAME=VALUE as type=3, of a node attribute"
 FACTOR = (lambda value: 0 < value < 1), "must lie between 0 and 1"
@@ -83,6 +87,14 @@ class Data:
     )
     gravity: list[float] | None = _key(None, "simulator: gravity, length/time²; null: that of the file", VECTOR)
     pushforward: int = _key(0, "simulator: steps of its own before the input, in training", _least(0))
+    velocity: str = _key(
+        "backward",
+        "v of a file without velocities: backward differences, or forward (published)",
+        _choice(*DIFFERENCES),
+    )
+    velocity_scale: float | None = _key(
+        None, "the model sees v times this; null: rms displacement / rms v; 1: as published", SCALE
+    )
     frames: int = _key(0, "random input frames per trajectory; 0: all", _least(0))
     first_frame: int = _key(0, "first frame that may be an input", _least(0))
     last_frame: int = _key(-1, "last frame that may be an input; -1: the last one that has a target", _least(-1))
@@ -219,6 +231,9 @@ def _check_simulator(config: Config) -> None:
         return
     if math.isinf(config.data.radius):
         raise Failure("data.radius=.inf: a simulator (data.history) needs a finite radius")
+    if config.data.velocity_scale not in (None, 1):
+        scale = config.data.velocity_scale
+        raise Failure(f"data.velocity_scale={scale}: a simulator (data.history) scales velocities itself; leave it out")
     if config.model.gravity is not None:
         raise Failure(
             f"model.gravity={config.model.gravity}: a simulator reads data.gravity, in length/time²; set that"
@@ -312,21 +327,28 @@ def _build(layers: Sequence[tuple[Any, str]]) -> Config:
     return config
 
 
-def load(path: str | Path | None, overrides: Sequence[str] = ()) -> Config:
-    """The config of a YAML file and its include, or the defaults, updated by key=value overrides. Raises Failure."""
-    layers = _read_files(Path(path)) if path is not None else []
+def load(path: str | Path | None, overrides: Sequence[str] = (), *, published: bool = False) -> Config:
+    """The config of a YAML file and its include, or the defaults, updated by key=value overrides. Raises Failure.
+
+    published: keys of PUBLISHED that are left out have its values, as in runs of older versions.
+    """
+    layers = [(PUBLISHED, "")] if published else []
+    layers += _read_files(Path(path)) if path is not None else []
     return _build([*layers, *map(_read_override, overrides)])
 
 
 def parse(text: str, source: str) -> Config:
     """The config in a text that `to_yaml` wrote. Raises Failure that names ``source`` and the key."""
-    return _build([(read_yaml(text, source), source)])
+    return _build([(PUBLISHED, ""), (read_yaml(text, source), source)])
 
 
 def differences(before: Config, after: Config, ignore: Collection[str] = ()) -> list[tuple[str, Any, Any]]:
-    """(key, value before, value after) of each key whose value differs, except those in ``ignore``."""
+    """(key, value before, value after) of each key whose value differs, except those in ``ignore``.
+
+    A data.velocity_scale of null agrees with any: training replaces it by a number.
+    """
     values = ((key, *map(attrgetter(key), (before, after))) for key in keys() if key not in ignore)
-    return [(key, was, now) for key, was, now in values if was != now]
+    return [(k, was, now) for k, was, now in values if was != now and (k, now) != ("data.velocity_scale", None)]
 
 
 def to_yaml(config: Config) -> str:

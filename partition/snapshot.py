@@ -44,6 +44,8 @@ class Inputs:
     widths: tuple[int, int] | None  # columns of features and of node attributes; None: one for each name
     edge_drop: float
     periodic: bool
+    velocity: str
+    velocity_scale: float
     fixed: str
     history: int
     walls: str
@@ -62,8 +64,9 @@ class Inputs:
     @property
     def sample(self) -> SampleSpec:
         names = self.features, self.node_attributes
-        simulator = {name: getattr(self, name) for name in ("history", "walls", "gravity", "pushforward")}
-        return SampleSpec(self.radius, self.horizon, *names, self.edge_drop, self.periodic, self.fixed, **simulator)
+        plain = ("velocity", "velocity_scale", "fixed", "history", "walls", "gravity", "pushforward")
+        given = {name: getattr(self, name) for name in plain}
+        return SampleSpec(*(self.radius, self.horizon, *names, self.edge_drop, self.periodic), **given)
 
     def plain(self) -> dict[str, Any]:
         """The inputs as YAML and JSON read them back."""

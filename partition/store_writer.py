@@ -30,7 +30,7 @@ from dist_egnn import __version__
 from dist_egnn.config import Data
 from dist_egnn.data import graphs
 from dist_egnn.data.fixed_nodes import check_fixed
-from dist_egnn.data.samples import Snapshot, count_columns, select_snapshots, surroundings
+from dist_egnn.data.samples import Snapshot, count_columns, displacement_scale, select_snapshots, surroundings
 from dist_egnn.data.store import FORMAT, GRAPH, MOVING, NODE_FIELDS, VERSION
 from dist_egnn.data.store_inputs import DEFAULT_INPUTS
 from dist_egnn.data.trajectories import Trajectories
@@ -68,6 +68,9 @@ def build_inputs(
     widths = count_columns(data, features), count_columns(data, settings.node_attributes)
     values["widths"] = widths if widths != (len(features), len(settings.node_attributes)) else None
     values |= {"radius": float(settings.radius), "edge_drop": float(settings.edge_drop), "shard_nodes": shard_nodes}
+    d = settings
+    frames = d.frames, d.first_frame, d.last_frame, d.frame_seed, d.history + d.pushforward, d.velocity
+    values["velocity_scale"] = displacement_scale(data, select_snapshots(data, d.horizon, *frames), d)
     return Inputs(data.path.name, sha256(data.path), parts, trainers, weights, method, method_seed, **values)
 
 
@@ -84,7 +87,7 @@ def list_snapshots(data: Trajectories, inputs: Inputs) -> list[Snapshot]:
             data.sides(k, inputs.radius)
         surroundings(data, k, inputs.sample)
     frames = inputs.frames, inputs.first_frame, inputs.last_frame, inputs.frame_seed
-    return select_snapshots(data, inputs.horizon, *frames, inputs.sample.past)
+    return select_snapshots(data, inputs.horizon, *frames, inputs.sample.past, inputs.velocity)
 
 
 def check_inputs(data: Trajectories, inputs: Inputs) -> list[Snapshot]:

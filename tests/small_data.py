@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
-DATA = {"radius": 0.27, "horizon": 3, "frames": 3, "features": ["mass", "viscosity/max", "speed"]}
-DATA["node_attributes"] = ["mass"]
+DATA: dict[str, Any] = {"radius": 0.27, "horizon": 3, "frames": 3, "features": ["mass", "viscosity/max", "speed"]}
+DATA |= {"node_attributes": ["mass"], "velocity_scale": 1.0}
 FRAMES = 14
 
 

@@ -21,7 +21,7 @@ def run_evaluation(run: Path, split: str = "test") -> dict[str, float]:
     if split not in SPLITS:
         raise Failure(f"--split {split}: use one of {', '.join(SPLITS)}")
     run_dir.check_is_run(run)
-    config = configs.load(run / "config.yaml")
+    config = configs.load(run / "config.yaml", published=True)
     config.run.dir = str(run)
     try:
         trainer.resolve_device(config)
@@ -42,5 +42,6 @@ def run_evaluation(run: Path, split: str = "test") -> dict[str, float]:
 def print_evaluation(run: Path, split: str) -> None:
     """Evaluate a run and print the errors as a table."""
     errors = run_evaluation(run, split)
-    rows = [[name, f"{error:.4e}", f"{error / errors['linear']:.3f}"] for name, error in errors.items()]
+    linear = errors["linear"]  # zero where the data move in straight lines
+    rows = [[name, f"{e:.4e}", f"{e / linear:.3f}" if linear > 0 else ""] for name, e in errors.items()]
     print_table(f"{run}: mean squared error, split {split}", ["prediction", "MSE", "of linear"], rows)

@@ -41,6 +41,7 @@ def run_import(file: Path, config: Config) -> None:
     attention = any("attention" in name for name in model.state_dict())
     config.model = replace(given, name="FastEGNN", attention=attention, **sizes)
     data.path = data.path and str(Path(data.path).absolute())  # the run is evaluated from anywhere
+    data.velocity_scale = data.velocity_scale or 1.0  # the weights know of no scale
     content = checkpoint.weights_only(model, config)
     configured = trainer.build_model(config, (widths["f"], widths["a"]), SingleProcess())
     checkpoint.load_weights(configured, content, file)  # must accept the weights

@@ -171,7 +171,7 @@ def _with_seed(run: Run, seed: int, out: Path) -> Run:
     config, folder = copy.deepcopy(run.config), out / f"{run.setting},seed={seed}"
     config.train.seed, config.run.dir = seed, str(folder)
     if (file := folder / "wanted.yaml").is_file():
-        for key, old, new in configs.differences(configs.load(file), config):
+        for key, old, new in configs.differences(configs.load(file, published=True), config):
             raise Failure(f"{folder}: holds a run with {key}={old}, not {new}; remove it or change out")
     return replace(run, config=config)
 

@@ -68,7 +68,7 @@ def resumed_config(run: Path, overrides: Sequence[str]) -> Config:
     given = {override.partition("=")[0] for override in overrides}
     reset = ["partition.parts=0"] if "data.path" in given else []  # the number of parts follows from the store
     reset += ["partition.weights=null"] if given & {"data.path", "partition.parts"} else []  # those of the old parts
-    config = configs.load(run / "config.yaml", [*reset, *overrides])
+    config = configs.load(run / "config.yaml", [*reset, *overrides], published=True)
     if "run.dir" in given:
         raise Failure(f"override 'run.dir': --resume continues in {run}; copy that folder to continue elsewhere")
     config.run.dir = str(run)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
@@ -16,7 +16,15 @@ from ..config import Config, Data
 from ..errors import Failure
 from ..utils import part_weights
 from .fixed_nodes import check_fixed
-from .samples import SampleSpec, count_columns, read_sample, root_mean_squares, select_snapshots, snapshot_squares
+from .samples import (
+    SampleSpec,
+    count_columns,
+    displacement_scale,
+    read_sample,
+    root_mean_squares,
+    select_snapshots,
+    snapshot_squares,
+)
 from .store import open_store
 from .store_inputs import check_settings, store_widths
 from .trajectories import SPLITS, Trajectories
@@ -47,9 +55,11 @@ class Dataset:
 
     read: Callable[[int], DGLGraph]
     splits: dict[str, list[int]]  # name → numbers of the samples
+    names: tuple[Sequence[str], Sequence[str]]  # of the fields f and a
     widths: tuple[int, int]  # F and K of the fields f and a
     budget: int  # bytes of the cache
     frames: list[tuple[int, int]]  # trajectory and frame of each sample
+    velocity_scale: float  # factor of v in the samples
     # what each sample counts for in the cache, by default its own bytes; in halo mode all ranks need the same sizes, so
     # that they evict the same samples: they link a halo together
     sizes: list[int] | None = None
@@ -104,12 +114,16 @@ def part_count(config: Config) -> int:
     raise Failure(f"{given}, but {config.data.path} was made {made}; partition again or leave it out")
 
 
-def sample_spec(data: Data, features: Iterable[str]) -> SampleSpec:
-    """The spec of a data section; features: those of the section, or the ones that null stands for."""
+def sample_spec(data: Data, features: Iterable[str], scale: float | None = None) -> SampleSpec:
+    """The spec of a data section; features, scale: those of the section, or the ones that null stands for."""
+    if (scale := data.velocity_scale if scale is None else scale) is None:
+        raise Failure("data.velocity_scale=null: only training replaces it by a number; set it")
     names = tuple(features), tuple(data.node_attributes)
-    plain = {name: getattr(data, name) for name in ("history", "walls", "pushforward")}
+    plain = {name: getattr(data, name) for name in ("velocity", "fixed", "history", "walls", "pushforward")}
     plain["gravity"] = None if data.gravity is None else tuple(data.gravity)
-    return SampleSpec(data.radius, data.horizon, *names, data.edge_drop, data.periodic, data.fixed, **plain)
+    return SampleSpec(
+        *(data.radius, data.horizon, *names, data.edge_drop, data.periodic), velocity_scale=scale, **plain
+    )
 
 
 def open_dataset(config: Config, part: int, processes: int) -> Dataset:
@@ -119,29 +133,34 @@ def open_dataset(config: Config, part: int, processes: int) -> Dataset:
         store = open_store(d.path)
         check_settings(store.inputs, str(store.path), d)
         splits = {name: store.split(name) for name in SPLITS}
-        widths, sizes = store_widths(store.inputs), None
+        names, widths, sizes = (
+            (store.inputs["features"], store.inputs["node_attributes"]),
+            store_widths(store.inputs),
+            None,
+        )
         frames = list(store.snapshots[["trajectory", "frame"]].itertuples(index=False, name=None))
         if exchange := config.partition.halo == "exchange" and store.parts > 1:
             largest = store.parts_table.groupby("snapshot")[["nodes", "edges"]].max().to_numpy().tolist()
             sizes = [cached_bytes(nodes, edges) for nodes, edges in largest]
-        given = splits, widths, budget, frames, sizes, store.statistics
+        given = splits, names, widths, budget, frames, store.inputs["velocity_scale"], sizes, store.statistics
         return Dataset(lambda number: store.read(number, part, exchange), *given)
     file = Trajectories(d.path)
-    spec = sample_spec(d, d.features if d.features is not None else (*file[0].attributes, "speed"))
+    chosen = d.frames, d.first_frame, d.last_frame, d.frame_seed, d.history + d.pushforward, d.velocity
+    snapshots = select_snapshots(file, d.horizon, *chosen)
+    scale = displacement_scale(file, snapshots, d)
+    spec = sample_spec(d, d.features if d.features is not None else (*file[0].attributes, "speed"), scale)
     check_fixed(file, spec.fixed)
     if spec.periodic:
         for k in range(len(file)):
             file.sides(k, spec.radius)
-    chosen = d.frames, d.first_frame, d.last_frame, d.frame_seed
-    snapshots = select_snapshots(file, d.horizon, *chosen, spec.past)
     splits = {name: [i for i, s in enumerate(snapshots) if s.split == name] for name in SPLITS}
+    names, frames = (spec.features, spec.node_attributes), [(s.trajectory, s.frame) for s in snapshots]
     widths = count_columns(file, spec.features), count_columns(file, spec.node_attributes)
-    frames = [(s.trajectory, s.frame) for s in snapshots]
 
     def statistics() -> tuple[float, float] | None:
         if not spec.past:
             return None
         return root_mean_squares(snapshot_squares(file, snapshots[number], spec) for number in splits["train"])
 
-    given = splits, widths, budget, frames, None, statistics
+    given = splits, names, widths, budget, frames, scale, None, statistics
     return Dataset(lambda number: read_sample(file, snapshots[number], spec), *given)

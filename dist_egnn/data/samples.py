@@ -10,10 +10,13 @@ import numpy as np
 import torch
 from dgl import DGLGraph
 
+from ..config import Data
 from ..errors import Failure
 from . import domain, graphs
 from .fixed_nodes import fixed_nodes, moving_fields
-from .trajectories import Trajectories, check_displacement
+from .trajectories import Trajectories, Trajectory, check_displacement
+
+RMS_SNAPSHOTS = 16
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class SampleSpec:
     node_attributes: tuple[str, ...] = ()
     edge_drop: float = 0.0
     periodic: bool = False
+    velocity: str = "backward"  # difference in place of a velocity that is not stored, see ``Trajectories.velocity``
+    velocity_scale: float = 1.0  # factor of v, before the features
     fixed: str = ""  # nodes that do not move, see ``fixed_nodes``
     history: int = 0  # past velocities of a simulator's input; 0: no simulator
     walls: str = "none"
@@ -51,19 +56,31 @@ class Snapshot:
 
 
 def select_snapshots(
-    data: Trajectories, horizon: int, count: int, first: int, last: int, seed: int, past: int = 0
+    data: Trajectories,
+    horizon: int,
+    count: int,
+    first: int,
+    last: int,
+    seed: int,
+    past: int = 0,
+    difference: str = "backward",
 ) -> list[Snapshot]:
     """Up to ``count`` (0: all) frames of each trajectory in first…last (−1: the last with a target), in order of time.
 
-    The draw depends on the seed and the trajectory's number only. past: earlier steps that a frame needs. Raises Failure
-    if a trajectory has no such frame.
+    past: earlier steps that a simulator's frame needs; difference: as in ``Trajectories.velocity``; with "backward" frame
+    0 is no input unless velocities are stored. The draw depends on the seed and the trajectory's number only. Raises
+    Failure if a trajectory has no such frame, and where the velocity of an input is its target.
     """
     if horizon < 1:
         raise Failure(f"data.horizon={horizon}: must be at least 1 frame")
+    if horizon == 1 and difference == "forward" and not past and not all(trajectory.velocity for trajectory in data):
+        contains = f"{data.path} stores no velocity, so the input would contain the target"
+        raise Failure(f"data.horizon=1 with data.velocity=forward: {contains}; set data.velocity=backward")
     result: list[Snapshot] = []
     for k, trajectory in enumerate(data):
         end = trajectory.frames - 1 - horizon
-        frames = np.arange(max(first, past * horizon), 1 + (end if last < 0 else min(last, end)))
+        begin = max(first, past * horizon if past else first_input(trajectory, difference))
+        frames = np.arange(begin, 1 + (end if last < 0 else min(last, end)))
         if not len(frames):
             none = f"has {trajectory.frames} frames, none in {first}…{last} with a target {horizon} frames ahead"
             history = f" and {past} velocities before" if past else ""
@@ -73,6 +90,26 @@ def select_snapshots(
             frames = np.sort(np.random.default_rng([seed, k]).choice(frames, count, replace=False))
         result += (Snapshot(trajectory.split, k, int(frame)) for frame in frames)
     return result
+
+
+def first_input(trajectory: Trajectory, difference: str) -> int:
+    """The first frame that has a velocity."""
+    return int(difference == "backward" and not trajectory.velocity)
+
+
+def displacement_scale(data: Trajectories, snapshots: Sequence[Snapshot], settings: Data) -> float:
+    """data.velocity_scale, or for null rms(y − x) / rms(v) of up to RMS_SNAPSHOTS training snapshots (of any split, if there
+    is none): v times this has the size of the displacements, in whatever unit it is. A simulator has its own: 1."""
+    if settings.velocity_scale is not None or settings.history:
+        return settings.velocity_scale or 1.0
+    chosen = [s for s in snapshots if s.split == "train"] or list(snapshots)
+    chosen = [chosen[i] for i in np.unique(np.linspace(0, len(chosen) - 1, RMS_SNAPSHOTS).round().astype(int))]
+    squares = np.zeros(2)
+    for s in chosen:
+        k, t = s.trajectory, s.frame
+        moved = data.position(k, t + settings.horizon).astype(float) - data.position(k, t)
+        squares += [np.square(moved).mean(), np.square(data.velocity(k, t, settings.velocity), dtype=float).mean()]
+    return float(np.sqrt(squares[0] / squares[1])) if squares.all() else 1.0
 
 
 def feature_columns(names: Sequence[str], v: np.ndarray, attribute: Callable[[str], np.ndarray]) -> np.ndarray:
@@ -111,6 +148,7 @@ def node_fields(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> dic
     k, t = snapshot.trajectory, snapshot.frame
     where = f"{data.path}: trajectory {k}, frame {t}"
     fields = {"x": data.position(k, t), **past_velocities(data, k, t, spec)}
+    fields["v"] = fields["v"] * np.float32(spec.velocity_scale)
     fields["y"] = data.position(k, t + spec.horizon)
     for field, names in (("f", spec.features), ("a", spec.node_attributes)):
         fields[field] = feature_columns(names, fields["v"], lambda name: data.attribute(k, name, t))
@@ -123,7 +161,8 @@ def node_fields(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> dic
             row = int(np.argwhere(~np.isfinite(value))[0][0])
             raise Failure(f"{where}: field '{name}' is NaN or infinite at node {row}; correct the source data")
     if spec.periodic:
-        check_displacement(fields["x"], data.position(k, t + 1), data.sides(k, spec.radius), where)
+        before = t - (first_input(data[k], spec.velocity) and not spec.past)  # of the two frames of a difference
+        check_displacement(data.position(k, before), data.position(k, before + 1), data.sides(k, spec.radius), where)
     return fields
 
 
@@ -133,7 +172,7 @@ def past_velocities(data: Trajectories, k: int, t: int, spec: SampleSpec) -> dic
     A simulator's velocities are x(t) − x(t − horizon), in length per step: no stored ones, none that read ahead.
     """
     if not spec.past:
-        return {"v": data.velocity(k, t)}
+        return {"v": data.velocity(k, t, spec.velocity)}
     x = [data.position(k, t - n * spec.horizon) for n in range(spec.past + 1)]
     v, *past = (after - before for after, before in pairwise(x))
     return {"v": v, "past": np.concatenate(past, 1)} if past else {"v": v}

@@ -373,9 +373,20 @@ class Trajectories(Sequence[Trajectory]):
         """Positions (N, 3) float32 at frame t."""
         return self._read(k, "position", t)
 
-    def velocity(self, k: int, t: int) -> np.ndarray:
-        """Velocities (N, 3): the stored ones, or else the forward difference x(t+1) − x(t) in length per frame."""
-        return self._read(k, "velocity", t) if self._all[k].velocity else self.position(k, t + 1) - self.position(k, t)
+    def velocity(self, k: int, t: int, difference: str = "backward") -> np.ndarray:
+        """Velocities (N, 3) float32: the stored ones, or else differences of positions.
+
+        "backward": (x(t) − x(t−1)) / dt, length per time, from frame 1 on; "forward": x(t+1) − x(t), per *frame*.
+        """
+        if self._all[k].velocity:
+            return self._read(k, "velocity", t)
+        if difference == "forward":
+            return self.position(k, t + 1) - self.position(k, t)
+        if t < 1:
+            raise Failure(
+                f"{self.path}: trajectory {k}, frame {t}: no velocity and no frame before it; start at frame 1"
+            )
+        return ((self.position(k, t) - self.position(k, t - 1)) / self._all[k].dt).astype(np.float32)
 
     def attribute(self, k: int, name: str, t: int | None = None) -> np.ndarray:
         """A node attribute (N,) or (N, k) at frame t. Without t: one that does not vary, or else all frames (T, N, …)."""

@@ -53,10 +53,12 @@ class BoundaryConditions:
             what = f"the model uses '{min(used)}', which varies over time, up to frame {last}"
             raise Failure(f"--steps {job.steps}: {what} of trajectory {k} of {job.data}; use at most {most}")
         self.around = surroundings(data, k, job.spec)
-        # velocities are lengths per step in a simulator, lengths per time if the data store them, else lengths per frame
-        self.stored = self.trajectory.velocity and self.around is None
+        # velocities are lengths per step in a simulator, lengths per frame as forward differences, else lengths per time
+        stored, per_frame = self.trajectory.velocity, job.spec.velocity == "forward"
+        self.velocity = "stored" if stored else "per frame" if per_frame else "backward differences"
+        self.velocity = "per frame" if self.around else self.velocity
         frames = 1 if self.around else job.spec.horizon
-        self.step_time = frames * (self.trajectory.dt if self.stored else 1.0)
+        self.step_time = frames * (1.0 if self.velocity == "per frame" else self.trajectory.dt)
         fixed, n = job.spec.fixed, self.trajectory.nodes
         self.fixed = fixed_nodes(fixed, self.attributes.__getitem__) if fixed else np.zeros(n, bool)
         if job.bounds != "none" and (self.box is None or self.trajectory.periodic):

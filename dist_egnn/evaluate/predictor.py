@@ -76,11 +76,11 @@ class Predictor:
         box: low and high corner (2, 3) of periodic data. Raises Failure for wrong shapes and names, NaN and infinity.
         """
         x = _numbers(positions, "positions", (None, 3))
-        v = _numbers(velocities, "velocities", (len(x), 3))
+        v = _numbers(velocities, "velocities", (len(x), 3)) * np.float32(self.spec.velocity_scale)
         features = {} if features is None else features
         if node_attributes is None:
             node_attributes = features if isinstance(features, Mapping) else {}
-        f = _columns("features", features, self.features, self.width, v)
+        f = _columns("features", features, self.features, self.width, v, self.spec.velocity_scale)
         a = _columns("node_attributes", node_attributes, self.node_attributes, self.attribute_width, v)
         fixed = self._fixed(features, node_attributes, len(x))
         side = None if box is None else box_sides(_numbers(box, "box", (2, 3)))
@@ -110,11 +110,21 @@ def _attribute(what: str, given: ByName, name: str, n: int) -> np.ndarray:
     return _numbers(given[name], f"{what}: '{name}'", (n, None) if np.ndim(given[name]) == 2 else (n,))
 
 
-def _columns(what: str, given: ByName | Array, names: Sequence[str] | None, width: int, v: np.ndarray) -> np.ndarray:
-    """The columns (N, width) of these names, or as given. names: None if the model uses all attributes and speed."""
+def _columns(
+    what: str, given: ByName | Array, names: Sequence[str] | None, width: int, v: np.ndarray, scale: float = 1.0
+) -> np.ndarray:
+    """The columns (N, width) of these names, or as given. names: None if the model uses all attributes and speed.
+
+    v: (N, 3), multiplied by ``scale`` already, as 'speed' in a given array is not.
+    """
     n = len(v)
     if not isinstance(given, Mapping):
-        return _numbers(given, what, (n, width))
+        columns, names = _numbers(given, what, (n, width)), ["speed"] if names is None else names
+        if scale != 1 and "speed" in names:
+            if len(names) != width and names != ["speed"]:
+                raise Failure(f"{what}: an attribute of several columns beside speed; pass attributes by name")
+            columns[:, width - len(names) + names.index("speed")] *= np.float32(scale)
+        return columns
     listed = ", ".join(sorted(given)) or "none"
     listed_names = names is not None
     if names is None:

@@ -22,7 +22,7 @@ from .. import config as configs
 from ..data import domain, graphs, halo
 from ..data.dataset import sample_spec
 from ..data.fixed_nodes import check_fixed
-from ..data.samples import count_columns, edge_positions, feature_columns, past_velocities
+from ..data.samples import count_columns, edge_positions, feature_columns, first_input, past_velocities
 from ..data.store import open_store
 from ..data.trajectories import Trajectories
 from ..distributed import spawn
@@ -75,8 +75,9 @@ def roll_out(comm: Comm, job: RolloutJob) -> tuple[str, float]:
         for step in range(job.steps):
             started = time.perf_counter()
             attribute = conditions.attributes_at(step)
-            columns = [feature_columns(listed, v, attribute) for listed in names]
-            state = dict(zip(("x", "v", "past", "f", "a"), (x, v, past, *columns), strict=True))
+            scaled = v * np.asarray(job.spec.velocity_scale, v.dtype)
+            columns = [feature_columns(listed, scaled, attribute) for listed in names]
+            state = dict(zip(("x", "v", "past", "f", "a"), (x, scaled, past, *columns), strict=True))
             local = partition.local_graph(edge_positions(state, conditions.around and conditions.around[0]), step)
             predicted, z = _predict(model, comm, conditions, local, state)
             seconds += time.perf_counter() - started
@@ -120,7 +121,7 @@ def _writer(conditions: BoundaryConditions, virtual: int) -> RolloutWriter:
     meta |= {"fixed": job.spec.fixed, "model": job.config.model.name, "horizon": job.spec.horizon, "dt": trajectory.dt}
     if conditions.around:
         meta["gravity"] = conditions.around[0].tolist()
-    meta |= {"true_frames": trajectory.frames, "velocity": "stored" if conditions.stored else "per frame"}
+    meta |= {"true_frames": trajectory.frames, "velocity": conditions.velocity}
     size = job.steps + 1, trajectory.nodes, virtual
     return RolloutWriter(Path(job.out), size, meta, conditions.attributes, conditions.box, conditions.dtype)
 
@@ -136,8 +137,8 @@ def error_table(path: Path) -> pd.DataFrame:
     with Rollout(path) as rollout:
         meta, mass, at = rollout.meta, rollout.attributes.get("mass"), rollout.moving
         mass = mass.ravel() if mass is not None and mass.size == rollout.nodes else None
-        stored, step_time = meta["velocity"] == "stored", meta["horizon"] * meta["dt"]
-        per_time = 1.0 if stored else 1 / meta["dt"]  # velocities that the data do not store are per frame
+        per_frame, step_time = meta["velocity"] == "per frame", meta["horizon"] * meta["dt"]
+        per_time = 1 / meta["dt"] if per_frame else 1.0
         flight: Iterator[np.ndarray] = iter(())
         for frame in rollout:
             x = frame.position.astype(np.float64)
@@ -152,7 +153,7 @@ def error_table(path: Path) -> pd.DataFrame:
             if frame.error is not None:
                 y = x - frame.error
                 true_v = (y - previous) / step_time if frame.step else v0 * per_time
-                elapsed = frame.step * (step_time if stored else meta["horizon"])
+                elapsed = frame.step * (meta["horizon"] if per_frame else step_time)
                 static, linear = metrics.baselines(x0[at], v0[at], elapsed, y[at])
                 row |= {"static_mse": static, "linear_mse": linear, "mse": metrics.position_mse(x[at], y[at])}
                 if ballistic is not None:
@@ -187,7 +188,7 @@ def prepare(
     Raises Failure for options and data that do not fit, and where a step needs more memory than is free.
     """
     run_dir.check_is_run(run)
-    config = configs.load(run / run_dir.CONFIG)
+    config = configs.load(run / run_dir.CONFIG, published=True)
     try:
         trainer.resolve_device(config)
     except Failure as failure:  # no option sets the device: name the file that does
@@ -199,9 +200,10 @@ def prepare(
     file = Trajectories(data or config.data.path)
     if not 0 <= trajectory < len(file):
         raise Failure(f"--trajectory {trajectory}: {file.path} has trajectories 0 to {len(file) - 1}")
-    earliest = config.data.history * config.data.horizon
+    past = config.data.history * config.data.horizon
+    earliest = past or first_input(file[trajectory], config.data.velocity)
     start = max(config.data.first_frame, earliest) if start is None else start
-    needs_next = not (earliest or file[trajectory].velocity)  # for a forward difference
+    needs_next = not (past or file[trajectory].velocity) and config.data.velocity == "forward"
     latest = file[trajectory].frames - 1 - needs_next
     if not earliest <= start <= latest:
         possible = (

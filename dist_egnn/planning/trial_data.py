@@ -125,7 +125,7 @@ def open_source(config: Config, parts: int, folder: Path, say: Say) -> Source:
     else:
         file = Trajectories(d.path)
         chosen = d.frames, d.first_frame, d.last_frame, d.frame_seed
-        selected = samples.select_snapshots(file, d.horizon, *chosen, d.history + d.pushforward)
+        selected = samples.select_snapshots(file, d.horizon, *chosen, d.history + d.pushforward, d.velocity)
         if not any(s.split == "train" for s in selected):
             raise Failure(f"{d.path}: no snapshot in split 'train'; prepare data with one")
         given = config, file, selected

@@ -223,7 +223,7 @@ def check_resume(config: Config) -> None:
     """Raise Failure if the run in run.dir cannot be resumed under a config: other settings, or missing files."""
     folder = Path(config.run.dir)
     check_is_run(folder)
-    for key, before, now in configs.differences(configs.load(folder / CONFIG), config, FREE):
+    for key, before, now in configs.differences(configs.load(folder / CONFIG, published=True), config, FREE):
         remedy = f"start a new run, or change only {', '.join(FREE[:-1])}"
         raise Failure(f"{folder}: was started with {key}={before}, not {now}; {remedy}")
     state, remedy = last_state(folder), "the copy is incomplete: copy it again"

@@ -56,7 +56,7 @@ def _estimated_sizes(config: Config, parts: int) -> list[tuple[float, float, flo
 
     d, file = config.data, Trajectories(config.data.path)
     chosen = d.frames, d.first_frame, d.last_frame, d.frame_seed
-    listed = select_snapshots(file, d.horizon, *chosen, d.history + d.pushforward)
+    listed = select_snapshots(file, d.horizon, *chosen, d.history + d.pushforward, d.velocity)
     train = [snapshot for snapshot in listed if snapshot.split == "train"]
     if not train:
         return []

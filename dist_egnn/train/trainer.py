@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from ..ops import activation_offload, message_passing, tiled_layer
 from ..ops.native import engine as native_engine
 from ..utils import devices, filesystem, signals
 from ..utils.progress import progress_bar
-from . import checkpoint, diagnostics, losses, metrics
+from . import checkpoint, diagnostics, input_scale, losses, metrics
 from .run_writer import RunWriter, Shown
 from .state import TrainingState
 
@@ -302,10 +303,16 @@ def train(world: Comm, config: Config, resume: bool = False) -> dict[str, float]
     if config.train.replicas > batches:
         made = f"only {batches} batches of train.batch_size={config.train.batch_size}; lower one of the two"
         raise Failure(f"train.replicas={config.train.replicas}: {config.data.path} makes {made}")
+    config = replace(config, data=replace(config.data, velocity_scale=samples.velocity_scale))  # enters checkpoints
     model = build_model(config, samples.widths, comm, samples.statistics()).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay)
     trainer = Trainer(comm, config, model, optimizer, samples, fingerprint=checkpoint.fingerprint(samples, comm))
-    warning = checkpoint.restore(trainer) if resume else ""
+    damage = checkpoint.restore(trainer) if resume else ""
+    if world.rank == 0 and not resume:
+        first = samples.splits["train"][0]  # read past the cache, which is the same on all ranks
+        where = "{}: trajectory {}, frame {}".format(config.data.path, *samples.frames[first])
+        for warning in input_scale.scale_warnings(samples.read(first), *samples.names, where, config.data.history > 0):
+            print(f"warning: {warning}", file=sys.stderr)
     with ExitStack() as stack:
         stack.enter_context(tiled_layer.tile_threads(config.train.threads))
         writer = None
@@ -314,7 +321,7 @@ def train(world: Comm, config: Config, resume: bool = False) -> dict[str, float]
         if world.rank == 0:
             # shared with the launching process, exclusive against other runs
             stack.enter_context(filesystem.lock_folder(Path(config.run.dir), "another run is at work there", join=True))
-            writer = stack.enter_context(RunWriter(trainer).open(resume, warning))
+            writer = stack.enter_context(RunWriter(trainer).open(resume, damage))
         return trainer.train(writer)
 
 

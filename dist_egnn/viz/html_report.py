@@ -251,7 +251,9 @@ def run_report(run: Path, rollout_file: Path | None, out: Path | None) -> None:
         Rollout(rollout_file).close()
     plots.pyplot()  # fails now rather than in every section
     rollouts = sorted([*run.glob("*.vtkhdf"), *run.glob("*.hdf")], key=lambda path: path.stat().st_mtime)
-    report = Report(run, load(run / "config.yaml"), rollout_file or (rollouts[-1] if rollouts else None))
+    report = Report(
+        run, load(run / "config.yaml", published=True), rollout_file or (rollouts[-1] if rollouts else None)
+    )
     sections: dict[str, Callable[[], str]] = {
         "The run in numbers": report.numbers,
         "Errors": report.errors,

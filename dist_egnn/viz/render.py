@@ -46,7 +46,7 @@ class DrawnFrames:
     def __init__(self, rollout: Rollout, every: int, colour: str) -> None:
         self.rollout, self.every, self.colour, meta = rollout, every, colour, rollout.meta
         self.has_truth = len(rollout) > 1 and meta["start"] + meta["horizon"] < meta["true_frames"]  # after the start
-        self.step_time = meta["horizon"] * (meta["dt"] if meta["velocity"] == "stored" else 1)
+        self.step_time = meta["horizon"] * (1 if meta["velocity"] == "per frame" else meta["dt"])
         self.rows = np.sort(np.random.default_rng(0).permutation(rollout.nodes)[:MAX_POINTS])  # the drawn nodes
         if colour == "error" and not self.has_truth:
             raise Failure(f"{rollout.path}: --colour error: the data have no true frame; use speed or part")
@@ -134,7 +134,7 @@ class Camera:
             cmap = plt.get_cmap("viridis" if colour == "speed" else "magma_r").with_extremes(bad=GREY)
             scale = plt.Normalize(0, top)
             self.colours = lambda c: cmap(scale(np.ma.masked_invalid(c)))
-            unit = "length / time" if rollout.meta["velocity"] == "stored" else "length / frame"
+            unit = "length / frame" if rollout.meta["velocity"] == "per frame" else "length / time"
             label = f"speed [{unit}]" if colour == "speed" else "distance from the true position [length]"
             bar = self.figure.add_axes((0.915 - 0.02 * (views == 1), 0.18, 0.014, 0.6))
             self.figure.colorbar(plt.cm.ScalarMappable(scale, cmap), cax=bar, extend="max", label=label)

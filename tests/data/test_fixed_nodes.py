@@ -21,7 +21,14 @@ from dist_egnn.train import checkpoint, losses, trainer
 
 WALL = np.arange(60) % 3 == 0
 MOVES = 0.03 * np.random.default_rng(1).normal(size=(60, 3)) * ~WALL[:, None]  # a frame
-SETTINGS = ["data.radius=0.4", "data.horizon=2", "data.features=[speed]", "model.name=Linear", "data.fixed=kind=3"]
+SETTINGS = [
+    "data.velocity_scale=1",
+    "data.radius=0.4",
+    "data.horizon=2",
+    "data.features=[speed]",
+    "model.name=Linear",
+    "data.fixed=kind=3",
+]
 
 
 @pytest.fixture

@@ -94,7 +94,7 @@ def test_edges_are_dropped_by_their_distance_to_the_image():
 
 
 BOXES = np.array([[2, 2, 4], [2, 2.5, 4], [2, 3, 4]])  # by trajectory
-SETTINGS: dict[str, Any] = {"radius": 0.7, "horizon": 2, "features": ["speed"], "periodic": True}
+SETTINGS: dict[str, Any] = {"radius": 0.7, "horizon": 2, "features": ["speed"], "periodic": True, "velocity": "forward"}
 
 
 def lattice(k: int, frames: int = 5) -> np.ndarray:
@@ -187,14 +187,14 @@ def test_a_partition_does_not_depend_on_the_images(boxed, tmp_path, method):
 def test_from_a_file_to_a_trained_model(boxed, tmp_path, monkeypatch, capfd):
     """The commands of the quickstart, on a lattice."""
     monkeypatch.chdir(tmp_path)
-    data = ["data.radius=0.7", "data.horizon=2", "data.features=[speed]"]
+    data = ["data.radius=0.7", "data.horizon=2", "data.features=[speed]", "data.velocity=forward"]
     (tmp_path / "my.yaml").write_text("model: {hidden: 4, layers: 1}\ntrain: {epochs: 1}\nrun: {dir: run}\n")
 
     def distegnn(*words: str) -> str:
         cli.app([*words], standalone_mode=False)
         return capfd.readouterr().out
 
-    options = ["--radius", "0.7", "data.horizon=2", "data.features=[speed]", "data.periodic=true"]
+    options = ["--radius", "0.7", *data[1:], "data.periodic=true"]
     assert "9 snapshots in 2 parts" in distegnn("partition", str(boxed), *options, "--out", "store")
     output = distegnn("verify", "store", "--model", "my.yaml")
     assert "9 snapshots" in output
@@ -290,4 +290,8 @@ def test_wrapped_positions_in_a_foreign_file_are_refused_when_read(tmp_path):
     assert len(jumps)
     for frame in jumps:
         with pytest.raises(Failure, match=f"^{path}: trajectory 0, frame {frame}: .*unwrap"):
-            read_sample(Trajectories(path), Snapshot("train", 0, frame), SampleSpec(0.7, 1, (), periodic=True))
+            read_sample(
+                Trajectories(path),
+                Snapshot("train", 0, frame),
+                SampleSpec(0.7, 1, (), periodic=True, velocity="forward"),
+            )

@@ -50,7 +50,10 @@ def test_frames_depend_on_seed_and_trajectory_number_only(small, tmp_path):
     data = Trajectories(small)
     assert drawn(data, 0) == drawn(data, 0) != drawn(data, 1)
     assert len(set(map(tuple, drawn(data, 0)))) > 1  # trajectories have different draws
-    assert drawn(write(tmp_path / "t.h5", *np.zeros((2, 14, 3, 3))), 0) == drawn(data, 0)[:2]
+    assert (
+        drawn(write(tmp_path / "t.h5", *np.zeros((2, 14, 3, 3)), velocity=np.zeros((14, 3, 3))), 0)
+        == drawn(data, 0)[:2]
+    )
 
 
 @pytest.mark.parametrize(("horizon", "first", "last"), [(14, 0, -1), (3, 11, -1), (3, 6, 5), (0, 0, -1)])
@@ -86,7 +89,7 @@ def test_sample_has_the_fields_of_its_frames(tmp_path):
 
 def test_features_are_optional_and_a_zero_scale_is_harmless(tmp_path):
     x = np.random.default_rng(0).normal(size=(6, 5, 3))
-    data, snapshot = write(tmp_path / "t.h5", x, attributes={"charge": np.zeros(5)}), Snapshot("train", 0, 0)
+    data, snapshot = write(tmp_path / "t.h5", x, attributes={"charge": np.zeros(5)}), Snapshot("train", 0, 1)
     graph = read_sample(data, snapshot, SampleSpec(1.0, 1, ()))
     assert graph.ndata["f"].shape == graph.ndata["a"].shape == (5, 0)
     fields = node_fields(data, snapshot, SampleSpec(1.0, 1, ("charge/max",)))

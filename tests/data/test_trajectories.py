@@ -13,6 +13,8 @@ from dist_egnn.data.samples import SampleSpec, Snapshot, count_columns, read_sam
 from dist_egnn.data.trajectories import Trajectories, Trajectory, Writer
 from dist_egnn.errors import Failure
 
+DT = 0.25
+
 
 def walk(frames: int = 6, nodes: int = 5, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(frames, nodes, 3)).astype(np.float32)
@@ -39,14 +41,14 @@ def test_round_trip_is_exact(tmp_path):
     path, more = tmp_path / "new" / "t.h5", {"velocity": velocity, "attributes": attributes, "box": box}
     with Writer(path, meta) as out:
         out.add(position, split="valid", dt=0.02, source="an engine", periodic=True, **more)
-        out.add(walk(5, 9, 5), split="test", dt=1, source="other")
+        out.add(walk(5, 9, 5), split="test", dt=DT, source="other")
     data = Trajectories(path)
     assert data.meta == meta
     assert len(data) == 2
     assert data[0] == Trajectory(
         "000000", "valid", 7, 4, 0.02, "an engine", True, ("charge", "mass"), True, {"charge": 1, "mass": 1}
     )
-    assert data[1] == Trajectory("000001", "test", 5, 9, 1.0, "other", False, (), False)
+    assert data[1] == Trajectory("000001", "test", 5, 9, DT, "other", False, (), False)
     for t in range(7):
         np.testing.assert_array_equal(data.position(0, t), position[t])
         np.testing.assert_array_equal(data.velocity(0, t), velocity[t])
@@ -55,8 +57,12 @@ def test_round_trip_is_exact(tmp_path):
     np.testing.assert_array_equal(data.box(0), box)
     assert data.box(1) is None
     assert data.position(1, 2).dtype == np.float32
-    for t in range(4):  # no velocities are stored: forward differences
-        np.testing.assert_array_equal(data.velocity(1, t), walk(5, 9, 5)[t + 1] - walk(5, 9, 5)[t])
+    difference = np.diff(walk(5, 9, 5), axis=0)
+    for t in range(4):  # no velocities are stored
+        np.testing.assert_array_equal(data.velocity(1, t, "forward"), difference[t])
+        np.testing.assert_allclose(data.velocity(1, t + 1), difference[t] / DT, rtol=1e-6)
+    with pytest.raises(Failure, match=r"frame 0: .* no frame before it"):
+        data.velocity(1, 0)
 
 
 def test_a_failed_write_leaves_the_old_file_or_nothing(tmp_path):

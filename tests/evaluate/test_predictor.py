@@ -20,7 +20,7 @@ from dist_egnn.errors import Failure
 from dist_egnn.train import checkpoint, trainer
 
 ROOT = Path(__file__).parents[2]
-DATA = ["data.radius=0.27", "data.horizon=3", "data.frames=2", "data.edge_drop=0.25"]
+DATA = ["data.velocity_scale=4", "data.radius=0.27", "data.horizon=3", "data.frames=2", "data.edge_drop=0.25"]
 FEATURES = ["data.features=[speed,viscosity/max,mass]", "data.node_attributes=[viscosity]"]
 # name → overrides of a run whose model is written, not trained: what it predicts is compared, not judged
 RUNS = {

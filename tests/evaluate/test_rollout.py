@@ -38,7 +38,7 @@ ROOT = Path(__file__).parents[2]
 HORIZON, STEPS, DT = 3, 5, 0.5
 BOX = np.array([[-1.0, -1, -1], [2.0, 2, 2]])
 UNIT = np.array([[0.0, 0, 0], [1.0, 1, 1]])  # full of nodes
-DATA = [f"data.horizon={HORIZON}", "data.radius=0.35", "data.features=[mass/max,speed/max]"]
+DATA = ["data.velocity_scale=1", f"data.horizon={HORIZON}", "data.radius=0.35", "data.features=[mass/max,speed/max]"]
 MODEL = ["data.node_attributes=[mass]", "model.hidden=16", "model.layers=2"]
 CommandLine = Callable[..., tuple[int, str, str]]
 
@@ -89,15 +89,17 @@ def roll_out(run: Path, out: Path, parts: int | None = None, double: bool = Fals
         return list(frames)
 
 
-@pytest.mark.parametrize("stored", [True, False], ids=["stored", "differences"])
-def test_linear_dynamics_in_closed_form(tmp_path: Path, stored: bool) -> None:
+@pytest.mark.parametrize("kind", ["stored", "backward", "forward", "scaled"])
+def test_linear_dynamics_in_closed_form(tmp_path: Path, kind: str) -> None:
     """x_{k+1} = x_k + t v_k and v_{k+1} = (x_{k+1} − x_k) / τ, so v_k = (t/τ)^k v_0 and x_k = x_0 + t v_0 Σ_{i<k}
     (t/τ)^i."""
-    tau = HORIZON * DT if stored else HORIZON  # velocities are per time if stored, else per frame
-    ratio, t = 0.8, 0.8 * tau
-    frames = roll_out(make_run(tmp_path / "run", t=t, velocity=stored), tmp_path / "out.vtkhdf", double=True, start=1)
+    tau = HORIZON if kind == "forward" else HORIZON * DT  # forward differences are per frame, others per time
+    ratio, scale, difference = 0.8, 5 if kind == "scaled" else 1, kind if "ward" in kind else "backward"
+    t, given = 0.8 * tau, [f"data.velocity={difference}", f"data.velocity_scale={scale}"]
+    run = make_run(tmp_path / "run", *given, t=t / scale, velocity="ward" not in kind)
+    frames = roll_out(run, tmp_path / "out.vtkhdf", double=True, start=1)
     file = Trajectories(tmp_path / "a.h5")
-    x0, v0 = file.position(0, 1).astype(float), file.velocity(0, 1).astype(float)
+    x0, v0 = file.position(0, 1).astype(float), file.velocity(0, 1, difference).astype(float)
     for k, frame in enumerate(frames):
         np.testing.assert_allclose(frame.position, x0 + t * v0 * (1 - ratio**k) / (1 - ratio), atol=1e-7)
         np.testing.assert_allclose(frame.velocity, v0 * ratio**k, atol=1e-7)
@@ -454,7 +456,7 @@ def test_wrong_options_are_refused_before_any_work(tmp_path: Path) -> None:
     valid: dict[str, Any] = {"trajectory": 0, "steps": 2, "out": tmp_path / "o.vtkhdf"}
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"trajectory": 3}, r"--trajectory 3: .*a\.h5 has trajectories 0 to 2"),
-        ({"start": 11}, r"--start 11: .* frames 0 to 10"),
+        ({"start": 0}, r"--start 0: .* frames 1 to 11"),
         ({"steps": 0}, r"--steps 0"),
         ({"repartition": 0}, r"--repartition 0"),
         ({"bounds": "bounce"}, r"--bounds bounce: use one of none, reflect, clamp"),

@@ -138,7 +138,7 @@ def test_an_old_store_without_newer_inputs(copy, make_inputs, small):
     (copy / "manifest.yaml").write_text(yaml.safe_dump(manifest))
     assert (Store(copy).machines, Store(copy).parts, Store(copy).inputs["weights"]) == (2, 2, None)
     before = {f: f.stat().st_mtime_ns for f in copy.rglob("*")}
-    assert store_writer.write_store(Trajectories(small), copy, make_inputs(2), silent) is False
+    assert store_writer.write_store(Trajectories(small), copy, make_inputs(2, velocity="forward"), silent) is False
     assert {f: f.stat().st_mtime_ns for f in copy.rglob("*")} == before
     assert not copy.with_name("store.partial").exists()
 
@@ -371,13 +371,16 @@ def test_as_many_parts_as_nodes(tmp_path, parts):
     with Writer(tmp_path / "few.h5", {}) as out:
         for n in (parts, 6):
             out.add(np.random.default_rng(n).normal(size=(5, n, 3)), split="train", dt=1, source="test")
-    data, settings = Trajectories(tmp_path / "few.h5"), Data(horizon=1, features=["speed"])
+    data, settings = (
+        Trajectories(tmp_path / "few.h5"),
+        Data(horizon=1, features=["speed"]),
+    )  # frames 1 … 3 of 5 are inputs
     inputs = store_writer.build_inputs(data, parts=parts, method="metis", settings=settings, shard_nodes=0)
     store_writer.write_store(data, tmp_path / "store", inputs, silent)
     store = Store(tmp_path / "store")
     verify_store(store, silent)
     assert (store.whole(0).num_nodes(), store.whole(0).num_edges()) == (parts, 0)
-    assert store.whole(7).num_edges() == (30 if parts == 1 else 0)
+    assert store.whole(5).num_edges() == (30 if parts == 1 else 0)
 
 
 SETTINGS = [{"parts": 3}, {"trainers": 2}, {"method": "random"}, {"radius": 0.2}, {"frames": 2}]

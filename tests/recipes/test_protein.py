@@ -105,7 +105,7 @@ def boxes(frames: int, *box: float) -> np.ndarray:
 
 
 def samples(path: Path, horizon: int = 15) -> Counter:
-    return Counter(s.split for s in select_snapshots(Trajectories(path), horizon, 0, 0, -1, 0))
+    return Counter(s.split for s in select_snapshots(Trajectories(path), horizon, 0, 0, -1, 0, "forward"))
 
 
 def test_the_file_equals_what_mdanalysis_reads(tiny):
@@ -126,7 +126,7 @@ def test_the_file_equals_what_mdanalysis_reads(tiny):
             np.testing.assert_array_equal(data.position(k, t), frames[first + t])
         np.testing.assert_array_equal(data.attribute(k, "charge"), atoms.charges.astype(np.float32))
         assert data[k].dt == pytest.approx(1.0)  # ps
-    np.testing.assert_array_equal(data.velocity(0, 3), frames[4] - frames[3])
+    np.testing.assert_array_equal(data.velocity(0, 3, "forward"), frames[4] - frames[3])
     assert data.attribute(0, "charge").any()
     assert samples(tiny) == {"train": 15, "valid": 5, "test": 5}
     assert 5e4 < len(radius_edges(data.position(0, 0), 10.0)[0]) < 6e4  # the benchmark's mean is 55,107
@@ -253,7 +253,7 @@ def test_a_periodic_box_is_kept_and_its_pairs_counted(tmp_path, call):
     assert (
         f"{image - plain:,} of {image:,} pairs within 9.8 Å in frame 0 are neighbours across its boundary" in result.out
     )
-    spec = SampleSpec(9.8, 3, (), periodic=True)
+    spec = SampleSpec(9.8, 3, (), periodic=True, velocity="forward")
     assert read_sample(data, Snapshot("train", 0, 0), spec).num_edges() == image
     assert call("--out", tmp_path / "open.h5", *options, "--horizon", 3, "--no-box").code == 0
     left = Trajectories(tmp_path / "open.h5")

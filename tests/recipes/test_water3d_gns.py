@@ -64,7 +64,9 @@ def test_its_samples_have_the_published_features(gns_folder, water3d, tmp_path):
     """‖v‖ and type/max type, no node attributes."""
     water3d.run(["--source", str(gns_folder), "--scale", "tiny", "--out", str(tmp_path / "a.h5")])
     settings = config.load(RECIPE / "config.yaml").data
-    spec = SampleSpec(settings.radius, 2, tuple(settings.features or ()), tuple(settings.node_attributes))
+    spec = SampleSpec(
+        settings.radius, 2, tuple(settings.features or ()), tuple(settings.node_attributes), velocity=settings.velocity
+    )
     kind, position = trajectories()["train"][1]
     fields = node_fields(Trajectories(tmp_path / "a.h5"), Snapshot("train", 1, 3), spec)
     speed = np.linalg.norm(position[4] - position[3], axis=1)
