@@ -119,11 +119,10 @@ def sample_spec(data: Data, features: Iterable[str], scale: float | None = None)
     if (scale := data.velocity_scale if scale is None else scale) is None:
         raise Failure("data.velocity_scale=null: only training replaces it by a number; set it")
     names = tuple(features), tuple(data.node_attributes)
-    plain = {name: getattr(data, name) for name in ("velocity", "fixed", "history", "walls", "pushforward")}
+    plain = {name: getattr(data, name) for name in ("history", "walls", "pushforward")}
     plain["gravity"] = None if data.gravity is None else tuple(data.gravity)
-    return SampleSpec(
-        *(data.radius, data.horizon, *names, data.edge_drop, data.periodic), velocity_scale=scale, **plain
-    )
+    plain |= {"velocity": data.velocity, "velocity_scale": scale, "fixed": data.fixed}
+    return SampleSpec(data.radius, data.horizon, *names, data.edge_drop, data.periodic, **plain)
 
 
 def open_dataset(config: Config, part: int, processes: int) -> Dataset:

@@ -105,7 +105,7 @@ def boxes(frames: int, *box: float) -> np.ndarray:
 
 
 def samples(path: Path, horizon: int = 15) -> Counter:
-    return Counter(s.split for s in select_snapshots(Trajectories(path), horizon, 0, 0, -1, 0, "forward"))
+    return Counter(s.split for s in select_snapshots(Trajectories(path), horizon, 0, 0, -1, 0, difference="forward"))
 
 
 def test_the_file_equals_what_mdanalysis_reads(tiny):
