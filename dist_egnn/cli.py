@@ -151,7 +151,7 @@ def train(config: TrainConfig = None, overrides: Overrides = None, resume: Resum
     """Train a model, or resume a run.
 
     Training runs one process per part of the graph. SIGTERM and Ctrl-C write a checkpoint before the exit, with code
-    75. `distegnn train --resume RUN` continues a run that was killed or stopped; add train.epochs=N for more epochs.
+    75. `distegnn train --resume RUN` continues a run that was killed or stopped; train.epochs=N sets a larger total.
     """
     from .commands.train import run_training
 

@@ -299,6 +299,8 @@ def _read_override(override: str) -> tuple[Any, str]:
 
 def _read_files(path: Path, including: tuple[Path, ...] = ()) -> list[tuple[Any, str]]:
     """The contents of a config file and of the files that it includes, with their names; later ones take precedence."""
+    if str(path).partition("=")[0] in keys() and not path.exists():
+        raise Failure(f"override '{path}': there is no config before it; name one first: CONFIG {path}")
     if path.suffix == ".h5" or (path / "manifest.yaml").is_file():
         raise Failure(f"{path}: data, not a config; name a config first, and then data.path={path}")
     if (path / "config.yaml").is_file():

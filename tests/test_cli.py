@@ -70,6 +70,7 @@ def test_mistakes_are_one_line(tmp_path, small):
         "partition": "data",
         "partition --partz 3": "--partz",
         "train bad.yaml": r"bad\.yaml: .*'train\.epoch'; did you mean train\.epochs\?",
+        "train data.path=a.h5": r"override 'data\.path=a\.h5': .*name one first: CONFIG data\.path=a\.h5$",
         "train absent.yaml": r"absent\.yaml: ",
         "partition a.h5 --radius 1 --out store train.epochs=3": r"'train\.epochs=3': only data",
         "config train.epoch=1": r"override 'train\.epoch=1': .*did you mean train\.epochs\?",

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import pandas as pd
 import pytest
 from tiny_runs import settings
 
 from dist_egnn import config
+from dist_egnn.commands.train import run_training
+from dist_egnn.data.trajectories import Trajectories
+from dist_egnn.errors import Failure
+from dist_egnn.utils import filesystem, hdf5
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 DISTEGNN = f"{sys.executable} -m dist_egnn.cli"
@@ -77,3 +85,60 @@ def test_a_script_without_a_main_guard_or_file_trains(small, tmp_path):
     write_config(small, tmp_path, "partition.parts=2")
     done = shell(f"{sys.executable} -", tmp_path, SCRIPT)
     assert (done.returncode, len(pd.read_csv(tmp_path / "run" / "metrics.csv"))) == (0, 2), done.stderr
+
+
+def test_a_file_system_without_locks(small, tmp_path, monkeypatch, capsys):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    plain = h5py.File
+    monkeypatch.setattr(filesystem.fcntl, "flock", refuse)
+    monkeypatch.setattr(
+        hdf5.h5py, "File", lambda *given, **more: plain(*given, **more) if more.get("locking") is False else refuse()
+    )
+    with filesystem.lock_folder(tmp_path / "run", "busy"):
+        assert len(Trajectories(small)) == 4
+    assert "run: its file system has no locks" in capsys.readouterr().err
+
+
+def test_what_is_not_damage_is_not_called_damage(small, tmp_path):
+    path = Path(shutil.copy(small, tmp_path / "copy.h5"))
+    with path.open("rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)  # as HDF5 does where it writes
+        with pytest.raises(Failure, match=r"copy\.h5: another program has it open to write; close it"):
+            Trajectories(path)
+    with h5py.File(path, "r+") as file:
+        del file["trajectories/000000/velocity"]
+        created = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        created.set_chunk((14, 200, 3))
+        created.set_filter(32015, h5py.h5z.FLAG_OPTIONAL, (1,))
+        space = h5py.h5s.create_simple((14, 200, 3))
+        h5py.h5d.create(
+            file["trajectories/000000"].id, b"velocity", h5py.h5t.NATIVE_FLOAT, space, created
+        ).write_direct_chunk((0, 0, 0), b"whole")
+    with pytest.raises(
+        Failure, match=r"copy\.h5: trajectory 0: 'velocity': .* filter is not installed .*HDF5_PLUGIN_PATH"
+    ):
+        Trajectories(path).velocity(0, 0)
+
+
+FORK = """
+import os, signal, torch, dist_egnn.ops.message_passing
+torch.set_num_threads(2)
+ones = torch.ones(1 << 20)
+(ones + ones).sum()
+if not os.fork():
+    signal.alarm(60)
+    (ones + ones).sum()
+    os._exit(torch.get_num_threads())
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+def test_a_forked_child_computes_with_one_thread(tmp_path):
+    assert shell(f"{sys.executable} -", tmp_path, FORK).stdout == b"1\n"
+
+
+def test_training_without_edges_says_so(small, tmp_path, capsys):
+    run_training(settings(small, tmp_path / "run", "train.epochs=1", "train.warmup=0", "data.radius=1e-6"))
+    assert "the first training snapshot has no edges; raise data.radius=1e-06" in capsys.readouterr().err

@@ -54,7 +54,7 @@ def report_result(folder: Path, result: Mapping[str, float], processes: int, com
         where = f" in epoch {result['epoch']:g} after step {result['step']:g}" if "epoch" in result else ""
         print(f"{folder}: stopped{where}; go on: distegnn {command} --resume {folder}", file=sys.stderr)
         raise signals.Stopped(signals.EXIT_STOPPED)
-    time = "; all epochs were done before, train.epochs=N adds more"
+    time = "; all epochs were done before; for more, set train.epochs to a larger total"
     if "step_s" in result:
         time = f", {result['step_s']:.3f} s a step on {processes} process{'es' * (processes > 1)}"
     print(f"{folder}: best validation MSE {result['best_valid_mse']:.4e}{time}")

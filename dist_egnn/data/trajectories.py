@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 
 from ..errors import Failure
+from ..utils import hdf5
 from ..utils.filesystem import DeferredErrorFile
 
 FORMAT, VERSION = "dist_egnn.trajectories", 1
@@ -318,7 +319,7 @@ class Trajectories(Sequence[Trajectory]):
         if not self.path.is_file():
             raise Failure(f"{path}: no such file; make one with a recipe's prepare.py")
         try:
-            self.file = h5py.File(self.path, "r")
+            self.file = hdf5.open_file(self.path)
         except OSError as error:
             raise Failure(f"{path}: not a readable HDF5 file ({error}); fetch or prepare it again") from error
         if self.file.attrs.get("format") != FORMAT:
@@ -366,8 +367,8 @@ class Trajectories(Sequence[Trajectory]):
         try:
             return self.file["trajectories"][self._all[k].name][key][() if frame is None else frame]
         except (OSError, KeyError) as error:
-            where = f"{self.path}: trajectory {k}"
-            raise Failure(f"{where}: cannot read '{key}' ({error}); the file is damaged, prepare it again") from error
+            where = f"{self.path}: trajectory {k}: '{key}'"
+            raise hdf5.read_failure(where, error, "the file is damaged, prepare it again") from error
 
     def position(self, k: int, t: int) -> np.ndarray:
         """Positions (N, 3) float32 at frame t."""

@@ -85,9 +85,13 @@ def collective_seconds() -> float:
 
 @contextmanager
 def _timed() -> Iterator[None]:
+    """Add the block's seconds to those in collectives. Raises ConnectionError if another process is gone."""
     global _collective_seconds
     started = time.perf_counter()
-    yield
+    try:
+        yield
+    except RuntimeError as error:  # gloo's
+        raise ConnectionError(f"another process is lost ({str(error).splitlines()[0][-100:]})") from error
     _collective_seconds += time.perf_counter() - started
 
 
@@ -181,11 +185,13 @@ class ProcessGroup(Comm):
 
     def broadcast(self, content: bytes) -> bytes:
         size = torch.tensor(len(content), device="cpu")
-        dist.broadcast(size, group=self._group, group_src=0)
+        with _timed():
+            dist.broadcast(size, group=self._group, group_src=0)
         t = torch.empty(int(size), dtype=torch.uint8, device="cpu")
         if self.rank == 0 and content:
             t.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-        dist.broadcast(t, group=self._group, group_src=0)
+        with _timed():
+            dist.broadcast(t, group=self._group, group_src=0)
         return t.numpy().tobytes()
 
     def all_to_all(self, rows: Tensor, send_counts: Counts, receive_counts: Counts) -> Callable[[], Tensor]:

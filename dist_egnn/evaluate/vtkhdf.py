@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 
 from ..data.fixed_nodes import fixed_nodes
 from ..errors import Failure
+from ..utils import hdf5
 
 FORMAT, VERSION = "dist_egnn.rollout", 1
 VTK, VTK_VERTEX = (2, 0), 1
@@ -59,7 +59,7 @@ class RolloutWriter(ExitStack):
         frames, nodes, virtual = size
         self.path, self.nodes, self.count = partial_path(path), nodes, 0
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.enter_context(h5py.File(self.path, "w"))
+        self.file = self.enter_context(hdf5.open_file(self.path, "w"))
         self.ours = self.file.create_group("dist_egnn")
         self.ours.attrs.update(format=FORMAT, version=VERSION, meta=json.dumps(meta, sort_keys=True))
         if box is not None:
@@ -127,7 +127,7 @@ class Rollout(ExitStack):
             hint = f"; {partial} was left by a killed rollout" if partial.is_file() else ""
             raise Failure(f"{path}: no such file{hint}; create it with `distegnn rollout`")
         try:
-            self.file = self.enter_context(h5py.File(self.path, "r"))
+            self.file = self.enter_context(hdf5.open_file(self.path))
             ours = self.file["dist_egnn"]
             version = ours.attrs["format"], ours.attrs["version"]
             if version != (FORMAT, VERSION):

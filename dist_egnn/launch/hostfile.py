@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -58,8 +59,10 @@ def read_hosts(path: Path, ssh: str = SSH) -> list[Host]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise Failure(f"{path}: not a readable file of hosts; {remedy}") from error
-    rows = {f"{path}, line {number}": line.partition("#")[0].split() for number, line in enumerate(lines, 1)}
-    hosts = [_parse_host(*words, where=where, ssh=ssh) for where, words in rows.items() if words]
+    rows = {f"{path}, line {number}": line.partition("#")[0] for number, line in enumerate(lines, 1)}
+    split = {where: _words(line, where) for where, line in rows.items()}
+    shell = [ssh] if shutil.which(ssh) else _words(ssh, "--ssh")  # a path may contain spaces
+    hosts = [_parse_host(*words, where=where, shell=shell) for where, words in split.items() if words]
     if not hosts:
         raise Failure(f"{path}: names no host; {remedy}")
     name, count = Counter(host.name for host in hosts).most_common(1)[0]
@@ -68,7 +71,14 @@ def read_hosts(path: Path, ssh: str = SSH) -> list[Host]:
     return hosts
 
 
-def _parse_host(name: str, *settings: str, where: str, ssh: str) -> Host:
+def _words(text: str, where: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise Failure(f"{where}: {text}: {error}; close the quotation, or put a word with spaces into '…'") from error
+
+
+def _parse_host(name: str, *settings: str, where: str, shell: list[str]) -> Host:
     if name.startswith("-"):
         raise Failure(f"{where}: '{name}' is not a host name")
     fields: dict[str, Any] = {}
@@ -79,7 +89,7 @@ def _parse_host(name: str, *settings: str, where: str, ssh: str) -> Host:
         if key in ("port", "trainers") and not (value.isdecimal() and 0 < int(value) < 65536):
             raise Failure(f"{where}: {word}: must be a whole number above 0")
         fields[key] = int(value) if key == "trainers" else value
-    remote_shell = shlex.split(ssh) + (["-p", fields.pop("port")] if "port" in fields else [])
+    remote_shell = shell + (["-p", fields.pop("port")] if "port" in fields else [])
     return Host(name, (*remote_shell, name), shlex.join(remote_shell), **fields)
 
 

@@ -8,6 +8,7 @@ Legend: E edges of a block, n_src source rows, n_dst destination rows.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import UserDict
 from collections.abc import Callable
@@ -33,6 +34,9 @@ warnings.filterwarnings("ignore", message="The input graph for the user-defined 
 
 Fields = dict[str, Tensor]
 UDF = Callable[[Any], Fields]
+
+# OpenMP's threads do not survive a fork, and a child that waited for them would hang: it computes with one
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 class Nodes:

@@ -292,6 +292,14 @@ def _open(world: Comm, config: Config, *splits: str) -> tuple[torch.device, Comm
     return device, comm, samples
 
 
+def _warn_without_edges(comm: Comm, config: Config, samples: Dataset) -> None:
+    """Print a warning if the first training snapshot has no edge although not all are dropped. A collective call."""
+    edges = comm.sum(torch.tensor(float(samples[samples.splits["train"][0]].num_edges())))
+    if not edges and config.data.edge_drop < 1 and comm.world.rank == 0:
+        where = f"{config.data.path}: the first training snapshot has no edges"
+        print(f"warning: {where}; raise data.radius={config.data.radius:g}", file=sys.stderr)
+
+
 def train(world: Comm, config: Config, resume: bool = False) -> dict[str, float]:
     """Train a model, or resume the run in run.dir; returns the last row of metrics.csv and `best_valid_mse`.
 
@@ -307,6 +315,7 @@ def train(world: Comm, config: Config, resume: bool = False) -> dict[str, float]
     model = build_model(config, samples.widths, comm, samples.statistics()).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay)
     trainer = Trainer(comm, config, model, optimizer, samples, fingerprint=checkpoint.fingerprint(samples, comm))
+    _warn_without_edges(comm, config, samples)
     damage = checkpoint.restore(trainer) if resume else ""
     if world.rank == 0 and not resume:
         first = samples.splits["train"][0]  # read past the cache, which is the same on all ranks

@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 from ..errors import Failure
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524)  # of a file system; 524: Linux's ENOTSUPP
 
 
 def sha256(path: Path) -> str:
@@ -135,8 +137,11 @@ def _locked(lock: Path, path: Path, busy: str, *operations: int) -> Iterator[Non
         try:
             for operation in operations:
                 fcntl.flock(file, operation | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Failure(f"{path}: {busy}") from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise Failure(f"{path}: {busy}") from error
+            if fcntl.LOCK_EX in operations:
+                print(f"warning: {path}: its file system has no locks; start no second command there", file=sys.stderr)
         yield
 
 

@@ -25,7 +25,7 @@ import numpy as np
 
 from dist_egnn.data.trajectories import SPLITS
 from dist_egnn.errors import Failure
-from dist_egnn.utils import progress
+from dist_egnn.utils import hdf5, progress
 
 URL = "https://storage.googleapis.com/learning-to-simulate-complex-physics/Datasets/Water-3D"
 # the part of tf.train.SequenceExample that GNS uses, message → (field, number, repeated, type); maps as repeated entries
@@ -223,7 +223,7 @@ def from_group(location: Location) -> tuple[np.ndarray, np.ndarray]:
 
 def opened(path: Path) -> Any:
     try:
-        return h5py.File(path, "r")
+        return hdf5.open_file(path)
     except OSError as error:
         raise Failure(f"{path}: not a readable HDF5 file ({error}); convert or fetch it again") from None
 

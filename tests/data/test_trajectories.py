@@ -116,7 +116,7 @@ def test_damage_within_a_frame(copy):
     copy.write_bytes(content)
     data = Trajectories(copy)
     assert np.isfinite(data.position(1, 0)).all()
-    with pytest.raises(Failure, match=r"^\S+copy\.h5: trajectory 1: cannot read 'position'"):
+    with pytest.raises(Failure, match=r"^\S+copy\.h5: trajectory 1: 'position': cannot be read"):
         data.position(1, 10)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -169,6 +170,21 @@ def _refuses(group: comm.Comm) -> None:
 def test_the_first_cause_is_what_is_reported() -> None:
     with pytest.raises(Failure, match="this file: that key: do this"):
         spawn.run_ranks(_refuses, 2)
+
+
+def _loses_a_process(group: comm.Comm, path: str) -> None:
+    if group.rank:
+        os._exit(3)
+    try:
+        group.sum(torch.ones(1))
+    except ConnectionError as error:
+        Path(path).write_text(str(error), encoding="utf-8")
+
+
+def test_a_lost_process_is_an_error_of_one_line(tmp_path: Path) -> None:
+    with pytest.raises(Failure, match="process 1 of 2 died"):
+        spawn.run_ranks(_loses_a_process, 2, str(tmp_path / "error"))
+    assert re.fullmatch(r"another process is lost \(.*\)", (tmp_path / "error").read_text(encoding="utf-8"))
 
 
 LAUNCHER = """

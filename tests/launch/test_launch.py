@@ -72,6 +72,16 @@ def test_a_command_keeps_folder_and_python_path(tmp_path, monkeypatch):
     assert printed == f"{folder}|/some where\n"
 
 
+def test_paths_with_spaces(tmp_path):
+    program = tmp_path / "my ssh"
+    program.touch(0o755)
+    host = hosts_of("node1 'python=/a b/python'", tmp_path, str(program))[0]
+    assert (host.reach, host.python) == ((str(program), "node1"), "/a b/python")
+    assert hosts_of("node1 port=22", tmp_path, f"'{program}' -q")[0].reach == (str(program), "-q", "-p", "22", "node1")
+    with pytest.raises(Failure, match=r"--ssh: .*quotation"):
+        hosts_of("node1", tmp_path, "ssh 'a")
+
+
 def test_hosts_are_missing(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
     with pytest.raises(Failure, match="--hosts FILE"):
