@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 import yaml
 from dgl.data.utils import load_tensors, save_tensors
-from dist_egnn.partition import store_writer
+from dist_egnn.partition import snapshot, store_writer
 from dist_egnn.partition.snapshot import Inputs
 from dist_egnn.partition.verify import verify_store
 from store_content import content, files
@@ -247,16 +248,10 @@ def test_invalid_manifest(copy, change, message):
     assert str(manifest) in str(caught.value)
 
 
-def test_unfinished_and_missing_stores(copy, tmp_path):
-    (tmp_path / "folder").mkdir()
-    for name in ("nowhere", "folder"):
-        with pytest.raises(Failure, match=f"{name}: not a store"):
-            Store(tmp_path / name)
-    copy.rename(tmp_path / "store.partial")
-    (tmp_path / "store.partial" / "manifest.yaml").unlink()
-    for path in (copy, tmp_path / "store.partial"):
-        with pytest.raises(Failure, match=r"store\.partial: .*run the same"):
-            Store(path)
+@pytest.mark.parametrize("name", ["nowhere", ""])
+def test_no_store(tmp_path, name):
+    with pytest.raises(Failure, match="not a store"):
+        Store(tmp_path / name)
 
 
 def rehash(store: Path, name: str) -> None:
@@ -279,14 +274,20 @@ def change_field(store: Path, field: str, index: int | list[int], value: object)
     rehash(store, name)
 
 
-def change_edge(store: Path, ends: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]) -> None:
-    """Redirect the first edge within snapshot 2 in part 1; ``ends`` takes source, destination and these edges."""
+def change_graph(store: Path, ends: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]] | None) -> None:
+    """Redirect the first edge within snapshot 2 in part 1; ``ends`` takes source, destination and these edges.
+
+    None: give an inner node the global id of another part's node.
+    """
     name = f"{SHARD}/part1/graph.dgl"
     (graph,), _ = dgl.load_graphs(str(store / name))
-    snapshot = load_tensors(str(store / SHARD / "part1" / "node_feat.dgl"))["_N/snapshot"]
+    owner = load_tensors(str(store / SHARD / "part1" / "node_feat.dgl"))["_N/snapshot"]
     src, dst = (t.clone() for t in graph.edges(order="eid"))
-    own = ((snapshot[dst] == 2) & (src < len(snapshot))).nonzero()[:, 0]
-    src[own[0]], dst[own[0]] = ends(src, dst, own)
+    if ends is None:
+        graph.ndata[dgl.NID][0] = 0
+    else:
+        own = ((owner[dst] == 2) & (src < len(owner))).nonzero()[:, 0]
+        src[own[0]], dst[own[0]] = ends(src, dst, own)
     changed = dgl.graph((src, dst), num_nodes=graph.num_nodes())
     changed.ndata.update(graph.ndata)
     changed.edata.update(graph.edata)
@@ -309,34 +310,24 @@ def test_missing_or_nan_field_is_named(copy, field, value):
 @pytest.mark.parametrize(
     ("trainers", "change", "message"),
     [
-        (1, ("x", 3, 0.5), "its edges are not those of its positions"),
-        (1, ("gid", [3, 4], 7), "its 200 nodes are not each in exactly one part"),
-        (1, ("gid", 3, 10**6), "its 200 nodes are not each in exactly one part"),
-        (1, ("snapshot", -1, 3), r"part 1 does not hold .* parts\.csv;"),
-        (2, ("trainer_id", -1, 2), r"part 2 does not hold .* parts\.csv;"),
-        (2, ("trainer_id", [0, -1], [3, 2]), r"part 2 does not hold .* parts\.csv;"),
-        (1, lambda src, dst, own: (dst[own[-1]], dst[own[0]]), "its edges are not those of its positions"),
-        (1, lambda src, dst, own: (src[own[1]], dst[own[1]]), "its edges are not those of its positions"),
-        (1, lambda src, dst, own: (dst[0], dst[own[0]]), "an edge joins two snapshots"),
+        (1, ("x", 3, 0.5), "snapshot 2: its edges are not those of its positions"),
+        (1, ("gid", [3, 4], 7), "snapshot 2: its 200 nodes are not each in exactly one part"),
+        (1, ("gid", 3, 10**6), "snapshot 2: its 200 nodes are not each in exactly one part"),
+        (1, ("snapshot", -1, 3), r"snapshot 2: part 1 does not hold .* parts\.csv;"),
+        (2, ("trainer_id", -1, 2), r"snapshot 2: part 2 does not hold .* parts\.csv;"),
+        (2, ("trainer_id", [0, -1], [3, 2]), r"snapshot 2: part 2 does not hold .* parts\.csv;"),
+        (1, lambda src, dst, own: (dst[own[-1]], dst[own[0]]), "snapshot 2: its edges are not those of its positions"),
+        (1, lambda src, dst, own: (src[own[1]], dst[own[1]]), "snapshot 2: its edges are not those of its positions"),
+        (1, lambda src, dst, own: (dst[0], dst[own[0]]), "snapshot 2: an edge joins two snapshots"),
+        (1, None, "part 1 fails DGL"),
     ],
 )
 def test_verify_finds_wrong_content(make_store, tmp_path, trainers, change, message):
     path = Path(shutil.copytree(make_store(2, trainers=trainers), tmp_path / "store"))
-    change_edge(path, change) if callable(change) else change_field(path, *change)
-    with pytest.raises(Failure, match=f"snapshot 2: {message}") as caught:
+    change_field(path, *change) if isinstance(change, tuple) else change_graph(path, change)
+    with pytest.raises(Failure, match=message) as caught:
         verify_store(Store(path), silent)
-    assert str(caught.value).startswith(f"{path}: ")
-
-
-def test_verify_reports_a_failed_check_of_dgl(copy):
-    """An inner node whose global id is another part's."""
-    name = f"{SHARD}/part1/graph.dgl"
-    (graph,), _ = dgl.load_graphs(str(copy / name))
-    graph.ndata[dgl.NID][0] = 0
-    dgl.save_graphs(str(copy / name), [graph], formats=["coo"])
-    rehash(copy, name)
-    with pytest.raises(Failure, match="part 1 fails DGL"):
-        verify_store(Store(copy), silent)
+    assert str(caught.value).startswith(str(path))
 
 
 def test_verify_finds_a_missing_row_and_an_extra_file(copy):
@@ -383,26 +374,6 @@ def test_as_many_parts_as_nodes(tmp_path, parts):
     assert store.whole(5).num_edges() == (30 if parts == 1 else 0)
 
 
-SETTINGS = [{"parts": 3}, {"trainers": 2}, {"method": "random"}, {"radius": 0.2}, {"frames": 2}]
-
-
-@pytest.mark.parametrize("other", [*SETTINGS, None, "a: [", "text", "inputs: {parts: 3}\n", "no folder"])
-def test_other_content_at_out_is_not_touched(small, make_store, make_inputs, tmp_path, other):
-    """A store of other settings, or a folder with this text in manifest.yaml."""
-    out, settings = tmp_path / "store", other if isinstance(other, dict) else {}
-    if settings:
-        shutil.copytree(make_store(2), out)
-    elif other == "no folder":
-        out.write_text("mine")
-    else:
-        out.mkdir()
-        (out / "manifest.yaml" if other else out / "thesis.tex").write_text(other or "years of work")
-    before = files(tmp_path)
-    with pytest.raises(Failure, match="exists and is not a store of these settings"):
-        store_writer.write_store(Trajectories(small), out, make_inputs(**{"parts": 2, **settings}), silent)
-    assert files(tmp_path) == before
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -434,13 +405,15 @@ def write_and_kill(data: Trajectories, out: Path, inputs: Inputs, calls: int) ->
 
 
 @pytest.mark.parametrize("calls", [0, 1, 6, 7, 13])  # 12 snapshots and 2 shards: 14 calls
-def test_resumed_equals_uninterrupted(make_store, make_inputs, small, tmp_path, calls):
+def test_resumed_equals_uninterrupted(make_store, make_inputs, small, tmp_path, monkeypatch, calls):
+    """The resumed run does not write the parts of finished snapshots again."""
     out, data, inputs = tmp_path / "store", Trajectories(small), make_inputs(2)
     write_and_kill(data, out, inputs, calls)
     assert not out.exists()
-    with pytest.raises(Failure, match=r"store\.partial: an unfinished partition"):
-        Store(out)
     partial = tmp_path / "store.partial"
+    for path in (out, partial):
+        with pytest.raises(Failure, match=r"store\.partial: an unfinished partition.*run the same"):
+            Store(path)
     # add what a kill in the middle of a write leaves
     done, spooled = {0: (1, 1), 1: (2, 2), 6: (6, 0), 7: (7, 1), 13: (12, 0)}[calls]
     assert len(list((partial / "spool").glob("*.json"))) == spooled
@@ -449,7 +422,11 @@ def test_resumed_equals_uninterrupted(make_store, make_inputs, small, tmp_path, 
         for half in (f"spool/{done:06d}-0.npz", "shard-00001/part0/graph.dgl", "shard-00001/stray"):
             (partial / half).write_bytes(b"half")
     progress: list[int] = []
+    written: list[int] = []
+    write_parts = snapshot.write_parts
+    monkeypatch.setattr(snapshot, "write_parts", lambda *given: written.append(given[2]) or write_parts(*given))
     assert store_writer.write_store(data, out, inputs, lambda done, total: progress.append(done)) is True
+    assert written == list(range(done, 12))
     assert progress == sorted(progress)
     assert progress[-1] == 12
     assert list(tmp_path.iterdir()) == [out]
@@ -457,32 +434,32 @@ def test_resumed_equals_uninterrupted(make_store, make_inputs, small, tmp_path, 
     verify_store(Store(out), silent)
 
 
-def test_a_resumed_run_repeats_no_snapshot(make_inputs, small, tmp_path):
-    """The second run does not write the parts of finished snapshots again."""
-    out, data, inputs = tmp_path / "store", Trajectories(small), make_inputs(2, shard_nodes=0)
-    write_and_kill(data, out, inputs, 3)
-    spool = tmp_path / "store.partial" / "spool"
-    before = {f.name: f.stat().st_mtime_ns for f in spool.glob("*.npz")}
-    write_and_kill(data, out, inputs, 8)
-    after = {f.name: f.stat().st_mtime_ns for f in spool.glob("*.npz")}
-    assert (len(before), len(after), after | before) == (8, 18, after)
+FOREIGN = [{"parts": 3}, {"trainers": 2}, {"method": "random"}, {"radius": 0.2}, {"frames": 2}]
+FOREIGN += ["", "a: [", "{", "[]", "text", "inputs: {parts: 3}\n"]
 
 
-@pytest.mark.parametrize("content", [{"parts": 3}, {"radius": 0.2}, None, "{", "[]"])
-def test_a_partial_folder_of_another_run_is_not_touched(make_inputs, small, tmp_path, content):
-    """content: the inputs of the other run, or the text of inputs.json in a foreign folder."""
-    out, data, inputs = tmp_path / "store", Trajectories(small), make_inputs(2)
-    if isinstance(content, dict):
-        write_and_kill(data, out, make_inputs(**{"parts": 2, **content}), 3)
+@pytest.mark.parametrize(
+    ("name", "other"), [*itertools.product(("store", "store.partial"), FOREIGN), ("store", "a file")]
+)
+def test_other_content_is_not_touched(small, make_store, make_inputs, tmp_path, name, other):
+    """A store or unfinished store of other settings, or a folder with this text in the file that names settings."""
+    out, data, folder = tmp_path / "store", Trajectories(small), tmp_path / name
+    settings = other if isinstance(other, dict) else {}
+    if other == "a file":
+        folder.write_text("mine")
+    elif not settings:
+        folder.mkdir()
+        (folder / "thesis.tex").write_text("years of work")
+        if other:
+            (folder / ("manifest.yaml" if folder == out else "inputs.json")).write_text(other)
+    elif folder == out:
+        shutil.copytree(make_store(2), out)
     else:
-        partial = tmp_path / "store.partial"
-        partial.mkdir()
-        (partial / "thesis.tex").write_text("years of work")
-        if content is not None:
-            (partial / "inputs.json").write_text(content)
+        write_and_kill(data, out, make_inputs(2), 3)
     before = files(tmp_path)
-    with pytest.raises(Failure, match=r"store\.partial: left by an unfinished run"):
-        store_writer.write_store(data, out, inputs, silent)
+    message = "exists and is not a store of these settings" if folder == out else "left by an unfinished run"
+    with pytest.raises(Failure, match=f"{name}: {message}"):
+        store_writer.write_store(data, out, make_inputs(**{"parts": 2, **settings}), silent)
     assert files(tmp_path) == before
 
 
