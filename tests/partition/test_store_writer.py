@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from dgl.data.utils import load_tensors, save_tensors
-from dist_egnn.partition import snapshot, store_writer
+from dist_egnn.partition import store_writer
 from dist_egnn.partition.snapshot import Inputs
 from dist_egnn.partition.verify import verify_store
 from store_content import content, files
@@ -423,8 +423,10 @@ def test_resumed_equals_uninterrupted(make_store, make_inputs, small, tmp_path, 
             (partial / half).write_bytes(b"half")
     progress: list[int] = []
     written: list[int] = []
-    write_parts = snapshot.write_parts
-    monkeypatch.setattr(snapshot, "write_parts", lambda *given: written.append(given[2]) or write_parts(*given))
+    write_parts = store_writer.snapshot.write_parts
+    monkeypatch.setattr(
+        store_writer.snapshot, "write_parts", lambda *given: written.append(given[2]) or write_parts(*given)
+    )
     assert store_writer.write_store(data, out, inputs, lambda done, total: progress.append(done)) is True
     assert written == list(range(done, 12))
     assert progress == sorted(progress)
