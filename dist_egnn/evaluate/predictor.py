@@ -55,9 +55,17 @@ class Predictor:
         checkpoint.load_weights(self.model, state, file)
         self.model.to(devices.resolve(device)).eval()
 
-    def __call__(self, positions: Array, velocities: Array, features: Given = None, **more: Any) -> Array:
+    def __call__(
+        self,
+        positions: Array,
+        velocities: Array,
+        features: Given = None,
+        *,
+        node_attributes: Given = None,
+        box: Array | None = None,
+    ) -> Array:
         """The predicted positions alone; for the arguments see `with_virtual`."""
-        return self.with_virtual(positions, velocities, features, **more)[0]
+        return self.with_virtual(positions, velocities, features, node_attributes=node_attributes, box=box)[0]
 
     def with_virtual(
         self,

@@ -10,10 +10,10 @@ Legend: N nodes, E edges, B graphs; n, e, b the same within a tile; m halo nodes
 
 from __future__ import annotations
 
-import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -165,10 +165,9 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def _for_each_tile(tiles: Sequence[Tile], compute: Callable[[Tile], Callable[[], None]]) -> None:
-    """compute(tile) on thread k of T, which takes tiles k, k + T, …
+    """Run compute(tile) on T threads, and what it returns in this thread, tile by tile.
 
-    The function that it returns is called in the order of the tiles: it adds to sums over tiles, whose order then does not depend
-    on T.
+    The returned functions add to sums over tiles, whose order then does not depend on T.
     """
     on_cpu = bool(tiles) and tiles[0].src.device.type == "cpu"
     threads = min(_tile_threads or torch.get_num_threads(), len(tiles)) if on_cpu else 1
@@ -176,30 +175,17 @@ def _for_each_tile(tiles: Sequence[Tile], compute: Callable[[Tile], Callable[[],
         for tile in tiles:
             compute(tile)()
         return
-    turn, state = threading.Condition(), {"next": 0, "failed": False}
-    inference = torch.is_inference_mode_enabled()
-
-    def run_thread(k: int) -> None:
-        with torch.inference_mode(inference):
-            for index in range(k, len(tiles), threads):
-                try:
-                    commit = compute(tiles[index])
-                    with turn:
-                        while not state["failed"] and state["next"] != index:
-                            turn.wait()
-                        if state["failed"]:
-                            return
-                    commit()
-                except BaseException:
-                    with turn:
-                        state["failed"] = True
-                        turn.notify_all()
-                    raise
-                with turn:
-                    state["next"] += 1
-                    turn.notify_all()
-
-    list(_pool(threads).map(run_thread, range(threads)))
+    pool, running = _pool(threads), deque[Future[Callable[[], None]]]()
+    compute = torch.inference_mode(torch.is_inference_mode_enabled())(compute)  # each thread has its own mode
+    try:
+        for tile in tiles:
+            running.append(pool.submit(compute, tile))
+            if len(running) > threads:  # the others keep the threads busy; more would need memory for their results
+                running.popleft().result()()
+        for future in running:
+            future.result()()
+    finally:
+        wait(running)
 
 
 Pending = list[tuple[Callable[[Tensor], Any], Tensor]]  # functions that add to totals, with what they add
@@ -334,7 +320,8 @@ class _TiledLayer(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: _Call, *tensors: Tensor) -> tuple[Tensor, ...]:
         inputs, layer, n = call.unpack(tensors), call.layer, len(call.tiles.order)
-        wait = call.exchange.start({name: inputs.node[name] for name in layer.source_fields}) if call.exchange else dict
+        sources = {name: inputs.node[name] for name in layer.source_fields}
+        receive = call.exchange.start(sources) if call.exchange else dict
         save_means = call.grad_enabled and any(ctx.needs_input_grad)
         halo_rows, means, results, sums = Fields(), Fields(), Fields(), Fields()
 
@@ -357,7 +344,6 @@ class _TiledLayer(torch.autograd.Function):
                 write(results, tile, name, out[name])
             return partial(add_sums, tile, out)
 
-        @torch.no_grad()
         def add_sums(tile: Tile, out: Fields) -> None:
             for name in layer.sums:
                 if name not in sums:
@@ -365,7 +351,7 @@ class _TiledLayer(torch.autograd.Function):
                 sums[name][tile.graphs] += out[name]
 
         _for_each_tile(call.tiles.interior, compute)
-        halo_rows = wait()
+        halo_rows = receive()
         _for_each_tile(call.tiles.boundary, compute)
         results |= sums
         ctx.call, ctx.means, ctx.halo_rows = call, tuple(means), tuple(halo_rows)

@@ -89,7 +89,8 @@ def tiles_of(
 ) -> Tiles:
     """Cut a (batched) DGLGraph into tiles with blocks of about ``block_edges`` edges; cached until its edges change.
 
-    device: of the layers (default: the graph's); width: of the layers. Raises Failure for block_edges below 1.
+    device: of the layers (default: the graph's); width: of the layers. Raises Failure for block_edges below 1, and for a
+    graph without nodes.
     """
     if block_edges < 1:
         raise Failure(f"model.tile={block_edges}: must be at least 1 (default {BLOCK_EDGES})")
@@ -132,6 +133,8 @@ class _InEdges:
 
 def _build_tiles(graph: DGLGraph, engine: Engine, block_edges: int, device: torch.device, width: int) -> Tiles:
     per_graph = graph.batch_num_nodes().cpu().numpy()
+    if not len(graph.ndata["x"]) or not per_graph.all():
+        raise Failure("graph: no node of a snapshot is on this process; use fewer parts")
     graph_of = np.repeat(np.arange(len(per_graph), dtype=np.int32), per_graph)
     x = graph.ndata["x"].detach().cpu().numpy()
     order = morton_order(x, graph_of if len(per_graph) > 1 else None).astype(np.int32)

@@ -11,6 +11,7 @@ from test_models import gradients, make_graph
 from torch import Tensor
 
 from dist_egnn.data import graphs
+from dist_egnn.errors import Failure
 from dist_egnn.models import network
 from dist_egnn.ops import message_passing, tiled_layer, tiling
 
@@ -25,6 +26,20 @@ def test_tiles_are_cut_again_when_edges_change() -> None:
     model(graph)
     graph.remove_edges(graph.edges("eid")[::2])
     assert torch.allclose(model(graph)[0], reference.egnn(model, graph)[0], atol=1e-12)
+
+
+@pytest.mark.parametrize("nodes", [(0,), (5, 0), (0, 5)])
+def test_a_snapshot_without_nodes_is_refused(nodes: tuple[int, ...]) -> None:
+    graph = dgl.batch([make_graph(5, 1).subgraph(list(range(n))) for n in nodes])
+    with pytest.raises(Failure, match=r"no node .* fewer parts"):
+        network.FastEGNN(3, 2, hidden=8).double()(graph)
+
+
+def test_an_error_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, graph = network.EGNN(3, 2, hidden=8, tile=10).double(), make_graph(50, 1)
+    monkeypatch.setattr(model.layers[0], "message", lambda edges: 1 / 0)
+    with tiled_layer.tile_threads(2), pytest.raises(ZeroDivisionError):
+        model(graph)
 
 
 def test_memory_of_a_backward_pass_is_one_tile() -> None:
