@@ -86,7 +86,7 @@ class Data:
         "none", "simulator: walls that it feels; none, or box: the sides of the trajectory's box", _choice(*WALLS)
     )
     gravity: list[float] | None = _key(None, "simulator: gravity, length/time²; null: that of the file", VECTOR)
-    pushforward: int = _key(0, "simulator: steps of its own before the input, in training", _least(0))
+    pushforward: int = _key(0, "simulator: own steps before the input, in training", _least(0))
     velocity: str = _key(
         "backward",
         "v of a file without velocities: backward differences, or forward (published)",
@@ -159,6 +159,10 @@ class Train:
     weight_decay: float = _key(1e-12, "weight decay of Adam", _least(0))
     clip: float = _key(0.0, "maximum norm of the gradient; 0: no clipping", _least(0))
     patience: int = _key(0, "epochs without a better validation MSE before training stops; 0: never", _least(0))
+    noise: float = _key(
+        0.0, "simulator: random walk in an input's velocities, rms of the newest, length/step", _least(0)
+    )
+    pushforward_start: float = _key(0.8, "share of the epochs after which half of the inputs begin earlier", FRACTION)
     seed: int = _key(0, "seed of weights, order and sampling")
     device: str = _key("cpu", "cpu, cuda:N, cuda (one device per process, in turn), or auto: cuda if available")
     threads: int = _key(1, "threads of each process on a CPU; the results are the same bits for any number", _least(1))
@@ -223,7 +227,7 @@ def check(config: Config) -> None:
 def _check_simulator(config: Config) -> None:
     """Raise Failure for keys of a simulator without data.history, and for keys that a simulator does not have."""
     defaults = Config()
-    simulator = ("data.walls", "data.gravity", "data.pushforward", "model.predicts")
+    simulator = ("data.walls", "data.gravity", "data.pushforward", "model.predicts", "train.noise")
     if not config.data.history:
         for key in simulator:
             if (value := attrgetter(key)(config)) != attrgetter(key)(defaults):
@@ -238,8 +242,8 @@ def _check_simulator(config: Config) -> None:
         raise Failure(
             f"model.gravity={config.model.gravity}: a simulator reads data.gravity, in length/time²; set that"
         )
-    if config.data.edge_drop and config.data.pushforward:
-        raise Failure(f"data.edge_drop={config.data.edge_drop}: not with data.pushforward; set it to 0")
+    if config.data.edge_drop and (config.train.noise or config.data.pushforward):
+        raise Failure(f"data.edge_drop={config.data.edge_drop}: not with train.noise or data.pushforward; set it to 0")
 
 
 def _unknown_key(key: str, source: str) -> Failure:

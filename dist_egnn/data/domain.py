@@ -28,6 +28,13 @@ class Domain:
     normals: Tensor  # (B, W, 3)
     sides: Tensor | None  # (B, 3), of periodic boxes
 
+    def of_graph(self, b: int) -> Domain:
+        """The domain of one graph of the batch."""
+        at = slice(b, b + 1)
+        return Domain(
+            self.gravity[at], self.points[at], self.normals[at], None if self.sides is None else self.sides[at]
+        )
+
 
 def make_domain(gravity: np.ndarray, box: np.ndarray | None, side: np.ndarray | None) -> Domain:
     """The domain of one graph.
@@ -37,7 +44,7 @@ def make_domain(gravity: np.ndarray, box: np.ndarray | None, side: np.ndarray | 
     corners = np.zeros((0, 3)) if box is None else np.repeat(np.asarray(box, np.float64), 3, 0)
     normals = np.concatenate([np.eye(3), -np.eye(3)])[: len(corners)]
     arrays = (
-        None if a is None else torch.as_tensor(np.asarray(a, np.float64))[None]
+        None if a is None else torch.from_numpy(np.array(a, np.float64))[None]
         for a in (gravity, corners, normals, side)
     )
     return Domain(*arrays)  # type: ignore[arg-type]

@@ -184,16 +184,24 @@ def batch(samples: Sequence[DGLGraph]) -> DGLGraph:
 
 
 def extract_part(
-    src: np.ndarray, dst: np.ndarray, part: np.ndarray, rank: int, parts: int, **about: Any
+    src: np.ndarray,
+    dst: np.ndarray,
+    part: np.ndarray,
+    rank: int,
+    parts: int,
+    row: np.ndarray | None = None,
+    **about: Any,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Halo]:
     """A rank's part of a graph with edges src→dst (E,), for the part (N,) of each node; about: as in ``from_edges``.
 
-    Returns its nodes, ascending; source and destination of the edges among them, by row; and its halo.
+    row: (N,) of each node in its part; None: ascending. Returns the part's nodes, ascending; source and destination of
+    the edges among them, by row; and its halo.
     """
     counts = np.bincount(part, minlength=parts)
-    order = np.argsort(part, kind="stable")
-    row = np.empty_like(order)
-    row[order] = np.arange(len(part)) - np.repeat(np.cumsum(counts) - counts, counts)
+    if row is None:
+        order = np.argsort(part, kind="stable")
+        row = np.empty_like(order)
+        row[order] = np.arange(len(part)) - np.repeat(np.cumsum(counts) - counts, counts)
     to_own, same = part[dst] == rank, part[src] == part[dst]
     inner, cross = to_own & same, to_own & ~same
     halo = from_edges(part[src[cross]], row[src[cross]], row[dst[cross]], counts.tolist(), **about)

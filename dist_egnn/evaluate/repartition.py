@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -46,7 +47,12 @@ class Repartitioner:
         if due:
             self.part = comm.sum(torch.from_numpy(part)).numpy()
         if exchange:
-            about = {"number": step, "where": f"step {step + 1}", "radius": spec.radius, "side": self.side}
+            about: dict[str, Any] = {
+                "number": step,
+                "where": f"step {step + 1}",
+                "radius": spec.radius,
+                "side": self.side,
+            }
             return halo.extract_part(src, dst, self.part, comm.rank, comm.size, **about)
         own = np.flatnonzero(self.part == comm.rank)
         src, dst = graphs.radius_edges(x[own], spec.radius, self.side)

@@ -276,12 +276,10 @@ def run_rollout(run: Path, **options: Any) -> pd.DataFrame:
     header |= {"kinetic_energy": "energy", "true_kinetic_energy": "true"}
     numbers = table.iloc[selected][list(header)].map(lambda value: "" if np.isnan(value) else f"{value:.3e}")
     rows = table.iloc[selected][["step", "frame"]].astype(int).astype(str).join(numbers)
-    title = f"{shown}: {frames} frames; the whole table is {shown.with_suffix('.csv')}"
-    print_table(title, ["step", "frame", *header.values()], rows.values.tolist())
     rate, nodes = (frames - 1) / max(seconds, 1e-9), Trajectories(job.data)[job.trajectory].nodes
-    print(
-        f"{rate:.3g} steps/s of {nodes:,} nodes, {rate * nodes:,.0f} nodes/s, on {processes} process{'es' * (processes > 1)}"
-    )
+    speed = f"{rate:.3g} steps/s ({rate * nodes:.2g} nodes/s)"
+    title = f"{shown}: {frames} frames, {speed}; the whole table is {shown.with_suffix('.csv')}"
+    print_table(title, ["step", "frame", *header.values()], rows.values.tolist())
     if stopped:
         remedies = ["train longer"]
         remedies += ["use a shorter data.horizon"] if job.spec.horizon > 1 else []

@@ -29,7 +29,7 @@ from ..ops import activation_offload, message_passing, tiled_layer
 from ..ops.native import engine as native_engine
 from ..utils import devices, filesystem, signals
 from ..utils.progress import progress_bar
-from . import checkpoint, diagnostics, input_scale, losses, metrics
+from . import augmentation, checkpoint, diagnostics, input_scale, losses, metrics
 from .run_writer import RunWriter, Shown
 from .state import TrainingState
 
@@ -237,6 +237,10 @@ class Trainer:
                     graph = next(graphs)
                 with diagnostics.phase("forward_s", sums, device):
                     draws = _seeded(settings.seed, state.epoch, index)
+                    if isinstance(model, simulator.Simulator):
+                        steps_before = augmentation.own_steps(self.config, state.epoch, draws)
+                        about = self.config, model, graph, self.comm, steps_before, draws.initial_seed()
+                        graph = augmentation.augment(*about)
                     loss, mse = compute_loss(self.config, model, graph, self.comm, draws)
                 with diagnostics.phase("backward_s", sums, device):
                     (loss / len(step)).backward()

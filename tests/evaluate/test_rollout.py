@@ -437,7 +437,8 @@ def test_from_the_command_line(tmp_path: Path, distegnn: CommandLine) -> None:
     code, out, err = distegnn("rollout", "run", *arguments, "--data", "a.h5")
     assert code == 0, err
     lines = out.splitlines()
-    assert lines[0] == "new/out.vtkhdf: 5 frames; the whole table is new/out.csv"
+    title = r"new/out\.vtkhdf: 5 frames, \S+ steps/s \(\S+ nodes/s\); the whole table is new/out\.csv"
+    assert re.fullmatch(title, lines[0])
     assert [line.split()[0] for line in lines[3:]] == ["1", "2", "3", "4"]
     fixed, start = file.attribute(2, "kind") == 2, file.position(2, 0)
     with Rollout(tmp_path / "new" / "out.vtkhdf") as frames:

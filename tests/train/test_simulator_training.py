@@ -1,0 +1,239 @@
+"""Training of simulators: data, statistics, noise, own steps, many processes, rollouts and clear errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from dist_egnn.partition import store_writer
+from dist_egnn.partition.verify import verify_store
+from small_data import falling_swirl
+
+from dist_egnn import Trajectories, Writer, config
+from dist_egnn.data import domain, graphs, halo
+from dist_egnn.data.dataset import open_dataset
+from dist_egnn.data.store import Store
+from dist_egnn.distributed import comm, spawn
+from dist_egnn.errors import Failure
+from dist_egnn.evaluate import parallel_check, rollout
+from dist_egnn.train import augmentation, checkpoint, trainer
+
+BOX = np.array([[-0.2, -0.2, -0.2], [1.2, 1.3, 1.2]])
+GRAVITY = [0.0, -0.002, 0.0]
+SETTINGS = ["data.radius=0.27", "data.horizon=1", "data.history=2", "data.pushforward=2", "data.walls=box"]
+SETTINGS += ["data.features=[mass]", "data.node_attributes=[mass]", "model.hidden=16", "model.layers=2", "loss.mmd=0"]
+SETTINGS += ["model.predicts=acceleration", "model.normalize=true", "train.noise=0.01"]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("simulator") / "data.h5"
+    with Writer(path, {}) as out:
+        for seed, split in enumerate(("train", "train", "valid", "test")):
+            position, _, attributes = falling_swirl(120 + seed, seed)
+            out.add(position, split=split, dt=1.0, source="", attributes=attributes, box=BOX, gravity=GRAVITY)
+    return path
+
+
+def settings(path: Path, *more: str) -> config.Config:
+    return config.load(None, [*SETTINGS, f"data.path={path}", *more])
+
+
+def make_store(file: Path, out: Path, made: config.Config) -> Store:
+    inputs = store_writer.build_inputs(Trajectories(file), parts=2, method="metis", settings=made.data)
+    store_writer.write_store(Trajectories(file), out, inputs, lambda *_: None)
+    return Store(out)
+
+
+def _step(group: comm.Comm, made: config.Config, path: str, own_steps: int) -> dict[str, Any]:
+    """Predictions and gradients of a step on this rank's part, or in one process on all parts, in float64."""
+    exchange, store = made.partition.halo == "exchange", Store(path)
+    if group.size > 1:
+        graph = store.read(3, group.rank, exchange)
+    else:
+        graph = store.whole(3, exchange) if exchange else halo.batch([store.read(3, part) for part in range(2)])
+    for name, value in graph.ndata.items():
+        graph.ndata[name] = value.double() if value.is_floating_point() else value
+    model = trainer.build_model(made, (1, 1), group, store.statistics()).double()
+    parallel_check.randomize_output_weights(model)
+    graph = augmentation.augment(made, model, graph, group, own_steps, seed=5)
+    predicted, _ = model(graph)
+    loss, _ = trainer.compute_loss(made, model, graph, group, torch.Generator())
+    loss.backward()
+    group.sum_gradients(model.parameters())
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    result = {"gid": graph.ndata["gid"], "x": predicted.detach(), **gradients}
+    return {name: value.numpy() for name, value in result.items()}  # tensors would travel through files
+
+
+CASES = [("FastEGNN", "exchange", 0), ("FastEGNN", "exchange", 2), ("SchNet", "exchange", 2), ("EGNN", "bridge", 2)]
+
+
+@pytest.mark.parametrize(("name", "mode", "own_steps"), CASES)
+def test_many_processes_equal_one(file, tmp_path, name, mode, own_steps):
+    made = settings(file, f"model.name={name}", f"partition.halo={mode}")
+    store = make_store(file, tmp_path / "store", made)
+    ranks = spawn.run_ranks(_step, 2, made, str(store.path), own_steps)
+    results = [*ranks, _step(comm.SingleProcess(), made, str(store.path), own_steps)]
+    *ranks, one = [{key: torch.from_numpy(value) for key, value in result.items()} for result in results]
+    x = torch.cat([rank["x"] for rank in ranks])[torch.cat([rank["gid"] for rank in ranks]).argsort()]
+    assert parallel_check.relative_difference(x, one["x"][one["gid"].argsort()]) < 1e-10
+    least = 1e-3 * max(float(one[key].abs().max()) for key in one if key not in ("gid", "x"))
+    for key in set(one) - {"gid", "x"}:
+        assert parallel_check.relative_difference(ranks[0][key], one[key], least) < 1e-10, key
+
+
+def test_store_and_file_agree(file, tmp_path):
+    made = settings(file)
+    store = make_store(file, tmp_path / "store", made)
+    verify_store(store, lambda *_: None)
+    samples = open_dataset(made, 0, 1)
+    assert store.statistics() == pytest.approx(samples.statistics(), rel=1e-12)
+    own, stored = samples[3], store.whole(3, exchange=True)
+    for name in ("x", "v", "past", "y", "f", "a"):
+        assert torch.equal(own.ndata[name], stored.ndata[name])
+    for name in ("gravity", "points", "normals"):
+        assert torch.equal(getattr(domain.get(own), name), getattr(domain.get(stored), name))
+    data = Trajectories(file)
+    frames = [data.position(0, t) for t in range(14)]
+    squares = [
+        (frames[t + 1] - 2 * frames[t] + frames[t - 1] - np.array(GRAVITY, np.float64)) ** 2 for t in range(4, 13)
+    ]
+    frames = [data.position(1, t) for t in range(14)]
+    squares += [
+        (frames[t + 1] - 2 * frames[t] + frames[t - 1] - np.array(GRAVITY, np.float64)) ** 2 for t in range(4, 13)
+    ]
+    expected = np.sqrt(np.concatenate([square.ravel() for square in squares]).mean())
+    assert samples.statistics()[1] == pytest.approx(expected, rel=1e-3)  # differences of float32 positions
+
+
+def test_noise_is_that_of_the_particle_and_leaves_the_displacement_of_the_target(file):
+    made = settings(file)
+    graph, model = open_dataset(made, 0, 1)[3], None
+    noisy = augmentation.augment(made, model, graph, comm.SingleProcess(), 0, seed=1)
+    for name in ("x", "v", "past"):
+        assert not torch.equal(noisy.ndata[name], graph.ndata[name])
+    assert torch.allclose(noisy.ndata["y"] - noisy.ndata["x"], graph.ndata["y"] - graph.ndata["x"], atol=1e-6)
+    walk = noisy.ndata["v"] - graph.ndata["v"]
+    earlier = noisy.ndata["past"][:, :3] - graph.ndata["past"][:, :3]
+    assert torch.allclose(noisy.ndata["x"] - graph.ndata["x"], walk + earlier, atol=1e-6)
+    assert float(walk.std()) == pytest.approx(0.01, rel=0.15)
+    assert float(earlier.std()) == pytest.approx(0.01 / 2**0.5, rel=0.15)
+    star = domain.advance(noisy.ndata["x"], noisy.ndata["v"], domain.get(graph).gravity[0])
+    src, dst = graphs.radius_edges(star.numpy(), 0.27)
+    assert {*zip(*(end.tolist() for end in noisy.edges()), strict=True)} == {
+        *zip(src.tolist(), dst.tolist(), strict=True)
+    }
+    ids = np.array([7, 3, 10**9])
+    assert np.array_equal(augmentation.normal_draws(1, ids, 4)[1], augmentation.normal_draws(1, ids[1:2], 4)[0])
+    drawn = augmentation.normal_draws(1, np.arange(20_000), 2)
+    assert np.abs(drawn.mean(0)).max() < 0.03
+    assert np.abs(np.cov(drawn.T) - np.eye(2)).max() < 0.03
+
+
+def test_own_steps_are_those_of_a_rollout(file):
+    made = settings(file, "model.name=FastEGNN")
+    samples, one = open_dataset(made, 0, 1), comm.SingleProcess()
+    model = trainer.build_model(made, samples.widths, one, samples.statistics())
+    start, graph = samples[1], samples[3]  # two frames later
+    pushed = augmentation.augment(made, model, graph, one, 2, seed=0)
+    with torch.no_grad():
+        x_1 = model(start)[0]
+        state = x_1, torch.stack([x_1 - start.ndata["x"], start.ndata["v"]], 1)
+        x_2 = model(augmentation.rebuilt(made, start, one, state, x_1))[0]
+    assert torch.allclose(pushed.ndata["x"], x_2, atol=1e-5)
+    assert torch.allclose(pushed.ndata["v"], x_2 - x_1, atol=1e-5)
+    assert torch.allclose(pushed.ndata["y"], graph.ndata["y"] + x_2 - graph.ndata["x"], atol=1e-5)
+
+
+def test_own_steps_rise_over_the_epochs():
+    made = config.load(None, [*SETTINGS, "data.pushforward=3", "train.epochs=100", "train.pushforward_start=0.4"])
+    drawn = {
+        e: [augmentation.own_steps(made, e, torch.Generator().manual_seed(k)) for k in range(300)] for e in (39, 40, 99)
+    }
+    assert {epoch: max(steps) for epoch, steps in drawn.items()} == {39: 0, 40: 1, 99: 3}
+    assert drawn[99].count(0) == pytest.approx(150, abs=40)
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_trains_and_rolls_out_from_the_command_line(file, tmp_path, parts):
+    from dist_egnn.commands.train import run_training
+
+    run = tmp_path / "run"
+    made = settings(file, "train.epochs=3", "train.pushforward_start=0", f"partition.parts={parts}", f"run.dir={run}")
+    run_training(made)
+    table = rollout.run_rollout(run, trajectory=3, start=4, steps=6, out=tmp_path / "r.vtkhdf", data=file)
+    assert len(table) == 7
+    assert table["ballistic_mse"].notna().all()
+    if parts == 1:  # the first step of a rollout is the model's prediction for the sample of that frame
+        samples = open_dataset(made, 0, 1)
+        number = samples.frames.index((3, 4))
+        model = trainer.build_model(made, samples.widths, comm.SingleProcess(), samples.statistics())
+        checkpoint.load_weights(model, checkpoint.load(run / "best.pt"), run / "best.pt")
+        with torch.no_grad():
+            error = (model(samples[number])[0] - samples[number].ndata["y"]).square().mean()
+        assert table["mse"][1] == pytest.approx(float(error), rel=1e-4)
+        other = trainer.build_model(made, samples.widths, comm.SingleProcess(), (0.1, 0.1))
+        with pytest.raises(Failure, match=r"best\.pt: .*σ_a.*data\.path"):
+            checkpoint.load_weights(other, checkpoint.load(run / "best.pt"), run / "best.pt")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["data.history=14"], r"data\.h5: trajectory 0 has 14 frames.*lower data\.history"),
+        (["data.gravity=[0,-1,0]"], r"data\.gravity=.*data\.h5.*leave data\.gravity out"),
+        (["data.fixed=wall"], r"data\.h5.*'wall'"),
+    ],
+)
+def test_wrong_data_is_refused(file, more, message):
+    with pytest.raises(Failure, match=message):
+        open_dataset(settings(file, *more), 0, 1)[0]
+
+
+def test_walls_need_a_box(small):
+    with pytest.raises(Failure, match=r"data\.walls=box: .*has no box; set data\.walls=none"):
+        open_dataset(settings(small), 0, 1)[0]
+
+
+@pytest.mark.parametrize("key", ["data.walls=box", "data.pushforward=1", "model.predicts=velocity", "train.noise=1"])
+def test_keys_of_a_simulator_need_a_history(key):
+    with pytest.raises(Failure, match=rf"{key.partition('=')[0]}.*data\.history"):
+        config.load(None, [key])
+
+
+def falling_onto_the_floor(seed: int) -> np.ndarray:
+    """Particles (24, 30, 3) that fall apart from each other and stay on the floor y = 0."""
+    rng = np.random.default_rng(seed)
+    x, v = rng.uniform([0, 0.3, 0], [4, 1.2, 4], (30, 3)), rng.uniform(-0.01, 0.01, (30, 3))
+    frames = []
+    for _ in range(24):
+        frames.append(x)
+        v = v + np.array([0, -0.01, 0])
+        landed = (x + v)[:, 1] < 0
+        after = np.where(landed[:, None], (x + v) * [1, 0, 1], x + v)
+        x, v = after, after - x
+    return np.stack(frames)
+
+
+def test_without_walls_particles_leave_the_box(tmp_path):
+    path, depth = tmp_path / "fall.h5", {}
+    with Writer(path, {}) as out:
+        for seed, split in enumerate(("train", "train", "valid", "test")):
+            about = {"box": np.array([[-5, 0, -5], [9, 9, 9.0]]), "gravity": [0, -0.01, 0]}
+            out.add(falling_onto_the_floor(seed), split=split, dt=1.0, source="", **about)
+    keys = ["data.radius=0.3", "data.horizon=1", "data.history=1", "data.features=[]", "model.predicts=acceleration"]
+    keys += ["model.name=EGNN", "model.hidden=16", "model.layers=1", "train.epochs=6", "train.lr=1e-2", "loss.mmd=0"]
+    for walls in ("box", "none"):
+        made = config.load(None, [*keys, f"data.path={path}", f"data.walls={walls}", f"run.dir={tmp_path / walls}"])
+        trainer.train(comm.SingleProcess(), made)
+        table = rollout.run_rollout(tmp_path / walls, trajectory=3, start=2, steps=20, out=tmp_path / f"{walls}.vtkhdf")
+        assert isinstance(table, pd.DataFrame)
+        with rollout.Rollout(tmp_path / f"{walls}.vtkhdf") as frames:
+            depth[walls] = float(-np.minimum(frames[20].position[:, 1], 0).mean())
+    assert depth["box"] < 0.02
+    assert depth["none"] > 0.1
