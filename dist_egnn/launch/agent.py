@@ -1,8 +1,8 @@
 """The agent that `distegnn launch` runs on every host: it starts processes, forwards their output, and stops them.
 
 Launcher and agent exchange JSON messages, one per line, by the agent's standard input and output. Its processes end
-when its input ends, when the launcher is silent for ``patience`` seconds, or when it is killed. Unless it was killed,
-it also removes what its servers left in /dev/shm. It imports neither torch nor DGL.
+when its input ends, when the launcher is silent for ``patience`` seconds, or when it is killed. It removes what its
+servers left in /dev/shm; where it was killed, the launcher's next agent does. It imports neither torch nor DGL.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from typing import Any
 from . import host_info
 
 GREETING = "dist_egnn agent"
+FOLDER = "dist_egnn-launch-"  # how the name of an agent's folder begins
 SHARED_MEMORY = Path("/dev/shm")
 PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -34,6 +35,11 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def _own_session() -> None:
     os.setsid()
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def remove_shared(prefix: str) -> None:
+    for file in SHARED_MEMORY.glob(f"{prefix}*") if prefix else ():
+        file.unlink(missing_ok=True)
 
 
 class Child:
@@ -61,8 +67,7 @@ class Child:
         """End the process and its own children, and remove the shared memory that it left."""
         self.signal(signal.SIGKILL)
         self.process.wait()
-        for file in SHARED_MEMORY.glob(f"{self.shared}*") if self.shared else ():
-            file.unlink(missing_ok=True)
+        remove_shared(self.shared)
 
 
 class Agent:
@@ -72,7 +77,7 @@ class Agent:
         self.patience, self.last_message = patience, time.monotonic()
         self.children: dict[str, Child] = {}
         self.sockets: list[socket.socket] = []
-        self.folder = tempfile.mkdtemp(prefix="dist_egnn-launch-")
+        self.folder = tempfile.mkdtemp(prefix=FOLDER)
         self.buffer = b""
         self.connected = True
         self.selector = selectors.DefaultSelector()
@@ -86,7 +91,7 @@ class Agent:
 
     def run(self) -> None:
         """Handle messages and output until the launcher closes the connection or is silent for too long."""
-        self.send(greeting=GREETING)
+        self.send(greeting=GREETING, folder=self.folder)
         try:
             while self.connected and time.monotonic() - self.last_message < self.patience:
                 for key, _ in self.selector.select(0.2):
@@ -176,6 +181,13 @@ class Agent:
         path = Path(self.folder) / name
         path.write_text(content, encoding="utf-8")
         return str(path)
+
+    def do_clear(self, folder: str, shared: list[str]) -> None:
+        """Remove what a killed agent left: its folder, and the shared memory of its servers, which ended with it."""
+        if Path(folder).name.startswith(FOLDER):
+            shutil.rmtree(folder, ignore_errors=True)
+        for prefix in shared:
+            remove_shared(prefix)
 
     def do_start(self, name: str, argv: list[str], env: dict[str, str], text: str, shared: str) -> dict[str, Any]:
         child = self.children[name] = Child(name, argv, env, text, shared)

@@ -33,6 +33,7 @@ class AgentClient:
     def __init__(self, host: Host, events: Events, patience: float) -> None:
         self.host, self.events, self.patience = host, events, patience
         self.alive, self.last_message, self.last_error = True, time.monotonic(), ""
+        self.folder = ""  # of the agent's files
         self._pending: dict[int, Future[Any]] = {}
         self._count, self._lock = 0, threading.Lock()
         self._greeted = threading.Event()
@@ -57,6 +58,7 @@ class AgentClient:
                 continue
             self.last_message = time.monotonic()
             if message.get("greeting") == GREETING:
+                self.folder = message["folder"]
                 self._greeted.set()
             elif "id" not in message:
                 self.events.put((self, message))

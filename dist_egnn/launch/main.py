@@ -144,5 +144,6 @@ def run(
             finally:
                 workers.stop(servers=False)
                 workers.stop(servers=True, within=5)
+                supervisor.clear_lost_hosts()
     report_result(Path(config.run.dir), result or {"stopped": 1.0}, len(job.ranks()), "launch")
     return result

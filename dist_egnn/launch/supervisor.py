@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 from .. import config as configs
@@ -102,8 +102,16 @@ class Supervisor:
         self.workers.forget(machine)
         self.workers.clients[machine] = new = AgentClient(old.host, old.events, old.patience)
         new.wait_for_greeting(20)
+        new.call("clear", folder=old.folder, shared=sorted(self.workers.shared.pop(machine, ())))
         self.workers.stop(servers=True)  # the one of this host is gone
         self.server_ports = []
+
+    def clear_lost_hosts(self) -> None:
+        """At the end: remove what killed agents left, on the hosts that can be reached."""
+        for machine, client in enumerate(self.workers.clients):
+            if not client.alive and client.process.poll() is not None:  # else it is cut off and ends by itself
+                with suppress(Failure):
+                    self._replace_agent(machine)
 
     def rehearse(self) -> tuple[list[int], int]:
         """Let every host connect to every host. Returns the free ports of the servers and that of the rendezvous."""

@@ -48,6 +48,7 @@ class Workers:
         self.clients, self.events = clients, clients[0].events
         self.running: set[Worker] = set()
         self.recent: dict[Worker, deque[str]] = {}
+        self.shared: dict[int, set[str]] = {}  # machine → prefixes of what its servers may have left in /dev/shm
         self.stopping = False  # whether the trainers were asked to end
         self.failed: Worker = 0, ""
 
@@ -55,6 +56,7 @@ class Workers:
         """Start a process. text: its standard input; shared: prefix of the files that it may leave in /dev/shm."""
         self.running.add((machine, name))
         self.recent[machine, name] = deque(maxlen=RECENT_LINES)
+        self.shared.setdefault(machine, set()).update({shared} - {""})
         self.clients[machine].call("start", name=name, argv=argv, env=ENVIRONMENT, text=text, shared=shared)
 
     def select(self, servers: bool) -> set[Worker]:
@@ -78,6 +80,8 @@ class Workers:
             self._print_line(machine, message["name"], message["line"])
         elif "exit" in message:
             self.running.discard((machine, message["name"]))
+            if message["name"] == SERVER:
+                self.shared.pop(machine, None)  # the agent has removed it
         elif "lost" in message:
             self.forget(machine)
         return machine, message

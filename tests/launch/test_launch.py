@@ -22,6 +22,7 @@ from small_data import DATA
 
 from dist_egnn import config as configs
 from dist_egnn.errors import Failure
+from dist_egnn.launch import agent as agent_module
 from dist_egnn.launch import agent_client, host_checks, host_info, hostfile
 from dist_egnn.launch import main as launch_main
 from dist_egnn.launch.agent_client import AgentClient
@@ -294,3 +295,18 @@ def test_a_store_is_summarized_without_torch(make_store):
     store = json.loads(subprocess.check_output([sys.executable, "-c", code, path]))
     assert (store["machines"], store["trainers"], len(store["largest"])) == (2, 1, 2)
     assert store["sizes"][0] == sum(file.stat().st_size for file in path.glob("shard-*/part0/*"))
+
+
+def test_a_new_agent_removes_what_a_killed_one_left(agent, tmp_path, monkeypatch):
+    """Files stand for a server's shared memory; those of another server stay."""
+    old, names = agent(), ["dist_egnn~h~1~a", "dist_egnn~h~1~b", "dist_egnn~h~12~a"]
+    file = Path(old.call("write", name="a", content="x"))
+    old.process.kill()
+    old.process.wait()
+    agent().call("clear", folder=old.folder, shared=["dist_egnn~no server~"])
+    assert not file.parent.exists()
+    monkeypatch.setattr(agent_module, "SHARED_MEMORY", tmp_path)
+    for name in names:
+        (tmp_path / name).touch()
+    agent_module.remove_shared("dist_egnn~h~1~")
+    assert [left.name for left in tmp_path.iterdir()] == names[2:]
