@@ -10,8 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
-from typer import Argument, Option, Typer
+from typer import Argument, Exit, Option, Typer
 
+from . import __version__
 from . import config as configs
 from .errors import Failure
 from .utils.console import check_output, example, guard_streams
@@ -38,8 +39,19 @@ def command(words: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     return app.command(words.split()[0], epilog=example(f"distegnn {words}"))
 
 
+def print_version(given: bool) -> None:
+    if given:
+        print(f"distegnn {__version__}")
+        raise Exit
+
+
 @app.callback()
-def main_options(debug: Annotated[bool, Option("--debug", help="show the traceback of a failure")] = False) -> None:
+def main_options(
+    debug: Annotated[bool, Option("--debug", help="show the traceback of a failure")] = False,
+    version: Annotated[
+        bool, Option("--version", callback=print_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
     """Train equivariant graph networks on geometric graphs too large for one device."""
 
 
@@ -150,8 +162,8 @@ def training_config(name: str, config: str | None, overrides: list[str] | None, 
 def train(config: TrainConfig = None, overrides: Overrides = None, resume: Resume = None) -> None:
     """Train a model, or resume a run.
 
-    Training runs one process per part of the graph. SIGTERM and Ctrl-C write a checkpoint before the exit, with code
-    75. `distegnn train --resume RUN` continues a run that was killed or stopped; train.epochs=N sets a larger total.
+    Training runs one process per part of the graph. SIGTERM, SIGHUP and Ctrl-C write a checkpoint before the exit, with
+    code 75. `distegnn train --resume RUN` continues a run that was killed or stopped; train.epochs=N sets a larger total.
     """
     from .commands.train import run_training
 

@@ -31,12 +31,12 @@ from dist_egnn.config import Data
 from dist_egnn.data import graphs
 from dist_egnn.data.fixed_nodes import check_fixed
 from dist_egnn.data.samples import Snapshot, count_columns, displacement_scale, select_snapshots, surroundings
-from dist_egnn.data.store import FORMAT, GRAPH, MOVING, NODE_FIELDS, VERSION
+from dist_egnn.data.store import FORMAT, GRAPH, MOVING, NODE_FIELDS, VERSION, Store
 from dist_egnn.data.store_inputs import DEFAULT_INPUTS
 from dist_egnn.data.trajectories import Trajectories
 from dist_egnn.errors import Failure
 from dist_egnn.utils import part_weights
-from dist_egnn.utils.filesystem import describe_os_error, replace_file, save_verified, sha256
+from dist_egnn.utils.filesystem import describe_os_error, lock_output, replace_file, save_verified, sha256
 
 SHARD_NODES = 262_144  # loading a part of a shard costs little beside a training step, and files are few
 OWN_FIELDS = (*NODE_FIELDS, *MOVING, "past", "snapshot", "trainer_id")  # those that a part has: see docs/formats.md
@@ -184,6 +184,11 @@ def _open_folder(out: Path, inputs: Inputs) -> Path | None:
     """The working folder, with what an earlier run of the same inputs left there; None if the store is complete."""
     if out.exists():
         if _names_inputs(out / "manifest.yaml", inputs):
+            try:
+                Store(out).verify_files()
+            except Failure as failure:
+                remedy = f"remove the store (rm -r {out}), then run the same command again"
+                raise Failure(f"{str(failure).rpartition(';')[0]}; {remedy}") from failure
             return None
         raise Failure(f"{out}: exists and is not a store of these settings; remove it or choose another --out")
     work = out.with_name(out.name + ".partial")
@@ -201,14 +206,16 @@ def _open_folder(out: Path, inputs: Inputs) -> Path | None:
 def write_store(data: Trajectories, out: Path, inputs: Inputs, progress: Callable[[int, int], None]) -> bool:
     """Write the store of a trajectories file to ``out``; False if it is complete already.
 
-    progress(done, total) is called after each snapshot. Raises Failure for inputs that cannot be partitioned, other
-    content at ``out`` and write errors; complete snapshots are kept, and the same call continues.
+    progress(done, total) is called after each snapshot. Raises Failure for inputs that cannot be partitioned, for other
+    content or a damaged store at ``out``, while another process writes it, and for write errors; complete snapshots stay,
+    and the same call continues.
     """
     selected = check_inputs(data, inputs)
     try:
-        if work := _open_folder(out, inputs):
-            _finish(work, out, inputs, _write_shards(data, work, inputs, selected, progress))
-        return work is not None
+        with lock_output(out):
+            if work := _open_folder(out, inputs):
+                _finish(work, out, inputs, _write_shards(data, work, inputs, selected, progress))
+            return work is not None
     except OSError as error:
         raise Failure(f"{describe_os_error(error, out)}; correct this and run the same command to continue") from error
 
@@ -257,6 +264,7 @@ def _finish(work: Path, out: Path, inputs: Inputs, shards: list[dict[str, Any]])
     versions = {"dist_egnn": __version__} | {module.__name__: str(module.__version__) for module in (dgl, torch, np)}
     manifest = {"format": FORMAT, "version": VERSION, "inputs": inputs.plain(), "versions": versions, "files": files}
     (work / "manifest.yaml").write_text(yaml.safe_dump(manifest, sort_keys=False), encoding="utf-8")
+    Store(work)  # what is renamed can be opened
     shutil.rmtree(work / "spool")
     for file in [*work.glob("shard-*.json"), work / "inputs.json"]:  # inputs.json last, see _open_folder
         file.unlink()

@@ -26,8 +26,7 @@ def verify_store(store: Store, progress: Callable[[int, int], None]) -> dict[str
     files = {str(f.relative_to(store.path)) for f in store.path.rglob("*") if f.is_file()} - {"manifest.yaml"}
     if extra := sorted(files - set(store.manifest["files"])):
         raise Failure(f"{store.path / extra[0]}: not in the manifest; remove it or partition again")
-    for name in store.manifest["files"]:
-        store.disk.verify(name)
+    store.verify_files()
     nodes = edges = 0
     for shard, rows in store.snapshots.groupby("shard", sort=False).indices.items():
         config = str(store.path / shard / f"{GRAPH}.json")

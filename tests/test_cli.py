@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from dist_egnn import __version__
 from dist_egnn.config import load
 from dist_egnn.data.samples import select_snapshots
 from dist_egnn.data.trajectories import Trajectories
@@ -114,6 +115,10 @@ def test_partition_then_verify(tmp_path, small):
     code, out, _ = distegnn("verify", "store", cwd=tmp_path)
     assert (code, out.startswith("store: whole: "), " 8 snapshots, " in out) == (0, True, True)
     assert files(tmp_path) == before
+
+
+def test_the_version(tmp_path):
+    assert distegnn("--version", cwd=tmp_path) == (0, f"distegnn {__version__}\n", "")
 
 
 def test_train_then_evaluate(small, tmp_path):

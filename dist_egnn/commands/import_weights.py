@@ -10,9 +10,15 @@ from ..config import Config
 from ..distributed.comm import SingleProcess
 from ..errors import Failure
 from ..models import network, published_weights
-from ..train import checkpoint, trainer
+from ..train import checkpoint, run_dir, trainer
 from ..utils.console import print_table
-from ..utils.filesystem import write_atomically
+from ..utils.filesystem import lock_folder, write_atomically
+
+
+def check_new(folder: Path) -> None:
+    """Raise Failure if the folder holds a run, finished or not."""
+    if found := [name for name in (run_dir.CONFIG, run_dir.LAST, run_dir.METRICS) if (folder / name).exists()]:
+        raise Failure(f"{folder}: holds a run already ({found[0]}); choose another --out")
 
 
 def run_import(file: Path, config: Config) -> None:
@@ -21,8 +27,7 @@ def run_import(file: Path, config: Config) -> None:
     config: the data section of the training, model.normalize and model.gravity; the weights define the rest.
     """
     folder, data, given = Path(config.run.dir), config.data, config.model
-    if (folder / "config.yaml").exists():
-        raise Failure(f"{folder}: holds a run already; choose another --out")
+    check_new(folder)
     if given.tanh:
         raise Failure("model.tanh=true: published weights use tanh in other networks too; leave this key out")
     state = published_weights.read_state_dict(file)
@@ -45,8 +50,9 @@ def run_import(file: Path, config: Config) -> None:
     content = checkpoint.weights_only(model, config)
     configured = trainer.build_model(config, (widths["f"], widths["a"]), SingleProcess())
     checkpoint.load_weights(configured, content, file)  # must accept the weights
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.save(folder / "best.pt", content)
-    write_atomically(folder / "config.yaml", content["config"].encode())
+    with lock_folder(folder, "another process is writing a run there; choose another --out"):
+        check_new(folder)  # again, now that no other process can make a run there
+        checkpoint.save(folder / run_dir.BEST, content)
+        write_atomically(folder / run_dir.CONFIG, content["config"].encode())
     shown = {**sizes, "features": widths["f"], "node_attributes": widths["a"], "attention": attention}
     print_table(f"{folder}: FastEGNN of {file}", ["option", "found"], [[k, v] for k, v in shown.items()])

@@ -17,6 +17,7 @@ from ..data import dataset, prepare
 from ..errors import Failure
 from ..models import network
 from ..train import checkpoint, run_dir
+from ..utils.filesystem import lock_output, write_atomically
 from .evaluate import run_evaluation
 from .partition import run_partition
 from .train import run_training
@@ -86,7 +87,8 @@ def run_recipe(recipe: Path, scales: Mapping[str, Sequence[str]], arguments: Seq
         errors |= run_evaluation(folder)
     table = pd.DataFrame({"prediction": errors.keys(), "test MSE": errors.values()})
     table = table.assign(**{f"of {name}": table["test MSE"] / errors[name] for name in ("linear", "static")})
-    table.to_csv(options.out / "results.csv", index=False)
+    with lock_output(options.out / "results.csv", wait_s=60):
+        write_atomically(options.out / "results.csv", table.to_csv(index=False).encode())
     print(f"{options.out / 'results.csv'}: linear is x + t·v, t fitted on the training split; static is x")
     formats = {"test MSE": "{:.4e}".format, "of linear": "{:.3f}".format, "of static": "{:.3f}".format}
     print(table.to_string(index=False, formatters=formats))

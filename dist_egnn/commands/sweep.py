@@ -26,7 +26,7 @@ from ..distributed.spawn import exit_with_parent, without_script
 from ..train import checkpoint, run_dir
 from ..train.metrics import prediction_name
 from ..utils.console import guard_streams, print_table
-from ..utils.filesystem import lock_folder, write_atomically
+from ..utils.filesystem import lock_folder, lock_output, write_atomically
 from ..utils.progress import progress_bar
 from ..viz import plots
 from . import sweep_config
@@ -120,10 +120,11 @@ def write_table(sweep: Sweep) -> pd.DataFrame:
         return table
     if sweep.baseline:
         table.insert(table.columns.get_loc("test_mse_std") + 1, "of_baseline", _ratios(sweep, table))
-    write_atomically(sweep.out / "results.csv", table.to_csv(index=False).encode())
-    write_atomically(sweep.out / "runs.csv", pd.DataFrame(single).to_csv(index=False).encode())
-    if sweep.x:
-        _plot(sweep, table)
+    with lock_output(sweep.out / "results.csv", wait_s=60):  # --table may run beside a sweep
+        write_atomically(sweep.out / "results.csv", table.to_csv(index=False).encode())
+        write_atomically(sweep.out / "runs.csv", pd.DataFrame(single).to_csv(index=False).encode())
+        if sweep.x:
+            _plot(sweep, table)
     return table
 
 

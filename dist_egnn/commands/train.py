@@ -15,7 +15,7 @@ from ..utils import filesystem, signals
 def run_training(config: Config, resume: bool = False) -> dict[str, float]:
     """Partition the data if needed, train, one process per part and replica, and print where the results are.
 
-    resume: continue the run in run.dir. Raises Stopped, after a checkpoint, on SIGTERM or Ctrl-C.
+    resume: continue the run in run.dir. Raises Stopped, after a checkpoint, on SIGTERM, SIGHUP or Ctrl-C.
     """
     from ..data import dataset
     from ..distributed import spawn

@@ -32,6 +32,7 @@ from ..errors import Failure
 from ..utils.console import guard_streams
 from ..utils.filesystem import check_free_space
 from ..utils.memory import graph_server_bytes
+from ..utils.signals import STOP_SIGNALS
 from . import dgl_compat
 from .store import Part, Store, open_store
 from .store_inputs import store_widths
@@ -124,12 +125,11 @@ def shared_bytes(store: Store, machine: int) -> int:
 
 
 def _exit_on_signals(here: Address) -> None:
-    """Clean up and exit on SIGTERM or SIGINT. Call it before any thread starts: threads inherit the signal mask."""
-    signals = {signal.SIGTERM, signal.SIGINT}
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    """Clean up and exit on a stop signal. Call it before any thread starts: threads inherit the signal mask."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
     def wait() -> None:  # the main thread waits inside DGL, where Python's handlers do not run
-        signal.sigwait(signals)
+        signal.sigwait(STOP_SIGNALS)
         _unlink(here)
         os._exit(0)
 

@@ -120,36 +120,38 @@ def write(
     """
     if out.is_dir():
         raise Failure(f"{out} is a folder; --out must name a file")
-    started = time.monotonic()
-    pool: Executor = ThreadPoolExecutor(workers)
-    if not threads:
-        context, server = multiprocessing.get_context("forkserver"), spawn.start_forkserver()
-        pool = ProcessPoolExecutor(workers, context, spawn.exit_with_parent, (os.getpid(), server))
-    try:
-        folder = out.with_name(out.name + ".parts")  # new, or left by an interrupted run
-        folder.mkdir(parents=True, exist_ok=True)
-        file, content = folder / "settings.json", json.dumps(settings, sort_keys=True, indent=1)
-        if not file.exists():
-            filesystem.write_atomically(file, content.encode())
-        elif file.read_text(encoding="utf-8") != content:
-            raise Failure(f"{folder} has parts made with other settings ({file}); delete it, or choose another --out")
-        paths = [folder / f"{k:06d}.h5" for k in range(parts)]
-        _make_missing(out.name, functools.partial(_write_part, make, folder), paths, pool, unit, steps)
-        filesystem.check_free_space(out, sum(path.stat().st_size for path in paths))
-        with progress.progress_bar(f"{out.name} (joining)", parts) as tick, Writer(out, settings) as joined:
-            for path in paths:
-                joined.copy(path)
-                tick()
-        command, seconds = shlex.join(["python", *sys.argv]), round(time.monotonic() - started, 1)
-        manifest = {"command": command, "seconds": seconds, "settings": dict(settings)}
-        manifest |= {"sha256": filesystem.sha256(out), "bytes": out.stat().st_size}
-        text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
-        filesystem.write_atomically(out.with_name(out.name + ".manifest.json"), text.encode())
-    except OSError as error:
-        reason = filesystem.describe_os_error(error, out)
-        raise Failure(f"{reason}; correct that, then run the same command again") from error
-    shutil.rmtree(folder)
-    print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {time.monotonic() - started:.0f} s")
+    folder = out.with_name(out.name + ".parts")  # new, or left by an interrupted run
+    with filesystem.lock_folder(folder, "another process is making it; wait for it, or choose another --out"):
+        started = time.monotonic()
+        pool: Executor = ThreadPoolExecutor(workers)
+        if not threads:
+            context, server = multiprocessing.get_context("forkserver"), spawn.start_forkserver()
+            pool = ProcessPoolExecutor(workers, context, spawn.exit_with_parent, (os.getpid(), server))
+        try:
+            file, content = folder / "settings.json", json.dumps(settings, sort_keys=True, indent=1)
+            if not file.exists():
+                filesystem.write_atomically(file, content.encode())
+            elif file.read_text(encoding="utf-8") != content:
+                raise Failure(
+                    f"{folder} has parts made with other settings ({file}); delete it, or choose another --out"
+                )
+            paths = [folder / f"{k:06d}.h5" for k in range(parts)]
+            _make_missing(out.name, functools.partial(_write_part, make, folder), paths, pool, unit, steps)
+            filesystem.check_free_space(out, sum(path.stat().st_size for path in paths))
+            with progress.progress_bar(f"{out.name} (joining)", parts) as tick, Writer(out, settings) as joined:
+                for path in paths:
+                    joined.copy(path)
+                    tick()
+            command, seconds = shlex.join(["python", *sys.argv]), round(time.monotonic() - started, 1)
+            manifest = {"command": command, "seconds": seconds, "settings": dict(settings)}
+            manifest |= {"sha256": filesystem.sha256(out), "bytes": out.stat().st_size}
+            text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
+            filesystem.write_atomically(out.with_name(out.name + ".manifest.json"), text.encode())
+        except OSError as error:
+            reason = filesystem.describe_os_error(error, out)
+            raise Failure(f"{reason}; correct that, then run the same command again") from error
+        shutil.rmtree(folder)
+        print(f"{out}: {out.stat().st_size / 1e6:.1f} MB, {time.monotonic() - started:.0f} s")
 
 
 def _make_missing(

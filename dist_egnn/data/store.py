@@ -144,6 +144,11 @@ class Store:
             first[rows] += np.repeat(np.cumsum(nodes) - nodes, self.trainers)
         return first
 
+    def verify_files(self) -> None:
+        """Raise Failure unless every file has the sha256 that the manifest lists."""
+        for name in self.manifest["files"]:
+            self.disk.verify(name)
+
     def split(self, name: str) -> list[int]:
         """The snapshots of train, valid or test."""
         return self.snapshots.index[self.snapshots["split"] == name].tolist()

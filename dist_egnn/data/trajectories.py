@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 
 from ..errors import Failure
 from ..utils import hdf5
-from ..utils.filesystem import DeferredErrorFile
+from ..utils.filesystem import DeferredErrorFile, lock_output
 
 FORMAT, VERSION = "dist_egnn.trajectories", 1
 SPLITS = ("train", "valid", "test")
@@ -37,8 +38,10 @@ class Writer:
         self.meta = dict(meta)
 
     def __enter__(self) -> Writer:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.sink = DeferredErrorFile(self.partial, self.path)
+        with ExitStack() as stack:
+            stack.enter_context(lock_output(self.path))
+            self.sink = DeferredErrorFile(self.partial, self.path)
+            self.lock = stack.pop_all()
         self.file = h5py.File(self.sink, "w")
         self.file.attrs.update(format=FORMAT, version=VERSION, meta=json.dumps(self.meta, sort_keys=True))
         self.group = self.file.create_group("trajectories")
@@ -57,7 +60,7 @@ class Writer:
         periodic: bool = False,
         gravity: Sequence[float] | None = None,
     ) -> None:
-        """Append a trajectory. Raises Failure for invalid arrays, an unknown split, or a full disk.
+        """Append a trajectory. Raises Failure for invalid arrays, an unknown split, or a full disk, and appends nothing.
 
         position, velocity: (T, N, 3); attributes: name → (N,) or (N, k), over time (T, N) or (T, N, k); box: (2, 3) low
         and high corner; dt: time between frames; periodic: nodes that leave the box enter on the other side; their
@@ -103,8 +106,9 @@ class Writer:
             raise Failure(f"{where}: split '{split}' is none of {', '.join(SPLITS)}")
         if periodic and box is None:
             raise Failure(f"{where}: periodic, but there is no box; pass box=")
+        properties = {"split": split, "dt": float(dt), "source": source, "periodic": bool(periodic)}
         group = self.group.create_group(name)
-        group.attrs.update(split=split, dt=float(dt), source=source, periodic=bool(periodic))
+        group.attrs.update(properties)
         if gravity is not None:
             group.attrs["gravity"] = np.array(gravity, np.float64).reshape(3)
         constant = {f"attributes/{key}": value for key, value in (attributes or {}).items()}
@@ -114,7 +118,12 @@ class Writer:
         """Append the trajectories of another file without compressing them again."""
         with h5py.File(path, "r") as file:
             for name in sorted(file["trajectories"]):
-                file.copy(f"trajectories/{name}", self.group, name=f"{len(self.group):06d}")
+                number = f"{len(self.group):06d}"
+                try:
+                    file.copy(f"trajectories/{name}", self.group, name=number)
+                except BaseException:
+                    self.group.pop(number, None)
+                    raise
                 self.sink.check()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -123,10 +132,19 @@ class Writer:
             if kind is None:
                 self.sink.check()
                 self.sink.close()
+                self._check()
                 os.replace(self.partial, self.path)
         finally:
             self.sink.close()
             self.partial.unlink(missing_ok=True)
+            self.lock.close()
+
+    def _check(self) -> None:
+        """Raise Failure, before an existing file is replaced, if `Trajectories` refuses the new one."""
+        try:
+            Trajectories(self.partial).close()
+        except Failure as failure:
+            raise Failure(str(failure).replace(str(self.partial), str(self.path))) from failure
 
 
 CHUNK = 4  # frames; chunks of one axis compress a third better than whole frames, and differences need two frames
@@ -198,6 +216,9 @@ class FrameWriter:
 
     def _checked(self, key: str, array: Any, shape: tuple[int | None, ...]) -> np.ndarray:
         """The array as float32. Raises Failure for another shape (None: any length) and values that are not finite."""
+        slash, name = key.partition("/")[1:]
+        if slash and (name in ("", ".") or "/" in name):
+            raise Failure(f"{self.where}: attribute '{name}': a name is not empty and has no '/'; rename it")
         value = np.asarray(array, dtype=np.float32)
         if value.ndim != len(shape) or any(s not in (None, n) for s, n in zip(shape, value.shape, strict=True)):
             expected = str(shape).replace("None", "k")
@@ -343,6 +364,8 @@ class Trajectories(Sequence[Trajectory]):
         if missing or attrs["split"] not in SPLITS:
             raise Failure(f"{where}: attribute {sorted(missing) or 'split'} is missing or wrong; prepare it again")
         frames, nodes, _ = group["position"].shape
+        if not frames * nodes:
+            raise Failure(f"{where}: dataset 'position' holds {frames} frames of {nodes} nodes; prepare it again")
         widths, varying = attribute_shapes(group, where)
         for key, shape in {"velocity": (frames, nodes, 3), "box": (2, 3)}.items():
             if key in group and (actual := getattr(group[key], "shape", None)) != shape:

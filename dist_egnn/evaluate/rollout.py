@@ -169,6 +169,11 @@ def error_table(path: Path) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=names)
 
 
+def _check_new(out: Path) -> None:
+    if existing := [path for path in (out, out.with_suffix(".csv")) if path.exists()]:
+        raise Failure(f"{existing[0]}: exists; remove it or choose another --out")
+
+
 def prepare(
     run: Path,
     *,
@@ -216,8 +221,7 @@ def prepare(
         raise Failure(f"--bounds {bounds}: use one of {', '.join(BOUNDS)}")
     if out.suffix not in (".vtkhdf", ".hdf"):
         raise Failure(f"--out {out}: must end in .vtkhdf or .hdf, by which ParaView recognizes the format")
-    if existing := [path for path in (out, out.with_suffix(".csv")) if path.exists()]:
-        raise Failure(f"{existing[0]}: exists; remove it or choose another --out")
+    _check_new(out)
     p = config.partition
     if store:
         made = store.inputs
@@ -259,6 +263,7 @@ def run_rollout(run: Path, **options: Any) -> pd.DataFrame:
     processes, timeout_s = job.config.partition.parts, job.config.train.timeout_s
     out, shown = Path(job.out), options["out"]
     with lock_output(out, "another rollout is writing it; wait for it, or choose another --out"):
+        _check_new(options["out"])  # again, now that no other rollout can write it
         partial_path(out).unlink(missing_ok=True)  # of a killed rollout
         stopped = "an error or interruption"
         try:
@@ -267,8 +272,8 @@ def run_rollout(run: Path, **options: Any) -> pd.DataFrame:
             frames = finish(out, stopped) if partial_path(out).is_file() else 0
             if 0 < frames < job.steps + 1:
                 print(f"{shown}: {frames} of {job.steps + 1} frames")
-    table = error_table(out)
-    write_atomically(out.with_suffix(".csv"), table.to_csv(index=False).encode())
+        table = error_table(out)
+        write_atomically(out.with_suffix(".csv"), table.to_csv(index=False).encode())
     selected = np.unique(np.linspace(min(1, frames - 1), frames - 1, 10).round().astype(int))  # to be printed
     header = {"mse": "MSE", "static_mse": "static", "linear_mse": "constant v"}
     header |= {"ballistic_mse": "ballistic"} if table["ballistic_mse"].notna().any() else {}

@@ -7,10 +7,11 @@ import fcntl
 import hashlib
 import io
 import os
+import platform
 import shutil
-import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from ..errors import Failure
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524)  # of a file system; 524: Linux's ENOTSUPP
+BUSY = "another process is writing it; wait for it, or choose another path"
 
 
 def sha256(path: Path) -> str:
@@ -83,21 +85,14 @@ def save_verified(path: Path, size: int, save: Callable[[str], object]) -> None:
 class DeferredErrorFile(io.FileIO):
     """A file object for HDF5, which crashes if a write fails while it closes a file; `check` raises the first error.
 
-    Data after the error are discarded. Raises Failure while another process writes the file. display_path: for messages.
+    Data after the error are discarded. display_path: for messages.
     """
 
     def __init__(self, path: Path, display_path: Path) -> None:
-        super().__init__(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+")
+        super().__init__(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666), "r+")
         self.path, self.display_path = path, display_path
         self.error: OSError | None = None
         self.end = 0  # size of the complete file in bytes
-        with suppress(OSError):  # some file systems have no locks
-            try:
-                fcntl.flock(self.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                self.close()
-                raise Failure(f"{path}: another process is writing it; wait for that process or end it") from None
-        super().truncate(0)
 
     def write(self, data: Any, /) -> int:
         rest = memoryview(data).cast("B")
@@ -126,22 +121,61 @@ class DeferredErrorFile(io.FileIO):
         raise Failure(f"{describe_os_error(self.error, self.display_path)}; choose another path") from self.error
 
 
-@contextmanager
-def _locked(lock: Path, path: Path, busy: str, *operations: int) -> Iterator[None]:
-    try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        file = lock.open("a", encoding="utf-8")  # "a" keeps the modification time of the content
-    except OSError as error:
-        raise Failure(f"{path}: cannot be written ({error.strerror}); choose another path") from error
-    with file:
+def _alive(owner: str) -> bool:
+    """Whether the process "HOST PID" may still run: always true for another host."""
+    host, _, pid = owner.rpartition(" ")
+    if host != platform.node():
+        return True
+    with suppress(ValueError, PermissionError):
         try:
-            for operation in operations:
-                fcntl.flock(file, operation | fcntl.LOCK_NB)
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            return False
+    return True
+
+
+@contextmanager
+def _owned(lock: Path, path: Path, busy: str) -> Iterator[None]:
+    """In place of a lock, where the file system has none: LOCK.owner, which names the process that created it."""
+    owner = lock.with_name(lock.name + ".owner")
+    if owner.is_file() and not _alive(text := owner.read_text(encoding="utf-8")):  # left by a killed process
+        owner.unlink(missing_ok=True)
+    try:
+        with owner.open("x", encoding="utf-8") as file:
+            file.write(f"{platform.node()} {os.getpid()}")
+    except FileExistsError:
+        text = owner.read_text(encoding="utf-8")
+        raise Failure(f"{path}: {busy} (host and process {text}; if it has ended: rm {owner})") from None
+    try:
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(lock: Path, path: Path, busy: str, *operations: int, remove: bool = False) -> Iterator[None]:
+    """Lock a file until the block ends or the process dies. remove: delete it afterwards."""
+    with ExitStack() as stack:
+        try:
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            while True:
+                file = stack.enter_context(
+                    lock.open("a", encoding="utf-8")
+                )  # "a" keeps the modification time of the content
+                for operation in operations:
+                    fcntl.flock(file, operation | fcntl.LOCK_NB)
+                with suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                        break  # else the process that had the lock removed the file meanwhile
+        except BlockingIOError as error:
+            raise Failure(f"{path}: {busy}") from error
         except OSError as error:
             if error.errno not in NO_LOCKS:
-                raise Failure(f"{path}: {busy}") from error
-            if fcntl.LOCK_EX in operations:
-                print(f"warning: {path}: its file system has no locks; start no second command there", file=sys.stderr)
+                raise Failure(f"{path}: cannot be written ({error.strerror}); choose another path") from error
+            if fcntl.LOCK_EX in operations:  # a process that joins belongs to the owner
+                stack.enter_context(_owned(lock, path, busy))
+        if remove:
+            stack.callback(lock.unlink, missing_ok=True)
         yield
 
 
@@ -157,11 +191,20 @@ def lock_folder(folder: Path, busy: str, *, join: bool = False) -> Iterator[None
 
 
 @contextmanager
-def lock_output(path: Path, busy: str) -> Iterator[None]:
-    """Lock an output file through PATH.lock, which is removed afterwards. Raises Failure(busy) if it is locked."""
-    lock = path.with_name(path.name + ".lock")
-    with _locked(lock, path, busy, fcntl.LOCK_EX):
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+def lock_output(path: Path, busy: str = BUSY, *, wait_s: float = 0.0) -> Iterator[None]:
+    """Lock a file or folder to write through PATH.lock, which is removed afterwards.
+
+    Raises Failure(busy) if it stays locked for wait_s seconds.
+    """
+    until = time.monotonic() + wait_s
+    with ExitStack() as stack:
+        while True:
+            try:
+                lock = path.with_name(path.name + ".lock")
+                stack.enter_context(_locked(lock, path, busy, fcntl.LOCK_EX, remove=True))
+                break
+            except Failure:
+                if time.monotonic() >= until:
+                    raise
+                time.sleep(0.05)
+        yield

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as stop requests: a run writes a checkpoint at the next step and exits with EXIT_STOPPED."""
+"""SIGTERM, SIGHUP and SIGINT as stop requests: a run writes a checkpoint at the next step and exits with EXIT_STOPPED."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 EXIT_STOPPED = 75  # EX_TEMPFAIL of sysexits.h: nothing failed, the command can be resumed
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 _requested = False
 _stop_file: Path | None = None  # a launcher creates it to stop the processes that it started
 
@@ -22,12 +23,12 @@ class Stopped(SystemExit):
 
 @contextmanager
 def catch_stop_signals() -> Iterator[None]:
-    """Record SIGTERM and SIGINT as stop requests inside the block. A second Ctrl-C interrupts at once."""
+    """Record SIGTERM, SIGHUP and SIGINT as stop requests inside the block. A second Ctrl-C interrupts at once."""
     global _requested
     if threading.current_thread() is not threading.main_thread():  # Python sets handlers in the main thread only
         yield
         return
-    previous: dict[int, Any] = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous: dict[int, Any] = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 
     def request_stop(number: int, _: Any) -> None:
         global _requested

@@ -23,7 +23,7 @@ from ..evaluate import rollout
 from ..evaluate.vtkhdf import Rollout
 from ..train import checkpoint, losses, run_dir, trainer
 from ..train.diagnostics import PHASES
-from ..utils.filesystem import write_atomically
+from ..utils.filesystem import lock_output, write_atomically
 from . import plots
 
 STYLE = """
@@ -280,5 +280,6 @@ def run_report(run: Path, rollout_file: Path | None, out: Path | None) -> None:
         f"<style>{STYLE}</style></head>\n<body><h1>{name}</h1>\n"
     )
     text = f"{head}{body}</body></html>\n"
-    write_atomically(out, text.encode())
+    with lock_output(out, wait_s=30):
+        write_atomically(out, text.encode())
     print(f"{out}: {text.count('<img ')} pictures, {len(text) / 1e6:.1f} MB", *missing, sep="\n")

@@ -239,6 +239,8 @@ def write_video(path: Path, pictures: Pictures, fps: float) -> None:
 
     with lock_output(path, "another process is writing it; wait for it, or choose another --out"):
         try:
+            if path.exists():
+                raise Failure(f"{path}: exists; remove it or choose another --out")
             remove()  # left by a killed process
             WRITERS[path.suffix](partial, pictures, fps)
             os.replace(partial, path)
@@ -258,8 +260,6 @@ def run_render(path: Path, out: Path | None, fps: float, every: int, colour: str
         raise Failure(f"--every {every} --fps {fps:g}: must be at least 1; above 0 and at most 1000")
     if out.suffix not in WRITERS:
         raise Failure(f"--out {out}: must end in .mp4 or .gif; a name without an ending is a folder of PNG")
-    if out.exists():
-        raise Failure(f"{out}: exists; remove it or choose another --out")
     if out.suffix == ".mp4" and shutil.which("ffmpeg") is None:
         raise Failure(f"{out}: MP4 needs the program ffmpeg; install it, or write --out {out.with_suffix('.gif')}")
     with Rollout(path) as rollout:

@@ -78,6 +78,31 @@ def test_a_failed_write_leaves_the_old_file_or_nothing(tmp_path):
     assert write(path, walk(seed=1)).read_bytes() != before
 
 
+UNREADABLE = {"holds no trajectory": [], "holds 6 frames of 0 nodes": [walk(nodes=0)], "attribute 'charge/e'": [walk()]}
+
+
+@pytest.mark.parametrize("message", UNREADABLE)
+def test_a_file_that_cannot_be_read_replaces_nothing(tmp_path, message):
+    before = write(tmp_path / "t.h5", walk()).read_bytes()
+    with pytest.raises(Failure, match=rf"t\.h5: .*{message}"):
+        write(tmp_path / "t.h5", *UNREADABLE[message], attributes={"charge/e": np.ones(5)} if "/" in message else {})
+    assert (tmp_path / "t.h5").read_bytes() == before
+    assert list(tmp_path.iterdir()) == [tmp_path / "t.h5"]
+
+
+def test_a_refused_trajectory_is_not_in_the_file(tmp_path):
+    """Whatever raises inside `add`, if the caller goes on with the next one."""
+    box, options = np.array([[0, 0, 0], [1, 1, 1]]), {"split": "train", "dt": 1.0, "source": "test"}
+    with Writer(tmp_path / "t.h5", {}) as out:
+        for more in ({"velocity": walk() * np.nan}, {"attributes": {"a": ["x"] * 5}}, {"box": box, "periodic": True}):
+            out.add(walk(seed=1), **options, velocity=walk())
+            with pytest.raises((Failure, ValueError)):
+                out.add(walk(), **{**options, "attributes": {"a": np.ones(5)}, **more})
+    data = Trajectories(tmp_path / "t.h5")
+    assert [(one.velocity, one.attributes) for one in data] == [(True, ())] * 3
+    np.testing.assert_array_equal(data.position(2, 5), walk(seed=1)[5])
+
+
 @pytest.mark.parametrize(
     ("position", "more", "message"),
     [
@@ -124,13 +149,11 @@ def test_missing_and_foreign_files(tmp_path):
     (tmp_path / "text.h5").write_text("x y z\n" * 1000)
     with h5py.File(tmp_path / "foreign.h5", "w") as file:
         file["position"] = walk()
-    write(tmp_path / "empty.h5")
     for name, message in (
         ("absent.h5", r"absent\.h5: no such file"),
         (".", "no such file"),
         ("text.h5", r"text\.h5: not a readable HDF5 file"),
         ("foreign.h5", r"foreign\.h5: not a trajectories file"),
-        ("empty.h5", r"empty\.h5: holds no trajectory"),
     ):
         with pytest.raises(Failure, match=message):
             Trajectories(tmp_path / name)

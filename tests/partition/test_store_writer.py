@@ -27,6 +27,7 @@ from dist_egnn.data.store import Store
 from dist_egnn.data.store_inputs import DEFAULT_INPUTS, check_settings
 from dist_egnn.data.trajectories import Trajectories, Writer
 from dist_egnn.errors import Failure
+from dist_egnn.utils.filesystem import lock_output
 
 FIELDS = ("x", "v", "f", "a", "y", "gid")
 SHARD = "shard-00000"
@@ -434,6 +435,25 @@ def test_resumed_equals_uninterrupted(make_store, make_inputs, small, tmp_path, 
     assert list(tmp_path.iterdir()) == [out]
     assert content(out) == content(make_store(2))
     verify_store(Store(out), silent)
+
+
+def test_two_writers_of_one_store(make_inputs, small, tmp_path):
+    with lock_output(tmp_path / "store"), pytest.raises(Failure, match="store: another process is writing it"):
+        store_writer.write_store(Trajectories(small), tmp_path / "store", make_inputs(2), silent)
+    assert store_writer.write_store(Trajectories(small), tmp_path / "store", make_inputs(2), silent)
+
+
+def test_a_damaged_store_is_not_called_complete(copy, make_inputs, small):
+    """It can be removed and made again."""
+    assert not store_writer.write_store(Trajectories(small), copy, make_inputs(2), silent)
+    part = copy / SHARD / "part1" / "graph.dgl"
+    part.write_bytes(part.read_bytes()[:-1])
+    for damaged in (part, copy / "parts.csv"):
+        damaged.write_bytes(damaged.read_bytes()[:-1])
+        with pytest.raises(Failure, match=rf"{damaged}: .*rm -r {copy}"):
+            store_writer.write_store(Trajectories(small), copy, make_inputs(2), silent)
+    shutil.rmtree(copy)
+    assert store_writer.write_store(Trajectories(small), copy, make_inputs(2), silent)
 
 
 FOREIGN = [{"parts": 3}, {"trainers": 2}, {"method": "random"}, {"radius": 0.2}, {"frames": 2}]

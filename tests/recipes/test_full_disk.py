@@ -191,7 +191,7 @@ def test_two_writers_of_one_file(tmp_path):
     with Writer(tmp_path / "x.h5", {}) as one:
         one.add(np.zeros((2, 3, 3)), split="train", dt=1.0, source="x")
         with (
-            pytest.raises(Failure, match=r"x\.h5\.partial: another process is writing it"),
+            pytest.raises(Failure, match=r"x\.h5: another process is writing it"),
             Writer(tmp_path / "x.h5", {}),
         ):
             pass

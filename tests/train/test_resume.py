@@ -142,7 +142,7 @@ def test_killed_ranks(inputs, whole, tmp_path, monkeypatch):
     [
         (1, 3, "rank", signal.SIGTERM, 3),  # after the last step of an epoch
         (1, 4, "rank", signal.SIGINT, 5),  # after the first: the current step is completed
-        (1, 5, "rank", signal.SIGTERM, 6),
+        (1, 5, "rank", signal.SIGHUP, 6),  # the terminal was closed
         (2, 4, "rank", signal.SIGTERM, 5),  # rank 1 tells the other
         (2, 4, "launcher", signal.SIGTERM, None),
     ],
@@ -151,13 +151,13 @@ def test_a_signal_stops_all_ranks_at_the_end_of_the_step(
     inputs, whole, tmp_path, monkeypatch, capsys, parts, after, to, number, steps
 ):
     run = tmp_path / "run"
-    before = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    before = [signal.getsignal(s) for s in signals.STOP_SIGNALS]
     act = (os.kill, os.getpid()) if to == "launcher" else (signal.raise_signal,)
     monkeypatch.setattr(trainer, "train", ActAfterStep(after, parts - 1, *act, number))
     with pytest.raises(SystemExit) as caught:
         run_training(settings(inputs[parts], run, SHORT, END_OF_EPOCH))
     assert caught.value.code == signals.EXIT_STOPPED == 75
-    assert [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)] == before
+    assert [signal.getsignal(s) for s in signals.STOP_SIGNALS] == before
     last = checkpoint.load(run / "last.pt")
     assert steps in (None, 3 * last["epoch"] + last["step"])
     error = capsys.readouterr().err
