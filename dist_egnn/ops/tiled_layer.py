@@ -188,34 +188,34 @@ def _for_each_tile(tiles: Sequence[Tile], compute: Callable[[Tile], Callable[[],
         wait(running)
 
 
-Pending = list[tuple[Callable[[Tensor], Any], Tensor]]  # functions that add to totals, with what they add
-
-
-def _later(add: Callable[[Tensor], Any], pending: Pending) -> Callable[[Tensor], Any]:
-    """A function that lists the addition instead of doing it."""
-    return lambda grad: pending.append((add, grad))
+Additions = list[Callable[[], Any]]  # of a tile's gradients to totals, to be called in the order of the tiles
 
 
 class _Leaves:
-    """Leaves of the autograd graph of one tile or block, each with a function that takes its gradient."""
+    """Leaves of the autograd graph of one tile or block: the trained parameters and what `leaf` adds to them."""
 
-    def __init__(self, parameters: Iterable[tuple[Tensor, Callable[[Tensor], Any]]], pending: Pending) -> None:
-        self.leaves, self.pending = list(parameters), pending
+    def __init__(self, parameters: Iterable[Tensor], totals: Iterable[Tensor | None], additions: Additions) -> None:
+        self.additions = additions
+        pairs = zip(parameters, totals, strict=True)
+        self.leaves = [(p, self._later(total.add_)) for p, total in pairs if total is not None]
 
-    def leaf(self, value: Tensor, take: Callable[[Tensor], Any]) -> Tensor:
-        self.leaves.append((value.detach().requires_grad_(), take))
+    def _later(self, add: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        return lambda grad: self.additions.append(partial(add, grad))
+
+    def leaf(self, value: Tensor, add: Callable[[Tensor], Any], local: bool = False) -> Tensor:
+        """The value as a leaf, whose gradient is passed to ``add``: at once if that is local to the tile."""
+        self.leaves.append((value.detach().requires_grad_(), add if local else self._later(add)))
         return self.leaves[-1][0]
 
     def rows(
         self, fields: Fields, totals: Mapping[str, Tensor | None], index: slice | Tensor, local: bool = False
     ) -> Fields:
-        """The fields as leaves whose gradients are added to the rows ``index`` of their totals, where they have one; at once if
-        the totals are local to the tile."""
+        """The fields as leaves whose gradients are added to the rows ``index`` of their totals, where they have one."""
         result = dict(fields)
         for name, value in fields.items():
             if (total := totals[name]) is not None:
                 add = total[index].add_ if isinstance(index, slice) else partial(total.index_add_, 0, index)
-                result[name] = self.leaf(value, add if local else _later(add, self.pending))
+                result[name] = self.leaf(value, add, local)
         return result
 
     def backward(self, outputs: Iterable[tuple[Tensor, Tensor | None]]) -> None:
@@ -225,13 +225,13 @@ class _Leaves:
             return
         roots, seeds = zip(*pairs, strict=True)
         grads = torch.autograd.grad(roots, [leaf for leaf, _ in self.leaves], seeds, allow_unused=True)
-        for (_, take), grad in zip(self.leaves, grads, strict=True):
+        for (_, add), grad in zip(self.leaves, grads, strict=True):
             if grad is not None:
-                take(grad)
+                add(grad)
 
 
 class _TileBackward:
-    """The backward pass of a tile: recomputes it and lists what to add to ``totals``, the gradients of all tensors.
+    """The backward pass of a tile: recomputes it and lists the additions to ``totals``, the gradients of all tensors.
 
     Gradients of parameters, which are sums over all tiles, are added up in float64.
     """
@@ -247,25 +247,21 @@ class _TileBackward:
         self.halo_grad = {k: torch.zeros_like(t) for k, t in halo_rows.items() if self.grad.node[k] is not None}
 
     @torch.enable_grad()
-    def run(self, tile: Tile, means: Fields, grads: Mapping[str, Tensor | None]) -> Pending:
+    def run(self, tile: Tile, means: Fields, grads: Mapping[str, Tensor | None]) -> Additions:
         """means: saved by the forward pass; grads: of the layer's outputs and sums."""
-        pending: Pending = []
+        additions: Additions = []
         rows = self.call.rows(tile, self.inputs, self.halo_rows)
-        grad_mean = self._update(tile, rows, means, grads, pending)
-        self._messages(tile, rows, means, grad_mean, pending)
-        return pending
-
-    def _trained(self, pending: Pending) -> _Leaves:
-        """The parameters that need a gradient, as leaves."""
-        pairs = zip(self.inputs.parameters, self.grad.parameters, strict=True)
-        return _Leaves(((p, _later(total.add_, pending)) for p, total in pairs if total is not None), pending)
+        leaves = partial(_Leaves, self.inputs.parameters, self.grad.parameters, additions)
+        grad_mean = self._update(tile, rows, means, grads, leaves())
+        self._messages(tile, rows, means, grad_mean, leaves)
+        return additions
 
     def _update(
-        self, tile: Tile, rows: _Rows, means: Fields, grads: Mapping[str, Tensor | None], pending: Pending
+        self, tile: Tile, rows: _Rows, means: Fields, grads: Mapping[str, Tensor | None], leaves: _Leaves
     ) -> Fields:
         """The backward pass of the node update; returns the gradients of the means."""
-        leaves, grad_mean = self._trained(pending), Fields()
-        mean = {k: leaves.leaf(t[tile.nodes], partial(grad_mean.__setitem__, k)) for k, t in means.items()}
+        grad_mean = Fields()
+        mean = {k: leaves.leaf(t[tile.nodes], partial(grad_mean.__setitem__, k), local=True) for k, t in means.items()}
         dst = leaves.rows(rows.dst, self.grad.node, tile.nodes)
         shared = leaves.rows(rows.shared, self.grad.shared, tile.graphs)
         out = self.call.update(tile, replace(rows, dst=dst, shared=shared), mean)
@@ -276,13 +272,13 @@ class _TileBackward:
         leaves.backward((out[name], grad if grad is None else grad[part[name]]) for name, grad in grads.items())
         return grad_mean
 
-    def _messages(self, tile: Tile, rows: _Rows, means: Fields, grad_mean: Fields, pending: Pending) -> None:
+    def _messages(
+        self, tile: Tile, rows: _Rows, means: Fields, grad_mean: Fields, new_leaves: Callable[[], _Leaves]
+    ) -> None:
         """The backward pass of the messages, block by block, then of ``send`` and ``receive``."""
-        layer, leaves = self.call.layer, self._trained(pending)
+        layer, leaves = self.call.layer, new_leaves()
         src = {
-            name: value
-            if self.grad.node[name] is None
-            else leaves.leaf(value, _later(partial(self._add_to_src, tile, name), pending))
+            name: value if self.grad.node[name] is None else leaves.leaf(value, partial(self._add_to_src, tile, name))
             for name, value in rows.src.items()
         }
         sent, received = layer.send(src), layer.receive(leaves.rows(rows.dst, self.grad.node, tile.nodes))
@@ -292,7 +288,7 @@ class _TileBackward:
         )
         edge_order = self.call.tiles.edge_order[tile.edges]
         for block, edge in zip(tile.blocks, rows.edge, strict=True):
-            in_block = self._trained(pending)
+            in_block = new_leaves()
             dst = {name: t[block.nodes] for name, t in received.items()}
             mean = self.call.engine.mean(
                 block.graph,
@@ -375,9 +371,9 @@ class _TiledLayer(torch.autograd.Function):
         def compute(tile: Tile) -> Callable[[], None]:
             return partial(add_gradients, tiles.run(tile, means, named_grads))
 
-        def add_gradients(pending: Pending) -> None:
-            for add, gradient in pending:
-                add(gradient)
+        def add_gradients(additions: Additions) -> None:
+            for add in additions:
+                add()
 
         _for_each_tile(call.tiles.boundary, compute)
         add = call.exchange.start_backward(tiles.halo_grad) if call.exchange and tiles.halo_grad else None
