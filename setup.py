@@ -21,6 +21,8 @@ TFRECORDS = ["google-crc32c>=1.5,<2", "protobuf>=4.25,<8"]
 NUMBA = ["numba>=0.61,<1"]
 RECORDS = ["msgpack>=1.0,<2", "msgpack-numpy>=0.4.8,<0.5", "zstandard>=0.22,<1"]
 
+IMPORT = ["MDAnalysis>=2.7,<3", "ase>=3.22,<4", "pyvista>=0.44,<1", "pyarrow>=15"]  # readers of `distegnn import`
+
 NATIVE = Path("dist_egnn/ops/native")
 
 
@@ -43,7 +45,7 @@ class BuildNative(build_ext):
 
 PACKAGES = [
     *("utils", "distributed", "data", "partition", "ops", "models", "train", "evaluate", "viz", "planning"),
-    *("commands", "launch", "ops.native"),
+    *("commands", "launch", "ops.native", "data.importers"),
 ]
 
 setup(
@@ -84,6 +86,7 @@ setup(
         "metis": METIS,
         "viz": VIZ,
         "pyvista": ["pyvista>=0.44,<1"],
+        "import": IMPORT,
         "dev": [
             *VIZ,
             *TFN,
@@ -91,6 +94,7 @@ setup(
             *NUMBA,
             *RECORDS,
             *TFRECORDS,
+            *IMPORT,
             "pytest>=8,<10",
             "pytest-xdist>=3.7,<4",  # --no-loadscope-reorder
             "hypothesis>=6.100,<7",

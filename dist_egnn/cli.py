@@ -23,6 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 app = Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 METHODS = "metis, random, kmeans, spectral (of 2,000 nodes), bisection (by coordinates) or morton (Z-order curve)"
 LIMIT = "stop when neighbours, spacing or kinetic energy change by this factor; 0: never"
+FORMATS = "arrays, lagrangebench, vtk, lammps, ase, mdanalysis or table"
 HOST_LINE = "[user@]host [port=22] [trainers=2] [interface=eth0] [python=/path]"
 
 Overrides = Annotated[list[str] | None, Argument(help="config keys to set, as key=value", show_default=False)]
@@ -63,6 +64,62 @@ def data_config(
     if config is None and not any(word.startswith("data.radius=") for word in words):
         raise Failure("--radius is missing: set it (inf joins every pair of nodes), or name a config with --config")
     return configs.load(config, words, published=published)
+
+
+@command("import frame_*.vtu --out mine.h5 --dt 0.01 --fixed 1")
+def import_data(
+    sources: Annotated[list[Path], Argument(help="files or a folder; several files may be the frames of a series")],
+    out: Annotated[Path, Option(help="the trajectories.h5 to write")],
+    format: Annotated[str | None, Option(help=FORMATS, show_default="by the content")] = None,
+    split: Annotated[
+        str, Option(help="shares of training, validation, test: of trajectories, or in time of one")
+    ] = "0.8,0.1,0.1",
+    stride: Annotated[int, Option(min=1, help="keep the frames 0, STRIDE, 2 STRIDE, …")] = 1,
+    dt: Annotated[float | None, Option(help="time between frames", show_default="as the source says")] = None,
+    scale: Annotated[float, Option(help="factor of all lengths, such as 0.001 from mm to m")] = 1.0,
+    attributes: Annotated[
+        str | None, Option(help="fields to keep as node attributes: mass,charge", show_default="all")
+    ] = None,
+    select: Annotated[str | None, Option(help="atoms, in MDAnalysis's language: 'protein and backbone'")] = None,
+    ids: Annotated[
+        str | None, Option(metavar="FIELD", help="field that identifies a particle", show_default="id, …")
+    ] = None,
+    type: Annotated[
+        str | None, Option(metavar="FIELD", help="field with the type of a particle", show_default="type, …")
+    ] = None,
+    fixed: Annotated[str | None, Option(help="types that never move, as 1,3: sets the attribute `fixed`")] = None,
+    periodic: Annotated[
+        bool | None, Option(help="the box is periodic; unwraps positions", show_default="as the source says")
+    ] = None,
+    box: Annotated[str | None, Option(help="low and high corner as x,y,z,x,y,z", show_default="of the source")] = None,
+    center: Annotated[bool, Option("--center", help="move the mean of the first frame to the origin")] = False,
+) -> None:
+    """Convert trajectories of other programs into a trajectories.h5, with checks.
+
+    Reads every source twice, one frame at a time: first to check and measure, then to write. A second call continues an
+    interrupted one.
+    """
+    if out.exists() and out in sources:
+        raise Failure(f"--out {out}: is one of the sources; choose another file")
+    from .commands.import_data import parse_options, run_import
+
+    texts = {"split": split, "attributes": attributes, "fixed": fixed, "box": box}
+    run_import(
+        sources,
+        out,
+        parse_options(
+            texts,
+            format=format,
+            stride=stride,
+            dt=dt,
+            scale=scale,
+            select=select,
+            ids=ids,
+            type=type,
+            periodic=periodic,
+            center=center,
+        ),
+    )
 
 
 @command("partition recipes/fluid113k/sample.h5 --config recipes/fluid113k/config.yaml --parts 2 --out store")

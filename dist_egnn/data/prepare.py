@@ -89,7 +89,12 @@ def versions(*packages: str) -> dict[str, str]:
 def _write_part(make: Callable[[int], Iterable[dict[str, Any]]], folder: Path, number: int) -> int:
     with Writer(folder / f"{number:06d}.h5", {}) as out:
         for trajectory in make(number):
-            out.add(**trajectory)
+            if (frames := trajectory.pop("frames", None)) is None:
+                out.add(**trajectory)
+                continue
+            with out.begin(**trajectory) as writer:
+                for frame in frames:
+                    writer.add_frame(**frame)
     return number
 
 
@@ -114,6 +119,8 @@ def write(
     steps: Steps | None = None,
 ) -> None:
     """Write OUT and OUT.manifest.json; make(k) yields the trajectories of part k as arguments of ``Writer.add``.
+
+    With a key "frames" they are arguments of ``Writer.begin``, and "frames" iterates over those of ``add_frame``.
 
     settings: all that determines the data, stored in OUT; parts made with others are refused. workers: processes or
     threads that call make. Raises Failure if something cannot be written; complete parts remain.

@@ -1,0 +1,149 @@
+"""`distegnn import`: check the trajectories of other programs, print what was found, write trajectories.h5."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data import prepare
+from ..data.importers import open_series
+from ..data.importers.convert import Summary, assign_splits, frames_between, measure
+from ..data.importers.series import ImportOptions, Series
+from ..errors import Failure
+from ..utils import filesystem
+from ..utils.console import print_line, print_table
+from ..utils.progress import progress_bar
+
+
+def _numbers(option: str, text: str, counts: Sequence[int] = ()) -> tuple[float, ...]:
+    try:
+        values = tuple(float(word) for word in text.split(","))
+    except ValueError as error:
+        raise Failure(f"{option} {text}: write numbers separated by commas") from error
+    if (counts and len(values) not in counts) or not all(map(math.isfinite, values)):
+        raise Failure(f"{option} {text}: write {' or '.join(map(str, counts)) or 'finite'} numbers separated by commas")
+    return values
+
+
+def parse_options(texts: Mapping[str, str | None], **given: Any) -> ImportOptions:
+    """The options of the command line. texts: those that are lists. Raises Failure that names the option."""
+    shares = _numbers("--split", texts["split"] or "", (3,))
+    if min(shares) < 0 or shares[0] <= 0:
+        raise Failure(f"--split {texts['split']}: three shares from 0, the first above 0")
+    for option, value in (("--dt", given["dt"]), ("--scale", given["scale"])):
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise Failure(f"{option} {value}: must be above 0")
+    box = _numbers("--box", texts["box"], (6,)) if texts["box"] else None
+    if box and not all(low < high for low, high in zip(box[:3], box[3:], strict=True)):
+        raise Failure(f"--box {texts['box']}: the low corner must be below the high one")
+    names = tuple(texts["attributes"].split(",")) if texts["attributes"] else None
+    fixed = _numbers("--fixed", texts["fixed"]) if texts["fixed"] else ()
+    return ImportOptions(splits=shares[:3], attributes=names, fixed=fixed, box=box, **given)  # type: ignore[arg-type]
+
+
+def _digest(paths: Sequence[Path]) -> str:
+    """A hash of the content of all files, those of folders included."""
+    files = [file for path in paths for file in (sorted(path.rglob("*.*")) if path.is_dir() else [path])]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(filesystem.sha256(file).encode())
+    return digest.hexdigest()
+
+
+def _rows(series: Sequence[Series], summaries: Sequence[Summary]) -> list[list[Any]]:
+    rows = []
+    for one, summary in zip(series, summaries, strict=True):
+        size = " x ".join(f"{side:.4g}" for side in summary.high - summary.low)
+        box = "-" if summary.box is None else " x ".join(f"{side:.4g}" for side in np.diff(summary.box, axis=0)[0])
+        box += " periodic" * summary.periodic
+        names = [f"{k} ({w})" * (w > 1) or k for k, w in summary.widths.items()]
+        known = ", ".join(["velocity"] * summary.velocity + [n + "(t)" * (n in summary.varying) for n in names]) or "-"
+        rows.append(
+            [one.name, f"{summary.frames:,}", f"{summary.nodes:,}", summary.dim, f"{summary.dt:.4g}", size, box]
+        )
+        rows[-1] += [
+            f"{summary.spacing:.3g}",
+            f"{summary.largest_move:.3g}",
+            summary.reordered,
+            summary.unwrapped,
+            known,
+        ]
+    return rows
+
+
+HEADER = [
+    "trajectory",
+    "frames",
+    "nodes",
+    "dim",
+    "dt",
+    "extent",
+    "box",
+    "spacing",
+    "max move",
+    "reordered",
+    "crossings",
+    "fields",
+]
+
+
+def _make(
+    series: Sequence[Series],
+    summaries: Sequence[Summary],
+    jobs: Sequence[tuple[int, str, int, int]],
+    options: ImportOptions,
+    number: int,
+) -> Iterator[dict[str, Any]]:
+    """The trajectory of a job as arguments of ``Writer.begin`` and its frames."""
+    k, split, lo, hi = jobs[number]
+    one, summary = series[k], summaries[k]
+    frames = frames_between(one, summary, options, lo, hi)
+    first = next(frames)
+    constant = {name: value for name, value in first.attributes.items() if name not in summary.varying}
+
+    def arguments() -> Iterator[dict[str, Any]]:
+        yield _frame_arguments(first, summary)
+        for frame in frames:
+            yield _frame_arguments(frame, summary)
+
+    source = f"{one.name}, frames {lo * options.stride} to {(hi - 1) * options.stride}"
+    yield {
+        **{"split": split, "dt": summary.dt, "source": source, "attributes": constant, "box": first.box},
+        **{"periodic": summary.periodic, "frames": arguments()},
+    }
+
+
+def _frame_arguments(frame: Any, summary: Summary) -> dict[str, Any]:
+    varying = {name: frame.attributes[name] for name in sorted(summary.varying)}
+    return {"position": frame.position, "velocity": frame.velocity, "attributes": varying}
+
+
+def run_import(paths: Sequence[Path], out: Path, options: ImportOptions) -> None:
+    """Check every series, print the table, write OUT. Raises Failure, naming file, frame and field."""
+    name, series = open_series(paths, options)
+    summaries = []
+    with progress_bar("checking", len(series)) as tick:
+        for one in series:
+            summaries.append(measure(one, options))
+            tick(one.name)
+    jobs = assign_splits(series, summaries, options)
+    print_table(f"{name}: {len(series)} trajectories" if len(series) > 1 else name, HEADER, _rows(series, summaries))
+    notes = [f"{one.name}: {note}" for one, summary in zip(series, summaries, strict=True) for note in summary.notes]
+    for note in notes:
+        print_line(f"warning: {note}")
+    counts = {split: sum(hi - lo for _, s, lo, hi in jobs if s == split) for split in ("train", "valid", "test")}
+    print_line("frames: " + ", ".join(f"{split} {count:,}" for split, count in counts.items()))
+    settings = {
+        **{"format": name, "files": [path.name for path in paths], "sha256": _digest(paths), "warnings": notes},
+        "options": {key: value for key, value in vars(options).items() if value not in (None, ())},
+        "shift": [summary.shift.tolist() for summary in summaries],
+        "dim": max(summary.dim for summary in summaries),
+    }
+    make = functools.partial(_make, series, summaries, jobs, options)
+    prepare.write(out, make, len(jobs), settings=settings, workers=1, threads=True, unit="trajectory")

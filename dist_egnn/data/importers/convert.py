@@ -1,0 +1,312 @@
+"""Convert series of frames into trajectories.h5: a first pass checks and measures, a second one writes.
+
+Both hold one frame at a time. Positions become three-dimensional, in one order of particles, scaled, and unwrapped if the
+box is periodic.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from scipy.spatial import cKDTree
+
+from ...errors import Failure
+from ..trajectories import SPLITS, box_sides
+from .series import Frame, ImportOptions, Series
+
+SAMPLE = 2000  # nodes that measure spacing and order
+ROUNDING = 1e-3  # float32 may round positions by this share of the spacing, else they are shifted
+IRREGULAR = 1e-3  # relative deviation of a time step
+
+
+@dataclass
+class Summary:
+    """What the first pass found in one series."""
+
+    frames: int = 0
+    nodes: int = 0
+    dim: int = 3
+    dt: float = 0.0
+    velocity: bool = False
+    widths: dict[str, int] = field(default_factory=dict)  # columns of each attribute
+    varying: set[str] = field(default_factory=set)  # attributes that vary over time
+    box: np.ndarray | None = None
+    periodic: bool = False
+    low: np.ndarray = field(default_factory=lambda: np.full(3, np.inf))
+    high: np.ndarray = field(default_factory=lambda: np.full(3, -np.inf))
+    spacing: float = np.nan  # median distance to the nearest neighbour in the first frame
+    largest_move: float = 0.0  # of a node between two frames
+    reordered: int = 0  # frames whose rows were in another order than the first
+    unwrapped: int = 0  # crossings of the periodic boundary
+    duplicates: int = 0  # nodes of the first frame at the place of another one
+    shift: np.ndarray = field(default_factory=lambda: np.zeros(3))  # subtracted from all positions
+    notes: list[str] = field(default_factory=list)  # what was assumed or looks wrong
+
+
+def normalized(series: Series, options: ImportOptions, summary: Summary | None = None) -> Iterator[Frame]:
+    """Every stride-th frame: sorted by id, three-dimensional, scaled, with the chosen attributes, unwrapped if periodic.
+
+    summary: of the first pass, whose shift is subtracted.
+    """
+    first_ids: np.ndarray | None = None
+    previous: np.ndarray | None = None
+    turns: Any = 0.0
+    for t, frame in enumerate(itertools.islice(series.frames(), 0, None, options.stride)):
+        where = f"{series.name}, frame {t * options.stride}"
+        position = np.asarray(frame.position, np.float64) * options.scale
+        values = {"position": position, **frame.attributes}
+        values |= {} if frame.velocity is None else {"velocity": np.asarray(frame.velocity, np.float64) * options.scale}
+        if (order := _order(frame.ids, first_ids, where)) is not None:
+            values = {key: value[order] for key, value in values.items()}
+        if frame.ids is not None and first_ids is None:
+            first_ids = np.sort(frame.ids)
+        ids = first_ids if first_ids is not None else np.arange(len(position))
+        for key, value in values.items():
+            if len(value) != len(position):
+                raise Failure(
+                    f"{where}: '{key}' has {len(value)} values for {len(position)} particles; correct the source"
+                )
+            if not np.isfinite(value).all():
+                row = int(np.argwhere(~np.isfinite(value))[0][0])
+                raise Failure(f"{where}: '{key}' of particle {ids[row]:g} is NaN or infinite; correct the source")
+        position, velocity = _three(values.pop("position")), values.pop("velocity", None)
+        box = _box(frame.box, options)
+        if _periodic(series, options) and box is not None:
+            if previous is not None:
+                turns = turns + np.rint((position - previous) / box_sides(box))
+            previous, position = position, position - turns * box_sides(box)
+        attributes = _attributes(values, options, where)
+        yield Frame(
+            position if summary is None else position - summary.shift,
+            None if velocity is None else _three(velocity),
+            attributes,
+            time=frame.time,
+            box=box if box is None or summary is None else box - summary.shift,
+            reordered=order is not None and bool((np.diff(order) < 0).any()),
+            crossings=int(np.abs(turns).sum()),
+        )
+
+
+def _order(ids: np.ndarray | None, first: np.ndarray | None, where: str) -> np.ndarray | None:
+    """The rows by ascending id, None without ids. Raises Failure if the ids repeat or are not those of the first frame."""
+    if ids is None:
+        return None
+    order = np.argsort(ids, kind="stable")
+    current = ids[order]
+    if (np.diff(current) == 0).any():
+        twice = current[np.flatnonzero(np.diff(current) == 0)[0]]
+        raise Failure(
+            f"{where}: particle {twice:g} is there twice; name the field that identifies particles with --ids"
+        )
+    if first is not None and not np.array_equal(first, current):
+        other = np.setxor1d(first, current)
+        text = f"particle {other[0]:g} is there in only one of the two"
+        raise Failure(
+            f"{where}: has {len(current)} particles, frame 0 has {len(first)} ({text}); they must stay the same"
+        )
+    return order
+
+
+def _three(x: np.ndarray) -> np.ndarray:
+    """(N, 2) or (N, 3) → (N, 3), z = 0 in two dimensions."""
+    return x if x.shape[1] == 3 else np.concatenate([x, np.zeros((len(x), 1))], 1)
+
+
+def _box(box: np.ndarray | None, options: ImportOptions) -> np.ndarray | None:
+    """The box (2, 3) of --box, or of the frame, scaled. A side of a two-dimensional box that is missing has length 1."""
+    if options.box is not None:
+        return np.reshape(options.box, (2, 3)).astype(float)
+    if box is None:
+        return None
+    box = np.asarray(box, float)
+    if box.shape == (2, 2):
+        box = np.concatenate([box, [[-0.5], [0.5]]], 1)
+    return box * options.scale
+
+
+def _periodic(series: Series, options: ImportOptions) -> bool:
+    return series.periodic if options.periodic is None else options.periodic
+
+
+def _attributes(values: dict[str, np.ndarray], options: ImportOptions, where: str) -> dict[str, np.ndarray]:
+    """The attributes that --attributes and --type keep, and `fixed` where --fixed names types that never move."""
+    if options.fixed:
+        if "type" not in values:
+            raise Failure(f"--fixed: {where} has no types; name their field with --type")
+        values["fixed"] = np.isin(values["type"], options.fixed).astype(np.float32)
+    if options.attributes is not None:
+        for name in options.attributes:
+            if name not in values:
+                raise Failure(f"--attributes {name}: {where} has no such field (it has: {', '.join(values) or 'none'})")
+        values = {name: value for name, value in values.items() if name in (*options.attributes, "type", "fixed")}
+    if "speed" in values:
+        values["speed_"] = values.pop("speed")  # the name `speed` means |v|
+    return values
+
+
+def measure(series: Series, options: ImportOptions) -> Summary:
+    """The first pass over a series. Raises Failure for anything that cannot be imported; the rest is noted."""
+    result, first, previous, before = Summary(), None, None, None
+    times: list[float] = []
+    for t, frame in enumerate(normalized(series, options)):
+        where, x = f"{series.name}, frame {t * options.stride}", frame.position
+        if first is None:
+            first = frame
+            result.nodes, result.box, result.velocity = len(x), frame.box, frame.velocity is not None
+            result.widths = {name: int(np.prod(value.shape[1:])) for name, value in frame.attributes.items()}
+            result.spacing, result.duplicates = _spacing(x)
+        _check_same(result, frame, where)
+        if result.periodic or frame.box is not None:
+            _check_box(result, frame, _periodic(series, options), where)
+        result.varying |= {k for k, v in frame.attributes.items() if not np.array_equal(v, first.attributes[k])}
+        if previous is not None:
+            move = np.linalg.norm(x - previous, axis=1)
+            result.largest_move = max(result.largest_move, float(move.max()))
+            if before is not None and t == 2:
+                _check_rows(x, previous, before, result.spacing, options, where)
+        result.low, result.high = np.minimum(result.low, x.min(0)), np.maximum(result.high, x.max(0))
+        result.reordered += frame.reordered
+        result.unwrapped = frame.crossings
+        times += [] if frame.time is None else [frame.time]
+        before, previous, result.frames = previous, x, t + 1
+    if first is None:
+        raise Failure(f"{series.name}: holds no frame")
+    if result.frames < 2:
+        raise Failure(f"{series.name}: has {result.frames} frame; a trajectory needs 2 or more, --stride may be lower")
+    result.periodic = _periodic(series, options) and result.box is not None
+    if _periodic(series, options) and result.box is None:
+        raise Failure(f"{series.name}: --periodic needs a box and the source has none; give it with --box")
+    result.dim = 2 if result.high[2] == result.low[2] else 3
+    result.dt = _time_step(series, times, options)
+    _set_shift(result, first.position, options)
+    _note(result, options)
+    return result
+
+
+def _spacing(x: np.ndarray) -> tuple[float, int]:
+    """The median distance to the nearest neighbour, of up to SAMPLE nodes, and the nodes that coincide with another."""
+    if len(x) < 2:
+        return np.nan, 0
+    rows = x[:: max(1, len(x) // SAMPLE)]
+    distance = cKDTree(x).query(rows, 2)[0][:, 1]
+    return float(np.median(distance)), int((distance == 0).sum())
+
+
+def _check_same(result: Summary, frame: Frame, where: str) -> None:
+    if len(frame.position) != result.nodes:
+        text = f"has {len(frame.position)} particles, frame 0 has {result.nodes}"
+        raise Failure(f"{where}: {text}; their number must stay the same: select those that always exist")
+    widths = {name: int(np.prod(value.shape[1:])) for name, value in frame.attributes.items()}
+    if widths != result.widths:
+        raise Failure(
+            f"{where}: the attributes {widths} differ from {result.widths} in frame 0; choose with --attributes"
+        )
+    if (frame.velocity is not None) != result.velocity:
+        raise Failure(f"{where}: some frames have velocities and others have none; write them for all frames or none")
+
+
+def _check_box(result: Summary, frame: Frame, periodic: bool, where: str) -> None:
+    if frame.box is None or result.box is None:
+        raise Failure(f"{where}: some frames have a box and others have none; --no-periodic or --box sets one for all")
+    sides = box_sides(frame.box)
+    if not np.isfinite(sides).all() or (sides <= 0).any():
+        raise Failure(f"{where}: the box {frame.box.tolist()} is no box; correct it with --box")
+    if periodic and np.abs(sides - box_sides(result.box)).max() > 1e-3 * sides.max():
+        text = f"the periodic box changes from {box_sides(result.box)} to {sides}, which is not supported"
+        raise Failure(f"{where}: {text}; --no-periodic imports the positions without it")
+
+
+def _check_rows(
+    x: np.ndarray, previous: np.ndarray, before: np.ndarray, spacing: float, options: ImportOptions, where: str
+) -> None:
+    """Raise Failure if the rows of the frames are in different orders.
+
+    Then nodes seem to jump over several spacings and back, while most places of the frame before are taken again.
+    """
+    move, turn = (np.median(np.linalg.norm(d, axis=1)) for d in (x - previous, x - 2 * previous + before))
+    if move > 2 * spacing and turn > move:
+        nearest = np.median(cKDTree(previous).query(x[:: max(1, len(x) // SAMPLE)])[0])
+        if nearest < 0.25 * spacing:
+            text = "particles are in another order in each frame"
+            raise Failure(f"{where}: {text}; name the field that identifies them with --ids, or sort the source")
+
+
+def _time_step(series: Series, times: list[float], options: ImportOptions) -> float:
+    """The time between two frames that are kept. Raises Failure if it is unknown, or if frames are missing in time."""
+    if options.dt is not None:
+        return options.dt * options.stride
+    if len(times) > 1:
+        steps = np.diff(times)
+        usual = float(np.median(steps))
+        wrong = np.flatnonzero(np.abs(steps - usual) > IRREGULAR * abs(usual) + 1e-6 * abs(times[-1]))
+        if usual <= 0 or len(wrong):
+            k = int(wrong[0]) if len(wrong) else 0
+            text = f"the time from frame {k} to {k + 1} is {steps[k]:g}, usually {usual:g}"
+            raise Failure(f"{series.name}: {text}; frames are missing or not in order, --dt ignores the times")
+        return usual
+    if series.dt is not None and series.dt > 0:
+        return series.dt * options.stride
+    raise Failure(f"{series.name}: the source has no times; give the time between its frames with --dt")
+
+
+def _set_shift(result: Summary, x: np.ndarray, options: ImportOptions) -> None:
+    """Shift positions whose distance from the origin costs digits in float32, or if --center asks for it."""
+    largest = max(np.abs(result.low).max(), np.abs(result.high).max())
+    rounds = result.spacing > 0 and largest * 2.0**-24 > ROUNDING * result.spacing
+    if options.center or rounds:
+        result.shift = x.mean(0) if options.center else np.rint((result.low + result.high) / 2)
+        if rounds:
+            reason = f"so far from the origin ({largest:.3g}) float32 rounds by over {ROUNDING:.1%} of the spacing"
+            result.notes.append(f"{reason}: shifted by {(-result.shift).tolist()}")
+
+
+def _note(result: Summary, options: ImportOptions) -> None:
+    if result.duplicates:
+        result.notes.append(f"{result.duplicates} of the nodes looked at coincide with another node")
+    if result.spacing > 0 and result.largest_move > 5 * result.spacing:
+        text = f"a node moves by {result.largest_move / result.spacing:.1f} spacings in one frame"
+        remedy = "" if result.periodic else "; if positions were wrapped into a box, give --periodic and --box"
+        result.notes.append(text + remedy)
+    if result.box is not None and not result.periodic:
+        low, high = result.box
+        outside = np.maximum(low - result.low, result.high - high).max()
+        if outside > 0:
+            result.notes.append(f"nodes are up to {outside:.3g} outside the box")
+
+
+def ranges(summary: Summary, series: Series, options: ImportOptions) -> list[tuple[str, int, int]]:
+    """The split, first and last + 1 frame of each trajectory that a single series becomes: split by time."""
+    ends = np.rint(np.cumsum([0.0, *options.splits]) / sum(options.splits) * summary.frames).astype(int).tolist()
+    result = [(split, lo, hi) for split, (lo, hi) in zip(SPLITS, itertools.pairwise(ends), strict=True) if hi > lo]
+    if short := [split for split, lo, hi in result if hi - lo < 2]:
+        raise Failure(f"{series.name}: {summary.frames} frames leave split '{short[0]}' with one frame; change --split")
+    return result
+
+
+def assign_splits(
+    series: list[Series], summaries: list[Summary], options: ImportOptions
+) -> list[tuple[int, str, int, int]]:
+    """For each trajectory to write: number of the series, split, first and last + 1 frame.
+
+    Several series are divided as wholes, in their order, unless the source has splits; a single one by time.
+    """
+    if all(one.split for one in series):
+        return [(k, one.split or "", 0, summaries[k].frames) for k, one in enumerate(series)]
+    if len(series) == 1:
+        return [(0, *span) for span in ranges(summaries[0], series[0], options)]
+    shares = np.array(options.splits) / sum(options.splits)
+    counts = np.floor(shares * len(series) + 1e-9).astype(int)
+    for k in (1, 2):  # validation and test get a trajectory each if there are enough
+        counts[k] = max(counts[k], 1) if shares[k] > 0 and len(series) > k else counts[k]
+    counts[0] = len(series) - counts[1:].sum()
+    names = np.repeat(SPLITS, counts)
+    return [(k, str(name), 0, summaries[k].frames) for k, name in enumerate(names)]
+
+
+def frames_between(series: Series, summary: Summary, options: ImportOptions, lo: int, hi: int) -> Iterator[Frame]:
+    """The frames [lo, hi) as they are written."""
+    return itertools.islice(normalized(series, options, summary), lo, hi)

@@ -1,0 +1,68 @@
+"""Files that ASE reads: extended XYZ, .traj and others. Velocities become Å/fs; charges, masses and numbers attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ...errors import Failure
+from .series import Frame, ImportOptions, Series, reading, split_fields
+
+NAME, TEXT, PACKAGES = "ase", "extended XYZ, .traj and what else ASE reads", ("ase",)
+SUFFIXES = (".xyz", ".extxyz", ".traj", ".cif", ".vasp", ".db")
+
+
+def detect(paths: Sequence[Path], head: bytes) -> bool:
+    return paths[0].suffix.lower() in SUFFIXES or paths[0].name in ("XDATCAR", "POSCAR", "CONTCAR")
+
+
+def _box(cell: np.ndarray, where: str, options: ImportOptions) -> np.ndarray | None:
+    """The box (2, 3) of cell vectors (3, 3). Raises Failure if it is no orthorhombic box along the axes."""
+    if options.periodic is False or not np.abs(cell).any():
+        return None
+    if np.abs(cell - np.diag(np.diag(cell))).max() > 1e-6 * np.abs(cell).max() or np.diag(cell).min() <= 0:
+        raise Failure(
+            f"{where}: the cell is not orthorhombic along the axes, which is not supported; --no-periodic omits it"
+        )
+    return np.stack([np.zeros(3), np.diag(cell)])
+
+
+def open_series(paths: list[Path], options: ImportOptions) -> list[Series]:
+    """One trajectory per file."""
+    from ase import io, units
+
+    def read(path: Path) -> Iterator[Frame]:
+        with reading(path):
+            images = iter(io.iread(str(path), index=":"))
+        for k in range(2**62):
+            where = f"{path}: frame {k}"
+            with reading(where):
+                if (atoms := next(images, None)) is None:
+                    return
+                arrays = {key: np.asarray(value) for key, value in atoms.arrays.items()}
+                position, momenta = arrays.pop("positions"), arrays.pop("momenta", None)
+                fields = {key: value for key, value in arrays.items() if value.dtype.kind in "biuf"}
+                frame = split_fields(fields, options, where, 3)
+                frame.position = position
+                if momenta is not None:
+                    frame.velocity = atoms.get_velocities() * units.fs
+                if "mass" not in frame.attributes and "masses" not in frame.attributes:
+                    frame.attributes["mass"] = atoms.get_masses()
+                some = [key for key in ("time", "Time") if key in atoms.info]
+                frame.time = float(atoms.info[some[0]]) if some else None
+                if atoms.pbc.any() and not atoms.pbc.all() and options.periodic is None:
+                    raise Failure(
+                        f"{where}: periodic in some directions only, which is not supported; use --no-periodic"
+                    )
+                frame.box = _box(np.asarray(atoms.cell), where, options) if atoms.pbc.all() else None
+            yield frame
+
+    result = []
+    for path in paths:
+        first = next(read(path), None)
+        if first is None:
+            raise Failure(f"{path}: holds no frame")
+        result.append(Series(path.name, lambda path=path: read(path), periodic=first.box is not None))  # type: ignore[misc]
+    return result
