@@ -20,7 +20,7 @@ class ImportOptions:
 
     format: str | None = None  # name of an importer; None: by content
     splits: tuple[float, float, float] = (0.8, 0.1, 0.1)  # shares of training, validation and test
-    stride: int = 1  # keep every so-manieth frame
+    stride: int = 1  # keep frames 0, stride, 2 stride, …
     dt: float | None = None  # time between frames of the source; None: as the source says
     scale: float = 1.0  # factor of lengths
     attributes: tuple[str, ...] | None = None  # names to keep; None: all
