@@ -14,7 +14,7 @@ ORDER = [*("errors", "utils", "config", "distributed", "data", "partition", "ops
 ORDER += ["planning", "viz", "commands", "launch", "cli", "__init__"]
 TOPS = ("dist_egnn", "partition", "recipes", "tools")
 FILES = {str(file.relative_to(ROOT)): file for top in TOPS for file in (ROOT / top).rglob("*.py")}
-RECIPE_LIBRARIES = {"numba", "pysplishsplash", "MDAnalysis", "MDAnalysisData", "MDAnalysisTests"}
+RECIPE_LIBRARIES = {"numba", "pysplishsplash", "MDAnalysisData", "MDAnalysisTests"}
 COLLECTIVES = ("dist_egnn/distributed/comm.py", "tools/emulated_hosts/sums.py")
 
 
