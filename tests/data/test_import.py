@@ -275,13 +275,16 @@ def test_command_to_rollout(tmp_path: Path) -> None:
     """The three commands of the README on imported data, and a second import over the first."""
     write_csv(tmp_path)
     command = [str(Path(sys.executable).with_name("distegnn"))]
-    model = ["data.radius=0.4", "data.horizon=1", "model.hidden=8", "model.layers=1", "train.epochs=2"]
+    text = (
+        "{path: store, radius: 0.4, horizon: 1}\nmodel: {hidden: 8, layers: 1}\ntrain: {epochs: 2}\nrun: {dir: run}\n"
+    )
+    (tmp_path / "my.yaml").write_text(f"data: {text}")
     for words in (
         ["import", "a.csv", "--out", "m.h5", "--split", "0.6,0.2,0.2"],
         ["import", "a.csv", "--out", "m.h5", "--split", "0.5,0.25,0.25"],
-        ["partition", "m.h5", "--parts", "2", "--out", "store", *model[:2]],
+        ["partition", "m.h5", "--parts", "2", "--out", "store", "--config", "my.yaml"],
         ["verify", "store"],
-        ["train", "data.path=store", "run.dir=run", *model],
+        ["train", "my.yaml"],
         ["rollout", "run", "--data", "m.h5", "--trajectory", "2", "--steps", "2", "--out", "o.vtkhdf"],
     ):
         done = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True, timeout=300)
