@@ -39,6 +39,7 @@ EXTRAS = {
     "tfn": "TFN and FastTFN: spherical harmonics and tensor products",
     "metis": "partitions by METIS whose parts follow weights",
     "viz": "pictures: report, render, plot.png of a sweep, the demo",
+    "import": "distegnn import: molecular dynamics, VTK, ASE's formats, Parquet",
     "pyvista": "drawing a rollout's file with VTK",
     "dev": "make test, make lint",
 }
