@@ -14,6 +14,7 @@ from ..distributed import spawn
 from ..errors import Failure
 from ..train import run_dir, trainer
 from ..utils.console import print_table
+from ..utils.filesystem import replace_file, sha256
 
 
 def run_evaluation(run: Path, split: str = "test") -> dict[str, float]:
@@ -28,12 +29,16 @@ def run_evaluation(run: Path, split: str = "test") -> dict[str, float]:
     except Failure as failure:  # no option sets the device: name the file that does
         raise Failure(f"{run / 'config.yaml'}: {failure}") from failure
     processes, timeout_s = dataset.process_count(config), config.train.timeout_s
-    errors = spawn.run_ranks(trainer.evaluate, processes, config, run / "best.pt", split, timeout_s=timeout_s)[0]
-    table = pd.DataFrame([{"split": split, "prediction": k, "mse": v} for k, v in errors.items()])
+    best = run / run_dir.BEST
+    weights = sha256(best) if best.is_file() else ""
+    errors = spawn.run_ranks(trainer.evaluate, processes, config, best, split, timeout_s=timeout_s)[0]
+    if sha256(best) != weights:
+        raise Failure(f"{best}: was replaced during the evaluation; evaluate again")
+    table = pd.DataFrame([{"split": split, "prediction": k, "mse": v, "weights": weights} for k, v in errors.items()])
     if (path := run / "evaluate.csv").is_file():
         table = pd.concat([pd.read_csv(path).query("split != @split"), table])
     try:
-        table.to_csv(path, index=False)
+        replace_file(path, table.to_csv(index=False).encode())
     except OSError as error:  # a read-only run can be evaluated all the same
         print(f"warning: {path}: not written ({error.strerror})", file=sys.stderr)
     return errors

@@ -23,7 +23,7 @@ from ..evaluate import rollout
 from ..evaluate.vtkhdf import Rollout
 from ..train import checkpoint, losses, run_dir, trainer
 from ..train.diagnostics import PHASES
-from ..utils.filesystem import lock_output, write_atomically
+from ..utils.filesystem import lock_output, sha256, write_atomically
 from . import plots
 
 STYLE = """
@@ -97,8 +97,12 @@ class Report:
         return table.assign(epoch=table["epoch"] + int(table["epoch"].min() == 0))  # older versions counted from 0
 
     def scores(self) -> dict[str, dict[str, float]]:
-        """evaluate.csv: split → prediction → MSE."""
+        """evaluate.csv: split → prediction → MSE, where it belongs to the present best.pt. Raises Failure if none does."""
         table = self.read("evaluate.csv", {"split", "prediction", "mse"}, f"written by: distegnn evaluate {self.run}")
+        if (best := self.run / run_dir.BEST).is_file():
+            table = table[table.get("weights", table["split"]) == sha256(best)]
+            if not len(table):
+                raise Failure(f"evaluate.csv is of other weights than best.pt; run: distegnn evaluate {self.run}")
         return {
             str(split): dict(rows[["prediction", "mse"]].values) for split, rows in table.groupby("split", sort=False)
         }

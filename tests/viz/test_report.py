@@ -131,6 +131,14 @@ def test_a_missing_file_is_one_line(copy, name, capsys):
         assert f"  left out: {title}: " in printed
 
 
+def test_errors_of_other_weights_are_not_shown(copy):
+    shown = sections(copy)["Errors"]
+    best = checkpoint.load(copy / "best.pt")
+    checkpoint.save(copy / "best.pt", {"model": best["model"], "config": best["config"]})
+    assert "Left out: " not in shown
+    assert "Left out: evaluate.csv is of other weights than best.pt" in sections(copy)["Errors"]
+
+
 def test_older_and_damaged_files(copy):
     report = html_report.Report(copy, config.load(copy / "config.yaml"), None)
     table = pd.read_csv(copy / "metrics.csv")
