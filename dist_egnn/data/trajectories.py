@@ -16,6 +16,7 @@ import numpy as np
 from ..errors import Failure
 from ..utils import hdf5
 from ..utils.filesystem import DeferredErrorFile, lock_output
+from . import checks
 
 FORMAT, VERSION = "dist_egnn.trajectories", 1
 SPLITS = ("train", "valid", "test")
@@ -35,7 +36,10 @@ class Writer:
         """meta: provenance (command, seed, versions, …), stored as JSON in an attribute of the file."""
         self.path = Path(path)
         self.partial = self.path.with_name(self.path.name + ".partial")
-        self.meta = dict(meta)
+        try:
+            self.meta = json.loads(json.dumps(meta, default=_plain, sort_keys=True))
+        except (TypeError, ValueError) as error:
+            raise Failure(f"{path}: meta cannot be stored as JSON ({error}); pass text and numbers") from error
 
     def __enter__(self) -> Writer:
         with ExitStack() as stack:
@@ -104,11 +108,18 @@ class Writer:
         where = f"{self.path}: trajectory {name}"
         if split not in SPLITS:
             raise Failure(f"{where}: split '{split}' is none of {', '.join(SPLITS)}")
+        about = {
+            "split": str(split),
+            "dt": checks.time_step(dt, where),
+            "source": str(source),
+            "periodic": bool(periodic),
+        }
+        if box is not None:
+            checks.check_box(box := checks.numbers(box, f"{where}: box", (2, 3)), where)
         if periodic and box is None:
             raise Failure(f"{where}: periodic, but there is no box; pass box=")
-        properties = {"split": split, "dt": float(dt), "source": source, "periodic": bool(periodic)}
         group = self.group.create_group(name)
-        group.attrs.update(properties)
+        group.attrs.update(about)
         if gravity is not None:
             group.attrs["gravity"] = np.array(gravity, np.float64).reshape(3)
         constant = {f"attributes/{key}": value for key, value in (attributes or {}).items()}
@@ -145,6 +156,16 @@ class Writer:
             Trajectories(self.partial).close()
         except Failure as failure:
             raise Failure(str(failure).replace(str(self.partial), str(self.path))) from failure
+
+
+def _plain(value: Any) -> Any:
+    """A value of meta that JSON does not know, as one that it knows: NumPy's numbers and arrays, paths."""
+    return value.tolist() if isinstance(value, np.generic | np.ndarray) else os.fspath(value)
+
+
+def _text(value: Any) -> str:
+    """A text attribute, which programs in C write as bytes."""
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
 CHUNK = 4  # frames; chunks of one axis compress a third better than whole frames, and differences need two frames
@@ -202,6 +223,8 @@ class FrameWriter:
             else:
                 self.group[key].resize(self.frames + frames, 0)
                 self.group[key][self.frames :] = value
+        if frames:
+            checks.check_digits(position[0], f"{self.where}, frame {self.frames}: position")
         for key, array in self.constant.items() if first else ():
             shape = (nodes, None) if np.ndim(array) == 2 else (nodes,)
             self.group.create_dataset(key, data=self._checked(key, array, (2, 3) if key == "box" else shape))
@@ -216,16 +239,9 @@ class FrameWriter:
 
     def _checked(self, key: str, array: Any, shape: tuple[int | None, ...]) -> np.ndarray:
         """The array as float32. Raises Failure for another shape (None: any length) and values that are not finite."""
-        slash, name = key.partition("/")[1:]
-        if slash and (name in ("", ".") or "/" in name):
-            raise Failure(f"{self.where}: attribute '{name}': a name is not empty and has no '/'; rename it")
-        value = np.asarray(array, dtype=np.float32)
-        if value.ndim != len(shape) or any(s not in (None, n) for s, n in zip(shape, value.shape, strict=True)):
-            expected = str(shape).replace("None", "k")
-            raise Failure(f"{self.where}: {key} has shape {value.shape}, expected {expected}")
-        if not np.isfinite(value).all():
-            raise Failure(f"{self.where}: {key} holds NaN or infinite values")
-        return value
+        if key not in ("position", "velocity", "box"):
+            checks.check_name(key.removeprefix("attributes/"), self.where)
+        return checks.numbers(array, f"{self.where}: {key}", shape)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         complete = False
@@ -343,25 +359,37 @@ class Trajectories(Sequence[Trajectory]):
             self.file = hdf5.open_file(self.path)
         except OSError as error:
             raise Failure(f"{path}: not a readable HDF5 file ({error}); fetch or prepare it again") from error
-        if self.file.attrs.get("format") != FORMAT:
+        if _text(self.file.attrs.get("format")) != FORMAT:
             raise Failure(f"{path}: not a trajectories file (attribute format is not '{FORMAT}'); see docs/formats.md")
         if (version := self.file.attrs.get("version")) != VERSION:
             raise Failure(f"{path}: format version {version}, this program reads {VERSION}; prepare it again")
         try:
-            self.meta: dict[str, Any] = json.loads(self.file.attrs["meta"])
+            self.meta: dict[str, Any] = json.loads(_text(self.file.attrs["meta"]))
         except (KeyError, TypeError, ValueError) as error:
             raise Failure(f"{path}: attribute 'meta' is missing or not JSON; prepare it again") from error
-        self._all = [self._describe(name) for name in sorted(self.file.get("trajectories", {}))]
+        names = sorted(self.file.get("trajectories", {}), key=lambda name: (name.isdecimal() and int(name), name))
+        self._all = [self._describe(name) for name in names]
         if not self._all:
             raise Failure(f"{path}: holds no trajectory; prepare it again")
+        for k, trajectory in enumerate(self._all):
+            if trajectory.velocity != self._all[0].velocity:
+                stores, lacks = (k, 0) if trajectory.velocity else (0, k)
+                which = f"trajectory {stores} stores velocities, trajectory {lacks} does not"
+                raise Failure(f"{path}: {which}; store them in all, or in none")
 
     def _describe(self, name: str) -> Trajectory:
-        group, where = self.file["trajectories"][name], f"{self.path}: trajectory {name}"
+        where = f"{self.path}: trajectory {name}"
+        group = self.file["trajectories"].get(name)
+        if not isinstance(group, h5py.Group):
+            raise Failure(f"{where}: no group, or a link to what does not exist; write it into the file itself")
+        for key in ("position", "velocity", "box", *(f"attributes/{key}" for key in group.get("attributes", {}))):
+            if key in group and getattr(getattr(group[key], "dtype", None), "kind", "") not in "fiub":
+                raise Failure(f"{where}: dataset '{key}' does not hold real numbers; prepare it again")
         if "position" not in group or group["position"].ndim != 3 or group["position"].shape[2] != 3:
             raise Failure(f"{where}: dataset 'position' (T, N, 3) is missing or has a wrong shape; prepare it again")
         attrs = group.attrs
         missing = {"split", "dt", "source", "periodic"} - set(attrs)
-        if missing or attrs["split"] not in SPLITS:
+        if missing or _text(attrs["split"]) not in SPLITS:
             raise Failure(f"{where}: attribute {sorted(missing) or 'split'} is missing or wrong; prepare it again")
         frames, nodes, _ = group["position"].shape
         if not frames * nodes:
@@ -371,14 +399,18 @@ class Trajectories(Sequence[Trajectory]):
             if key in group and (actual := getattr(group[key], "shape", None)) != shape:
                 raise Failure(f"{where}: dataset '{key}' has shape {actual}, expected {shape}; prepare it again")
         properties = (
-            float(attrs["dt"]),
-            str(attrs["source"]),
+            checks.time_step(attrs["dt"], where),
+            _text(attrs["source"]),
             "velocity" in group,
             tuple(widths),
             bool(attrs["periodic"]),
         )
+        for key in widths:
+            checks.check_name(key, where)
+        if "box" in group:
+            checks.check_box(group["box"][()], where)
         gravity = tuple(map(float, attrs["gravity"])) if "gravity" in attrs else None
-        return Trajectory(name, attrs["split"], frames, nodes, *properties, widths, varying, gravity)
+        return Trajectory(name, _text(attrs["split"]), frames, nodes, *properties, widths, varying, gravity)
 
     def __len__(self) -> int:
         return len(self._all)
@@ -388,7 +420,8 @@ class Trajectories(Sequence[Trajectory]):
 
     def _read(self, k: int, key: str, frame: int | None = None) -> np.ndarray:
         try:
-            return self.file["trajectories"][self._all[k].name][key][() if frame is None else frame]
+            value = self.file["trajectories"][self._all[k].name][key][() if frame is None else frame]
+            return np.asarray(value, dtype=np.float32)  # other programs store other types
         except (OSError, KeyError) as error:
             where = f"{self.path}: trajectory {k}: '{key}'"
             raise hdf5.read_failure(where, error, "the file is damaged, prepare it again") from error

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import config as configs
+from ..data import checks
 from ..data.dataset import sample_spec
 from ..data.fixed_nodes import fixed_nodes
 from ..data.samples import build_sample, feature_columns
@@ -84,6 +85,7 @@ class Predictor:
         box: low and high corner (2, 3) of periodic data. Raises Failure for wrong shapes and names, NaN and infinity.
         """
         x = _numbers(positions, "positions", (None, 3))
+        checks.check_digits(x, "positions")
         v = _numbers(velocities, "velocities", (len(x), 3)) * np.float32(self.spec.velocity_scale)
         features = {} if features is None else features
         if node_attributes is None:
@@ -91,7 +93,10 @@ class Predictor:
         f = _columns("features", features, self.features, self.width, v, self.spec.velocity_scale)
         a = _columns("node_attributes", node_attributes, self.node_attributes, self.attribute_width, v)
         fixed = self._fixed(features, node_attributes, len(x))
-        side = None if box is None else box_sides(_numbers(box, "box", (2, 3)))
+        side = None
+        if box is not None:
+            checks.check_box(corners := _numbers(box, "box", (2, 3)), "box")
+            side = box_sides(corners)
         with torch.no_grad():
             predicted, z = self.model(build_sample({"x": x, "v": v, "f": f, "a": a}, self.spec, side))
         predicted = torch.where(fixed.to(predicted.device), torch.from_numpy(x).to(predicted), predicted)
@@ -148,15 +153,7 @@ def _numbers(value: Any, what: str, shape: tuple[int | None, ...]) -> np.ndarray
     """A float32 copy. Raises Failure for another shape (None: any length), no numbers, NaN and infinite values."""
     if isinstance(value, Tensor):
         value = value.detach().to("cpu", torch.float64).numpy()
-    try:
-        with np.errstate(over="ignore"):
-            array = np.array(value, dtype=np.float32)
-    except (TypeError, ValueError) as error:
-        raise Failure(f"{what}: not an array of numbers ({error})") from error
-    if array.ndim != len(shape) or any(s not in (None, t) for s, t in zip(shape, array.shape, strict=True)):
-        raise Failure(f"{what}: shape {array.shape}, expected {str(shape).replace('None', 'N')}")
+    array = checks.numbers(value, what, shape, "N")
     if not len(array):
         raise Failure(f"{what}: no node")
-    if not np.isfinite(array).all():
-        raise Failure(f"{what}: NaN or infinite at row {int(np.argwhere(~np.isfinite(array))[0][0])}")
     return array

@@ -5,6 +5,7 @@ The estimate (`memory.step_bytes`) was fitted to measurements in docs/scaling.md
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from ..utils import memory
@@ -28,7 +29,8 @@ def training_bytes(config: Config, nodes: float, edges: float, halo: float = 0.0
 
 def check_training(config: Config, parts: int) -> None:
     """Raise Failure if a training process on one of so many parts needs more memory than is free."""
-    from ..data import dataset, store, store_inputs
+    from ..data import checks, dataset, store, store_inputs
+    from ..data.trajectories import Trajectories
     from .trainer import resolve_device
 
     device, path = str(resolve_device(config)), config.data.path
@@ -41,6 +43,9 @@ def check_training(config: Config, parts: int) -> None:
         largest = table[table["snapshot"].isin(opened.split("train"))].groupby("part")[["nodes", "edges"]].max()
         sizes = largest.assign(halo=table["halo"].max()).to_numpy(float).tolist()
     else:
+        if parts == 1:  # else the partition checks it
+            for line in checks.check_content(Trajectories(path))[1]:
+                print(f"warning: {line}", file=sys.stderr)
         sizes = _estimated_sizes(config, parts)
     needed = max((training_bytes(config, n, e, halo, device) for n, e, halo in sizes), default=0.0)
     remedy = "raise partition.parts, or lower model.hidden, model.layers or train.batch_size, or set train.kept"

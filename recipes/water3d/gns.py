@@ -23,10 +23,12 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from dist_egnn.data.trajectories import SPLITS
+from dist_egnn.data.trajectories import SPLITS, box_sides, unwrap
 from dist_egnn.errors import Failure
 from dist_egnn.utils import hdf5, progress
 
+# keys of LagrangeBench, which GNS lacks: by axis, and time steps from frame to frame
+PERIODIC, EVERY = "periodic_boundary_conditions", "write_every"
 URL = "https://storage.googleapis.com/learning-to-simulate-complex-physics/Datasets/Water-3D"
 # the part of tf.train.SequenceExample that GNS uses, message → (field, number, repeated, type); maps as repeated entries
 MESSAGES = {
@@ -68,13 +70,18 @@ class Trajectories:
         kind, position = (
             from_group(location) if location.group else from_record(location, self.metadata["sequence_length"] + 1)
         )
+        box, periodic = np.array(self.metadata["bounds"]).T, all(self.metadata.get(PERIODIC, [False]))
+        if periodic:
+            position = np.array(position)
+            unwrap(position, box_sides(box))
         yield {
             "position": position,
             "split": location.split,
-            "dt": self.metadata["dt"],
+            "dt": self.metadata["dt"] * self.metadata.get(EVERY, 1),
+            "periodic": periodic,
             "source": f"GNS Water-3D, {location.split}, trajectory {location.number}",
             "attributes": {"type": kind},
-            "box": np.array(self.metadata["bounds"]).T,
+            "box": box,
         }
 
 
@@ -128,7 +135,11 @@ def read_metadata(path: Path, keys: Mapping[str, str]) -> dict[str, Any]:
         raise Failure(
             f"{path}: key 'bounds' has shape {np.shape(content['bounds'])}, expected (3, 2); only 3-D datasets are supported"
         )
-    return {key: content[key] for key in keys}
+    if len(set(content.get(PERIODIC, [False]))) != 1:
+        raise Failure(
+            f"{path}: key '{PERIODIC}' differs between axes; only boxes that are periodic on all are supported"
+        )
+    return {key: content[key] for key in (*keys, PERIODIC, EVERY) if key in content}
 
 
 def masked_crc(data: bytes) -> bytes:
