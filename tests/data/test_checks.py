@@ -96,9 +96,14 @@ def test_the_reader_refuses_what_the_writer_does(tmp_path: Path, change: Any, me
 
 def test_velocities_in_all_trajectories_or_none(tmp_path: Path) -> None:
     match = r"a\.h5: trajectory 0 stores velocities, trajectory 1 does not"
-    with pytest.raises(Failure, match=match), Writer(tmp_path / "a.h5", {}) as out:
-        for velocity in (X, None):
-            out.add(X, split="train", dt=1.0, source="test", velocity=velocity)
+
+    def mixed() -> None:
+        with Writer(tmp_path / "a.h5", {}) as out:
+            for velocity in (X, None):
+                out.add(X, split="train", dt=1.0, source="test", velocity=velocity)
+
+    with pytest.raises(Failure, match=match):
+        mixed()
 
 
 def test_doubtful_motion_and_units(tmp_path: Path) -> None:
