@@ -77,6 +77,7 @@ def md(folder: Path, frames: np.ndarray, boxes: np.ndarray | None = None) -> tup
     """A PDB and a DCD of alanines (N, CA, C, O; no charges) at frames (T, 4M, 3), as options."""
     import MDAnalysis
 
+    folder.mkdir(exist_ok=True)
     n = frames.shape[1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -132,15 +133,6 @@ def test_the_file_equals_what_mdanalysis_reads(tiny):
     assert 5e4 < len(radius_edges(data.position(0, 0), 10.0)[0]) < 6e4  # the benchmark's mean is 55,107
 
 
-def test_the_config_trains(tiny, tmp_path):
-    command = [sys.executable, "-m", "dist_egnn.cli", "train", str(RECIPE / "config.yaml"), f"data.path={tiny}"]
-    small = ["train.epochs=2", "model.hidden=4", "model.layers=1", f"run.dir={tmp_path / 'run'}"]
-    process = subprocess.run([*command, *small], capture_output=True, text=True, timeout=600, check=False)
-    assert process.returncode == 0, process.stderr
-    assert len((tmp_path / "run" / "metrics.csv").read_text().splitlines()) == 3
-    assert (tmp_path / "run" / "best.pt").is_file()
-
-
 def test_run_py_prints_a_table(tiny, check_run_py):
     check_run_py(RECIPE, f"data.path={tiny}")
 
@@ -181,7 +173,6 @@ def remote(tmp_path, monkeypatch) -> Callable[[str], None]:
     """A local substitute for the benchmark's server: 4,187 frames of 8 atoms. remote("off" | "cut" | "on")."""
     from MDAnalysisData import adk_equilibrium, base
 
-    (tmp_path / "server").mkdir()
     *_, trajectory = md(tmp_path / "server", walk(4187, 8))
     files = {"topology": tmp_path / "server" / "few.pdb", "trajectory": Path(trajectory)}
     archive = {
@@ -261,65 +252,49 @@ def test_a_periodic_box_is_kept_and_its_pairs_counted(tmp_path, call):
     np.testing.assert_allclose(left.position(0, 11), np.mod(true[11], SIDE), atol=1e-4)
 
 
-def test_unsupported_boxes(tmp_path, call):
-    growing = boxes(30)
-    growing[:, 1] *= np.linspace(1, 1.002, 30)
-    vanishing = boxes(30)
-    vanishing[20:] = 0
-    cases = {
-        r"frame 1\d: its box is 20 x 20.02\d* x 20, that of frame 0 is 20 x 20 x 20": growing,
-        r"frame 20: its box is none, that of frame 0 is 20 x 20 x 20": vanishing,
-        r"frame 0: its box has angles 90, 90, 60, but only orthorhombic": boxes(30, SIDE, SIDE, SIDE, 90, 90, 60),
-    }
-    for message, box in cases.items():
-        options = md(tmp_path, walk(30), box)
-        # one worker, so that the first such frame is reported
-        result = call("--out", tmp_path / "x.h5", *options, "--horizon", 3, "--workers", 1)
-        assert (result.code, result.err.count("error: "), result.err.count("Traceback")) == (2, 1, 0)
-        assert re.search(rf"few\.dcd: {message}.*--no-box$", result.err), result.err
-        assert not (tmp_path / "x.h5").exists()
-        shutil.rmtree(tmp_path / "x.h5.parts", ignore_errors=True)
-
-
 def test_invalid_input_gives_one_line(tmp_path, call):
     options = md(tmp_path, walk(30))
-    (tmp_path / "other").mkdir()
     *_, other = md(tmp_path / "other", walk(30, 48))
-    (tmp_path / "burst").mkdir()
     burst = walk(30)
     burst[17, 3, 1] = np.nan
+    growing, vanishing, skew = boxes(30), boxes(30), boxes(30, SIDE, SIDE, SIDE, 90, 90, 60)
+    growing[:, 1] *= np.linspace(1, 1.002, 30)
+    vanishing[20:] = 0
+    one = ("--horizon", 3, "--workers", 1)  # one worker, so that the first such frame is reported
     (tmp_path / "text.psf").write_text("no topology\n")
     atom = "C 0.0 0.0 0.0\n"
     (tmp_path / "jump.xyz").write_text("".join(f"{n}\n\n{atom * n}" for n in (4,) * 12 + (3,) + (4,) * 17))
     jump, own = ("--topology", tmp_path / "jump.xyz"), options[:2]
     mistakes: dict[tuple, str] = {
-        ("--topology", "absent.psf"): "absent.psf: no such file",
-        (*own, "--trajectory", "absent.dcd"): "absent.dcd: no such file",
+        ("--topology", "absent.psf"): r"absent\.psf: no such file",
+        (*own, "--trajectory", "absent.dcd"): r"absent\.dcd: no such file",
         ("--trajectory", "absent.dcd"): "--trajectory: also needs --topology",
         (*own, "--source", "adk-dims"): "--source and --topology: give only one of them",
-        ("--topology", tmp_path / "text.psf"): "text.psf: MDAnalysis cannot read this as one system: ",
+        ("--topology", tmp_path / "text.psf"): r"text\.psf: MDAnalysis cannot read this as one system: ",
         (*own, "--trajectory", other): "MDAnalysis cannot read this as one system: ",
         (*options, "--select", "resname HOH"): "--select 'resname HOH': no atom of",
         (*options, "--select", "name CA and"): "--select 'name CA and': ",
         (*jump, "--select", "charge < 0"): "cannot be applied to ",
-        (*jump, "--select", "all", "--horizon", 3): " cannot be read (",  # which frame depends on the workers
+        (*jump, "--select", "all", "--horizon", 3): r" cannot be read \(",  # which frame depends on the workers
         (*options, "--horizon", 28): "30 frames leave a split without inputs if targets are 28 frames ahead",
         (*options, "--horizon", 40): "30 frames leave a split without inputs if targets are 40 frames ahead",
         (*options, "--horizon", 0): "--horizon 0: must be at least 1",
         (*options, "--splits", 1, 0, 1): "--splits 1 0 1: three numbers above 0",
         (*options, "--splits", 1, 1): "expected 3 arguments; see --help",
-        md(tmp_path / "burst", burst): "few.dcd: frame 17: a position is NaN or infinite",
+        md(tmp_path / "burst", burst): r"few\.dcd: frame 17: a position is NaN or infinite",
+        (*md(tmp_path / "growing", walk(30), growing), *one): r"few\.dcd: frame 1\d: its box is 20 x 20\.02\d* x 20, .*"
+        r" 20 x 20 x 20.*--no-box$",
+        (*md(tmp_path / "vanishing", walk(30), vanishing), *one): r"few\.dcd: frame 20: its box is none, .*--no-box$",
+        (*md(tmp_path / "skew", walk(30), skew), *one): r"few\.dcd: frame 0: .* angles 90, 90, 60, .*--no-box$",
         ("--source", "adk"): "invalid choice: 'adk'",
     }
-    for options, message in mistakes.items():
-        result = call("--out", tmp_path / "x.h5", *options)
+    for arguments, message in mistakes.items():
+        code, _, err = call("--out", tmp_path / "x.h5", *arguments)
         # a slow machine may have printed progress first
-        assert (result.code, result.err.count("error: "), result.err.count("Traceback")) == (2, 1, 0), (
-            options,
-            result.err,
-        )
-        assert result.err.splitlines()[-1].startswith("error: ")
-        assert message in result.err, (options, result.err)
+        assert (code, err.count("error: "), err.count("Traceback")) == (2, 1, 0), (arguments, err)
+        last = err.splitlines()[-1]
+        assert last.startswith("error: ")
+        assert re.search(message, last), (arguments, err)
         assert not (tmp_path / "x.h5").exists()
         shutil.rmtree(tmp_path / "x.h5.parts", ignore_errors=True)
 
