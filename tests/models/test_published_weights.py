@@ -120,15 +120,6 @@ def test_outputs_are_those_of_the_published_weights(options):
             assert np.abs(result - wanted).max() / np.abs(wanted - start).max() < 1e-12
 
 
-def test_weights_without_effect_on_the_outputs_are_kept():
-    """φ_h and φ_s of the last layer."""
-    state = published()
-    for number, layer in enumerate(FastEGNN.from_published(state).layers):
-        for key, network in (("node_mlp", layer.phi_h), ("node_mlp_virtual", layer.virtual.phi_s)):
-            for name, value in network.state_dict().items():
-                assert torch.equal(value, state[f"gcl_{number}.{key}.{name}"])
-
-
 WRONG: list[tuple[str | dict[str, Any], str]] = [  # a prefix of keys to remove, or values to set; the message
     ("gcl_1.node_mlp.2.bias", r"'gcl_1\.node_mlp\.2\.bias' is missing"),
     ("gcl_2.att_mlp_virtual", r"'gcl_2\.att_mlp_virtual\.0\.weight' is missing"),
@@ -221,28 +212,23 @@ def test_code_in_a_file_is_not_run(tmp_path):
     assert trace.exists()
 
 
-def test_an_old_torch_reads_no_file(tmp_path, monkeypatch):
-    torch.save(published(), tmp_path / "a.pt")
-    published_weights.read_state_dict(tmp_path / "a.pt")
-    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
-    refused(tmp_path / "a.pt", r"torch 2\.9\.1\+cpu.*install torch 2\.10")
-
-
-def test_other_and_damaged_files_are_refused(tmp_path):
-    torch.save(published(), tmp_path / "half.pt")
-    (tmp_path / "half.pt").write_bytes((tmp_path / "half.pt").read_bytes()[:2000])
+def test_other_and_damaged_files_are_refused(tmp_path, monkeypatch):
+    torch.save(published(), tmp_path / "whole.pt")
+    (tmp_path / "half.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[:2000])
     (tmp_path / "text.pt").write_text("weights\n")
     with zipfile.ZipFile(tmp_path / "other.pt", "w") as file:
         file.writestr("readme", "weights")
     torch.save({"loss": 3.0, "w": torch.zeros(2)}, tmp_path / "foreign.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     torch.save({"model": published(), "ema": published()}, tmp_path / "both.pt")
-    for name in ("half", "text", "other"):
-        refused(tmp_path / f"{name}.pt", "damaged")
-    for name in ("foreign", "list"):
-        refused(tmp_path / f"{name}.pt", "'virtual_node_feat'")
-    refused(tmp_path / "both.pt", "2 state dicts, model and ema")
-    refused(tmp_path / "absent.pt", "no such file")
+    messages = dict.fromkeys(("half", "text", "other"), "damaged")
+    messages |= dict.fromkeys(("foreign", "list"), "'virtual_node_feat'")
+    messages |= {"both": "2 state dicts, model and ema", "absent": "no such file"}
+    for name, message in messages.items():
+        refused(tmp_path / f"{name}.pt", message)
+    published_weights.read_state_dict(tmp_path / "whole.pt")
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    refused(tmp_path / "whole.pt", r"torch 2\.9\.1\+cpu.*install torch 2\.10")
 
 
 def import_config(folder: Path, *overrides: str) -> Any:
@@ -260,14 +246,14 @@ def test_an_imported_run_predicts_as_the_published_weights(tmp_path, small, caps
     errors = [(expected_outputs(graph, node=1)[0] - graph.ndata["y"].numpy()) ** 2 for graph in graphs]
     result = run_evaluation(tmp_path / "run")
     assert result["FastEGNN"] == pytest.approx(float(np.concatenate(errors).mean()), rel=1e-4)
-    assert dist_egnn.load(tmp_path / "run").features == ["speed", "viscosity/max"]
-
-
-def test_an_imported_run_is_not_overwritten(tmp_path):
-    torch.save(published(node=0), tmp_path / "a.pth")
-    run_import(tmp_path / "a.pth", import_config(tmp_path / "run"))
+    loaded = dist_egnn.load(tmp_path / "run")
+    assert loaded.features == ["speed", "viscosity/max"]
+    for number, layer in enumerate(loaded.model.layers):  # those of the last layer have no effect on the outputs
+        for key, network in (("node_mlp", layer.phi_h), ("node_mlp_virtual", layer.virtual.phi_s)):
+            for name, value in network.state_dict().items():
+                assert torch.equal(value, state[f"gcl_{number}.{key}.{name}"])
     with pytest.raises(Failure, match="holds a run already"):
-        run_import(tmp_path / "a.pth", import_config(tmp_path / "run"))
+        run_import(tmp_path / "a.pth", import_config(tmp_path / "run", *data))
 
 
 @pytest.mark.parametrize(

@@ -33,12 +33,9 @@ def test_records_of_the_authors_are_read(tmp_path, authors):
         np.testing.assert_array_equal(group["attributes/viscosity"], np.full(64, 0.01, np.float32))
         np.testing.assert_array_equal(group["box"], BOX)
         assert (group.attrs["split"], group.attrs["dt"]) == ("train", 0.02)
-
-
-def test_frames_rounding_and_velocities_of_records(tmp_path, authors):
-    out, position = tmp_path / "x.h5", block(4)[0]
-    assert run("--from-records", authors, "--out", out, "--frames", 5, "--quantum", 0.125, "--no-velocity") == 0
-    with h5py.File(out) as file:
+    options = ("--out", tmp_path / "y.h5", "--frames", 5, "--quantum", 0.125, "--no-velocity")
+    assert run("--from-records", authors, *options) == 0
+    with h5py.File(tmp_path / "y.h5") as file:
         group = file["trajectories/000000"]
         np.testing.assert_array_equal(group["position"], np.rint(position[:5] * 8) / 8)
         assert "velocity" not in group
@@ -64,11 +61,8 @@ def test_written_records_have_the_published_layout(tmp_path):
         for j, frame in enumerate(frames):
             walls = {"box", "box_normals"} if j == 0 else set()
             assert set(frame) == {"frame_id", "scene_id", "pos", "vel", "m", "viscosity"} | walls
-            assert (plain(frame["frame_id"]), plain(frame["frame_id"]).dtype, frame["scene_id"]) == (
-                t,
-                "<i8",
-                "sim_0003",
-            )
+            number = plain(frame["frame_id"])
+            assert (number, number.dtype, frame["scene_id"]) == (t, "<i8", "sim_0003")
             for key, expected in {"pos": position[t], "vel": velocity[t], "m": mass, "viscosity": viscosity}.items():
                 assert frame[key][b"type"] == "<f4"
                 np.testing.assert_array_equal(plain(frame[key]), expected)
@@ -90,9 +84,8 @@ def test_docs_describe_the_layout(tmp_path):
     documented = {
         key: (kind, tuple(re.findall(r"\w+", shape)), "first frame" in meaning) for key, kind, shape, meaning in rows
     }
-    position, velocity = block(4)
     mass = np.full(64, MASS, np.float32)
-    records.write(tmp_path, 3, records.Record(position, velocity, mass, mass, BOX, 0.01), RADIUS)
+    records.write(tmp_path, 3, records.Record(*block(4), mass, mass, BOX, 0.01), RADIUS)
     path = tmp_path / "sim_0003_00.msgpack.zst"
     first, second = msgpack.unpackb(zstandard.decompress(path.read_bytes()), raw=False)
     written = {}
@@ -116,17 +109,18 @@ def test_round_trip_of_a_scaled_scene(tmp_path):
         np.testing.assert_array_equal(getattr(result, name), value, err_msg=name)
 
 
-def rewrite(path: Path, change) -> None:
-    frames = msgpack.unpackb(zstandard.decompress(path.read_bytes()), raw=False)
-    pack(path, change(frames))
+def rewrite(change):
+    """Damage that changes each frame of a file."""
 
+    def damage(path: Path) -> None:
+        frames = msgpack.unpackb(zstandard.decompress(path.read_bytes()), raw=False)
+        pack(path, [change(frame) for frame in frames])
 
-def without(key: str):
-    return lambda frames: [{k: v for k, v in frame.items() if k != key} for frame in frames]
+    return damage
 
 
 def replaced(key: str, value: object):
-    return lambda frames: [frame | {key: value} for frame in frames]
+    return rewrite(lambda frame: frame | {key: value})
 
 
 class Bomb:
@@ -146,30 +140,17 @@ DAMAGE = {
     "no list": (lambda path: pack(path, {"pos": 1}), "holds no list of frames"),
     "no frames": (lambda path: pack(path, []), "holds no list of frames"),
     "no maps": (lambda path: pack(path, [1]), "frame 0: is not a map"),
-    "a wrong shape": (
-        lambda path: rewrite(path, replaced("pos", raw(np.zeros((4, 3))) | {b"shape": [9, 3]})),
-        "no readable msgpack inside",
-    ),
-    "pickles": (lambda path: rewrite(path, replaced("pos", OBJECTS)), "an array of Python objects"),
-    "fewer particles": (
-        lambda path: rewrite(path, replaced("pos", raw(np.zeros((4, 3))))),
-        "key 'pos' has shape (4, 3), expected floats (64, 3)",
-    ),
-    "integers": (
-        lambda path: rewrite(path, replaced("vel", raw(np.zeros((64, 3), int)))),
-        "key 'vel' has shape (64, 3), expected floats (64, 3)",
-    ),
-    "text": (lambda path: rewrite(path, replaced("m", "heavy")), "key 'm' has shape (), expected floats (64)"),
-    "no walls": (
-        lambda path: rewrite(path, replaced("box", raw(np.zeros((0, 3))))),
-        "key 'box' has shape (0, 3), expected floats (M, 3)",
-    ),
-    "another time": (lambda path: rewrite(path, replaced("frame_id", 3)), "key 'frame_id' is 3, expected 9"),
-    **{
-        f"no {key}": (lambda path, key=key: rewrite(path, without(key)), f"frame 0: key '{key}' is missing")
-        for key in ("pos", "vel", "m", "viscosity", "frame_id", "scene_id", "box", "box_normals")
-    },
+    "a wrong shape": (replaced("pos", raw(np.zeros((4, 3))) | {b"shape": [9, 3]}), "no readable msgpack inside"),
+    "pickles": (replaced("pos", OBJECTS), "an array of Python objects"),
+    "fewer particles": (replaced("pos", raw(np.zeros((4, 3)))), "key 'pos' has shape (4, 3), expected floats (64, 3)"),
+    "integers": (replaced("vel", raw(np.zeros((64, 3), int))), "key 'vel' has shape (64, 3), expected floats (64, 3)"),
+    "text": (replaced("m", "heavy"), "key 'm' has shape (), expected floats (64)"),
+    "no walls": (replaced("box", raw(np.zeros((0, 3)))), "key 'box' has shape (0, 3), expected floats (M, 3)"),
+    "another time": (replaced("frame_id", 3), "key 'frame_id' is 3, expected 9"),
 }
+for key in ("pos", "vel", "m", "viscosity", "frame_id", "scene_id", "box", "box_normals"):
+    without = rewrite(lambda frame, key=key: {k: v for k, v in frame.items() if k != key})
+    DAMAGE[f"no {key}"] = (without, f"frame 0: key '{key}' is missing")
 
 
 @pytest.mark.parametrize("kind", DAMAGE)

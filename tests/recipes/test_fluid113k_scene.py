@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import importlib.util
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -135,9 +136,7 @@ def test_no_simulation_starts_without_room_for_its_frames(tmp_path, engine, monk
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5))
     assert run("--out", tmp_path / "x.h5", *SMALL, "--workers", 1) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    numbers = (
-        16 * prepare.draw(0, 0, 1000).position.size
-    )  # of positions; as many velocities; both once more in the piece
+    numbers = 16 * prepare.draw(0, 0, 1000).position.size  # of positions; as many velocities; both again in the part
     says = f"needs {4 * 4 * numbers / 1e6:.2f} MB or more, 0.10 MB are free"
     assert line.startswith(f"error: {tmp_path / 'x.h5.parts' / '000000.engine'}: disk full: {says}"), line
 
@@ -164,38 +163,37 @@ def test_finished_legs_are_kept_when_one_fails(tmp_path, engine, capsys, monkeyp
     calls = tmp_path / "b.h5.parts" / "000000.engine" / "calls"
     assert calls.read_text() == "8 8 "
     calls.with_name("frames").write_text("16")  # left by a leg that was killed at its end
-    engine(
-        LEGS
-        + "leg(0)\nassert open(folder + '/calls').read() == '8 8 8 '\nassert open(folder + '/frames').read() == '8'"
-    )
+    engine(LEGS + "leg(0)\nassert [open(folder + name).read() for name in ('/calls', '/frames')] == ['8 8 8 ', '8']")
     assert run(*one) == 0
     assert not (tmp_path / "b.h5.parts").exists()
 
 
-@pytest.mark.parametrize(("options", "threads"), [((), "1"), (("--threads", 3), "3")])
-def test_threads_of_a_simulation(tmp_path, engine, options, threads):
-    engine(f"assert os.environ['OMP_NUM_THREADS'] == {threads!r}")
-    assert run("--out", tmp_path / "x.h5", *SMALL, *options) == 0
-
-
-def test_an_engine_without_new_frames_is_a_failure(tmp_path, engine, capsys):
-    engine("sys.exit(0)")
-    assert run("--out", tmp_path / "b.h5", *SMALL) == 2
-    assert "without a new frame, after 0 of 16" in capsys.readouterr().err
-
-
-def test_a_particle_outside_is_a_failure(tmp_path, engine, capsys):
-    engine("if k == 1: job['position'][5, 1] = -0.01")
-    assert run("--out", tmp_path / "x.h5", *SMALL) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: trajectory 1: particle 5 is outside the box at frame 0")
-
-
-def test_a_violation_of_physics_is_a_warning(tmp_path, engine, capsys):
-    engine("if k == 1: job['position'] = job['position'] * 0.9 + job['box'][1] * 0.1")
-    assert run("--out", tmp_path / "x.h5", *SMALL) == 0
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: trajectory 1: density 13")
+@pytest.mark.parametrize(
+    ("lines", "options", "message"),
+    [
+        ("assert os.environ['OMP_NUM_THREADS'] == '1'", (), ""),
+        ("assert os.environ['OMP_NUM_THREADS'] == '3'", ("--threads", 3), ""),
+        ("sys.exit(0)", (), "error: .*without a new frame, after 0 of 16"),
+        (
+            "if k == 1: job['position'][5, 1] = -0.01",
+            (),
+            "error: trajectory 1: particle 5 is outside the box at frame 0",
+        ),
+        (
+            "if k == 1: job['position'] = job['position'] * 0.9 + job['box'][1] * 0.1",
+            (),
+            "warning: trajectory 1: density 13",
+        ),
+    ],
+    ids=["one thread", "threads", "no frame", "outside", "density"],
+)
+def test_messages_of_a_simulation(tmp_path, engine, capsys, lines, options, message):
+    engine(lines)
+    code = 2 if message.startswith("error") else 0
+    assert run("--out", tmp_path / "x.h5", *SMALL, *options) == code
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == (1 if message else 0)
+    assert re.match(message, "".join(errors))
 
 
 def test_missing_records_of_an_interrupted_run(tmp_path, engine, capsys):
@@ -231,20 +229,38 @@ def command(out: Path) -> list[str]:
     return [sys.executable, str(RECIPE / "prepare.py"), "--out", str(out), *map(str, REAL)]
 
 
+IN_LEGS = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import prepare
+prepare.LARGE, prepare.LEG = 500, 7
+sys.exit(prepare.preparation.main(prepare.run))
+"""
+
+
 @needs_engine
-def test_killed_and_resumed_gives_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("legs", [False, True])
+def test_killed_and_resumed_gives_the_same_bytes(tmp_path, legs):
+    """Killed when a first trajectory, or a first leg of the only one, is complete."""
     first, second = tmp_path / "a.h5", tmp_path / "b.h5"
-    subprocess.run([*command(first), "--workers", "2"], check=True)
-    process = subprocess.Popen([*command(second), "--workers", "1"])
-    part, deadline = tmp_path / "b.h5.parts" / "000000.h5", time.monotonic() + 600
-    while not part.exists():
+    words = ["--particles", "1000", "--trajectories", "1", "0", "0", "--frames", "25", "--out"]
+    in_legs = [sys.executable, "-c", IN_LEGS, str(RECIPE), *words]
+
+    def words_for(out: Path, workers: str) -> list[str]:
+        return [*in_legs, str(out)] if legs else [*command(out), "--workers", workers]
+
+    subprocess.run(words_for(first, "2"), check=True)
+    process = subprocess.Popen(words_for(second, "1"))
+    done = tmp_path / "b.h5.parts" / ("000000.engine/state.npz" if legs else "000000.h5")
+    deadline = time.monotonic() + 600
+    while not done.exists():
         assert process.poll() is None
         assert time.monotonic() < deadline
-        time.sleep(0.02)
+        time.sleep(0.01)
     process.kill()
     process.wait()
     assert not second.exists()
-    subprocess.run([*command(second), "--workers", "2"], check=True)
+    subprocess.run(words_for(second, "2"), check=True)
     assert first.read_bytes() == second.read_bytes()
 
 
@@ -269,15 +285,6 @@ def test_no_engine_outlives_prepare(tmp_path, sent, code):
     wait_for(lambda: not state.exists() or "zombie" in state.read_text(encoding="utf-8"))
 
 
-IN_LEGS = """
-import sys
-sys.path.insert(0, sys.argv.pop(1))
-import prepare
-prepare.LARGE, prepare.LEG = 500, 7
-sys.exit(prepare.preparation.main(prepare.run))
-"""
-
-
 @pytest.mark.parametrize(("earlier", "remaining"), [((), 3.98), ((3.6, 0.002), 0.38)])
 def test_a_leg_ends_when_the_trajectory_does(tmp_path, earlier, remaining):
     """The engine counts time from the start of the leg."""
@@ -287,22 +294,6 @@ def test_a_leg_ends_when_the_trajectory_does(tmp_path, earlier, remaining):
     configuration = json.loads((tmp_path / "scene.json").read_text())["Configuration"]
     assert remaining < configuration["stopAt"] < remaining + 0.001
     assert configuration["timeStepSize"] == (earlier[1] if earlier else 0.005)
-
-
-@needs_engine
-def test_legs_killed_and_resumed_give_the_same_bytes(tmp_path):
-    words = ["--particles", "1000", "--trajectories", "1", "0", "0", "--frames", "25"]
-    command = [sys.executable, "-c", IN_LEGS, str(Path(prepare.__file__).parent), *words, "--out"]
-    first, second = tmp_path / "a.h5", tmp_path / "b.h5"
-    subprocess.run([*command, str(first)], check=True)
-    process = subprocess.Popen([*command, str(second)])
-    while not (tmp_path / "b.h5.parts" / "000000.engine" / "state.npz").exists():
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert not second.exists()
-    subprocess.run([*command, str(second)], check=True)
-    assert first.read_bytes() == second.read_bytes()
 
 
 @needs_engine

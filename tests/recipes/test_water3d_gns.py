@@ -60,23 +60,16 @@ def test_hdf5_form_is_read_as_written(hdf5_folder, water3d, tmp_path):
 
 
 @needs_records
-def test_its_samples_have_the_published_features(gns_folder, water3d, tmp_path):
-    """‖v‖ and type/max type, no node attributes."""
+def test_samples_and_run_py_of_gns_files(gns_folder, water3d, tmp_path, check_run_py):
+    """The published features, ‖v‖ and type/max type, no node attributes; then the table of run.py."""
     water3d.run(["--source", str(gns_folder), "--scale", "tiny", "--out", str(tmp_path / "a.h5")])
     settings = config.load(RECIPE / "config.yaml").data
-    spec = SampleSpec(
-        settings.radius, 2, tuple(settings.features or ()), tuple(settings.node_attributes), velocity=settings.velocity
-    )
+    spec = SampleSpec(settings.radius, 2, tuple(settings.features or ()), tuple(settings.node_attributes))
     kind, position = trajectories()["train"][1]
     fields = node_fields(Trajectories(tmp_path / "a.h5"), Snapshot("train", 1, 3), spec)
     speed = np.linalg.norm(position[4] - position[3], axis=1)
     np.testing.assert_allclose(fields["f"], np.stack([speed, kind / kind.max()], 1), rtol=1e-6)
     assert fields["a"].shape == (9, 0)
-
-
-@needs_records
-def test_run_py_from_gns_files_to_a_table(gns_folder, water3d, tmp_path, check_run_py):
-    water3d.run(["--source", str(gns_folder), "--scale", "tiny", "--out", str(tmp_path / "a.h5")])
     check_run_py(RECIPE, f"data.path={tmp_path / 'a.h5'}", "data.horizon=2", "data.radius=0.5")
 
 
@@ -203,10 +196,8 @@ def test_damage_of_the_hdf5_form(gns, hdf5_folder):
     with h5py.File(hdf5_folder / "test.h5", "w") as file:
         file["00000"] = np.zeros(3)
     content, _ = gns.find(hdf5_folder, (5, 2, 1), whole=True)
-    for number, message in (
-        (6, r"valid\.h5: group 00001: dataset 'position'"),
-        (7, "group 00000: dataset 'particle_type'"),
-    ):
+    messages = {6: r"valid\.h5: group 00001: dataset 'position'", 7: "group 00000: dataset 'particle_type'"}
+    for number, message in messages.items():
         with pytest.raises(Failure, match=message):
             list(content(number))
 
