@@ -322,6 +322,26 @@ def test_a_rollout_that_diverges_is_stopped(
     assert names(tmp_path) == ["a.h5", "out.csv", "out.vtkhdf", "run"]
 
 
+@pytest.mark.parametrize(("limit", "frames"), [(0, 6), (30, 4), (10, 3)])
+def test_a_rollout_that_implodes(tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: float, frames: int) -> None:
+    """Nodes fly to one point, x_k = (1 − 0.24 k) x_0: from 3.8 neighbours on over 13 to all 299 others after 4 steps."""
+    x = np.random.default_rng(0).uniform(-0.5, 0.5, (300, 3))
+    with Writer(tmp_path / "b.h5", {}) as out:
+        moved, v = np.stack([x, x - 0.001 * x]), np.stack([-0.24 * x] * 2)
+        options: dict[str, Any] = {"attributes": {"mass": np.ones(300)}, "velocity": v}
+        out.add(moved, split="test", dt=1.0, source="test", **options)
+    run = make_run(tmp_path / "run", "data.radius=0.16", "data.horizon=1", data=tmp_path / "b.h5", t=1.0)
+    arguments: dict[str, Any] = {"trajectory": 0, "steps": 5, "out": tmp_path / "out.vtkhdf", "limit": limit}
+    if limit:
+        with pytest.raises(Failure, match=r"step \d: neighbours of a node .* --limit .*; train longer$"):
+            rollout.run_rollout(run, **arguments)
+    else:
+        rollout.run_rollout(run, **arguments)
+    assert re.findall(r"warning: step (\d): (\w+)", capsys.readouterr().err)[0] == ("2", "neighbours")
+    with Rollout(tmp_path / "out.vtkhdf") as file:
+        assert (len(file), "neighbours" in file.meta.get("stopped", "")) == (frames, limit > 0)
+
+
 def test_an_interrupted_rollout_keeps_its_frames(
     tmp_path: Path, distegnn: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
