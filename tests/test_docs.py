@@ -28,7 +28,7 @@ SHELL_ENDS = {"&&", "||", "|", ">", ">>", "2>", ";", "…"}
 
 def code(text: str) -> tuple[list[str], list[str]]:
     """Blocks of code (fenced, or indented by four spaces) and code between backticks."""
-    fence = re.compile(r"^```\w*\n(.*?)^```$", re.M | re.S)
+    fence = re.compile(r"^```[^\n]*\n(.*?)^```$", re.M | re.S)
     blocks, text = fence.findall(text), fence.sub("", text)
     indented = re.compile(r"(?:^ {4}\S.*\n?)+", re.M)
     blocks += [re.sub(r"^ {4}", "", block, flags=re.M) for block in indented.findall(text)]
@@ -151,7 +151,8 @@ def test_a_page_is_short_and_its_names_exist(page):
     """At most 150 lines in the README, 200 elsewhere, 120 columns outside tables, three levels of headings."""
     assert mistakes(page.read_text(), page) == []
     lines = page.read_text().splitlines()
-    assert len(lines) <= (150 if page == ROOT / "README.md" else 200)
+    counted = [line for line in lines if not line.startswith(("```", "# not run"))]  # marks of blocks
+    assert len(counted) <= (150 if page == ROOT / "README.md" else 200)
     assert [line for line in lines if line.startswith("####") or (len(line) > 120 and line[0] != "|")] == []
 
 

@@ -1,0 +1,99 @@
+"""The commands of README.md and docs/ run as they stand, in the order of their page, and print what the page shows.
+
+Blocks marked `sh` run; `# not run: REASON` in the first line leaves one out. A block with a file name is saved as it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FENCE = re.compile(r"^```(\w*) ?([\w.]*)\n(.*?)^```$", re.M | re.S)
+SKIPPED = re.compile(r"# not run: \w+")
+SHELL = re.compile(r"^ {4}(?:distegnn|python|make|pytest) ", re.M)
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?%?")
+COMPARED = re.compile(
+    r"\d\.\d{3,}e[+-]\d+|\d+\.\d+%|\d+,\d{3}(?:,\d{3})*"
+)  # errors, shares and counts; others are times
+
+
+def blocks(page: Path) -> list[tuple[str, str, str]]:
+    """Language, file name and content of each fenced block."""
+    return FENCE.findall(page.read_text(encoding="utf-8"))
+
+
+def runs(language: str, content: str) -> bool:
+    return language == "sh" and not SKIPPED.match(content)
+
+
+def skeleton(line: str) -> str:
+    """A line without its numbers, rules and spacing."""
+    return re.sub(r"-{2,}|\s+|#", "", NUMBER.sub("#", line))
+
+
+def differences(shown: str, printed: str) -> list[str]:
+    """The lines of a page that the program did not print, or printed with other numbers (2%: other processors)."""
+    wrong = []
+    for line in shown.splitlines():
+        if not skeleton(line) or line.strip() in ("[…]", "…") or " left " in line or "worst" in line:
+            continue
+        alike = [other for other in printed.splitlines() if skeleton(other) == skeleton(line)]
+        expected = [float(x.strip("%").replace(",", "")) for x in COMPARED.findall(line)]
+        found = [[float(x.strip("%").replace(",", "")) for x in COMPARED.findall(other)] for other in alike]
+        if not any(values == pytest.approx(expected, rel=0.02) for values in found):
+            wrong.append(line)
+    return wrong
+
+
+def test_every_command_is_marked():
+    """A block of commands without mark, or indented, would not run."""
+    for page in PAGES:
+        plain = [content for language, _, content in blocks(page) if not language]
+        assert [text for text in plain if re.match(r"(distegnn|python|make) ", text)] == [], page
+        assert SHELL.findall(FENCE.sub("", page.read_text(encoding="utf-8"))) == [], page
+
+
+def test_differences_are_found():
+    shown = (
+        "a/b: 96 snapshots, 2.6 s\n  method  edges cut\n  ------  ---\n  metis        4.2%   0.02\n  x  1.5168e-02  3.1"
+    )
+    printed = "noise\na/b: 96 snapshots, 9.9 s\n method edges cut\n metis 4.2% 0.1\n x 1.5170e-02 4"
+    assert differences(shown, printed) == []
+    assert differences(shown, printed.replace("4.2%", "4.9%")) == ["  metis        4.2%   0.02"]
+    assert differences(shown, printed.replace("5170e-02", "6170e-02")) == ["  x  1.5168e-02  3.1"]
+    assert differences(shown, printed.replace("metis", "other")) == ["  metis        4.2%   0.02"]
+
+
+RUN = [page for page in PAGES if any(runs(language, content) for language, _, content in blocks(page))]
+
+
+@pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_runs_as_typed(page: Path, tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    for folder in ("recipes", "tools"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    for name, words in {"distegnn": "-P -m dist_egnn.cli", "python": ""}.items():
+        (tmp_path / "bin" / name).write_text(f'#!/bin/sh\nexec {sys.executable} {words} "$@"\n')
+        (tmp_path / "bin" / name).chmod(0o755)
+    path = os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]])
+    env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    printed = None
+    for language, name, content in blocks(page):
+        if name:
+            (tmp_path / name).write_text(content, encoding="utf-8")
+        if runs(language, content):
+            command = ["bash", "-e", "-o", "pipefail", "-c", content]
+            ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500)
+            assert ran.returncode == 0, f"{content}\n{ran.stdout}{ran.stderr}"
+            printed = ran.stdout + ran.stderr
+        elif printed is not None:
+            if not language:
+                assert differences(content, printed) == [], printed
+            printed = None
