@@ -31,9 +31,8 @@ class Domain:
     def of_graph(self, b: int) -> Domain:
         """The domain of one graph of the batch."""
         at = slice(b, b + 1)
-        return Domain(
-            self.gravity[at], self.points[at], self.normals[at], None if self.sides is None else self.sides[at]
-        )
+        sides = None if self.sides is None else self.sides[at]
+        return Domain(self.gravity[at], self.points[at], self.normals[at], sides)
 
 
 def make_domain(gravity: np.ndarray, box: np.ndarray | None, side: np.ndarray | None) -> Domain:

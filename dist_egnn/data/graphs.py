@@ -49,10 +49,8 @@ def radius_edges(x: np.ndarray, radius: float, side: Side = None) -> Edges:
 
 def check_side(radius: float, side: np.ndarray, where: str = "") -> None:
     """Raise Failure if a second image of a node could lie within the radius: from half the shortest side on."""
-    if not 0 < 2 * radius < (least := side.min()):
-        raise Failure(
-            f"{where}radius={radius:g}: must be below half the shortest side of the box, {least / 2:g}; lower it"
-        )
+    if not 0 < radius < (limit := side.min() / 2):
+        raise Failure(f"{where}radius={radius:g}: must be below half the box's shortest side, {limit:g}; lower it")
 
 
 def wrap(x: np.ndarray, side: np.ndarray) -> np.ndarray:

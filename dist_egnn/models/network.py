@@ -132,9 +132,8 @@ class Network(nn.Module):
             widths["f"] = self.widths["f"]
             if self.widths["a"]:
                 widths["a"] = self.widths["a"]
-        node = {
-            k: read_field(graph.ndata, k, width).to(like).index_select(0, tiles.order) for k, width in widths.items()
-        }
+        given = {name: read_field(graph.ndata, name, width).to(like) for name, width in widths.items()}
+        node = {name: value.index_select(0, tiles.order) for name, value in given.items()}
         if self.layer.features:
             node["h"] = self.embedding(node.pop("f"))
         edge = {}

@@ -102,9 +102,7 @@ class Simulator(nn.Module):
         """
         around = domain.get(graph)
         if around is None or (self.walls and not around.points.shape[1]):
-            raise Failure(
-                "graph: no gravity and walls are attached; read it with data.history and data.walls as trained"
-            )
+            raise Failure("graph: has no gravity and walls; read it with data.history and data.walls as trained")
         like = next(self.parameters())
         x = read_field(graph.ndata, "x", 3).to(like)
         velocities = self._velocities(graph).to(like)

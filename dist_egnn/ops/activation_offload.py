@@ -45,9 +45,7 @@ class _TensorFile:
 def check_folder(folder: str, key: str) -> None:
     """Raise Failure for a folder that does not exist; "" is valid. key: as the user wrote it, such as "train.kept="."""
     if folder and not Path(folder).is_dir():
-        raise Failure(
-            f"{key}{folder}: no such folder; create it, or leave the option out to keep activations in memory"
-        )
+        raise Failure(f"{key}{folder}: no such folder; create it, or leave the option out to use memory")
 
 
 @contextlib.contextmanager

@@ -27,9 +27,7 @@ USUAL_WIDTH = 64
 # A graph of up to this many blocks becomes one block under plain autograd: arrays of up to 24 MB are cheaper to keep
 # than to recompute. Larger arrays are fresh memory from the system each time; tiles are faster (docs/performance.md).
 MAX_UNTILED_BLOCKS = 12
-EDGES_PER_NODE = (
-    4  # a tile has one node for this many edges of a block: with C = 3, arrays over nodes are then as large
-)
+EDGES_PER_NODE = 4  # edges of a block for each node of a tile: with C = 3, arrays over nodes are then as large
 ACCELERATOR_FACTOR = 32  # how much larger blocks are on devices other than the CPU
 
 

@@ -35,9 +35,8 @@ def nonfinite(model: Module, gradients: bool = False) -> str:
     """Describes the first parameter, or the last gradient, that is not finite; empty if all are."""
     values = [(f"parameter {name}", p.detach()) for name, p in model.named_parameters()]
     if gradients:  # the last one, because the backward pass starts at the end
-        values = [(f"the gradient of {name}", p.grad) for name, p in model.named_parameters() if p.grad is not None][
-            ::-1
-        ]
+        parameters = reversed([*model.named_parameters()])
+        values = [(f"the gradient of {name}", p.grad) for name, p in parameters if p.grad is not None]
     name, value = next(((name, value) for name, value in values if not value.isfinite().all()), ("", torch.zeros(())))
     return f"{name} is {'NaN' if value.isnan().any() else 'infinite'}" if name else ""
 

@@ -22,9 +22,8 @@ def peak_memory_gb(device: torch.device | None = None) -> float:
     """Peak resident memory of this process, or of its CUDA device, in GB (10⁹ bytes)."""
     if device is not None and device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    status = Path("/proc/self/status").read_text(
-        encoding="utf-8"
-    )  # unlike ru_maxrss, not inherited from the parent through exec
+    # unlike ru_maxrss, VmHWM is not inherited from the parent through exec
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024 / 1e9
 
 

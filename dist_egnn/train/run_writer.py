@@ -103,9 +103,8 @@ class RunWriter:
             self.save(keep_previous=False)
         filesystem.write_atomically(self.folder / run_dir.CONFIG, configs.to_yaml(config).encode())
         append_provenance(self.folder / "about.yaml", self.trainer)
-        self.rows = checkpoint.first_rows(
-            self.folder / run_dir.METRICS, state.epoch
-        )  # drops those of an interrupted attempt
+        # without those of an interrupted attempt
+        self.rows = checkpoint.first_rows(self.folder / run_dir.METRICS, state.epoch)
         self.events = Events(self.folder / "tensorboard", config, self.trainer.steps_done())
         try:
             yield self

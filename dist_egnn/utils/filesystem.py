@@ -159,9 +159,8 @@ def _locked(lock: Path, path: Path, busy: str, *operations: int, remove: bool = 
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
             while True:
-                file = stack.enter_context(
-                    lock.open("a", encoding="utf-8")
-                )  # "a" keeps the modification time of the content
+                # "a" keeps the modification time of the content
+                file = stack.enter_context(lock.open("a", encoding="utf-8"))
                 for operation in operations:
                     fcntl.flock(file, operation | fcntl.LOCK_NB)
                 with suppress(FileNotFoundError):

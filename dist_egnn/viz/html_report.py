@@ -103,9 +103,8 @@ class Report:
             table = table[table.get("weights", table["split"]) == sha256(best)]
             if not len(table):
                 raise Failure(f"evaluate.csv is of other weights than best.pt; run: distegnn evaluate {self.run}")
-        return {
-            str(split): dict(rows[["prediction", "mse"]].values) for split, rows in table.groupby("split", sort=False)
-        }
+        by_split = table.groupby("split", sort=False)[["prediction", "mse"]]
+        return {str(split): dict(rows.values) for split, rows in by_split}
 
     def parameters(self) -> str:
         """The number of the best checkpoint's parameters, or why it cannot be read."""
@@ -123,15 +122,11 @@ class Report:
         rows: list[tuple[str, object]] = [("model", self.config.model.name), ("parameters", self.parameters())]
         rows += [("data", data.path), ("parts", parts or "those of the store"), ("radius", f"{data.radius:g}")]
         rows += [("horizon [frames]", data.horizon), ("epochs", len(table)), ("best validation MSE", best)]
+        loss = "last training loss (MSE + MMD without its constant term, so it can be negative)"
         for name, column, values, form in (
             ("last validation MSE", "valid_mse", last, ".4e"),
             ("last training MSE", "train_mse", last, ".4e"),
-            (
-                "last training loss (MSE + MMD without its constant term, so it can be negative)",
-                "train_loss",
-                last,
-                ".4e",
-            ),
+            (loss, "train_loss", last, ".4e"),
             ("seconds per step, last epoch", "step_s", last, ".3f"),
             ("seconds of training", "epoch_s", table.sum(), ",.0f"),
             ("memory of the largest process [GB]", "peak_gb", last, ".2f"),
@@ -164,9 +159,8 @@ class Report:
         return _pictures(*shown)
 
     def timing(self) -> str:
-        table = (
-            self.metrics().reindex(columns=["epoch", *PHASES, "step_s"]).dropna()
-        )  # without epochs of an older version
+        columns = ["epoch", *PHASES, "step_s"]
+        table = self.metrics().reindex(columns=columns).dropna()  # without epochs of an older version
         if not len(table):
             raise Failure("recorded by an older version, without seconds by phase; train again to have them")
         seconds = {name.removesuffix("_s"): table[name] for name in PHASES}
@@ -255,9 +249,8 @@ def run_report(run: Path, rollout_file: Path | None, out: Path | None) -> None:
         Rollout(rollout_file).close()
     plots.pyplot()  # fails now rather than in every section
     rollouts = sorted([*run.glob("*.vtkhdf"), *run.glob("*.hdf")], key=lambda path: path.stat().st_mtime)
-    report = Report(
-        run, load(run / "config.yaml", published=True), rollout_file or (rollouts[-1] if rollouts else None)
-    )
+    rollout_file = rollout_file or (rollouts[-1] if rollouts else None)
+    report = Report(run, load(run / "config.yaml", published=True), rollout_file)
     sections: dict[str, Callable[[], str]] = {
         "The run in numbers": report.numbers,
         "Errors": report.errors,
