@@ -45,6 +45,8 @@ class Predictor:
         state = checkpoint.load(file)
         self.config = configs.parse(state["config"], f"{file}: its config")
         data = self.config.data
+        if data.history:
+            raise Failure(f"{file}: a simulator (data.history), not a function of one snapshot; use `distegnn rollout`")
         embedding = state["model"].get("embedding.weight")  # missing: the model uses no features
         self.width = 0 if embedding is None else embedding.shape[1]
         self.features, self.node_attributes = ([], []) if embedding is None else (data.features, data.node_attributes)
