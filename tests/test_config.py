@@ -32,11 +32,8 @@ def message_of(path: Path | None, overrides: list[str] = [], match: str = "") ->
     return str(caught.value)
 
 
-def test_defaults_round_trip(tmp_path: Path) -> None:
+def test_round_trips(tmp_path: Path) -> None:
     assert load(None) == load(write(tmp_path, "")) == load(write(tmp_path, to_yaml(Config()))) == Config()
-
-
-def test_values_of_every_type_round_trip(tmp_path: Path) -> None:
     overrides = ["data.path=a b.h5", "data.radius=0.075", "data.features=[mass,charge/max]", "data.node_attributes=[]"]
     overrides += ["model.gravity=[0,0,-9.81]", "model.tanh=true", "train.lr=1.0e-3", "run.dir='runs/ # 1: x'"]
     config = load(None, overrides)
@@ -62,12 +59,6 @@ def test_overrides_take_precedence_over_the_file_and_later_over_earlier(tmp_path
     assert (empty.train.kept, empty.model.cutoff) == ("", None)
 
 
-def test_notations_of_a_number(tmp_path: Path) -> None:
-    for value in ("0.1", "1e-1", "1.0e-1"):
-        assert load(None, [f"train.lr={value}"]).train.lr == 0.1
-        assert load(write(tmp_path, f"train: {{lr: {value}}}")).train.lr == 0.1
-
-
 HOME = str(Path.home())
 TYPED = [("train.seed", "010", 10), ("data.horizon", "008", 8), ("run.dir", "0712", "0712"), ("run.dir", "1e3", "1e3")]
 TYPED += [("run.dir", "12:30:45", "12:30:45"), ("run.dir", "~/x", f"{HOME}/x"), ("run.dir", "off", "off")]
@@ -75,8 +66,9 @@ TYPED += [("data.features", "[on, 1e3, 'a b']", ["on", "1e3", "a b"]), ("model.c
 TYPED += [
     ("model.tanh", "True", True),
     ("data.radius", "-.INF", None),
-    ("model.gravity", "[0, 1e1, -1]", [0.0, 10.0, -1.0]),
+    ("model.gravity", "[0, 1e1, -1]", [0.0, 10, -1]),
 ]
+TYPED += [("train.lr", number, 0.1) for number in ("0.1", "1e-1", "1.0e-1")]
 TYPED += [(key, word, None) for key, word in (("train.epochs", "1:30"), ("train.epochs", "1_0"), ("model.tanh", "on"))]
 TYPED += [("model.tanh", "1", None), ("run.dir", "~", None), ("run.dir", "null", None), ("train.lr", "1:30", None)]
 
@@ -104,33 +96,42 @@ def test_recipes_load(path: Path) -> None:
             assert attrgetter(f"{section}.{name}")(config) == value
 
 
-@pytest.mark.parametrize(
-    ("text", "match"),
-    [
-        ("train: {epoch: 3}", r"'train\.epoch'.* train\.epochs"),
-        ("trian: {epochs: 3}", "'trian'"),
-        ("epochs: 3", r"'epochs'.* train\.epochs"),
-        ("zzz: {qqq: 1}", "'zzz'.*`distegnn config`"),
-        ("data: {raduis: 1}", r"data\.radius"),
-        ("train: 3", "'train' is a section"),
-        ("train:", "'train' is a section"),
-        ("- 1", "`distegnn config`"),
-        ("train: {epochs: many}", r"train\.epochs=many: must be a whole number"),
-        ("train: {epochs: 1.5}", r"train\.epochs=1\.5"),
-        ("train: {epochs: null}", r"train\.epochs=null: must be a whole number"),
-        ("data: {features: mass}", r"data\.features=mass: must be a list"),
-        ("data: {features: {mass: 1}}", r"data\.features="),
-        ("model: {gravity: [0, 0, down]}", r"model\.gravity="),
-        ("model: {tanh: perhaps}", r"model\.tanh=perhaps: must be true or false"),
-        ("data: {path: '${nowhere}'}", r"data\.path=.*nowhere"),
-        ("train: {epochs: 3", "YAML"),
-        ("train: {epochs: 3}\ntrain: {lr: 1}", "YAML"),
-        ("a: \x00", "YAML"),
-    ],
-)
-def test_errors_in_a_file(tmp_path: Path, text: str, match: str) -> None:
-    path = write(tmp_path, text)
-    assert message_of(path, match=match).startswith(f"{path}: ")
+MISTAKES = [
+    ("train: {epoch: 3}", r"'train\.epoch'.* train\.epochs"),
+    ("trian: {epochs: 3}", "'trian'"),
+    ("epochs: 3", r"'epochs'.* train\.epochs"),
+    ("zzz: {qqq: 1}", "'zzz'.*`distegnn config`"),
+    ("data: {raduis: 1}", r"data\.radius"),
+    ("train: 3", "'train' is a section"),
+    ("train:", "'train' is a section"),
+    ("- 1", "`distegnn config`"),
+    ("train: {epochs: many}", r"train\.epochs=many: must be a whole number"),
+    ("train: {epochs: 1.5}", r"train\.epochs=1\.5"),
+    ("train: {epochs: null}", r"train\.epochs=null: must be a whole number"),
+    ("data: {features: mass}", r"data\.features=mass: must be a list"),
+    ("data: {features: {mass: 1}}", r"data\.features="),
+    ("model: {gravity: [0, 0, down]}", r"model\.gravity="),
+    ("model: {tanh: perhaps}", r"model\.tanh=perhaps: must be true or false"),
+    ("data: {path: '${nowhere}'}", r"data\.path=.*nowhere"),
+    ("train: {epochs: 3", "YAML"),
+    ("train: {epochs: 3}\ntrain: {lr: 1}", "YAML"),
+    ("a: \x00", "YAML"),
+    ("include: my.yaml", r"include: .*/my\.yaml"),
+    ("include: [a.yaml, b.yaml]", r"include: .*\['a"),
+    ("include:", "include: "),
+    ("include: ok.yaml\ntrain: {epoch: 3}", r"'train\.epoch'"),
+    ("include: absent.yaml", r"/absent\.yaml: .*/my\.yaml"),
+    ("include: other.yaml", r"/other\.yaml: include: .*my\.yaml"),
+    ("include: wrong.yaml", r"/wrong\.yaml: .*'train\.epoch'"),
+]
+
+
+@pytest.mark.parametrize(("text", "match"), MISTAKES)
+def test_errors_in_a_file_and_its_includes(tmp_path: Path, text: str, match: str) -> None:
+    files = {"other": "include: ./my.yaml", "wrong": "train: {epoch: 3}", "ok": "train: {epochs: 3}"}
+    for name, content in files.items():
+        (tmp_path / f"{name}.yaml").write_text(content)
+    message_of(write(tmp_path, text), match=f"^{tmp_path}{match if match[0] == '/' else '/my.yaml: .*' + match}")
 
 
 def test_paths_that_are_not_config_files(tmp_path: Path) -> None:
@@ -144,24 +145,17 @@ def test_paths_that_are_not_config_files(tmp_path: Path) -> None:
         assert message_of(tmp_path / name, match=match).startswith(f"{tmp_path / name}: ")
 
 
-@pytest.mark.parametrize(
-    ("override", "match"),
-    [
-        ("train.epoch=3", r"'train\.epoch'.* train\.epochs"),
-        ("epochs=3", r"'epochs'.* train\.epochs"),
-        ("train.epochs", "key=value"),
-        ("train=3", "'train' is a section"),
-        ("train.epochs=", r"train\.epochs="),
-        ("train.epochs=many", r"train\.epochs=many: must be a whole number"),
-        ("train.epochs.x=3", r"'train\.epochs\.x'.* train\.epochs"),
-        ("=3", "override '=3'"),
-        ("data.features=mass", r"data\.features=mass: must be a list"),
-        ("data.features=[mass", "YAML"),
-        ("data.path=${nowhere}", r"data\.path=.*nowhere"),
-    ],
-)
-def test_errors_in_an_override(override: str, match: str) -> None:
-    assert message_of(None, [override], match).startswith(f"override '{override}'")
+OVERRIDES = {"train.epoch=3": r"'train\.epoch'.* train\.epochs", "train.epochs": "key=value", "=3": "override '=3'"}
+OVERRIDES |= {"train=3": "'train' is a section", "train.epochs=": r"train\.epochs=", "data.features=[mass": "YAML"}
+OVERRIDES |= {
+    "train.epochs.x=3": r"'train\.epochs\.x'.* train\.epochs",
+    "data.path=${nowhere}": r"data\.path=.*nowhere",
+}
+
+
+def test_errors_in_an_override() -> None:
+    for override, match in OVERRIDES.items():
+        assert message_of(None, [override], match).startswith(f"override '{override}'")
 
 
 MINIMUM = {"data.last_frame": -1, "data.frames": 0, "data.first_frame": 0, "partition.parts": 0, "loss.mmd": 0}
@@ -171,45 +165,27 @@ MINIMUM |= {f"model.{name}": 1 for name in ("hidden", "layers", "virtual_nodes",
 MINIMUM |= {"data.horizon": 1, "loss.samples": 1, "train.timeout_s": 1}
 
 
-@pytest.mark.parametrize("key", MINIMUM)
-def test_minimum_of_a_key(key: str) -> None:
-    assert attrgetter(key)(load(None, [f"{key}={MINIMUM[key]}"])) == MINIMUM[key]
-    message_of(None, [f"{key}=-2"], rf"^{key}=-2(.0)?: .*{MINIMUM[key]}$")
+WRONG = {"data.edge_drop": "-0.1 1.5 .nan", "data.radius": "0 -1 .nan", "loss.kernel": "cosine", "loss.sigma": "0"}
+WRONG |= {"model.gravity": "[1,2]", "partition.halo": "none", "train.lr": ".nan", "train.schedule": "linear"}
+WRONG |= {"train.device": "gpu Cuda cuda:x cuda:-1 cuda:01 cuda:N cpu:0 1", "train.plateau_factor": "0 1 .nan"}
+CONTRADICTIONS = [
+    ("data.first_frame=5", "data.last_frame=4", r"data\.last_frame=4: .* data\.first_frame=5"),
+    ("train.epochs=3", "train.warmup=3", r"train\.warmup=3\.0: .* train\.epochs=3"),
+    ("train.accumulate=2", "train.replicas=3", r"train\.replicas=3: .* train\.accumulate=3 .*train\.batch_size"),
+    ("train.schedule=plateau", "train.patience=10", r"train\.patience=10: .* train\.plateau_epochs=10"),
+]
 
 
-@pytest.mark.parametrize(
-    ("key", "values"),
-    [
-        ("data.edge_drop", ["-0.1", "1.5", ".nan"]),
-        ("data.radius", ["0", "-1", ".nan"]),
-        ("loss.kernel", ["cosine"]),
-        ("loss.sigma", ["0"]),
-        ("model.gravity", ["[1,2]"]),
-        ("partition.halo", ["none"]),
-        ("train.device", ["gpu", "Cuda", "cuda:x", "cuda:-1", "cuda:01", "cuda:N", "cpu:0", "1"]),
-        ("train.lr", [".nan"]),
-        ("train.plateau_factor", ["0", "1", ".nan"]),
-        ("train.schedule", ["linear"]),
-    ],
-)
-def test_values_out_of_range(key: str, values: list[str]) -> None:
-    for value in values:
-        message_of(None, [f"{key}={value}"], f"^{key}=")
-
-
-@pytest.mark.parametrize(
-    ("overrides", "match"),
-    [
-        (["data.first_frame=5", "data.last_frame=4"], r"^data\.last_frame=4: .* data\.first_frame=5"),
-        (["train.epochs=3", "train.warmup=3"], r"^train\.warmup=3\.0: .* train\.epochs=3"),
-        (["train.accumulate=2", "train.replicas=3"], r"^train\.replicas=3: .* train\.accumulate=3 .*train\.batch_size"),
-        (["train.schedule=plateau", "train.patience=10"], r"^train\.patience=10: .* train\.plateau_epochs=10"),
-    ],
-)
-def test_keys_that_contradict_each_other(overrides: list[str], match: str) -> None:
-    for k in range(len(overrides)):
-        load(None, overrides[:k])
-    message_of(None, overrides, match)
+def test_values_out_of_range_and_contradictions() -> None:
+    for key, least in MINIMUM.items():
+        assert attrgetter(key)(load(None, [f"{key}={least}"])) == least
+        message_of(None, [f"{key}=-2"], rf"^{key}=-2(.0)?: .*{least}$")
+    for key, values in WRONG.items():
+        for value in values.split():
+            message_of(None, [f"{key}={value}"], f"^{key}=")
+    for first, second, match in CONTRADICTIONS:
+        load(None, [first])
+        message_of(None, [first, second], f"^{match}")
 
 
 def test_an_including_file_takes_precedence(tmp_path: Path) -> None:
@@ -220,25 +196,6 @@ def test_an_including_file_takes_precedence(tmp_path: Path) -> None:
     config = load(write(tmp_path, "include: base/more.yaml\ntrain: {epochs: 9}\n"), ["train.seed=4"])
     assert (config.train.lr, config.train.epochs, config.train.seed, config.model.hidden) == (0.2, 9, 4, 8)
     assert "include" not in to_yaml(config)
-
-
-@pytest.mark.parametrize(
-    ("text", "match"),
-    [
-        ("include: absent.yaml", r"/absent\.yaml: .*/my\.yaml"),
-        ("include: my.yaml", r"/my\.yaml: include: .*/my\.yaml"),
-        ("include: other.yaml", r"/other\.yaml: include: .*my\.yaml"),
-        ("include: [a.yaml, b.yaml]", r"/my\.yaml: include: .*\['a"),
-        ("include:", r"/my\.yaml: include: "),
-        ("include: wrong.yaml", r"/wrong\.yaml: .*'train\.epoch'"),
-        ("include: ok.yaml\ntrain: {epoch: 3}", r"/my\.yaml: .*'train\.epoch'"),
-    ],
-)
-def test_errors_in_an_include(tmp_path: Path, text: str, match: str) -> None:
-    files = {"other": "include: ./my.yaml", "wrong": "train: {epoch: 3}", "ok": "train: {epochs: 3}"}
-    for name, content in files.items():
-        (tmp_path / f"{name}.yaml").write_text(content)
-    message_of(write(tmp_path, text), match=match)
 
 
 def test_every_key_is_read() -> None:

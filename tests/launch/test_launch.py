@@ -45,22 +45,21 @@ def test_hosts_from_a_file(tmp_path):
     assert (two.name, two.trainers, two.interface, two.python) == ("node2", None, None, "/opt/py")
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("node1 trainer=2", "line 1: 'trainer=2'; use port=N"),
-        ("node1\nnode2 trainers=two", "line 2: trainers=two"),
-        ("node1 port=0", "port=0"),
-        ("node1\nnode1", "node1 twice"),
-        ("# none", "no host"),
-        ("-oProxyCommand=x", "'-oProxyCommand=x'"),
-    ],
-)
-def test_mistakes_in_a_hosts_file(text, message, tmp_path):
-    with pytest.raises(Failure, match=rf"hosts\.txt.*{message}"):
-        hosts_of(text, tmp_path)
+MISTAKES = {"node1 trainer=2": "line 1: 'trainer=2'; use port=N", "node1\nnode2 trainers=two": "line 2: trainers=two"}
+MISTAKES |= {"node1 port=0": "port=0", "node1\nnode1": "node1 twice", "# none": "no host", "-oProxy=x": "'-oProxy=x'"}
+
+
+def test_mistakes_in_a_hosts_file(tmp_path, monkeypatch):
+    for text, message in MISTAKES.items():
+        with pytest.raises(Failure, match=rf"hosts\.txt.*{message}"):
+            hosts_of(text, tmp_path)
     with pytest.raises(Failure, match=r"none\.txt"):
         hostfile.read_hosts(tmp_path / "none.txt")
+    with pytest.raises(Failure, match=r"--ssh: .*quotation"):
+        hosts_of("node1", tmp_path, "ssh 'a")
+    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
+    with pytest.raises(Failure, match="--hosts FILE"):
+        hostfile.select_hosts(None, local=False, ssh=None)
 
 
 def test_a_command_keeps_folder_and_python_path(tmp_path, monkeypatch):
@@ -79,14 +78,6 @@ def test_paths_with_spaces(tmp_path):
     host = hosts_of("node1 'python=/a b/python'", tmp_path, str(program))[0]
     assert (host.reach, host.python) == ((str(program), "node1"), "/a b/python")
     assert hosts_of("node1 port=22", tmp_path, f"'{program}' -q")[0].reach == (str(program), "-q", "-p", "22", "node1")
-    with pytest.raises(Failure, match=r"--ssh: .*quotation"):
-        hosts_of("node1", tmp_path, "ssh 'a")
-
-
-def test_hosts_are_missing(monkeypatch):
-    monkeypatch.delenv("SLURM_JOB_NODELIST", raising=False)
-    with pytest.raises(Failure, match="--hosts FILE"):
-        hostfile.select_hosts(None, local=False, ssh=None)
 
 
 def test_the_plan_reaches_no_host(make_store, tmp_path, capsys):
@@ -148,33 +139,28 @@ def problems(changed: dict, *, both: bool = False, trainers: tuple = (None, None
     return host_checks.find_problems(hosts, [INFO | changed if both else INFO, INFO | changed], config, resume)
 
 
-def test_hosts_without_problems():
-    assert not problems({})
-    assert not problems({}, trainers=(2, 2))
-    assert not problems({"has_run": True}, both=True, resume=True)
+PROBLEMS: list[tuple[str, dict, dict]] = [
+    ("host b: has dgl 2.1.0, the launcher 1.1.3", {"versions": INFO["versions"] | {"dgl": "2.1.0"}}, {}),
+    ("host b: has other code", {"code": "?"}, {}),
+    ("host b: has no whole store", {"store": None}, {}),
+    ("host b: store is another store there than on a", {"store": {"sha256": "b"}}, {}),
+    ("host b: its server takes about", {"shared": 1e4}, {}),
+    ("host b: server and trainers take about", {"memory": 1e8}, {}),
+    ("host a: runs/x holds no run", {}, {"resume": True}),
+    ("host a: runs/x holds a run already", {"has_run": True}, {"both": True}),
+    ("made for 4 machines × 2", {"store": {"machines": 4}}, {"both": True, "trainers": (2, 2)}),
+    ("partition again with --parts 2 --trainers 2 --shard-nodes 0", {"store": {"machines": 4}}, {"both": True}),
+    ("partition again with --parts 2 --trainers 1 --shard-nodes 0", {}, {"trainers": (1, 1)}),
+    ("different numbers of trainers", {}, {"trainers": (1, 2)}),
+    ("3 graphs, and servers take one", {"store": {"shards": 3}}, {"both": True}),
+]
 
 
-@pytest.mark.parametrize(
-    ("message", "changed", "options"),
-    [
-        ("host b: has dgl 2.1.0, the launcher 1.1.3", {"versions": INFO["versions"] | {"dgl": "2.1.0"}}, {}),
-        ("host b: has other code", {"code": "?"}, {}),
-        ("host b: has no whole store", {"store": None}, {}),
-        ("host b: store is another store there than on a", {"store": {"sha256": "b"}}, {}),
-        ("host b: its server takes about", {"shared": 1e4}, {}),
-        ("host b: server and trainers take about", {"memory": 1e8}, {}),
-        ("host a: runs/x holds no run", {}, {"resume": True}),
-        ("host a: runs/x holds a run already", {"has_run": True}, {"both": True}),
-        ("made for 4 machines × 2", {"store": {"machines": 4}}, {"both": True, "trainers": (2, 2)}),
-        ("partition again with --parts 2 --trainers 2 --shard-nodes 0", {"store": {"machines": 4}}, {"both": True}),
-        ("partition again with --parts 2 --trainers 1 --shard-nodes 0", {}, {"trainers": (1, 1)}),
-        ("different numbers of trainers", {}, {"trainers": (1, 2)}),
-        ("3 graphs, and servers take one", {"store": {"shards": 3}}, {"both": True}),
-    ],
-)
-def test_problems_of_hosts(message, changed, options):
-    (problem,) = problems(changed, **options)
-    assert message in problem
+def test_problems_of_hosts():
+    assert not problems({}) + problems({}, trainers=(2, 2)) + problems({"has_run": True}, both=True, resume=True)
+    for message, changed, options in PROBLEMS:
+        (problem,) = problems(changed, **options)
+        assert message in problem
 
 
 def test_choice_of_the_interface():
@@ -267,18 +253,17 @@ def test_a_host_without_agent(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("scripts", "kind", "message"),
+    ("script", "kind", "message"),
     [
-        (["sleep 100", "echo 'error: no room'; exit 2", "echo lost peer; exit 1"], Failure, "host localhost: no room"),
-        (["sleep 100", "kill -9 $$", "echo lost peer; exit 1"], WorkerFailure, "trainer 1 ended (killed by signal 9)"),
-        (["sleep 100", "exit 0", "echo lost peer; exit 1"], WorkerFailure, "trainer 2 ended (exit code 1, lost peer)"),
+        ("echo 'error: no room'; exit 2", Failure, "host localhost: no room"),
+        ("kill -9 $$", WorkerFailure, "trainer 1 ended (killed by signal 9)"),
+        ("exit 0", WorkerFailure, "trainer 2 ended (exit code 1, lost peer)"),
     ],
 )
-def test_the_cause_of_a_failure(scripts, kind, message, agent, capsys):
-    client = agent()
-    workers = Workers([client])
-    for rank, script in enumerate(scripts):
-        workers.start(0, f"trainer {rank}", ["sh", "-c", script])
+def test_the_cause_of_a_failure(script, kind, message, agent, capsys):
+    workers = Workers([agent()])
+    for rank, command in enumerate(["sleep 100", script, "echo lost peer; exit 1"]):
+        workers.start(0, f"trainer {rank}", ["sh", "-c", command])
     with pytest.raises(kind, match=re.escape(message)):
         list(workers.lines(servers=False))
     workers.stop(servers=False)
@@ -288,10 +273,8 @@ def test_the_cause_of_a_failure(scripts, kind, message, agent, capsys):
 
 def test_a_store_is_summarized_without_torch(make_store):
     path = make_store(2)
-    code = (
-        "import json, sys; from pathlib import Path; from dist_egnn.launch import host_info; "
-        "print(json.dumps(host_info.summarize_store(Path(sys.argv[1])))); assert 'torch' not in sys.modules"
-    )
+    code = "import json, sys; from pathlib import Path; from dist_egnn.launch import host_info; "
+    code += "print(json.dumps(host_info.summarize_store(Path(sys.argv[1])))); assert 'torch' not in sys.modules"
     store = json.loads(subprocess.check_output([sys.executable, "-c", code, path]))
     assert (store["machines"], store["trainers"], len(store["largest"])) == (2, 1, 2)
     assert store["sizes"][0] == sum(file.stat().st_size for file in path.glob("shard-*/part0/*"))

@@ -122,20 +122,22 @@ def test_network(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "/etc/hosts" in only(doctor.check_network()).remedy
 
 
-STOPS = {
-    "raise ImportError('no libdgl.so')": "failed: ImportError: no libdgl.so",
-    "import os; os.kill(os.getpid(), 11)": "failed: ended by signal 11",
-    "import time; time.sleep(600)": "failed: not done after 5 s",
-}
+def test_a_stage_that_stops_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = json.dumps(asdict(Finding("torch", "loads")))
 
+    def stages(script: str, timeout_s: float = 300) -> list[Finding]:
+        return doctor.check_stages([sys.executable, "-c", script], timeout_s)
 
-@pytest.mark.parametrize(("script", "text"), STOPS.items())
-def test_a_stage_that_stops_is_named(script: str, text: str) -> None:
-    first = f"print('{json.dumps(asdict(Finding('torch', 'loads')))}', flush=True)"
-    findings = doctor.check_stages([sys.executable, "-c", f"{first}\n{script}"], 5 if "sleep" in script else 300)
-    assert [(one.check, one.state) for one in findings] == [("torch", "ok"), ("dgl", "problem")]
-    assert findings[1].text == text
-    assert "dgl==1.1.3" in findings[1].remedy
+    assert only(stages("import time; time.sleep(600)", 0.5)).text == "failed: not done after 0.5 s"
+    failed = stages(f"print('{line}', flush=True)\nraise ImportError('no libdgl.so')")
+    crashed = stages(f"print('{line}', flush=True)\nimport os; os.kill(os.getpid(), 11)")
+    late = subprocess.TimeoutExpired([], 5, line.encode())
+    monkeypatch.setattr(doctor.subprocess, "run", Mock(side_effect=late))
+    reasons = {"ImportError: no libdgl.so": failed, "ended by signal 11": crashed, "not done after 5 s": stages("", 5)}
+    for reason, findings in reasons.items():
+        assert [(one.check, one.state) for one in findings] == [("torch", "ok"), ("dgl", "problem")]
+        assert findings[1].text == f"failed: {reason}"
+        assert "dgl==1.1.3" in findings[1].remedy
 
 
 def test_native_kernels_or_why_there_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
