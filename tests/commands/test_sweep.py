@@ -38,10 +38,11 @@ def write(tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch):
     Path("base.yaml").write_text(yaml.safe_dump({"data": data, "model": {"hidden": 8, "layers": 1}}), encoding="utf-8")
 
     def make(**keys) -> Path:
-        Path("sweep.yaml").write_text(
+        path = Path("sweep.yaml")
+        path.write_text(
             yaml.safe_dump({"config": "base.yaml", "out": "out", **keys}, sort_keys=False), encoding="utf-8"
         )
-        return Path("sweep.yaml")
+        return path
 
     return make
 
@@ -73,47 +74,40 @@ def test_runs_of_a_file(write):
 
 
 EGNN = {"keys": {"model.name": ["EGNN", "FastEGNN"]}}
-MISTAKES = {
+PLOT = {"x": "train.lr", "lines": ["train.lr"]}
+MISTAKES = {  # of a file
     "unknown key 'grid'; did you mean grids?": {"grid": [EGNN]},
     "unknown key 'data'; this is a config": {"data": {"radius": 1}},
     "key 'grids' is missing": {},
     "grids must be a list that is not empty": {"grids": []},
-    "grids[0]: unknown key 'key'; did you mean keys?": {"grids": [{"key": {}}]},
-    "grids[0].keys: unknown key 'model.nam'; did you mean model.name?": {"grids": [{"keys": {"model.nam": ["EGNN"]}}]},
-    "grids[0].keys: model.name must be a list": {"grids": [{"keys": {"model.name": "EGNN"}}]},
-    "grids[0]: model.name=EGN: unknown; did you mean EGNN?": {"grids": [{"keys": {"model.name": ["EGN"]}}]},
-    "grids[0]: data.edge_drop=2.0: must lie in": {"grids": [{"keys": {"data.edge_drop": [0, 2]}}]},
-    "grids[0].set: unknown key 'train.epoch'; did you mean train.epochs?": {"grids": [{"set": {"train.epoch": 3}}]},
-    "set: unknown key 'train.seed'; the sweep sets it; use the file's key 'seeds'": {
-        "grids": [EGNN],
-        "set": {"train.seed": 1},
-    },
-    "grids[0].partition: unknown key 'part'; did you mean parts?": {"grids": [{"partition": {"part": 3}}]},
+    "set: unknown key 'train.seed'; the sweep sets it": {"grids": [EGNN], "set": {"train.seed": 1}},
     "seeds=[0, 0]": {"grids": [EGNN], "seeds": [0, 0]},
     "baseline, keys that vary: unknown key 'model.hidden'": {"grids": [EGNN], "baseline": {"model.hidden": 8}},
     "baseline: no run has model.name=Linear": {"grids": [EGNN], "baseline": {"model.name": "Linear"}},
     "plot: key 'x' is missing": {"grids": [EGNN], "plot": {"lines": ["model.name"]}},
-    "plot: runs differ in more than x and lines": {
-        "grids": [{"keys": {"model.name": ["EGNN", "Linear"], "train.lr": [1, 2]}}],
-        "plot": {"x": "train.lr", "lines": ["train.lr"]},
-    },
-    "names of runs must differ": {"grids": [{"keys": {"data.path": ["a/b.h5", "a?b.h5"]}}]},
+    "plot: runs differ in more": {"grids": [{"keys": {**EGNN["keys"], "train.lr": [1, 2]}}], "plot": PLOT},
+}
+GRID_MISTAKES = {
+    "grids[0]: unknown key 'key'; did you mean keys?": {"key": {}},
+    "grids[0].keys: unknown key 'model.nam'; did you mean model.name?": {"keys": {"model.nam": ["EGNN"]}},
+    "grids[0].keys: model.name must be a list": {"keys": {"model.name": "EGNN"}},
+    "grids[0]: model.name=EGN: unknown; did you mean EGNN?": {"keys": {"model.name": ["EGN"]}},
+    "grids[0]: data.edge_drop=2.0: must lie in": {"keys": {"data.edge_drop": [0, 2]}},
+    "grids[0].set: unknown key 'train.epoch'; did you mean train.epochs?": {"set": {"train.epoch": 3}},
+    "grids[0].partition: unknown key 'part'; did you mean parts?": {"partition": {"part": 3}},
+    "names of runs must differ": {"keys": {"data.path": ["a/b.h5", "a?b.h5"]}},
 }
 
 
-@pytest.mark.parametrize("says", MISTAKES)
-def test_mistakes_in_a_file(write, says):
-    with pytest.raises(Failure, match=rf"^sweep\.yaml: .*{re.escape(says)}.*\Z"):  # one line
-        sweep_config.load(write(**MISTAKES[says]))
+def test_mistakes_in_a_file_and_in_its_data(write, make_store):
+    for says, keys in {**MISTAKES, **{says: {"grids": [grid]} for says, grid in GRID_MISTAKES.items()}}.items():
+        with pytest.raises(Failure, match=rf"^sweep\.yaml: .*{re.escape(says)}.*\Z"):  # one line
+            sweep_config.load(write(**keys))
+    other = {"data.path": str(make_store(2)), "data.frames": 3}  # made with other features
+    for given, match in (({"data.path": "absent.h5"}, r"absent\.h5"), (other, r"data\.features=.* in the config")):
+        with pytest.raises(Failure, match=match):
+            sweep_config.check_data(sweep_config.load(write(grids=[{"set": given}])))
     assert not Path("out").exists()
-
-
-def test_missing_data_and_a_store_with_other_settings(write, make_store):
-    with pytest.raises(Failure, match=r"absent\.h5"):
-        sweep_config.check_data(sweep_config.load(write(grids=[{"set": {"data.path": "absent.h5"}}])))
-    store = str(make_store(2))  # made with other features
-    with pytest.raises(Failure, match=r"data\.features=.* in the config"):
-        sweep_config.check_data(sweep_config.load(write(grids=[{"set": {"data.path": store, "data.frames": 3}}])))
 
 
 def test_table_and_plot(write):

@@ -295,19 +295,15 @@ def link_after(store: Store, rank: int, change: Callable[[halo.Halo, list[DGLGra
     run_ranks(len(parts), lambda member: halos_of(parts[member.rank]).link(parts[member.rank].ndata["x"], member))
 
 
-def test_a_wrong_halo_node_is_refused_by_its_distance(make_store: MakeStore) -> None:
+def test_a_wrong_halo_node_and_ranks_with_different_data_are_refused(make_store: MakeStore) -> None:
     def replace_by_farthest(own: halo.Halo, parts: list[DGLGraph]) -> None:
         own.recv_rows[1][-1] = (parts[1].ndata["x"] - parts[0].ndata["x"].mean(0)).square().sum(1).argmax()
         own.recv_rows[1] = own.recv_rows[1].unique()
 
     with pytest.raises(Failure, match=r"snapshot 1, part 0: an edge .* beyond the radius 0.27.*partition again"):
         link_after(Store(make_store(2, "bisection")), 0, replace_by_farthest)
-
-
-def test_ranks_with_different_data_are_refused(make_store: MakeStore) -> None:
     store = Store(make_store(2, "metis"))
     link_after(store, 1, lambda own, _: None)
-
     different = r"snapshot \d, part \d: process \d reads snapshot .* data\.path"
     requests = r"snapshot 1, part 0: process 1 requests nodes .* partition again"
     changes: list[tuple[Callable[[halo.Halo, Any], object], str]] = [
@@ -319,12 +315,9 @@ def test_ranks_with_different_data_are_refused(make_store: MakeStore) -> None:
     for change, message in changes:
         with pytest.raises(Failure, match=message):
             link_after(store, 1, change)
-
-
-def test_a_lost_halo_is_refused(make_store: MakeStore) -> None:
-    store, model = Store(make_store(2, "metis")), copy.deepcopy(model_of("FastEGNN"))
+    model = copy.deepcopy(model_of("FastEGNN"))
     model.requires_halo = True  # type: ignore[assignment]
-    for graph in (dgl.batch([store.read(n, 0, True) for n in (0, 1)]), store.read(0, 0)):
+    for graph in (dgl.batch([store.read(n, 0, True) for n in (0, 1)]), store.read(0, 0)):  # the halo was lost
         with pytest.raises(Failure, match=r"partition\.halo=exchange: .*halo"):
             model(graph)
 
@@ -341,10 +334,7 @@ def test_invalid_settings_of_halo_mode_are_refused(make_store: MakeStore, tmp_pa
     trainer.build_model(settings, (3, 1), comm.SingleProcess())
     with pytest.raises(Failure, match=r"partition\.halo=exchange .*partition\.halo=bridge"):
         trainer.build_model(settings, (3, 1), ThreadRank(0, Board(2)))
-    (tmp_path / "config.yaml").touch()
-    for model, mode, message in (
-        (None, "exchange", "--halo .*--model"),
-        (tmp_path / "config.yaml", "ghost", "unknown"),
-    ):
+    (file := tmp_path / "config.yaml").touch()
+    for model, mode, message in ((None, "exchange", "--halo .*--model"), (file, "ghost", "unknown")):
         with pytest.raises(Failure, match=message):
             cli.verify(make_store(2, "metis"), model, halo=mode)

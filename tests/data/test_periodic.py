@@ -69,26 +69,20 @@ def test_edges_go_to_the_nearest_image(seed, n, share, single):
 
 
 def test_both_faces_are_the_same_place_and_the_radius_is_included():
-    """With dyadic numbers, so that nothing is rounded."""
+    """With dyadic numbers, so that nothing is rounded. At half the box, two images of a node have the same distance."""
     side = np.full(3, 4.0)
     x = np.array([[-1.0, 0, 0], [3.0, 0, 0], [2.0, 0, 0], [-1.0 - 1e-20, 0, 0]])
-    src, dst = radius_edges(x, 1.0, side)
-    assert list(zip(dst.tolist(), src.tolist(), strict=True)) == [(i, j) for i in range(4) for j in range(4) if i != j]
-    src, dst = radius_edges(x, np.nextafter(1.0, 0), side)
-    assert set(zip(dst.tolist(), src.tolist(), strict=True)) == set(itertools.permutations((0, 1, 3), 2))
-
-
-def test_the_radius_must_be_below_half_the_box():
-    """At exactly half, two images of a node have the same distance."""
+    for radius, nodes in ((1.0, range(4)), (np.nextafter(1.0, 0), (0, 1, 3))):
+        src, dst = radius_edges(x, radius, side)
+        assert list(zip(dst.tolist(), src.tolist(), strict=True)) == list(itertools.permutations(nodes, 2))
     x, side = np.zeros((2, 3)), np.array([1.0, 2, 2])
     assert len(radius_edges(x, np.nextafter(0.5, 0), side)[0]) == 2
     for radius in (0.5, 0.51, math.inf):
         with pytest.raises(Failure, match=r"radius=.*below half .*0\.5"):
             radius_edges(x, radius, side)
-
-
-def test_edges_are_dropped_by_their_distance_to_the_image():
-    x = np.array([[0.1, 0, 0], [3.9, 0, 0], [0.5, 0, 0]])  # 0.2, 0.4 and, across both, 0.6 apart
+    x = np.array(
+        [[0.1, 0, 0], [3.9, 0, 0], [0.5, 0, 0]]
+    )  # 0.2, 0.4 and, across both, 0.6 apart: the longest is dropped
     src, dst = graphs.sample_edges(x, 1.0, 2 / 3, np.full(3, 4.0))
     assert sorted(zip(src.tolist(), dst.tolist(), strict=True)) == [(0, 1), (1, 0)]
 
@@ -236,30 +230,27 @@ def test_verify_finds_a_box_that_contradicts_the_edges(store, tmp_path):
         verify_store(Store(copy), lambda *_: None)
 
 
-@pytest.mark.parametrize(
-    ("box", "changed", "message"),
-    [
-        ({"periodic": False, "box": False}, {}, r"has no box, .*set data\.periodic=false"),
-        ({"periodic": False}, {}, r"has a box with walls, .*set data\.periodic=false"),
-        ({}, {"radius": 1.0}, "radius=1: .* below half .*, 1; lower"),
-        ({}, {"radius": math.inf}, "radius=inf: .* below half"),
-    ],
-)
-def test_unsuitable_boxes_are_refused(tmp_path, box, changed, message):
+UNSUITABLE: list[tuple[dict, dict, str]] = [
+    ({"periodic": False, "box": False}, {}, r"has no box, .*set data\.periodic=false"),
+    ({"periodic": False}, {}, r"has a box with walls, .*set data\.periodic=false"),
+    ({}, {"radius": 1.0}, "radius=1: .* below half .*, 1; lower"),
+    ({}, {"radius": math.inf}, "radius=inf: .* below half"),
+]
+
+
+def test_unsuitable_boxes_are_refused(tmp_path):
     """Before anything is written or trained, with the file and the trajectory."""
-    path = write(tmp_path / "t.h5", lattice(0), **box)
-    with pytest.raises(Failure, match=rf"^{path}: trajectory 0:? {message}"):
-        stored(path, tmp_path / "store", **changed)
+    for number, (box, changed, message) in enumerate(UNSUITABLE):
+        path = write(tmp_path / f"{number}.h5", lattice(0), **box)
+        settings = config.Config(data=config.Data(**{**SETTINGS, "path": str(path), **changed}))
+        with pytest.raises(Failure, match=rf"^{path}: trajectory 0:? {message}"):
+            stored(path, tmp_path / "store", **changed)
+        with pytest.raises(Failure, match=rf"^{path}: trajectory 0:? {message}"):
+            dataset.open_dataset(settings, 0, 1)
     assert not (tmp_path / "store.partial").exists()
-    settings = config.Config(data=config.Data(**{**SETTINGS, "path": str(path), **changed}))
-    with pytest.raises(Failure, match=rf"^{path}: trajectory 0:? {message}"):
-        dataset.open_dataset(settings, 0, 1)
-
-
-@pytest.mark.parametrize(("periodic", "side"), [(True, None), (False, np.ones(3))])
-def test_a_box_is_given_exactly_if_periodic(periodic, side):
-    with pytest.raises(Failure, match=rf"data\.periodic={str(periodic).lower()}"):
-        build_sample({"x": np.zeros((2, 3), np.float32)}, SampleSpec(0.3, 1, (), periodic=periodic), side)
+    for periodic, side in ((True, None), (False, np.ones(3))):  # a box is given exactly if periodic
+        with pytest.raises(Failure, match=rf"data\.periodic={str(periodic).lower()}"):
+            build_sample({"x": np.zeros((2, 3), np.float32)}, SampleSpec(0.3, 1, (), periodic=periodic), side)
 
 
 def wrapped(k: int) -> np.ndarray:
@@ -280,18 +271,12 @@ def test_wrapped_positions_are_refused_and_can_be_unwrapped(tmp_path):
         unwrap(position, BOXES[0])
         np.testing.assert_array_equal(position, lattice(0) - lattice(0)[0] + wrapped(0)[0])
     assert np.abs(Trajectories(write(path, position)).velocity(0, 2)).max() < 1
-
-
-def test_wrapped_positions_in_a_foreign_file_are_refused_when_read(tmp_path):
-    path = write(tmp_path / "t.h5", lattice(0))
+    spec = SampleSpec(0.7, 1, (), periodic=True, velocity="forward")
+    path = write(tmp_path / "foreign.h5", lattice(0))  # a foreign file is refused when it is read
     with h5py.File(path, "r+") as file:
         file["trajectories/000000/position"][:] = wrapped(0)
     jumps = (np.abs(np.diff(wrapped(0), axis=0)) > BOXES[0] / 2).any((1, 2)).nonzero()[0]
     assert len(jumps)
     for frame in jumps:
         with pytest.raises(Failure, match=f"^{path}: trajectory 0, frame {frame}: .*unwrap"):
-            read_sample(
-                Trajectories(path),
-                Snapshot("train", 0, frame),
-                SampleSpec(0.7, 1, (), periodic=True, velocity="forward"),
-            )
+            read_sample(Trajectories(path), Snapshot("train", 0, frame), spec)

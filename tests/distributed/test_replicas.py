@@ -89,13 +89,9 @@ def _same(many: Result, one: Result) -> None:
 def _cases(small: Path, store: Path, replicas: int) -> list[config.Config]:
     """Six training samples in steps of four and two batches, or of two and one, which leaves one of two groups idle."""
     width = ["model.hidden=8", "model.layers=2", "train.clip=0", f"train.replicas={replicas}"]
-    none = small.parent / "none"
-    halved = ["train.batch_size=2", "train.accumulate=2", "partition.parts=2"]
-    return [
-        settings(store, none, *width, *halved),
-        settings(store, none, *width, *halved, "partition.halo=exchange"),
-        settings(small, none, *width, "train.accumulate=4"),
-    ]
+    none, plain = small.parent / "none", settings(small, small.parent / "none", *width, "train.accumulate=4")
+    halved = [*width, "train.batch_size=2", "train.accumulate=2", "partition.parts=2"]
+    return [*(settings(store, none, *halved, f"partition.halo={mode}") for mode in ("bridge", "exchange")), plain]
 
 
 def test_groups_train_what_one_process_does(small, make_store):
@@ -183,7 +179,7 @@ def test_launch_trains_the_same(make_store, tmp_path, monkeypatch):
     (tmp_path / "dgl.py").write_text("raise SystemExit('a file of the user, not DGL')\n")
     store, more = make_store(1, shard_nodes=0), ["train.epochs=2", "train.replicas=2"]
     spawn.run_ranks(trainer.train, 2, settings(store, tmp_path / "local", *more))
-    options = {"resume": False, "port": 0, "max_restarts": 3, "dry_run": False, "dispatch": False}
+    options = {"resume": False, "port": 0, "max_restarts": 3, "dry_run": False, "dispatch": False, "plan": False}
     main.run(settings(store, tmp_path / "launched", *more), [hostfile.LOCALHOST], **options)
     assert_same(tmp_path / "launched", tmp_path / "local")
 

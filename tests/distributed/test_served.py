@@ -82,9 +82,8 @@ def free_ports(count: int) -> list[int]:
 
 def start(log: Path, *arguments: object) -> subprocess.Popen:
     with open(log, "w", encoding="utf-8") as out:
-        return subprocess.Popen(
-            [sys.executable, *map(str, arguments)], stdin=subprocess.DEVNULL, stdout=out, stderr=out
-        )
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
 
 
 def wait_for(text: str, log: Path, process: subprocess.Popen) -> None:

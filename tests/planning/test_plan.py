@@ -57,9 +57,7 @@ def test_counts_are_the_stores(make_store: Any, small: Path, tmp_path: Path) -> 
     # the graph that the model of a rank gets
     graph = dataset.open_dataset(config_of(make_store(3)), 1, 3)[stored.snapshots[2]]
     assert [graph.num_nodes(), graph.num_edges()] == stored.tried[2, 1].tolist()
-
-
-def test_counts_of_one_process_and_of_complete_graphs(small: Path, tmp_path: Path) -> None:
+    # one process, and complete graphs
     assert open_source(small, tmp_path).counts["train"][:, 0, 0].tolist() == [200] * 3 + [250] * 3
     counts = open_source(small, tmp_path, "data.radius=.inf").counts["train"]
     assert counts[:, 0, 1].tolist() == pytest.approx([200 * 199] * 3 + [250 * 249] * 3, rel=0.01)
@@ -88,13 +86,9 @@ def test_sums_and_exchanges_are_those_of_a_run(make_store: Any, monkeypatch: Any
         assert (3 * count, 3 * wire) == (len(sizes), pytest.approx(sum(sizes)))
         assert payload == wire if parts == 2 else payload < wire
     assert len(steps[0]) == (4 if mode == "exchange" else 2) * config.model.layers + 1
-
-
-def test_one_process_makes_no_call() -> None:
     group, x = SimulatedRank(0, 1), torch.ones(3, requires_grad=True)
     group.sum(x).sum().backward()
-    assert group.counter.calls == []
-    assert x.grad.tolist() == [1, 1, 1]  # type: ignore[union-attr]
+    assert (group.counter.calls, x.grad.tolist()) == ([], [1, 1, 1])  # type: ignore[union-attr]
 
 
 def source_of(numbers: int) -> trial_data.Source:
@@ -125,10 +119,8 @@ def test_a_store_for_two_machines(monkeypatch: pytest.MonkeyPatch, make_store) -
     monkeypatch.setattr(resources, "available_cores", lambda: 2.0)
     times = [Times(batch, 0.4, 0.1, 0.0, 0.0) for batch in (1.0, 2.0, 1.0, 1.0)]
     source = source_of(2)
-    source.tried, source.counts = (
-        np.tile(source.tried, (1, 2, 1)),
-        {k: np.tile(c, (1, 2, 1)) for k, c in source.counts.items()},
-    )
+    source.tried = np.tile(source.tried, (1, 2, 1))
+    source.counts = {split: np.tile(counts, (1, 2, 1)) for split, counts in source.counts.items()}
     call_s = dict.fromkeys(("forward", "backward", "gradients"), 0.0)
     for machines, seconds in ((1, 2 * 5.0 / 2), (2, 2 * 2.0)):
         estimate = plan.TimeEstimate(Config(), replace(source, machines=machines), times, call_s)
@@ -281,9 +273,9 @@ def peak_gb(group: Any, config: Any) -> float:
 
 @pytest.mark.parametrize(("nodes", "parts", "halo"), [(500, 1, "bridge"), (2000, 2, "exchange")])
 def test_planned_memory_is_that_of_the_run(tmp_path: Path, nodes: int, parts: int, halo: str) -> None:
-    small = ["model.hidden=32", "model.layers=2", "train.epochs=2", f"partition.halo={halo}"]
+    keys = ["model.hidden=32", "model.layers=2", "train.epochs=2", f"partition.halo={halo}"]
     radius = bench_data.write_data(tmp_path / "block.h5", nodes, 5, 14.6)
-    config = bench_data.config_for(tmp_path / "block.h5", radius, parts, small)
+    config = bench_data.config_for(tmp_path / "block.h5", radius, parts, keys)
     planned = plan.make_plan(config)
     config.run.dir = str(tmp_path / "run")
     if parts > 1:

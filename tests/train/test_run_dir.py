@@ -61,13 +61,15 @@ def flip(path: Path, position: float) -> None:
     path.write_bytes(content)
 
 
-@pytest.mark.parametrize("position", [0, 0.01, 0.3, 0.5, 0.7, 0.9, 0.99, 1])
-def test_torch_reads_a_checkpoint_and_a_flipped_bit_is_detected(run, position):
+def test_torch_reads_a_checkpoint_and_a_flipped_bit_is_detected(run):
     content = torch.load(run / "last.pt", weights_only=True)
     assert (content["format"], content["epoch"], content["step"]) == ("dist_egnn.checkpoint", 2, 0)
-    flip(run / "last.pt", position)
-    with pytest.raises(checkpoint.Damaged, match=r"last\.pt: damaged"):
-        checkpoint.load(run / "last.pt")
+    for position in (0, 0.01, 0.3, 0.5, 0.7, 0.9, 0.99, 1):
+        flip(run / "last.pt", position)
+        with pytest.raises(checkpoint.Damaged, match=r"last\.pt: damaged"):
+            checkpoint.load(run / "last.pt")
+        flip(run / "last.pt", position)
+    checkpoint.load(run / "last.pt")
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
@@ -101,6 +103,7 @@ INCOMPLETE: dict[str, Callable[[Path], object]] = {
     r"metrics\.csv: has 0 of 2 epochs": lambda run: (run / "metrics.csv").unlink(),
     r"metrics\.csv: has 1 of 2 epochs": lambda run: (run / "metrics.csv").write_text("epoch\n1\n"),
     r"metrics\.csv: not the metrics of a run": lambda run: (run / "metrics.csv").write_bytes(b"\0\0"),
+    r"config\.yaml: unknown key 'future'": lambda run: (run / "config.yaml").open("a").write("future: {key: 1}\n"),
     r"last\.pt: not a checkpoint": lambda run: torch.save({"a": 1}, run / "last.pt"),
 }
 
@@ -130,9 +133,6 @@ def test_a_newer_version_is_not_damage(run, monkeypatch):
         patch.setattr(checkpoint, "VERSION", 3)
         checkpoint.save(run / "last.pt", {k: v for k, v in content.items() if k != "version"})
     with pytest.raises(Failure, match=r"last\.pt: checkpoint version 3, this program reads 2"):
-        resume_training(run, [])
-    (run / "config.yaml").write_text((run / "config.yaml").read_text() + "future: {key: 1}\n")
-    with pytest.raises(Failure, match=r"config\.yaml: unknown key 'future'"):
         resume_training(run, [])
 
 
@@ -215,10 +215,8 @@ def test_about(run):
     before = (run / "about.yaml").read_text()
     (start,) = yaml.safe_load(before)
     assert (start["epoch"], start["step"], start["processes"], start["device"]) == (1, 0, 1, "cpu")
-    versions = {"torch": torch.__version__, "python": platform.python_version()}
-    assert versions.items() < start["versions"].items()
-    assert set(start["versions"]) == {*versions, "dist_egnn", "dgl", "numpy"}
-    assert start["host"]["name"] == platform.node()
+    assert start["versions"]["torch"] == torch.__version__
+    assert set(start["versions"]) == {"torch", "python", "dist_egnn", "dgl", "numpy"}
     assert start["seeds"] == {"train": 0, "frames": 0, "partition": 0}
     resume_training(run, ["train.epochs=3"])
     after = (run / "about.yaml").read_text()

@@ -83,34 +83,28 @@ def test_lines_are_wrapped_on_a_terminal_only() -> None:
     assert subprocess.check_output(command, text=True) == text + "\n"
 
 
-HEADER, ROWS = ["name", "parts", "test MSE", "seconds"], [["FastEGNN", 2, "5.0e-3", 14]]
-NARROW = """\
-a title that is
-  longer than that
-  name      parts
-  --------  -----
-  FastEGNN      2
-
-  name      test MSE
-  --------  --------
-  FastEGNN    5.0e-3
-
-  name      seconds
-  --------  -------
-  FastEGNN       14
-"""
-
-
 def test_a_table_wider_than_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def table(width: int | None, title: str = "", labels: int = 1) -> str:
-        monkeypatch.setattr(console, "terminal_width", lambda: width)
-        console.print_table(title, HEADER, ROWS, labels)
-        return capsys.readouterr().out
+    """It is split after columns that fit; each piece repeats the label."""
+    header, rows = ["name", "parts", "test MSE", "seconds"], [["FastEGNN", 2, "5.0e-3", 14]]
 
-    assert table(20, "a title that is longer than that") == NARROW
-    assert table(27, labels=2).splitlines()[::4] == ["  name      parts  test MSE", "  name      parts  seconds"]
+    def table(width: int | None, title: str = "", labels: int = 1) -> list[str]:
+        monkeypatch.setattr(console, "terminal_width", lambda: width)
+        console.print_table(title, header, rows, labels)
+        return capsys.readouterr().out.splitlines()
+
+    narrow = table(20, "a title that is longer than that")
+    assert narrow[:5] == [
+        "a title that is",
+        "  longer than that",
+        "  name      parts",
+        "  --------  -----",
+        "  FastEGNN      2",
+    ]
+    assert [line.split() for line in narrow[6::4]] == [["name", "test", "MSE"], ["name", "seconds"]]
+    assert [line.split() for line in narrow[8::4]] == [["FastEGNN", "5.0e-3"], ["FastEGNN", "14"]]
+    assert table(27, labels=2)[::4] == ["  name      parts  test MSE", "  name      parts  seconds"]
     wide = "  name      parts  test MSE  seconds"
-    assert table(len(wide)).splitlines()[0] == table(None).splitlines()[0] == wide
+    assert table(len(wide))[0] == table(None)[0] == wide
 
 
 def test_progress_lines_of_long_work(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -103,13 +103,6 @@ def test_sample_is_the_models_own_prediction(run, monkeypatch):
         np.testing.assert_array_equal(np.flatnonzero(part == p), np.sort(store.read(number, p).ndata["gid"].numpy()))
 
 
-def test_a_rollout_that_stopped_early_says_so(copy):
-    with h5py.File(copy / "rolled.vtkhdf", "r+") as file:
-        meta = json.loads(file["dist_egnn"].attrs["meta"]) | {"stopped": "step 6: node 1 left"}
-        file["dist_egnn"].attrs["meta"] = json.dumps(meta)
-    assert "stopped early, at step 6: node 1 left" in sections(copy)["Rollout"]
-
-
 MISSING = {
     "metrics.csv": {"The run in numbers": "distegnn train", "Training": "metrics.csv", "Time of a step by phase": ""},
     "evaluate.csv": {"Errors": "distegnn evaluate"},
@@ -119,24 +112,36 @@ MISSING = {
 }
 
 
-@pytest.mark.parametrize("name", MISSING)
-def test_a_missing_file_is_one_line(copy, name, capsys):
-    (copy / name).unlink()
-    content, printed = sections(copy), capsys.readouterr().out
-    assert list(content) == TITLES
-    assert [title for title in TITLES if "Left out: " in content[title]] == list(MISSING[name])
-    for title, hint in MISSING[name].items():
-        assert hint in content[title]
-        assert "\n" not in content[title]
-        assert f"  left out: {title}: " in printed
+def test_missing_files_are_one_line_each(copy, capsys):
+    for name, hints in MISSING.items():
+        (copy / name).rename(copy / "elsewhere")
+        content, printed = sections(copy), capsys.readouterr().out
+        (copy / "elsewhere").rename(copy / name)
+        assert list(content) == TITLES
+        assert [title for title in TITLES if "Left out: " in content[title]] == list(hints)
+        for title, hint in hints.items():
+            assert hint in content[title]
+            assert "\n" not in content[title]
+            assert f"  left out: {title}: " in printed
 
 
-def test_errors_of_other_weights_are_not_shown(copy):
-    shown = sections(copy)["Errors"]
-    best = checkpoint.load(copy / "best.pt")
+def test_a_run_of_one_process_with_new_weights_and_a_rollout_that_stopped(copy, small):
+    """There is no partition, errors of other weights are not shown, and names are escaped."""
+    with h5py.File(copy / "rolled.vtkhdf", "r+") as file:
+        meta = json.loads(file["dist_egnn"].attrs["meta"]) | {"stopped": "step 6: node 1 left"}
+        file["dist_egnn"].attrs["meta"] = json.dumps(meta)
+    file, best = copy / "config.yaml", checkpoint.load(copy / "best.pt")
+    file.write_text(re.sub(r"path: \S+", f"path: {small}", file.read_text()))
+    assert "Left out: " not in sections(copy)["Errors"]
     checkpoint.save(copy / "best.pt", {"model": best["model"], "config": best["config"]})
-    assert "Left out: " not in shown
-    assert "Left out: evaluate.csv is of other weights than best.pt" in sections(copy)["Errors"]
+    content = sections(copy)
+    assert "Left out: evaluate.csv is of other weights than best.pt" in content["Errors"]
+    assert "stopped early, at step 6: node 1 left" in content["Rollout"]
+    assert len(pictures(content["A sample"])) == 2
+    assert "No partition" in content["A sample"]
+    page = (copy / "report.html").read_text()
+    assert "&lt;b&gt;&amp;" in page
+    assert "<b>" not in page
 
 
 def test_older_and_damaged_files(copy):
@@ -158,17 +163,6 @@ def test_older_and_damaged_files(copy):
     for section, name in ((report.curves, "metrics"), (report.errors, "evaluate")):
         with pytest.raises(Failure, match=rf"{name}\.csv is damaged"):
             section()
-
-
-def test_a_run_of_one_process_has_no_partition_and_names_are_escaped(copy, small):
-    file = copy / "config.yaml"
-    file.write_text(re.sub(r"path: \S+", f"path: {small}", file.read_text()))
-    content = sections(copy)["A sample"]
-    assert len(pictures(content)) == 2
-    assert "No partition" in content
-    page = (copy / "report.html").read_text()
-    assert "&lt;b&gt;&amp;" in page
-    assert "<b>" not in page
 
 
 def test_bad_arguments(run, tmp_path):
