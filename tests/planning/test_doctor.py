@@ -77,14 +77,11 @@ def test_versions_against_the_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.check_versions()[0].remedy == "make PYTHON=python3.11 setup"
 
 
-def test_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_memory_and_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for threads, cores, problem in (("1", 2, 0), ("2", 2, 0), ("3", 2, 1), ("1", 0.5, 0), ("", 2, 0), ("x", 2, 1)):
         monkeypatch.setenv("OMP_NUM_THREADS", threads)
         monkeypatch.setattr(doctor.resources, "available_cores", lambda cores=cores: cores)
         assert only(doctor.check_threads()).remedy == "export OMP_NUM_THREADS=1" * problem
-
-
-def test_memory_and_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for free, state in ((5e9, "ok"), (5e8, "problem")):
         monkeypatch.setattr(doctor.memory, "available_memory", lambda free=free: free)
         assert only(doctor.check_memory()).state == state

@@ -93,15 +93,12 @@ def rates(*given: str, steps: int = 1) -> list[float]:
     return result
 
 
-def test_constant_rate_and_warmup():
+@pytest.mark.parametrize("patience", [0, 1, 3])
+def test_schedules_are_those_of_torch(patience):
+    """Plateau, or cosine if patience is 0; and warm-up by hand."""
     assert rates("train.epochs=2", steps=4) == [2.0] * 8
     assert rates("train.epochs=2", "train.warmup=1", steps=4) == [0.5, 1.0, 1.5, 2.0] + [2.0] * 4
     assert rates("train.epochs=2", "train.warmup=0.5", steps=4) == [1.0, 2.0] + [2.0] * 6
-
-
-@pytest.mark.parametrize("patience", [0, 1, 3])
-def test_schedules_are_those_of_torch(patience):
-    """Plateau, or cosine if patience is 0."""
     optimizer, result = torch.optim.SGD(torch.nn.Linear(1, 1).parameters(), lr=2.0), []
     given, scheduler = ["train.schedule=cosine"], lr_scheduler.CosineAnnealingLR(optimizer, T_max=12)
     if patience:
