@@ -144,22 +144,18 @@ def test_one_baseline_for_all_rows(write):
     assert not Path("out/plot.png").exists()
 
 
-def test_a_run_with_other_settings_is_refused(write):
-    run = sweep_config.load(write(grids=[EGNN])).runs[0]
+def test_without_time_or_lock_or_with_other_settings_nothing_starts(write):
+    plan = sweep_config.load(write(grids=[EGNN]))
+    assert sweep.execute(plan, minutes=0) == {}
+    assert (plan.missing(), len(sweep.write_table(plan))) == (2, 0)
+    with filesystem.lock_folder(plan.out, "busy"), pytest.raises(Failure, match="out: another sweep is at work there"):
+        sweep.execute(plan)
+    run = plan.runs[0]
     run.folder.mkdir(parents=True)
     (run.folder / "wanted.yaml").write_text(config.to_yaml(run.config))
     sweep_config.load(write(grids=[EGNN]))
     with pytest.raises(Failure, match=r"name=EGNN,seed=0: holds a run with train\.epochs=100, not 3"):
         sweep_config.load(write(grids=[EGNN], set={"train.epochs": 3}))
-
-
-def test_without_time_or_lock_nothing_starts(write):
-    plan = sweep_config.load(write(grids=[EGNN]))
-    assert sweep.execute(plan, minutes=0) == {}
-    assert plan.missing() == 2
-    assert len(sweep.write_table(plan)) == 0
-    with filesystem.lock_folder(plan.out, "busy"), pytest.raises(Failure, match="out: another sweep is at work there"):
-        sweep.execute(plan)
 
 
 def test_a_sweep_of_real_runs(write):

@@ -232,10 +232,10 @@ def test_a_fault_that_stays(event, launch, store_of_two, cluster):
         cluster.kill("b")
         run.names = "a"
     run.end(2)
-    record(event, "ends: " + run.cause, time.monotonic() - start)
     if "link" not in event:
         cluster.revive("b")
         assert "host b" in run.cause
+    record(event, "ends: " + run.cause, time.monotonic() - start)
 
 
 def test_a_slow_link_then_ctrl_c_and_resume(launch, alone, store_of_two, cluster):

@@ -43,6 +43,11 @@ def test_hosts_from_a_file(tmp_path):
     assert one.reach == ("ssh", "-p", "2222", "me@node1")
     assert (one.copy, one.trainers, one.interface, one.python) == ("ssh -p 2222", 2, "ib0", sys.executable)
     assert (two.name, two.trainers, two.interface, two.python) == ("node2", None, None, "/opt/py")
+    program = tmp_path / "my ssh"
+    program.touch(0o755)
+    host = hosts_of("node1 'python=/a b/python'", tmp_path, str(program))[0]
+    assert (host.reach, host.python) == ((str(program), "node1"), "/a b/python")
+    assert hosts_of("node1 port=22", tmp_path, f"'{program}' -q")[0].reach == (str(program), "-q", "-p", "22", "node1")
 
 
 MISTAKES = {"node1 trainer=2": "line 1: 'trainer=2'; use port=N", "node1\nnode2 trainers=two": "line 2: trainers=two"}
@@ -70,14 +75,6 @@ def test_a_command_keeps_folder_and_python_path(tmp_path, monkeypatch):
     code = "import os; print(os.getcwd(), os.environ['PYTHONPATH'], sep='|')"
     printed = subprocess.check_output(hostfile.LOCALHOST.command(sys.executable, "-c", code), text=True)
     assert printed == f"{folder}|/some where\n"
-
-
-def test_paths_with_spaces(tmp_path):
-    program = tmp_path / "my ssh"
-    program.touch(0o755)
-    host = hosts_of("node1 'python=/a b/python'", tmp_path, str(program))[0]
-    assert (host.reach, host.python) == ((str(program), "node1"), "/a b/python")
-    assert hosts_of("node1 port=22", tmp_path, f"'{program}' -q")[0].reach == (str(program), "-q", "-p", "22", "node1")
 
 
 def test_the_plan_reaches_no_host(make_store, tmp_path, capsys):
