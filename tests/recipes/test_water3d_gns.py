@@ -17,7 +17,7 @@ from gns_files import METADATA, RECIPE, command, framed, needs_records, record, 
 
 from dist_egnn import config
 from dist_egnn.data.samples import SampleSpec, Snapshot, node_fields
-from dist_egnn.data.trajectories import Trajectories
+from dist_egnn.data.trajectories import SPLITS, Trajectories
 from dist_egnn.errors import Failure
 
 
@@ -57,6 +57,27 @@ def test_tfrecords_are_read_as_written(gns_folder, water3d, tmp_path):
 def test_hdf5_form_is_read_as_written(hdf5_folder, water3d, tmp_path):
     water3d.run(["--source", str(hdf5_folder), "--scale", "full", "--out", str(tmp_path / "a.h5")])
     check_content(tmp_path / "a.h5", (5, 2, 1))
+
+
+def test_lagrangebench_metadata_sets_the_time_step_and_unwraps(hdf5_folder, water3d, tmp_path):
+    """A particle crosses the low wall of the box in x; LagrangeBench stores every 4th step and wraps positions."""
+    low, high = METADATA["bounds"][0]
+    unwrapped = np.full((6, 2, 3), 0.5)
+    unwrapped[:, 0, 0] = low + 0.13 - 0.05 * np.arange(6)
+    wrapped = unwrapped.copy()
+    wrapped[..., 0] = low + (unwrapped[..., 0] - low) % (high - low)
+    assert (wrapped != unwrapped).any()
+    for split in SPLITS:
+        with h5py.File(hdf5_folder / f"{split}.h5", "w") as file:
+            file["00000/particle_type"], file["00000/position"] = np.full(2, 5), wrapped.astype("f4")
+    keys = {"write_every": 4, "periodic_boundary_conditions": [True] * 3}
+    (hdf5_folder / "metadata.json").write_text(json.dumps(METADATA | keys))
+    water3d.run(["--source", str(hdf5_folder), "--scale", "full", "--out", str(tmp_path / "a.h5")])
+    data = Trajectories(tmp_path / "a.h5")
+    assert data[0].periodic
+    assert data[0].dt == pytest.approx(4 * METADATA["dt"])
+    read = np.stack([data.position(0, t) for t in range(6)])
+    np.testing.assert_allclose(read, unwrapped, atol=1e-6)
 
 
 @needs_records
