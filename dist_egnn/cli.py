@@ -66,7 +66,7 @@ def data_config(
     return configs.load(config, words, published=published)
 
 
-@command("import frame_*.vtu --out mine.h5 --dt 0.01 --fixed 1")
+@command("import frames.npz --out mine.h5 --dt 0.01 --fixed 1")
 def import_data(
     sources: Annotated[list[Path], Argument(help="files or a folder; several files may be the frames of a series")],
     out: Annotated[Path, Option(help="the trajectories.h5 to write")],

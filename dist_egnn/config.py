@@ -85,7 +85,7 @@ class Data:
     walls: str = _key(
         "none", "simulator: walls that it feels; none, or box: the sides of the trajectory's box", _choice(*WALLS)
     )
-    gravity: list[float] | None = _key(None, "simulator: gravity, length/time²; null: that of the file", VECTOR)
+    gravity: list[float] | None = _key(None, "simulator: gravity, length/time^2; null: that of the file", VECTOR)
     pushforward: int = _key(0, "simulator: own steps before the input, in training", _least(0))
     velocity: str = _key(
         "backward",

@@ -23,7 +23,12 @@ ROOT = Path(__file__).parents[1]
 # in the order of `distegnn --help`: an example may need the files of those before
 COMMANDS = list(typer.main.get_command(cli.app).commands)
 MADE = {
-    **{"partition": "store/manifest.yaml", "train": "runs/fluid/best.pt", "evaluate": "runs/fluid/evaluate.csv"},
+    **{
+        "import": "mine.h5",
+        "partition": "store/manifest.yaml",
+        "train": "runs/fluid/best.pt",
+        "evaluate": "runs/fluid/evaluate.csv",
+    },
     **{"rollout": "runs/fluid/rollout.csv", "report": "runs/fluid/report.html", "render": "runs/fluid/rollout.gif"},
     **{"import-checkpoint": "runs/published/best.pt", "sweep": "runs/sweep/plot.png", "config": "my.yaml"},
 }
@@ -49,6 +54,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             x, v, attributes = falling_swirl(80, seed)
             attributes["viscosity"] = np.linspace(0.1, 1, 80)
             out.add(x, split=split, dt=1.0, source="test", velocity=v, attributes=attributes)
+    x = x[0] + 0.01 * np.arange(30)[:, None, None]
+    np.savez(here / "frames.npz", position=x, type=np.arange(80) % 2)
     config = {
         "include": str(ROOT / "recipes" / "fluid113k" / "config.yaml"),
         "data": {"radius": 0.35, "horizon": 1, "frames": 2, "last_frame": -1, "features": ["viscosity", "speed"]},

@@ -52,6 +52,8 @@ def test_the_command_and_each_rank_open_a_store_once(make_store, small, tmp_path
     run_training(config)
     run_evaluation(tmp_path / "run")
     logs = {file.stem: file.read_text().splitlines() for file in tmp_path.glob("*.log")}
+    # a store that is written is opened once before it gets its name
+    logs = {name: [line for line in lines if not line.endswith(".partial")] for name, lines in logs.items()}
     processes = ["command", *map(str, range(parts) if parts > 1 else ())]
     assert logs == {name: [str(data if partitioned else store)] for name in processes}
 

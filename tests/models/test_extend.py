@@ -41,7 +41,7 @@ def test_it_trains_on_two_processes_by_its_command(small: Path, tmp_path: Path) 
     data = {"path": str(small), "radius": 0.27, "horizon": 3, "frames": 1}
     sizes = {"model": {"hidden": 8, "layers": 2}, "train": {"epochs": 1}, "partition": {"parts": 2}}
     (tmp_path / "my.yaml").write_text(yaml.safe_dump({"data": data, **sizes}))
-    (line,) = re.findall(r"^    distegnn (train .*)$", PAGE.read_text(), re.M)
+    (line,) = re.findall(r"^ *distegnn (train .*)$", PAGE.read_text(), re.M)
     command = [sys.executable, "-P", "-m", "dist_egnn.cli", *line.split()]
     path = os.pathsep.join([str(PAGE.parents[2]), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(

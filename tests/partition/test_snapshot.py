@@ -96,7 +96,7 @@ def test_stores_are_equal(boxed, tmp_path, monkeypatch, case):
     store_writer.write_store(data, tmp_path / "boxes", inputs, lambda *_: None)
     monkeypatch.setattr(snapshot, "needs_all_edges", lambda inputs: True)
     store_writer.write_store(data, tmp_path / "all edges", inputs, lambda *_: None)
-    assert len(calls) == 4 * options["parts"]  # snapshots × parts, and none with all edges in memory
+    assert len(calls) == 2 * options["parts"]  # snapshots × parts, and none with all edges in memory
     assert content(tmp_path / "boxes") == content(tmp_path / "all edges")
 
 

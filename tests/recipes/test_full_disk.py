@@ -35,7 +35,7 @@ for free in range(0, 640_000, 32_000):
     try:
         with Writer(folder / "x.h5", {"what": "x" * 5000}) as out:
             for _ in range(3):
-                out.add(draw.normal(size=(8, 2000, 3)), split="train", dt=1.0, source="x", box=np.zeros((2, 3)))
+                out.add(draw.normal(size=(8, 2000, 3)), split="train", dt=1.0, source="x", box=np.outer([-9, 9], np.ones(3)))
         print("whole")
     except Failure as failure:
         print(failure)

@@ -158,7 +158,7 @@ def test_frames_are_read_one_by_one(rolled, monkeypatch):
     alive = []
 
     def draw(self, drawn):
-        alive.append(sum(isinstance(o, Frame) for o in gc.get_objects()))
+        alive.append(sum(type(o) is Frame for o in gc.get_objects()))
         return BLACK
 
     monkeypatch.setattr(render.Camera, "draw", draw)
