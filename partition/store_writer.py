@@ -29,7 +29,7 @@ from numpy import ndarray as Array
 
 from dist_egnn import __version__
 from dist_egnn.config import Data
-from dist_egnn.data import checks, graphs
+from dist_egnn.data import checks, graphs, identity
 from dist_egnn.data.fixed_nodes import check_fixed
 from dist_egnn.data.samples import Snapshot, count_columns, displacement_scale, select_snapshots, surroundings
 from dist_egnn.data.store import FORMAT, GRAPH, MOVING, NODE_FIELDS, VERSION, Store
@@ -217,7 +217,8 @@ def write_store(data: Trajectories, out: Path, inputs: Inputs, progress: Callabl
     try:
         with lock_output(out):
             if work := _open_folder(out, inputs):
-                _finish(work, out, inputs, doubts, _write_shards(data, work, inputs, selected, progress))
+                about = {"data": identity.of_file(data)} | ({"warnings": doubts} if doubts else {})
+                _finish(work, out, inputs, about, _write_shards(data, work, inputs, selected, progress))
             return work is not None
     except OSError as error:
         raise Failure(f"{describe_os_error(error, out)}; correct this and run the same command to continue") from error
@@ -254,8 +255,8 @@ def _write_shards(
     return shards
 
 
-def _finish(work: Path, out: Path, inputs: Inputs, doubts: dict[str, int], shards: list[dict[str, Any]]) -> None:
-    """Write the tables and the manifest, then rename the folder, which makes it a store."""
+def _finish(work: Path, out: Path, inputs: Inputs, about: dict[str, Any], shards: list[dict[str, Any]]) -> None:
+    """Write the tables and the manifest, with ``about`` the data, then rename the folder, which makes it a store."""
     entries = [(shard["shard"], entry["row"], entry["parts"]) for shard in shards for entry in shard["rows"]]
     rows = [{**row, "shard": shard} for shard, row, _ in entries]
     parts = [(row["snapshot"], part, *counts) for _, row, ranks in entries for part, counts in enumerate(ranks)]
@@ -266,7 +267,7 @@ def _finish(work: Path, out: Path, inputs: Inputs, doubts: dict[str, int], shard
     files.update({name: sha256(work / name) for name in ("snapshots.csv", "parts.csv")})
     versions = {"dist_egnn": __version__} | {module.__name__: str(module.__version__) for module in (dgl, torch, np)}
     manifest = {"format": FORMAT, "version": VERSION, "inputs": inputs.plain(), "versions": versions, "files": files}
-    manifest |= {"warnings": doubts} if doubts else {}
+    manifest |= about
     (work / "manifest.yaml").write_text(yaml.safe_dump(manifest, sort_keys=False), encoding="utf-8")
     Store(work)  # what is renamed can be opened
     shutil.rmtree(work / "spool")

@@ -17,7 +17,7 @@ def run_training(config: Config, resume: bool = False) -> dict[str, float]:
 
     resume: continue the run in run.dir. Raises Stopped, after a checkpoint, on SIGTERM, SIGHUP or Ctrl-C.
     """
-    from ..data import dataset
+    from ..data import dataset, identity
     from ..distributed import spawn
     from ..models import network
     from ..ops import activation_offload
@@ -42,8 +42,10 @@ def run_training(config: Config, resume: bool = False) -> dict[str, float]:
             check(config)  # again, now that no other process can start a run there
         if opened:
             run_partition(config, folder / (f"store-{parts}" if resume else "store"), opened)
+        about = identity.of_data(config.data.path)
         with signals.catch_stop_signals():
-            result = spawn.run_ranks(trainer.train, processes, config, resume, timeout_s=config.train.timeout_s)[0]
+            given = config, resume, about
+            result = spawn.run_ranks(trainer.train, processes, *given, timeout_s=config.train.timeout_s)[0]
     report_result(folder, result, processes, "train")
     return result
 

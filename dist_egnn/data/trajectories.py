@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from . import checks
 
 FORMAT, VERSION = "dist_egnn.trajectories", 1
 SPLITS = ("train", "valid", "test")
+BLOCK = 1 << 22  # numbers that `Trajectories.blocks` reads at once
 
 
 class Writer:
@@ -418,13 +420,21 @@ class Trajectories(Sequence[Trajectory]):
     def __getitem__(self, k):
         return self._all[k]
 
-    def _read(self, k: int, key: str, frame: int | None = None) -> np.ndarray:
+    def _read(self, k: int, key: str, frame: int | slice | None = None) -> np.ndarray:
         try:
             value = self.file["trajectories"][self._all[k].name][key][() if frame is None else frame]
             return np.asarray(value, dtype=np.float32)  # other programs store other types
         except (OSError, KeyError) as error:
             where = f"{self.path}: trajectory {k}: '{key}'"
             raise hdf5.read_failure(where, error, "the file is damaged, prepare it again") from error
+
+    def blocks(self, k: int, key: str) -> Iterator[np.ndarray]:
+        """A dataset such as position or attributes/NAME, as float32 in consecutive blocks of about BLOCK numbers."""
+        dataset = self.file["trajectories"][self._all[k].name][key]
+        rows = dataset.chunks[0] if dataset.chunks else 1
+        rows *= max(1, BLOCK // (rows * math.prod(dataset.shape[1:])))
+        for first in range(0, len(dataset), rows):
+            yield self._read(k, key, slice(first, first + rows))
 
     def position(self, k: int, t: int) -> np.ndarray:
         """Positions (N, 3) float32 at frame t."""

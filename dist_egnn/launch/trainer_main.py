@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import config as configs
 from ..config import Config
-from ..data import graph_server
+from ..data import graph_server, identity
 from ..distributed.comm import join_hosts
 from ..errors import Failure
 from ..train import checkpoint, run_dir, trainer
@@ -36,7 +36,7 @@ def train(config: Config, resume: bool, peers: dict[str, Any]) -> dict[str, floa
             raise ConnectionError(str(failure)) from failure
         if comm.size == 1:  # with several processes, `trainer.train` handles the signals
             stack.enter_context(signals.catch_stop_signals())
-        return trainer.train(comm, config, resume)
+        return trainer.train(comm, config, resume, identity.of_data(path))
 
 
 def main() -> None:

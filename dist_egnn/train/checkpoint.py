@@ -1,7 +1,7 @@
 """Checkpoints: what they contain, how they are written and read, and how a run resumes from its last one.
 
 Keys: `model` and `config` (YAML) in all; in those of a training also `optimizer`, `rng`, `samples` (`fingerprint` of
-the data), `widths` (F, K) and the fields of `TrainingState`. docs/outputs.md describes the format.
+the data), `data` (data/identity.py), `widths` (F, K) and the fields of `TrainingState`. docs/outputs.md describes the format.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import io
 import json
 import math
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ import torch
 from torch.nn import Module
 
 from .. import config as configs
-from ..config import Config
+from ..config import Config, Data
+from ..data import identity
 from ..data.dataset import Dataset
 from ..distributed.comm import Comm
 from ..errors import Failure
@@ -62,6 +64,7 @@ def of_training(trainer: Trainer) -> Checkpoint:
         "rng": torch.get_rng_state(),  # one for all ranks: every rank makes the same draws
         **vars(trainer.state) | {"sums": dict(trainer.state.sums)},
         "samples": trainer.fingerprint,
+        "data": trainer.identity,
     }
 
 
@@ -121,11 +124,23 @@ def restore(trainer: Trainer) -> str:
         if "samples" in last and last["samples"][key] != trainer.fingerprint[key]:
             source, remedy = trainer.config.data.path, "set data.path to the same data, or to a store made from them"
             raise Failure(f"{source}: its {what} are not those that {folder} was trained on; {remedy}")
+    if last.get("data") and trainer.identity:
+        compare_data(last["data"], trainer.identity, trainer.config.data, folder, ("train", "valid"))
+    trainer.identity = trainer.identity or last.get("data")
     load_weights(trainer.model, last, folder / LAST)
     trainer.optimizer.load_state_dict(last["optimizer"])
     torch.set_rng_state(last["rng"])
     trainer.state = training_state(last)
     return warning
+
+
+def compare_data(
+    before: identity.Identity, now: identity.Identity, data: Data, folder: Path, splits: Collection[str]
+) -> None:
+    """Raise Failure that names what has changed in the data since the training."""
+    if changed := identity.changes(before, now, data, splits):
+        remedy = "restore the data, or train a new run"
+        raise Failure(f"{data.path}: not what {folder} was trained on: other {', '.join(changed)}; {remedy}")
 
 
 def _on_cpu(value: Any) -> Any:

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from ..config import Config, Model
 from ..data import halo
 from ..data.dataset import Dataset, open_dataset, prefetch
+from ..data.identity import Identity
 from ..distributed.comm import Comm
 from ..errors import Failure
 from ..models import network, simulator
@@ -164,6 +165,7 @@ class Trainer:
     samples: Dataset
     state: TrainingState = field(default_factory=TrainingState)
     fingerprint: dict[str, Any] = field(default_factory=dict)  # of the samples, see checkpoint.py
+    identity: Identity | None = None  # of the data
     last_step: dict[str, float] = field(default_factory=dict)  # means of the last step's batches
 
     def steps_of_an_epoch(self) -> int:
@@ -304,10 +306,11 @@ def _warn_without_edges(comm: Comm, config: Config, samples: Dataset) -> None:
         print(f"warning: {where}; raise data.radius={config.data.radius:g}", file=sys.stderr)
 
 
-def train(world: Comm, config: Config, resume: bool = False) -> dict[str, float]:
+def train(world: Comm, config: Config, resume: bool = False, identity: Identity | None = None) -> dict[str, float]:
     """Train a model, or resume the run in run.dir; returns the last row of metrics.csv and `best_valid_mse`.
 
     A run that a signal stops returns `stopped`, `epoch` (from 1) and `step` (done) instead of the row. Graphs stay on the CPU.
+    identity: of the data, for checkpoints.
     world: `train.replicas` groups, each of as many ranks as a graph has parts; the groups share the batches.
     """
     device, comm, samples = _open(world, config, "train", "valid")
@@ -318,7 +321,8 @@ def train(world: Comm, config: Config, resume: bool = False) -> dict[str, float]
     config = replace(config, data=replace(config.data, velocity_scale=samples.velocity_scale))  # enters checkpoints
     model = build_model(config, samples.widths, comm, samples.statistics()).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay)
-    trainer = Trainer(comm, config, model, optimizer, samples, fingerprint=checkpoint.fingerprint(samples, comm))
+    fingerprint = checkpoint.fingerprint(samples, comm)
+    trainer = Trainer(comm, config, model, optimizer, samples, fingerprint=fingerprint, identity=identity)
     _warn_without_edges(comm, config, samples)
     damage = checkpoint.restore(trainer) if resume else ""
     if world.rank == 0 and not resume:
