@@ -10,6 +10,8 @@ similarity): the same splash with fewer particles in the same number of frames, 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import functools
 import importlib.metadata
 import importlib.util
@@ -31,7 +33,7 @@ import records
 from dist_egnn.data import prepare as preparation
 from dist_egnn.data.trajectories import SPLITS
 from dist_egnn.errors import Failure
-from dist_egnn.utils.filesystem import check_free_space
+from dist_egnn.utils.filesystem import NO_LOCKS, check_free_space
 
 RADIUS, REFERENCE, FPS = 0.025, 113_140, 50
 BOX = np.array([5.0, 10.0, 5.0])
@@ -90,6 +92,21 @@ def draw(seed: int, index: int, particles: int) -> Scene:
     raise Failure(f"--particles {particles}: the block does not fit into the box; use 1000 or more")
 
 
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[int]:
+    """Lock an engine's folder; waits for the engine of a killed run, which has the lock until it ends at its next step.
+
+    Yields the file descriptor that an engine inherits to keep the lock.
+    """
+    with directory.with_suffix(".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        yield file.fileno()
+
+
 class Engines:
     """Engine processes, one per worker. The first failure or Ctrl-C ends all; each also ends if prepare.py is killed."""
 
@@ -113,12 +130,11 @@ class Engines:
     def run(self, directory: Path, name: str) -> None:
         """Run engine.py on the folder. Raises Failure with the reason of the first engine that failed."""
         command = [sys.executable, str(Path(__file__).with_name("engine.py")), str(directory)]
-        with self.lock:
+        text = {"encoding": "utf-8", "errors": "replace"}
+        with self.lock, locked(directory) as lock:
             if self.reason:
                 raise Failure(self.reason)
-            process = subprocess.Popen(
-                command, env=self.env, stderr=subprocess.PIPE, encoding="utf-8", errors="replace"
-            )
+            process = subprocess.Popen(command, env=self.env, stderr=subprocess.PIPE, pass_fds=(lock,), **text)
             self.running.add(process)
         lines = process.communicate()[1].strip().splitlines()
         with self.lock:
@@ -140,10 +156,11 @@ def simulate(options: argparse.Namespace, engines: Engines, k: int) -> Iterator[
     complete leg."""
     name, directory = f"trajectory {k}", engine_folder(options, k)
     state = directory / "state.npz"
-    if state.exists():  # frames after the last complete leg are simulated again
-        (directory / "frames").write_text(str(np.load(state)["done"]), encoding="utf-8")
-    else:
-        shutil.rmtree(directory, ignore_errors=True)  # left by a killed run
+    with locked(directory):
+        if state.exists():  # frames after the last complete leg are simulated again
+            (directory / "frames").write_text(str(np.load(state)["done"]), encoding="utf-8")
+        else:
+            shutil.rmtree(directory, ignore_errors=True)  # left by a killed run
     scene = draw(options.seed, k, options.particles)
     # positions and velocities, by the engine and in the part's file
     copies = 1 if state.exists() else 2

@@ -196,6 +196,46 @@ def test_messages_of_a_simulation(tmp_path, engine, capsys, lines, options, mess
     assert re.match(message, "".join(errors))
 
 
+WITH_FAKE = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+import prepare
+prepare.__file__ = sys.argv.pop(1)
+prepare.importlib.util.find_spec = lambda name: name
+prepare.importlib.metadata.version = lambda name: "0.0"
+sys.exit(prepare.preparation.main(prepare.run))
+"""
+# the first engine goes on for half a second after prepare.py was killed; others must not begin before it has ended
+OUTLIVES = """
+above = os.path.dirname(os.path.dirname(folder))
+if os.path.exists(above + "/started"):
+    if not os.path.exists(above + "/ended"): sys.exit("the engine of the killed run is still running")
+else:
+    parent = os.getppid()
+    open(above + "/started", "w").close()
+    while os.getppid() == parent: time.sleep(0.01)
+    time.sleep(0.5)
+    open(folder + "/frames.new", "w").close()
+    open(above + "/ended", "w").close()
+    sys.exit(1)
+"""
+
+
+def test_a_rerun_waits_for_the_engine_of_a_killed_run(tmp_path, engine):
+    engine(OUTLIVES)
+    words = map(str, (RECIPE, prepare.__file__, "--out", tmp_path / "x.h5", *SMALL, "--workers", 1))
+    command = [sys.executable, "-c", WITH_FAKE, *words]
+    process = subprocess.Popen(command)
+    deadline = time.monotonic() + 600
+    while not (tmp_path / "started").exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "ended").exists()
+
+
 def test_missing_records_of_an_interrupted_run(tmp_path, engine, capsys):
     engine(f"if k > 0:\n  {FIRST_DONE}\n  sys.exit('killed')")
     options = ("--out", tmp_path / "x.h5", *SMALL)
