@@ -25,15 +25,15 @@ def verify_store(store: Store, progress: Callable[[int, int], None]) -> dict[str
     """
     files = {str(f.relative_to(store.path)) for f in store.path.rglob("*") if f.is_file()} - {"manifest.yaml"}
     if extra := sorted(files - set(store.manifest["files"])):
-        raise Failure(f"{store.path / extra[0]}: not in the manifest; remove it or partition again")
+        raise Failure(f"{store.path / extra[0]}: not in the manifest; remove it or {store.remedy}")
     store.verify_files()
     nodes = edges = 0
     for shard, rows in store.snapshots.groupby("shard", sort=False).indices.items():
         config = str(store.path / shard / f"{GRAPH}.json")
-        parts = [_load_part(config, p, store.trainers) for p in range(store.machines)]
+        parts = [_load_part(store, config, p) for p in range(store.machines)]
         snapshot_of = np.concatenate([feats["_N/snapshot"].numpy() for _, feats in parts])
         if extra := sorted(set(snapshot_of.tolist()) - set(rows.tolist())):
-            raise Failure(f"{config}: holds snapshot {extra[0]}, snapshots.csv does not list it there; partition again")
+            raise Failure(f"{config}: holds snapshot {extra[0]}, snapshots.csv does not list it there; {store.remedy}")
         for snapshot in map(int, rows):
             n, e = _check_snapshot(store, snapshot, parts, snapshot_of)
             nodes, edges = nodes + n, edges + e
@@ -52,10 +52,10 @@ def _check_snapshot(store: Store, snapshot: int, parts: list[LoadedPart], snapsh
         if store.trainers > 1:
             own &= feats["_N/trainer_id"] == rank
         if int(own.sum()) != hi - lo or not own[lo:hi].all():
-            raise Failure(f"{where}: part {rank} does not hold the {hi - lo} nodes of parts.csv; partition again")
+            raise Failure(f"{where}: part {rank} does not hold the {hi - lo} nodes of parts.csv; {store.remedy}")
     n = int(store.snapshots.loc[snapshot, "nodes"])
     if not np.array_equal(np.sort(gid_of[snapshot_of == snapshot]), np.arange(n)):
-        raise Failure(f"{where}: its {n} nodes are not each in exactly one part; partition again")
+        raise Failure(f"{where}: its {n} nodes are not each in exactly one part; {store.remedy}")
     stored = []
     for graph, feats in parts:
         src, dst = (t.numpy() for t in graph.edges(order="eid"))
@@ -63,29 +63,29 @@ def _check_snapshot(store: Store, snapshot: int, parts: list[LoadedPart], snapsh
         ids = graph.ndata[dgl.NID].numpy()
         src, dst = ids[src[selected]], ids[dst[selected]]
         if (snapshot_of[src] != snapshot).any():
-            raise Failure(f"{where}: an edge joins two snapshots; partition again")
+            raise Failure(f"{where}: an edge joins two snapshots; {store.remedy}")
         stored.append(gid_of[src] * n + gid_of[dst])
     whole, around = store.whole(snapshot), store.domain(snapshot)  # also checks fields, shapes and NaN
     values = {name: whole.ndata[name].numpy() for name in ("x", "v")}
     x = edge_positions(values, None if around is None else around.gravity[0].numpy())
     src, dst = graphs.sample_edges(x, store.inputs["radius"], store.inputs["edge_drop"], store.sides(snapshot))
     if not np.array_equal(np.sort(np.concatenate(stored)), np.sort(src * n + dst)):
-        raise Failure(f"{where}: its edges are not those of its positions, each once; partition again")
+        raise Failure(f"{where}: its edges are not those of its positions, each once; {store.remedy}")
     return n, len(src)
 
 
-def _load_part(config: str, part: int, trainers: int) -> LoadedPart:
+def _load_part(store: Store, config: str, part: int) -> LoadedPart:
     """Load a part with DGL's loader and its debug assertions."""
     added = "DGL_DIST_DEBUG" not in os.environ
     os.environ.setdefault("DGL_DIST_DEBUG", "1")
     try:
         graph, feats, *_ = dgl.distributed.load_partition(config, part)
     except AssertionError as error:
-        raise Failure(f"{config}: part {part} fails DGL's own checks ({error}); partition again") from error
+        raise Failure(f"{config}: part {part} fails DGL's own checks ({error}); {store.remedy}") from error
     finally:
         if added:
             del os.environ["DGL_DIST_DEBUG"]
-    for name in ("gid", "snapshot", *(["trainer_id"] if trainers > 1 else [])):
+    for name in ("gid", "snapshot", *(["trainer_id"] if store.trainers > 1 else [])):
         if f"_N/{name}" not in feats:
-            raise Failure(f"{config}: part {part}: node field '{name}' is missing; partition again")
+            raise Failure(f"{config}: part {part}: node field '{name}' is missing; {store.remedy}")
     return graph, feats

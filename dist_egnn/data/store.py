@@ -25,7 +25,7 @@ from ..utils import part_weights
 from ..utils.filesystem import sha256
 from . import domain, fields, graphs, halo
 from .samples import root_mean_squares
-from .store_inputs import DEFAULT_INPUTS
+from .store_inputs import DEFAULT_INPUTS, remake
 
 FORMAT, VERSION, GRAPH = "dist_egnn.store", 1, "dist_egnn"
 SIDES = ("side_x", "side_y", "side_z")  # columns of snapshots.csv in a store with periodic boxes
@@ -52,8 +52,8 @@ class Source(Protocol):
 class DiskSource:
     """Load parts with DGL's loader and verify each file's sha256 once; the last two parts stay in memory."""
 
-    def __init__(self, folder: Path, hashes: dict[str, str]) -> None:
-        self.folder, self.hashes = folder, hashes
+    def __init__(self, folder: Path, hashes: dict[str, str], remedy: str) -> None:
+        self.folder, self.hashes, self.remedy = folder, hashes, remedy
         self.verify = functools.cache(self._verify)
         self.part: Callable[[str, int], Part] = functools.lru_cache(2)(self._load)
 
@@ -61,9 +61,9 @@ class DiskSource:
         """Raise Failure unless the file has the sha256 that the manifest lists."""
         path = self.folder / name
         if not path.is_file():
-            raise Failure(f"{path}: missing from the store; partition again")
+            raise Failure(f"{path}: missing from the store; {self.remedy}")
         if sha256(path) != self.hashes.get(name):
-            raise Failure(f"{path}: its sha256 is not the manifest's: damaged or changed; partition again")
+            raise Failure(f"{path}: its sha256 is not the manifest's: damaged or changed; {self.remedy}")
 
     def config(self, shard: str, part: int) -> Path:
         """DGL's partition config of a shard, after verifying it and the part's files."""
@@ -109,12 +109,13 @@ class Store:
                 self.machines: int = self.inputs["parts"]
                 self.trainers: int = self.inputs["trainers"]
                 self.parts = self.machines * self.trainers  # one process each; rank r is on machine r // trainers
-                self.disk = DiskSource(self.path, dict(self.manifest["files"]))
+                self.remedy = remake(self.path, self.inputs)
+                self.disk = DiskSource(self.path, dict(self.manifest["files"]), self.remedy)
         except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
-            raise Failure(f"{manifest}: damaged ({type(error).__name__}); partition again") from error
+            raise Failure(f"{manifest}: damaged ({type(error).__name__}); {remake(self.path)}") from error
         if version != (FORMAT, VERSION):
             actual = f"{version[0]} version {version[1]}"
-            raise Failure(f"{manifest}: {actual}, this program reads {FORMAT} {VERSION}; partition again")
+            raise Failure(f"{manifest}: {actual}, this program reads {FORMAT} {VERSION}; {remake(self.path)}")
         self.source: Source = self.disk
         self.past = self.inputs["history"] + self.inputs["pushforward"]
         self.fields = (*NODE_FIELDS, *(MOVING if self.inputs["fixed"] else ()), *(["past"] if self.past > 1 else ()))
@@ -182,7 +183,7 @@ class Store:
         own = (src >= lo) & (src < hi)
         graph = dgl.graph((src[own] - lo, dst[own]), num_nodes=hi - lo, idtype=torch.int32)
         for name in set(self.fields) - set(shard.nodes):
-            raise Failure(f"{self.path}/{row['shard']}/part{machine}: node field '{name}' is missing; partition again")
+            raise Failure(f"{self.path}/{row['shard']}/part{machine}: node field '{name}' is missing; {self.remedy}")
         graph.ndata.update({name: shard.nodes[name][lo:hi] for name in self.fields})
         self._set_global_fields(graph, row)
         if exchange:
@@ -198,13 +199,13 @@ class Store:
         owner = np.searchsorted(first, ids, side="right") - 1
         invalid = (owner < 0) | (ids >= (first + nodes)[owner]) | (owner == part)
         if invalid.any():
-            raise Failure(f"{where}: halo node {ids[invalid][0]} belongs to no other part; partition again")
+            raise Failure(f"{where}: halo node {ids[invalid][0]} belongs to no other part; {self.remedy}")
         about = {"number": snapshot, "where": where, "radius": self.inputs["radius"], "side": self.sides(snapshot)}
         result = halo.from_edges(owner, ids - first[owner], dst.numpy(), nodes.tolist(), **about)
         listed = self.parts_table.iloc[snapshot * self.parts + part]
         for name, count in (("cut_edges", len(result.src)), ("halo", sum(map(len, result.recv_rows)))):
             if count != listed[name]:
-                raise Failure(f"{where}: has {count} {name}, parts.csv says {listed[name]}; partition again")
+                raise Failure(f"{where}: has {count} {name}, parts.csv says {listed[name]}; {self.remedy}")
         return result
 
     def whole(self, snapshot: int, exchange: bool = False) -> DGLGraph:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from ..config import Data
@@ -32,3 +35,21 @@ def check_settings(inputs: Mapping[str, Any], path: str, data: Data) -> None:
         if value != inputs[name] and not (name in ("features", "velocity_scale") and value is None):
             stored = f"{path} was made with {inputs[name]}"
             raise Failure(f"data.{name}={value} in the config, but {stored}; set it to that or partition again")
+
+
+def remake(path: Path, inputs: Mapping[str, Any] | None = None) -> str:
+    """The two commands that replace a damaged store; without its inputs the second one is known to its author only."""
+    remove = f"run `{shlex.join(['rm', '-r', str(path)])}`, then"
+    if inputs is None:
+        return f"{remove} the `distegnn partition … --out {path}` that made it"
+    words = ["distegnn", "partition", inputs["source"], "--out", str(path)]
+    for option, name in (("parts", "parts"), ("trainers", "trainers"), ("method", "method"), ("seed", "method_seed")):
+        words += [f"--{option}", str(inputs[name])]
+    words += ["--shard-nodes", str(inputs["shard_nodes"])]
+    words += ["--weights", ",".join(map(str, inputs["weights"]))] if inputs["weights"] else []
+    default = Data()
+    for name in (field.name for field in fields(Data) if field.name in inputs):
+        if (value := inputs[name]) != getattr(default, name):
+            text = f"[{','.join(map(str, value))}]" if isinstance(value, list | tuple) else str(value)
+            words.append(f"data.{name}={text}")
+    return f"{remove} `{shlex.join(words)}`"

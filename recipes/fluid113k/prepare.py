@@ -130,11 +130,12 @@ class Engines:
     def run(self, directory: Path, name: str) -> None:
         """Run engine.py on the folder. Raises Failure with the reason of the first engine that failed."""
         command = [sys.executable, str(Path(__file__).with_name("engine.py")), str(directory)]
-        text = {"encoding": "utf-8", "errors": "replace"}
         with self.lock, locked(directory) as lock:
             if self.reason:
                 raise Failure(self.reason)
-            process = subprocess.Popen(command, env=self.env, stderr=subprocess.PIPE, pass_fds=(lock,), **text)
+            process = subprocess.Popen(
+                command, env=self.env, stderr=subprocess.PIPE, pass_fds=(lock,), encoding="utf-8", errors="replace"
+            )
             self.running.add(process)
         lines = process.communicate()[1].strip().splitlines()
         with self.lock:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -454,6 +458,22 @@ def test_a_damaged_store_is_not_called_complete(copy, make_inputs, small):
             store_writer.write_store(Trajectories(small), copy, make_inputs(2), silent)
     shutil.rmtree(copy)
     assert store_writer.write_store(Trajectories(small), copy, make_inputs(2), silent)
+
+
+def test_a_damaged_store_is_made_again_by_the_commands_of_its_message(copy, small, make_store):
+    """A shell runs them beside the trajectories file, whose folder the store does not know."""
+    settings = {"horizon": 2, "features": ("speed",), "periodic": False, "weights": (2, 1), "edge_drop": 0.25}
+    shutil.rmtree(copy)
+    shutil.copytree(before := make_store(2, "random", 0, **settings), copy)
+    (copy / "parts.csv").unlink()
+    with pytest.raises(Failure, match=r"parts\.csv: missing") as caught:
+        Store(copy)
+    commands = re.findall("`(.*?)`", str(caught.value))
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    for command in commands:
+        subprocess.run(command, shell=True, check=True, cwd=small.parent, env=environment, timeout=600)
+    assert len(commands) == 2
+    assert content(copy) == content(before)
 
 
 FOREIGN = [{"parts": 3}, {"trainers": 2}, {"method": "random"}, {"radius": 0.2}, {"frames": 2}]
