@@ -200,7 +200,8 @@ class _Leaves:
         self.leaves = [(p, self._later(total.add_)) for p, total in pairs if total is not None]
 
     def _later(self, add: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-        return lambda grad: self.additions.append(partial(add, grad))
+        additions = self.additions  # a reference to self would be a cycle, which keeps the tile's arrays in memory
+        return lambda grad: additions.append(partial(add, grad))
 
     def leaf(self, value: Tensor, add: Callable[[Tensor], Any], local: bool = False) -> Tensor:
         """The value as a leaf, whose gradient is passed to ``add``: at once if that is local to the tile."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import bench_data
 import dgl
 import pytest
@@ -40,6 +42,18 @@ def test_an_error_in_a_thread_is_raised(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(model.layers[0], "message", lambda edges: 1 / 0)
     with tiled_layer.tile_threads(2), pytest.raises(ZeroDivisionError):
         model(graph)
+
+
+def test_a_tile_is_freed_without_the_garbage_collector() -> None:
+    """No cycle of references keeps the arrays of a backward pass: it would double the memory of a step."""
+    model, graph = network.FastEGNN(3, 2, hidden=8, tile=50).double(), make_graph(40, 1)
+    gc.collect()
+    gc.disable()
+    try:
+        model(graph)[0].sum().backward()
+        assert not [o for o in gc.get_objects() if type(o) is tiled_layer._Leaves]
+    finally:
+        gc.enable()
 
 
 def test_memory_of_a_backward_pass_is_one_tile() -> None:
