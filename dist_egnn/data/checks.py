@@ -145,8 +145,10 @@ def _units(data: Trajectories) -> Iterator[tuple[str, str]]:
 def check_content(data: Trajectories) -> tuple[dict[str, int], list[str]]:
     """How often each kind of doubt occurs in a file, and one line for the first of each kind; reads 24 frames of each.
 
-    Raises Failure for trajectories whose nodes are in another order in each frame.
+    Raises Failure for trajectories whose nodes are in another order in each frame, or too far from zero for float32.
     """
+    for k in range(len(data)):
+        check_digits(data.position(k, 0), f"{data.path}: trajectory {k}, frame 0: position")
     found = [*_units(data), *(item for k in range(len(data)) for item in _motion(data, k))]
     counts, lines = Counter(kind for kind, _ in found), dict(reversed(found))
     if SHUFFLED in lines:

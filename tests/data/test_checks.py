@@ -122,3 +122,12 @@ def test_doubtful_motion_and_units(tmp_path: Path) -> None:
     counts, lines = checks.check_content(data)
     assert counts == {"unit of velocity": 1}
     assert "v.h5: trajectory 0, frame 0: velocity · dt is 0.1 times" in lines[0]
+
+
+def test_a_foreign_file_far_from_zero(tmp_path: Path) -> None:
+    with h5py.File(path := write(tmp_path / "far.h5"), "a") as file:
+        file.visititems(
+            lambda name, item: item.write_direct(np.float32(X + 5e6)) if name.endswith("/position") else None
+        )
+    with pytest.raises(Failure, match=r"far\.h5: trajectory 0, frame 0: position: nodes are .* subtract a constant"):
+        checks.check_content(Trajectories(path))
