@@ -266,11 +266,15 @@ def launch(
 
 
 @command("evaluate runs/fluid")
-def evaluate(run: Run, split: Annotated[str, Option(help="train, valid or test")] = "test") -> None:
+def evaluate(
+    run: Run,
+    split: Annotated[str, Option(help="train, valid or test")] = "test",
+    data: Annotated[Path | None, Option(help="trajectories.h5 or store", show_default="the run's data")] = None,
+) -> None:
     """Print the error of a run's best checkpoint. Baselines: static (x), linear (x + t·v, t fitted on split train)."""
     from .commands.evaluate import print_evaluation
 
-    print_evaluation(run, split)
+    print_evaluation(run, split, data)
 
 
 @command(

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -212,8 +211,7 @@ def write_store(data: Trajectories, out: Path, inputs: Inputs, progress: Callabl
     and the same call continues.
     """
     selected = check_inputs(data, inputs)
-    doubts, lines = checks.check_content(data)
-    print(*(f"warning: {line}" for line in lines), sep="\n", end="\n" * bool(lines), file=sys.stderr)
+    doubts = checks.warn_of_content(data)
     try:
         with lock_output(out):
             if work := _open_folder(out, inputs):

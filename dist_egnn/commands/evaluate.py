@@ -3,50 +3,89 @@
 from __future__ import annotations
 
 import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 
-from .. import config as configs
-from ..data import dataset
-from ..data.trajectories import SPLITS
+from ..config import Config, Partition
+from ..data import checks, dataset, identity
+from ..data.trajectories import SPLITS, Trajectories
 from ..distributed import spawn
 from ..errors import Failure
-from ..train import run_dir, trainer
+from ..train import checkpoint, run_dir, trainer
 from ..utils.console import print_table
 from ..utils.filesystem import replace_file, sha256
+from .partition import run_partition
 
 
-def run_evaluation(run: Path, split: str = "test") -> dict[str, float]:
-    """Mean squared error of each prediction, on as many processes as in training; also written to evaluate.csv."""
+def run_evaluation(run: Path, split: str = "test", data: Path | None = None) -> dict[str, float]:
+    """Mean squared error of each prediction, on as many processes as in training; also written to evaluate.csv.
+
+    data: a trajectories file or a store in place of the run's data. Raises Failure for data that do not fit the run, and
+    if the run's own data have changed since the training.
+    """
     if split not in SPLITS:
         raise Failure(f"--split {split}: use one of {', '.join(SPLITS)}")
-    run_dir.check_is_run(run)
-    config = configs.load(run / "config.yaml", published=True)
-    config.run.dir = str(run)
+    config = run_dir.load_config(run)
     try:
         trainer.resolve_device(config)
     except Failure as failure:  # no option sets the device: name the file that does
-        raise Failure(f"{run / 'config.yaml'}: {failure}") from failure
-    processes, timeout_s = dataset.process_count(config), config.train.timeout_s
+        raise Failure(f"{run / run_dir.CONFIG}: {failure}") from failure
     best = run / run_dir.BEST
-    weights = sha256(best) if best.is_file() else ""
-    errors = spawn.run_ranks(trainer.evaluate, processes, config, best, split, timeout_s=timeout_s)[0]
+    trained, weights = checkpoint.load(best).get("data"), sha256(best)
+    with ExitStack() as stack:
+        path = config.data.path if data is None else str(data.absolute())
+        parts = None if dataset.is_store(path) else dataset.used_partition(config)
+        evaluated = identity.of_data(path)
+        if data is None:
+            checkpoint.compare_data(trained, evaluated, config.data, run)
+        else:
+            config = _replace_data(config, path, trained, evaluated)
+            if parts and parts.parts > 1:
+                folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="distegnn-evaluate-"))
+                run_partition(replace(config, partition=parts), Path(folder, "store"))
+        processes, timeout_s = dataset.process_count(config), config.train.timeout_s
+        given = config, best, split, data is not None
+        errors = spawn.run_ranks(trainer.evaluate, processes, *given, timeout_s=timeout_s)[0]
     if sha256(best) != weights:
         raise Failure(f"{best}: was replaced during the evaluation; evaluate again")
-    table = pd.DataFrame([{"split": split, "prediction": k, "mse": v, "weights": weights} for k, v in errors.items()])
+    about = {"weights": weights, "data": identity.digest(evaluated), "path": path}
+    _write(run, pd.DataFrame([{"split": split, "prediction": k, "mse": v, **about} for k, v in errors.items()]))
+    return errors
+
+
+def _replace_data(
+    config: Config, path: str, trained: identity.Identity | None, given: identity.Identity | None
+) -> Config:
+    """The config with other data, after comparing them with those of the training."""
+    if trained and given:
+        identity.check_fits(trained, given, config.data, path, Path(config.run.dir))
+    if not dataset.is_store(path):
+        checks.warn_of_content(Trajectories(path))
+    features = identity.resolve_features(config.data, trained)
+    partition = Partition(halo=config.partition.halo)  # the rest follows from a store
+    return replace(config, data=replace(config.data, path=path, features=features), partition=partition)
+
+
+def _write(run: Path, table: pd.DataFrame) -> None:
+    """Write rows of evaluate.csv, in place of those of the same split and data."""
     if (path := run / "evaluate.csv").is_file():
-        table = pd.concat([pd.read_csv(path).query("split != @split"), table])
+        before, now = pd.read_csv(path).reindex(columns=table.columns), table.iloc[0]
+        same = (before["split"] == now["split"]) & before["data"].fillna("").isin(["", now["data"]])
+        table = pd.concat([before[~same], table])
     try:
         replace_file(path, table.to_csv(index=False).encode())
     except OSError as error:  # a read-only run can be evaluated all the same
         print(f"warning: {path}: not written ({error.strerror})", file=sys.stderr)
-    return errors
 
 
-def print_evaluation(run: Path, split: str) -> None:
+def print_evaluation(run: Path, split: str, data: Path | None = None) -> None:
     """Evaluate a run and print the errors as a table."""
-    errors = run_evaluation(run, split)
-    linear = errors["linear"]  # zero where the data move in straight lines
+    errors = run_evaluation(run, split, data)
+    linear = errors.get("linear", 0.0)  # zero where the data move in straight lines
     rows = [[name, f"{e:.4e}", f"{e / linear:.3f}" if linear > 0 else ""] for name, e in errors.items()]
-    print_table(f"{run}: mean squared error, split {split}", ["prediction", "MSE", "of linear"], rows)
+    of = f" of {data}" if data else ""
+    print_table(f"{run}: mean squared error, split {split}{of}", ["prediction", "MSE", "of linear"], rows)

@@ -12,7 +12,7 @@ from ..errors import Failure
 from ..models import network, published_weights
 from ..train import checkpoint, run_dir, trainer
 from ..utils.console import print_table
-from ..utils.filesystem import lock_folder, write_atomically
+from ..utils.filesystem import lock_folder
 
 
 def check_new(folder: Path) -> None:
@@ -53,6 +53,6 @@ def run_import(file: Path, config: Config) -> None:
     with lock_folder(folder, "another process is writing a run there; choose another --out"):
         check_new(folder)  # again, now that no other process can make a run there
         checkpoint.save(folder / run_dir.BEST, content)
-        write_atomically(folder / run_dir.CONFIG, content["config"].encode())
+        run_dir.write_config(config)
     shown = {**sizes, "features": widths["f"], "node_attributes": widths["a"], "attention": attention}
     print_table(f"{folder}: FastEGNN of {file}", ["option", "found"], [[k, v] for k, v in shown.items()])

@@ -97,7 +97,9 @@ def run_recipe(recipe: Path, scales: Mapping[str, Sequence[str]], arguments: Seq
 def _train(config: Config, folder: Path) -> None:
     """Train or resume a run, unless it is finished. Raises Failure if the folder holds a run of another config."""
     if resumable := run_dir.can_resume(folder):
-        for key, old, new in configs.differences(configs.load(folder / run_dir.CONFIG, published=True), config):
+        for key, old, new in configs.differences(
+            configs.load(folder / run_dir.CONFIG, published=True), config, ["run.dir"]
+        ):
             remedy = "delete that folder or choose another --out"
             raise Failure(f"{folder / run_dir.CONFIG}: {key} is {old} there and {new} now; {remedy}")
         if checkpoint.last_state(folder).finished(config.train):

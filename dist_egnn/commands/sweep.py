@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 
 from .. import config as configs
-from ..data import dataset
+from ..data import dataset, identity
 from ..distributed.spawn import exit_with_parent, without_script
 from ..train import checkpoint, run_dir
 from ..train.metrics import prediction_name
@@ -51,12 +51,17 @@ def _run_process(run: Run, sweep_pid: int) -> None:
     if run.store:
         run_partition(run.config, run.store)
     run_training(run.config, run_dir.can_resume(folder))
+    best = checkpoint.load(folder / "best.pt")
     errors, epochs = run_evaluation(folder), pd.read_csv(folder / "metrics.csv")
-    parameters = sum(t.numel() for t in checkpoint.load(folder / "best.pt")["model"].values())
-    result = {"test_mse": errors[prediction_name(run.config.model.name)], "valid_mse": float(epochs["valid_mse"].min())}
+    parameters = sum(t.numel() for t in best["model"].values())
+    result: dict[str, Any] = {
+        "test_mse": errors[prediction_name(run.config.model.name)],
+        "valid_mse": float(epochs["valid_mse"].min()),
+    }
     result |= {"epochs": len(epochs), "epoch_s": float(epochs["epoch_s"].mean())}
     result |= {"seconds": float(epochs["epoch_s"].sum()), "parameters": parameters}
     result |= {"processes": dataset.process_count(run.config), "peak_gb": float(epochs["peak_gb"].max())}
+    result["data"] = identity.digest(best.get("data"))
     write_atomically(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
 
 
@@ -175,5 +180,6 @@ def run_sweep(file: Path, jobs: int, minutes: float, table_only: bool) -> bool:
     if not table_only:
         sweep_config.check_data(sweep)
     failed = {} if table_only else execute(sweep, jobs, minutes)
+    sweep_config.check_same_data(sweep)  # the data may have changed meanwhile
     print_results(sweep, write_table(sweep), failed)
     return not failed

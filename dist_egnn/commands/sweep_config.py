@@ -9,14 +9,15 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from operator import attrgetter
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from .. import config as configs
-from ..data import dataset
+from ..data import dataset, identity
 from ..data.store import open_store
 from ..data.store_inputs import check_settings
 from ..data.trajectories import Trajectories
@@ -52,7 +53,7 @@ class Run:
         """The value of a key in the table; empty if the run's grid does not set the key."""
         return to_text(self.given[key]) if key in self.given else ""
 
-    def result(self) -> dict[str, float] | None:
+    def result(self) -> dict[str, Any] | None:
         file = self.folder / "result.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
 
@@ -177,7 +178,8 @@ def _with_seed(run: Run, seed: int, out: Path) -> Run:
 
 
 def check_data(sweep: Sweep) -> None:
-    """Raise Failure for data or a device that is missing, and for a store that was made with other settings."""
+    """Raise Failure for data or a device that is missing, for a store that was made with other settings, and if finished
+    runs were trained on what data.path held before."""
     for config in {run.setting: run.config for run in sweep.runs}.values():
         cut = config.partition
         assign.check_method(cut.method, 1, cut.weights and part_weights.validate(cut.weights, len(cut.weights)))
@@ -187,3 +189,25 @@ def check_data(sweep: Sweep) -> None:
             check_settings(open_store(config.data.path).inputs, config.data.path, config.data)
         else:
             Trajectories(config.data.path)
+    check_same_data(sweep, {path: identity.digest(identity.of_data(path)) for path in _paths(sweep)})
+
+
+def _paths(sweep: Sweep) -> list[str]:
+    """data.path of the runs, each once."""
+    return list(dict.fromkeys(run.config.data.path for run in sweep.runs))
+
+
+def check_same_data(sweep: Sweep, present: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Raise Failure if finished runs of one data.path were trained on different data, of which means would be taken.
+
+    present: path → digest of the data that it holds now. Results of older versions tell no digest and are not compared.
+    """
+    for path in _paths(sweep):
+        by_digest: dict[str, list[Path]] = {present[path]: []} if present.get(path) else {}
+        for run in sweep.runs:
+            if run.config.data.path == path and (digest := (run.result() or {}).get("data")):
+                by_digest.setdefault(digest, []).append(run.folder)
+        if len(by_digest) > 1:
+            old = [folder for digest, folders in by_digest.items() if digest != present.get(path) for folder in folders]
+            where = f"{sweep.out}: {path} has changed between runs"
+            raise Failure(f"{where}; remove those of the old data, or change out: rm -r {' '.join(map(str, old))}")

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .. import config as configs
 from ..config import Config
 from ..errors import Failure
 from ..utils import filesystem, signals
@@ -66,12 +65,10 @@ def resumed_config(run: Path, overrides: Sequence[str]) -> Config:
     """The config to resume a run with: its own, changed by the overrides."""
     from ..train import run_dir
 
-    run_dir.check_is_run(run)
     given = {override.partition("=")[0] for override in overrides}
     reset = ["partition.parts=0"] if "data.path" in given else []  # the number of parts follows from the store
     reset += ["partition.weights=null"] if given & {"data.path", "partition.parts"} else []  # those of the old parts
-    config = configs.load(run / "config.yaml", [*reset, *overrides], published=True)
+    config = run_dir.load_config(run, [*reset, *overrides])
     if "run.dir" in given:
         raise Failure(f"override 'run.dir': --resume continues in {run}; copy that folder to continue elsewhere")
-    config.run.dir = str(run)
     return config

@@ -5,6 +5,7 @@ Each error is one line that begins with ``where``: file and trajectory, or the a
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -154,3 +155,11 @@ def check_content(data: Trajectories) -> tuple[dict[str, int], list[str]]:
     if SHUFFLED in lines:
         raise Failure(lines[SHUFFLED])
     return dict(counts), [f"{text} ({counts[kind]} of {len(data)} trajectories)" for kind, text in lines.items()]
+
+
+def warn_of_content(data: Trajectories) -> dict[str, int]:
+    """Print the lines of `check_content` as warnings; returns its counts."""
+    counts, lines = check_content(data)
+    for line in lines:
+        print(f"warning: {line}", file=sys.stderr)
+    return counts

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from pathlib import Path
 from typing import TypeVar
 
 from dgl import DGLGraph
 
-from ..config import Config, Data
+from ..config import Config, Data, Partition
 from ..errors import Failure
 from ..utils import part_weights
 from .fixed_nodes import check_fixed
@@ -112,6 +112,19 @@ def part_count(config: Config) -> int:
     else:
         return store.parts
     raise Failure(f"{given}, but {config.data.path} was made {made}; partition again or leave it out")
+
+
+def used_partition(config: Config) -> Partition:
+    """The partition section of a run: that of its store, if it was trained on one. Raises Failure without the store."""
+    made, section = config.data.path, config.partition
+    if not Path(made, "manifest.yaml").is_file():
+        if section.parts or made.endswith((".h5", ".hdf5")) or Path(made).is_file():
+            return replace(section, parts=section.parts or 1)
+        raise Failure(f"{made}: the store that {config.run.dir} was trained on is missing; move it back")
+    store = open_store(made)
+    inputs = store.inputs
+    given = {"parts": store.parts, "method": inputs["method"], "seed": inputs["method_seed"]}
+    return replace(section, **given, weights=inputs["weights"])
 
 
 def sample_spec(data: Data, features: Iterable[str], scale: float | None = None) -> SampleSpec:

@@ -13,7 +13,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,18 +44,22 @@ def of_file(data: Trajectories) -> Identity:
             digest.update(json.dumps([k, trajectory.frames, trajectory.nodes, plain.get(key)]).encode())
             for block in data.blocks(k, key) if key in keys else ():
                 digest.update(np.ascontiguousarray(block, "<f4"))
-    return {
-        "velocity": data[0].velocity,
-        "dt": sorted({trajectory.dt for trajectory in data}),
-        "attributes": dict(sorted((name, n) for trajectory in data for name, n in trajectory.widths.items())),
-        "digests": {s: {key: h.hexdigest() for key, h in sorted(by_key.items())} for s, by_key in hashes.items()},
-    }
+    digests = {split: {key: h.hexdigest() for key, h in sorted(by_key.items())} for split, by_key in hashes.items()}
+    return describe(data) | {"digests": digests}
+
+
+def describe(trajectories: Sequence[Trajectory]) -> Identity:
+    """An identity without digests."""
+    widths = sorted((name, columns) for trajectory in trajectories for name, columns in trajectory.widths.items())
+    dt = sorted({trajectory.dt for trajectory in trajectories})
+    return {"velocity": trajectories[0].velocity, "dt": dt, "attributes": dict(widths)}
 
 
 def of_data(path: str | Path) -> Identity | None:
     """The identity of the store or trajectories file at a path. None, and a warning, for a store of an older version."""
     manifest = Path(path, "manifest.yaml")
-    return _of_data(Path(path).absolute(), (manifest if manifest.is_file() else Path(path)).stat().st_mtime_ns)
+    file = manifest if manifest.is_file() else Path(path)
+    return _of_data(Path(path), file.stat().st_mtime_ns if file.exists() else 0)
 
 
 @functools.lru_cache(8)
@@ -94,24 +98,28 @@ def changes(before: Identity, now: Identity, data: Data, splits: Collection[str]
     return [WORDS.get(key) or re.sub("^attributes/(.*)", r"attribute '\1'", key) for key in keys if used(key)]
 
 
-def check_fits(identity: Identity, trajectory: Trajectory, data: Data, where: str, run: Path) -> None:
-    """Raise Failure unless a trajectory at ``where`` has velocities, attributes and dt such as the run was trained with."""
-    listed = identity["attributes"] if data.features is None else data.features
-    names = {name.partition("/")[0] for name in (*listed, *data.node_attributes)} & identity["attributes"].keys()
-    known = ", ".join(trajectory.attributes) or "none"
-    for name in sorted(names):
-        width, columns = trajectory.widths.get(name), identity["attributes"][name]
+def check_fits(trained: Identity, given: Identity, data: Data, where: str, run: Path) -> None:
+    """Raise Failure if data at ``where`` lack an attribute that a run uses, or differ in velocity or dt from those that it
+    was trained with."""
+    remedy = "use data with the same"
+    names = {name.partition("/")[0] for name in (*(resolve_features(data, trained) or ()), *data.node_attributes)}
+    for name in sorted(names & trained["attributes"].keys()):
+        width, columns = given["attributes"].get(name), trained["attributes"][name]
+        if width is None:
+            known = ", ".join(given["attributes"]) or "none"
+            raise Failure(f"{where}: has no attribute '{name}' (it has: {known}), which {run} uses; {remedy}")
         if width != columns:
-            actual = f"no attribute '{name}' (it has: {known})" if width is None else f"{width} columns of '{name}'"
-            raise Failure(f"{where}: {actual}, {run} was trained with {columns} columns of it; use data with the same")
-    if trajectory.velocity != identity["velocity"] and not data.history:
-        actual, trained = (
-            ("stores velocities", "differences") if trajectory.velocity else ("has none", "stored velocities")
-        )
-        raise Failure(f"{where}: velocity: {actual}, {run} was trained with {trained}; use data with the same")
-    if not any(math.isclose(trajectory.dt, dt, rel_tol=1e-5) for dt in identity["dt"]):
-        trained = ", ".join(f"{dt:g}" for dt in identity["dt"][:4])
-        raise Failure(f"{where}: dt is {trajectory.dt:g}, {run} was trained with dt={trained}; use data with the same")
+            raise Failure(
+                f"{where}: attribute '{name}' has {width} columns, {run} was trained with {columns}; {remedy}"
+            )
+    if given["velocity"] != trained["velocity"] and not data.history:
+        stored = ("without stored velocities", "with stored velocities")
+        actual = "stores velocities" if given["velocity"] else "stores no velocities"
+        raise Failure(f"{where}: {actual}, {run} was trained {stored[trained['velocity']]}; {remedy}")
+    for dt in given["dt"]:
+        if not any(math.isclose(dt, known, rel_tol=1e-5) for known in trained["dt"]):
+            known = ", ".join(f"{value:g}" for value in trained["dt"][:4])
+            raise Failure(f"{where}: dt is {dt:g}, {run} was trained with dt {known}; {remedy}")
 
 
 def resolve_features(data: Data, identity: Identity | None) -> list[str] | None:

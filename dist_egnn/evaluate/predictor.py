@@ -17,6 +17,7 @@ from .. import config as configs
 from ..data import checks
 from ..data.dataset import sample_spec
 from ..data.fixed_nodes import fixed_nodes
+from ..data.identity import resolve_features
 from ..data.samples import build_sample, feature_columns
 from ..data.trajectories import box_sides
 from ..distributed.comm import SingleProcess
@@ -49,7 +50,8 @@ class Predictor:
             raise Failure(f"{file}: a simulator (data.history), not a function of one snapshot; use `distegnn rollout`")
         embedding = state["model"].get("embedding.weight")  # missing: the model uses no features
         self.width = 0 if embedding is None else embedding.shape[1]
-        self.features, self.node_attributes = ([], []) if embedding is None else (data.features, data.node_attributes)
+        features = resolve_features(data, state.get("data"))
+        self.features, self.node_attributes = ([], []) if embedding is None else (features, data.node_attributes)
         self.spec = sample_spec(data, ())
         with torch.random.fork_rng(devices=[]):  # keeps the caller's random state
             width = len(self.node_attributes)

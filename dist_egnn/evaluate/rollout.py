@@ -19,8 +19,7 @@ import torch
 from torch.nn import Module
 
 from .. import config as configs
-from ..data import domain, graphs, halo
-from ..data.dataset import sample_spec
+from ..data import checks, dataset, domain, graphs, halo, identity
 from ..data.fixed_nodes import check_fixed
 from ..data.samples import count_columns, edge_positions, feature_columns, first_input, past_velocities
 from ..data.store import open_store
@@ -192,8 +191,8 @@ def prepare(
 
     Raises Failure for options and data that do not fit, and where a step needs more memory than is free.
     """
-    run_dir.check_is_run(run)
-    config = configs.load(run / run_dir.CONFIG, published=True)
+    config = run_dir.load_config(run)
+    trained = checkpoint.load(run / run_dir.BEST).get("data")
     try:
         trainer.resolve_device(config)
     except Failure as failure:  # no option sets the device: name the file that does
@@ -205,6 +204,12 @@ def prepare(
     file = Trajectories(data or config.data.path)
     if not 0 <= trajectory < len(file):
         raise Failure(f"--trajectory {trajectory}: {file.path} has trajectories 0 to {len(file) - 1}")
+    if data is not None:
+        checks.warn_of_content(file)
+    if trained and data is None:
+        checkpoint.compare_data(trained, identity.of_data(file.path), config.data, run)
+    elif trained:
+        identity.check_fits(trained, identity.describe([file[trajectory]]), config.data, str(file.path), run)
     past = config.data.history * config.data.horizon
     earliest = past or first_input(file[trajectory], config.data.velocity)
     start = max(config.data.first_frame, earliest) if start is None else start
@@ -222,20 +227,17 @@ def prepare(
     if out.suffix not in (".vtkhdf", ".hdf"):
         raise Failure(f"--out {out}: must end in .vtkhdf or .hdf, by which ParaView recognizes the format")
     _check_new(out)
-    p = config.partition
-    if store:
-        made = store.inputs
-        p = replace(p, parts=store.parts, method=made["method"], seed=made["method_seed"], weights=made["weights"])
-    trained = p.parts or 1
-    processes = trained if parts is None else parts
-    valid = part_weights.validate(p.weights, trained)
-    weights = list(valid) if valid and processes == trained else None  # other numbers of processes have equal parts
+    p = dataset.used_partition(config)
+    processes = p.parts if parts is None else parts
+    valid = part_weights.validate(p.weights, p.parts)
+    weights = list(valid) if valid and processes == p.parts else None  # other numbers of processes have equal parts
     assign.check_method(p.method, processes, weights)
     assign.check_size(file[trajectory].nodes, processes, weights)
     preflight.check_rollout(config, file, trajectory, start, processes, p.method)
     config = replace(config, partition=replace(p, parts=processes, weights=weights))
-    features = store.inputs["features"] if store else [*file[0].attributes, "speed"]  # what data.features: null means
-    spec = sample_spec(config.data, features if config.data.features is None else config.data.features)
+    null = store.inputs["features"] if store else [*file[0].attributes, "speed"]  # without the identity of the data
+    features = identity.resolve_features(config.data, trained)
+    spec = dataset.sample_spec(config.data, null if features is None else features)
     best, trajectories, output = (str(path.absolute()) for path in (run / run_dir.BEST, file.path, out))
     if fixed is not None:
         if not configs.FIXED[0](fixed):

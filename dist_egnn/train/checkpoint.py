@@ -23,6 +23,7 @@ from .. import config as configs
 from ..config import Config, Data
 from ..data import identity
 from ..data.dataset import Dataset
+from ..data.trajectories import SPLITS
 from ..distributed.comm import Comm
 from ..errors import Failure
 from ..utils import filesystem
@@ -124,8 +125,7 @@ def restore(trainer: Trainer) -> str:
         if "samples" in last and last["samples"][key] != trainer.fingerprint[key]:
             source, remedy = trainer.config.data.path, "set data.path to the same data, or to a store made from them"
             raise Failure(f"{source}: its {what} are not those that {folder} was trained on; {remedy}")
-    if last.get("data") and trainer.identity:
-        compare_data(last["data"], trainer.identity, trainer.config.data, folder, ("train", "valid"))
+    compare_data(last.get("data"), trainer.identity, trainer.config.data, folder, ("train", "valid"))
     trainer.identity = trainer.identity or last.get("data")
     load_weights(trainer.model, last, folder / LAST)
     trainer.optimizer.load_state_dict(last["optimizer"])
@@ -135,10 +135,14 @@ def restore(trainer: Trainer) -> str:
 
 
 def compare_data(
-    before: identity.Identity, now: identity.Identity, data: Data, folder: Path, splits: Collection[str]
+    before: identity.Identity | None,
+    now: identity.Identity | None,
+    data: Data,
+    folder: Path,
+    splits: Collection[str] = SPLITS,
 ) -> None:
-    """Raise Failure that names what has changed in the data since the training."""
-    if changed := identity.changes(before, now, data, splits):
+    """Raise Failure that names what has changed in the data since the training. None: not known."""
+    if before and now and (changed := identity.changes(before, now, data, splits)):
         remedy = "restore the data, or train a new run"
         raise Failure(f"{data.path}: not what {folder} was trained on: other {', '.join(changed)}; {remedy}")
 

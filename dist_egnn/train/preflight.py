@@ -5,7 +5,6 @@ The estimate (`memory.step_bytes`) was fitted to measurements in docs/scaling.md
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 from ..utils import memory
@@ -44,8 +43,7 @@ def check_training(config: Config, parts: int) -> None:
         sizes = largest.assign(halo=table["halo"].max()).to_numpy(float).tolist()
     else:
         if parts == 1:  # else the partition checks it
-            for line in checks.check_content(Trajectories(path))[1]:
-                print(f"warning: {line}", file=sys.stderr)
+            checks.warn_of_content(Trajectories(path))
         sizes = _estimated_sizes(config, parts)
     needed = max((training_bytes(config, n, e, halo, device) for n, e, halo in sizes), default=0.0)
     remedy = "raise partition.parts, or lower model.hidden, model.layers or train.batch_size, or set train.kept"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from .. import config as configs
+from ..config import Config
 from ..errors import Failure
-
-if TYPE_CHECKING:
-    from ..config import Config
+from ..utils import filesystem
 
 CONFIG, METRICS = "config.yaml", "metrics.csv"
 LAST, PREVIOUS, BEST = "last.pt", "previous.pt", "best.pt"
@@ -23,6 +25,26 @@ def check_is_run(folder: Path) -> None:
     """Raise Failure unless the folder is a run."""
     if not (folder / CONFIG).is_file():
         raise Failure(f"{folder}: not a run (no config.yaml); create one with `distegnn train`")
+
+
+def load_config(run: Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of a run. A run and its data may be moved or copied together: data.path is first taken relative to the
+    run, as it was when config.yaml was written, then as it stands there. Raises Failure."""
+    check_is_run(run)
+    config = configs.load(run / CONFIG, overrides, published=True)
+    written, path = Path(config.run.dir), config.data.path
+    if written.is_absolute() and Path(path).is_absolute() and not any(o.startswith("data.path=") for o in overrides):
+        beside = os.path.normpath(run.absolute() / os.path.relpath(path, written))
+        config.data.path = beside if os.path.exists(beside) else path
+    config.run.dir = str(run)
+    return config
+
+
+def write_config(config: Config) -> None:
+    """Write config.yaml with the absolute path of the run, for `load_config`."""
+    folder = Path(config.run.dir)
+    placed = replace(config, run=replace(config.run, dir=str(folder.absolute())))
+    filesystem.write_atomically(folder / CONFIG, configs.to_yaml(placed).encode())
 
 
 def check_new_run(config: Config) -> None:

@@ -22,7 +22,6 @@ import yaml
 from torch import Tensor
 
 from .. import __version__
-from .. import config as configs
 from ..errors import Failure
 from ..utils import filesystem
 from . import checkpoint, diagnostics, run_dir
@@ -101,7 +100,7 @@ class RunWriter:
         self.last_save = time.monotonic()
         if warning or not resumed:  # before config.yaml, so that a folder with config.yaml has a checkpoint
             self.save(keep_previous=False)
-        filesystem.write_atomically(self.folder / run_dir.CONFIG, configs.to_yaml(config).encode())
+        run_dir.write_config(config)
         append_provenance(self.folder / "about.yaml", self.trainer)
         # without those of an interrupted attempt
         self.rows = checkpoint.first_rows(self.folder / run_dir.METRICS, state.epoch)

@@ -342,18 +342,26 @@ def train(world: Comm, config: Config, resume: bool = False, identity: Identity 
         return trainer.train(writer)
 
 
-def evaluate(world: Comm, config: Config, weights: Path | None, split: str = "test") -> dict[str, float]:
-    """MSE on a split by name: static (y = x), linear (x + t v, t fitted on the training split), and the model's."""
+def evaluate(
+    world: Comm, config: Config, weights: Path | None, split: str = "test", other_data: bool = False
+) -> dict[str, float]:
+    """MSE on a split by name: static (y = x), linear (x + t v, t fitted on the training split), and the model's.
+
+    other_data: not those of the training, of which a simulator has the statistics; without a training split no linear.
+    """
     device, comm, samples = _open(world, config, split)
     result: dict[str, float] = {}
-    fitted = metrics.fitted_time((samples[n] for n in _own(samples.splits["train"], comm)), world)
+    times = {"static": 0.0}
+    if not other_data or samples.splits["train"]:
+        times["linear"] = metrics.fitted_time((samples[n] for n in _own(samples.splits["train"], comm)), world)
     own = _own(samples.splits[split], comm)
-    for name, t in (("static", 0.0), ("linear", fitted)):
+    for name, t in times.items():
         graphs = ((g, losses.moving_nodes(g)) for g in (samples[n] for n in own))
         pairs = (((g.ndata["x"] + t * g.ndata["v"])[at], g.ndata["y"][at]) for g, at in graphs)
         result[name] = metrics.mean_squared_error(pairs, world)
     if weights is not None:
-        model = build_model(config, samples.widths, comm, samples.statistics()).to(device)
+        statistics = None if other_data else samples.statistics()
+        model = build_model(config, samples.widths, comm, statistics).to(device)
         checkpoint.load_weights(model, checkpoint.load(weights), weights)
         with tiled_layer.tile_threads(config.train.threads):
             result[metrics.prediction_name(config.model.name)] = evaluate_split(model, samples, split, config, comm)

@@ -13,8 +13,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..config import Config, load, to_yaml
-from ..data import dataset
+from ..config import Config, to_yaml
+from ..data import dataset, identity
 from ..data.store import Store, open_store
 from ..data.trajectories import SPLITS
 from ..distributed.comm import SingleProcess
@@ -103,6 +103,9 @@ class Report:
             table = table[table.get("weights", table["split"]) == sha256(best)]
             if not len(table):
                 raise Failure(f"evaluate.csv is of other weights than best.pt; run: distegnn evaluate {self.run}")
+            if "data" in table:  # without those of --data
+                trained = identity.digest(checkpoint.load(best).get("data"))
+                table = table[table["data"].fillna("") == trained]
         by_split = table.groupby("split", sort=False)[["prediction", "mse"]]
         return {str(split): dict(rows.values) for split, rows in by_split}
 
@@ -170,6 +173,10 @@ class Report:
     def sample(self) -> str:
         """A test sample: its partition, and the prediction of the best checkpoint."""
         path, data = self.run / run_dir.BEST, dataset.open_dataset(self.config, 0, 1)
+        trained = checkpoint.load(path).get("data")
+        checkpoint.compare_data(
+            trained, trained and identity.of_data(self.config.data.path), self.config.data, self.run
+        )
         split = next((s for s in ("test", "valid", *SPLITS) if data.splits[s]), "")
         if not split:
             raise Failure(f"{self.config.data.path} has no sample")
@@ -250,7 +257,7 @@ def run_report(run: Path, rollout_file: Path | None, out: Path | None) -> None:
     plots.pyplot()  # fails now rather than in every section
     rollouts = sorted([*run.glob("*.vtkhdf"), *run.glob("*.hdf")], key=lambda path: path.stat().st_mtime)
     rollout_file = rollout_file or (rollouts[-1] if rollouts else None)
-    report = Report(run, load(run / "config.yaml", published=True), rollout_file)
+    report = Report(run, run_dir.load_config(run), rollout_file)
     sections: dict[str, Callable[[], str]] = {
         "The run in numbers": report.numbers,
         "Errors": report.errors,

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import h5py
 import numpy as np
+import pandas as pd
 import pytest
 from small_data import DATA
 from tiny_runs import resume_training, settings
 
+from dist_egnn.commands import sweep_config
+from dist_egnn.commands.evaluate import run_evaluation
 from dist_egnn.commands.train import run_training
 from dist_egnn.config import Data
 from dist_egnn.data import identity, trajectories
 from dist_egnn.data.store import Store
 from dist_egnn.errors import Failure
-from dist_egnn.train import checkpoint
+from dist_egnn.evaluate import rollout
+from dist_egnn.train import checkpoint, run_dir
 
 
 def scale(key: str) -> Callable[[h5py.Group], None]:
@@ -105,3 +110,92 @@ def test_a_store_of_an_older_version_is_read_with_a_warning(make_store, tmp_path
     assert identity.digest(None) == ""
     assert f"warning: {store}" in capsys.readouterr().err
     assert DATA["radius"] == Store(store).inputs["radius"]
+
+
+@pytest.fixture(scope="module")
+def runs(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data.h5 and run, whose features are all attributes and speed."""
+    folder = tmp_path_factory.mktemp("runs")
+    shutil.copy(small, folder / "data.h5")
+    run_training(settings(folder / "data.h5", folder / "run", "train.epochs=1", "data.features=null"))
+    return folder
+
+
+def rename_mass(group: h5py.Group) -> None:
+    group.move("attributes/mass", "attributes/load")
+
+
+UNFIT: dict[str, Callable[[h5py.Group], None]] = {
+    r"has no attribute 'mass' \(it has: load, viscosity\)": rename_mass,
+    "stores no velocities": delete_velocity,
+    r"dt is 0.5, .* dt 1;": EDITS["dt"],
+}
+
+
+@pytest.mark.parametrize(("message", "edit"), UNFIT.items())
+def test_data_that_do_not_fit_the_run_are_refused(small, runs, tmp_path, message, edit):
+    other, options = edited(small, tmp_path / "other.h5", edit), {"trajectory": 3, "steps": 1}
+    with pytest.raises(Failure, match=rf"other\.h5: {message}"):
+        rollout.prepare(runs / "run", data=other, out=tmp_path / "a.vtkhdf", **options)
+    with pytest.raises(Failure, match=rf"other\.h5: {message}"):
+        run_evaluation(runs / "run", data=other)
+
+
+def test_null_features_are_those_of_the_training(small, runs, tmp_path):
+    def add(group: h5py.Group) -> None:
+        group["attributes/another"] = group["attributes/mass"][()]
+
+    more = edited(small, tmp_path / "more.h5", add)
+    job = rollout.prepare(runs / "run", data=more, trajectory=3, steps=1, out=tmp_path / "a.vtkhdf")
+    assert job.spec.features == ("mass", "viscosity", "speed")
+    assert run_evaluation(runs / "run", data=more) == run_evaluation(runs / "run")
+
+
+def test_evaluate_other_data(small, runs, tmp_path):
+    run = Path(shutil.copytree(runs / "run", tmp_path / "a" / "run"))
+    (run / "evaluate.csv").unlink(missing_ok=True)
+    shutil.copy(small, tmp_path / "a" / "data.h5")
+    other = edited(small, tmp_path / "other.h5", lambda group: group["position"].__setitem__(-1, group["position"][0]))
+    own, errors = run_evaluation(run), run_evaluation(run, data=other)
+    assert run_evaluation(run, data=other) == errors != own
+    table = pd.read_csv(run / "evaluate.csv")
+    by_data = {name: dict(rows[["prediction", "mse"]].values) for name, rows in table.groupby("data")}
+    assert by_data == {identity.digest(identity.of_data(path)): e for path, e in ((small, own), (other, errors))}
+
+
+def test_a_run_of_two_parts_evaluates_a_file_on_two_parts(small, make_store, tmp_path):
+    run_training(settings(make_store(2), tmp_path / "run", "train.epochs=1"))
+    assert run_evaluation(tmp_path / "run", data=small) == run_evaluation(tmp_path / "run")
+
+
+def test_a_run_and_its_data_can_be_moved_and_copied(runs, tmp_path):
+    expected = run_evaluation(runs / "run")
+    copied = Path(shutil.copytree(runs, tmp_path / "copied"))
+    first = Path(shutil.copytree(runs, tmp_path / "first"))
+    edited(first / "data.h5", copied / "data.h5", scale("position"))
+    assert run_dir.load_config(copied / "run").data.path == str(copied / "data.h5")
+    with pytest.raises(Failure, match=rf"{copied / 'data.h5'}: .*positions"):
+        run_evaluation(copied / "run")
+    (copied / "data.h5").unlink()  # the data stay where they were
+    assert run_evaluation(copied / "run") == expected == run_evaluation(first / "run")
+
+
+def test_a_sweep_over_changed_data_names_the_runs(small, tmp_path, monkeypatch):
+    data = Path(shutil.copy(small, tmp_path / "a.h5"))
+    monkeypatch.chdir(tmp_path)
+    Path("c.yaml").write_text("data: {radius: 0.27, path: a.h5}\n", encoding="utf-8")
+    file = Path("sweep.yaml")
+    file.write_text(
+        "config: c.yaml\nout: out\nset: {}\ngrids:\n  - keys: {model.name: [EGNN]}\nseeds: [0, 1]\n", encoding="utf-8"
+    )
+    sweep = sweep_config.load(file)
+    digests = [identity.digest(identity.of_data(path)) for path in (small, edited(small, data, scale("velocity")))]
+    for run, digest in zip(sweep.runs, digests, strict=True):
+        run.folder.mkdir(parents=True)
+        (run.folder / "result.json").write_text(json.dumps({"data": digest}))
+        if run is sweep.runs[0]:
+            sweep_config.check_same_data(sweep)
+    with pytest.raises(Failure, match=r"a\.h5 has changed .*rm -r out/name=EGNN,seed=0$"):
+        sweep_config.check_data(sweep)
+    with pytest.raises(Failure, match=r"rm -r out/name=EGNN,seed=0 out/name=EGNN,seed=1$"):
+        sweep_config.check_same_data(sweep)
