@@ -16,7 +16,7 @@ native=dist_egnn/ops/native
 want="$version $(cat setup.py tools/setup.sh tools/build_native.py $native/message_mlp.cpp | cksum)"
 [ "$(cat .venv/.complete 2>/dev/null || true)" = "$want" ] && exit 0
 
-echo "setup: making .venv (Python $version); about a minute and 1.8 GB"
+echo "setup: making .venv (Python $version); a minute or two and 2.9 GB"
 [ -x .venv/bin/python ] && [ "$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')" = "$version" ] || {
 	rm -rf .venv
 	"$python" -m venv .venv || fail "could not make .venv with $python; is its venv module installed (python3.11-venv)?"
