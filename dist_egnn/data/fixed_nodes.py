@@ -29,9 +29,14 @@ def check_fixed(data: Trajectories, fixed: str, option: str = "data.fixed=") -> 
         raise Failure(f"{option}{fixed}: {data.path} has no such node; correct the attribute or its value")
 
 
+def moving_nodes(fixed: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The fixed nodes (N,) bool whose positions x and y (N, 3) differ by more than rounding."""
+    return fixed & (np.abs(y - x).max(1) > TOLERANCE * np.ptp(x, 0).max())
+
+
 def moving_fields(fixed: np.ndarray, x: np.ndarray, y: np.ndarray, where: str) -> dict[str, np.ndarray]:
     """The fields moving_id and moving (N,) int64. fixed: (N,); x, y: positions (N, 3) of input and target."""
-    wrong = fixed & (np.abs(y - x).max(1) > TOLERANCE * np.ptp(x, 0).max())
+    wrong = moving_nodes(fixed, x, y)
     if wrong.any():
         raise Failure(f"{where}: node {wrong.argmax()} moves, and data.fixed says it does not; correct the attribute")
     if fixed.all():

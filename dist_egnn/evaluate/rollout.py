@@ -7,9 +7,11 @@ One sum over processes of (N, 3) numbers, in which each process fills its own ro
 from __future__ import annotations
 
 import contextlib
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch.nn import Module
 
 from .. import config as configs
 from ..data import checks, dataset, domain, graphs, halo, identity
-from ..data.fixed_nodes import check_fixed
+from ..data.fixed_nodes import check_fixed, fixed_nodes, moving_nodes
 from ..data.samples import count_columns, edge_positions, feature_columns, first_input, past_velocities
 from ..data.store import open_store
 from ..data.trajectories import Trajectories
@@ -123,6 +125,19 @@ def _writer(conditions: BoundaryConditions, virtual: int) -> RolloutWriter:
     meta |= {"true_frames": trajectory.frames, "velocity": conditions.velocity}
     size = job.steps + 1, trajectory.nodes, virtual
     return RolloutWriter(Path(job.out), size, meta, conditions.attributes, conditions.box, conditions.dtype)
+
+
+def _warn_of_assumptions(file: Trajectories, k: int, start: int, horizon: int, fixed: str) -> None:
+    """Print what a rollout takes for granted although the data say otherwise."""
+    where, item = f"warning: {file.path}: trajectory {k}", file[k]
+    if "mass" in item.varying or item.widths.get("mass", 1) > 1:
+        print(f"{where}: 'mass' varies or has several columns; energies are those of mass 1", file=sys.stderr)
+    if fixed and start + horizon < item.frames:
+        x, y = file.position(k, start), file.position(k, start + horizon)
+        moves = moving_nodes(fixed_nodes(fixed, partial(file.attribute, k)), x, y)
+        if moves.any():
+            text = f"node {moves.argmax()} moves in the data from frame {start}; the rollout keeps it where it is"
+            print(f"{where}: {text} ('{fixed}' names fixed nodes)", file=sys.stderr)
 
 
 def error_table(path: Path) -> pd.DataFrame:
@@ -244,6 +259,7 @@ def prepare(
             raise Failure(f"--fixed {fixed}: {configs.FIXED[1]}")
         spec = replace(spec, fixed=fixed)
     check_fixed(file, spec.fixed, "data.fixed=" if fixed is None else "--fixed ")
+    _warn_of_assumptions(file, trajectory, start, config.data.horizon, spec.fixed)
     spec = replace(spec, pushforward=0)
     job = RolloutJob(config, best, trajectories, spec, trajectory, start, steps, repartition, bounds, output, limit)
     BoundaryConditions(file, job)  # raises before processes start

@@ -38,6 +38,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             x, v, _ = falling_swirl(60, seed)
             attributes = {
                 "kind": np.eye(2)[np.arange(60) % 2],
+                "mass": np.ones((60, 2)),  # no feature
                 "heat": np.random.default_rng(seed).uniform(size=(FRAMES, 60)),
             }
             out.add(x, split=split, dt=1.0, source="test", velocity=v, attributes=attributes)
@@ -63,13 +64,14 @@ def test_a_store_has_the_columns_of_the_file(run, tmp_path):
     assert max(parallel_check.compare(settings, store, 0, tmp_path).values()) < parallel_check.TOLERANCE
 
 
-def test_a_rollout_reads_attributes_while_they_last(run, tmp_path):
+def test_a_rollout_reads_attributes_while_they_last(run, tmp_path, capsys):
     """As a loop over the predictor with the attributes of each input frame; no step needs frames after the last."""
     data, predict = Trajectories(run.parent / "a.h5"), dist_egnn.load(run)
     rollout.run_rollout(run, trajectory=2, steps=5, out=tmp_path / "a.vtkhdf", start=1)
+    assert "energies are those of mass 1" in capsys.readouterr().err
     x, v = data.position(2, 1), data.velocity(2, 1)
     with Rollout(tmp_path / "a.vtkhdf") as frames:
-        assert list(frames.attributes) == ["kind"]
+        assert list(frames.attributes) == ["kind", "mass"]
         np.testing.assert_array_equal(frames.attributes["kind"], data.attribute(2, "kind"))
         for step, frame in enumerate(frames):
             np.testing.assert_allclose(frame.position, x, atol=1e-6)

@@ -205,7 +205,7 @@ def test_parts_keep_their_numbers() -> None:
     np.testing.assert_array_equal(weighted, np.r_[[1] * 9, [0] * 11, [2] * 10])
 
 
-def test_walls_by_hand(tmp_path: Path) -> None:
+def test_walls_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = make_run(tmp_path / "run", t=1.0, box=UNIT)
     x = np.tile([0.9, 0.5, 0.5], (60, 1))
     predicted = x.copy()
@@ -220,6 +220,7 @@ def test_walls_by_hand(tmp_path: Path) -> None:
         np.testing.assert_allclose(v[moving, 0] * HORIZON * DT, np.array(moves[bounds])[moving], atol=1e-12)
         np.testing.assert_array_equal(after[1::3], x[1::3])
         assert (v[1::3] == 0).all()
+        assert "node 1 moves in the data" in capsys.readouterr().err
 
 
 def test_offsets_of_every_step(tmp_path: Path) -> None:
