@@ -264,8 +264,8 @@ def _finish(work: Path, out: Path, inputs: Inputs, about: dict[str, Any], shards
     files = {name: digest for shard in shards for name, digest in shard["files"].items()}
     files.update({name: sha256(work / name) for name in ("snapshots.csv", "parts.csv")})
     versions = {"dist_egnn": __version__} | {module.__name__: str(module.__version__) for module in (dgl, torch, np)}
-    manifest = {"format": FORMAT, "version": VERSION, "inputs": inputs.plain(), "versions": versions, "files": files}
-    manifest |= about
+    manifest = {"format": FORMAT, "version": VERSION, "inputs": inputs.plain(), "versions": versions, **about}
+    manifest["files"] = files  # last: a truncated manifest lacks files, and the store is refused
     (work / "manifest.yaml").write_text(yaml.safe_dump(manifest, sort_keys=False), encoding="utf-8")
     Store(work)  # what is renamed can be opened
     shutil.rmtree(work / "spool")
