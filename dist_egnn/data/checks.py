@@ -77,6 +77,12 @@ def check_box(box: np.ndarray, where: str) -> None:
         raise Failure(f"{where}: box {box.tolist()} must have its low corner first and positive sides")
 
 
+def neighbour_distances(x: np.ndarray) -> np.ndarray:
+    """The distance to the nearest other node, of up to QUERIES of the positions x (N, 3)."""
+    rows = np.unique(np.linspace(0, len(x) - 1, QUERIES).round().astype(int))
+    return KDTree(x).query(x[rows], 2)[0][:, 1]
+
+
 def check_digits(position: np.ndarray, where: str) -> None:
     """Raise Failure if float32 blurs positions (N, 3) by more than DIGITS of their median distance to a neighbour."""
     if len(position) < 2:
@@ -85,8 +91,7 @@ def check_digits(position: np.ndarray, where: str) -> None:
     rounding = float(np.finfo(np.float32).eps * np.abs(x).max())
     if rounding <= DIGITS * np.ptp(x, 0).max() / len(x):  # sufficient, and cheap
         return
-    rows = np.unique(np.linspace(0, len(x) - 1, QUERIES).round().astype(int))
-    spacing = float(np.median(KDTree(x).query(x[rows], 2)[0][:, 1]))
+    spacing = float(np.median(neighbour_distances(x)))
     if rounding > DIGITS * spacing and np.abs(x.mean(0)).max() > np.ptp(x, 0).max():
         far = (
             f"nodes are {spacing:.2g} apart and {np.abs(x).max():.2g} from zero, where float32 resolves {rounding:.2g}"
@@ -107,8 +112,7 @@ def _motion(data: Trajectories, k: int) -> Iterator[tuple[str, str]]:
             jumps = (np.abs(move) > side / 2) & (side > 0)
             if jumps.any() and not trajectory.periodic:
                 wrapped.append((int(t) + n, int(jumps.any(1).argmax())))
-        rows = np.unique(np.linspace(0, trajectory.nodes - 1, QUERIES).round().astype(int))
-        spacing = float(np.median(KDTree(x[0]).query(x[0][rows], 2)[0][:, 1]))
+        spacing = float(np.median(neighbour_distances(x[0])))
         # nodes in a new order each time: long moves, of which the next takes half back on average
         turns = float((first * second).sum()) < -0.3 * float((first * first).sum())
         if turns and np.median(np.linalg.norm(first, axis=1)) > max(spacing, np.ptp(x[0], 0).max() / 5):

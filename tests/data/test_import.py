@@ -192,6 +192,17 @@ def test_time_that_varies(tmp_path: Path) -> None:
     assert data.attribute(1, "heat", 1).ravel()[0] == 7  # validation starts at frame 6
 
 
+def test_names_that_attributes_cannot_have(tmp_path: Path) -> None:
+    """A field called velocity that is no vector, or speed, is an attribute and takes no other field's place."""
+    fields = {"velocity": np.arange(N), "speed": np.ones(N), "heat [K]": np.full(N, 2.0)}
+    np.savez(tmp_path / "a.npz", position=X, dt=1.0, **fields)
+    data = convert([tmp_path / "a.npz"], tmp_path / "o.h5")
+    assert (data[0].attributes, data[0].velocity) == (("heat _K_", "speed_", "velocity"), False)
+    np.testing.assert_array_equal(data.attribute(0, "velocity"), np.arange(N))
+    np.testing.assert_allclose(data.position(0, 0), X[0], rtol=1e-6)
+    assert len(data.meta["warnings"]) == 2
+
+
 def shuffled() -> np.ndarray:
     return np.stack([X[0, np.random.default_rng(k).permutation(N)] for k in range(T)])
 

@@ -7,6 +7,7 @@ box is periodic.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +16,11 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from ...errors import Failure
+from ..checks import RESERVED, neighbour_distances
 from ..trajectories import SPLITS, box_sides
 from .series import Frame, ImportOptions, Series
 
-SAMPLE = 2000  # nodes that measure spacing and order
+SAMPLE = 2000  # nodes that measure the order of rows
 ROUNDING = 1e-3  # float32 may round positions by this share of the spacing, else they are shifted
 IRREGULAR = 1e-3  # relative deviation of a time step
 
@@ -58,14 +60,16 @@ def normalized(series: Series, options: ImportOptions, summary: Summary | None =
     for t, frame in enumerate(itertools.islice(series.frames(), 0, None, options.stride)):
         where = f"{series.name}, frame {t * options.stride}"
         position = np.asarray(frame.position, np.float64) * options.scale
-        values = {"position": position, **frame.attributes}
-        values |= {} if frame.velocity is None else {"velocity": np.asarray(frame.velocity, np.float64) * options.scale}
+        own = {"position": position}
+        if frame.velocity is not None:
+            own["velocity"] = np.asarray(frame.velocity, np.float64) * options.scale
+        values = frame.attributes
         if (order := _order(frame.ids, first_ids, where)) is not None:
-            values = {key: value[order] for key, value in values.items()}
+            own, values = ({key: value[order] for key, value in fields.items()} for fields in (own, values))
         if frame.ids is not None and first_ids is None:
             first_ids = np.sort(frame.ids)
         ids = first_ids if first_ids is not None else np.arange(len(position))
-        for key, value in values.items():
+        for key, value in (*own.items(), *values.items()):
             if len(value) != len(position):
                 raise Failure(
                     f"{where}: '{key}' has {len(value)} values for {len(position)} particles; correct the source"
@@ -73,7 +77,7 @@ def normalized(series: Series, options: ImportOptions, summary: Summary | None =
             if not np.isfinite(value).all():
                 row = int(np.argwhere(~np.isfinite(value))[0][0])
                 raise Failure(f"{where}: '{key}' of particle {ids[row]:g} is NaN or infinite; correct the source")
-        position, velocity = _three(values.pop("position")), values.pop("velocity", None)
+        position, velocity = _three(own["position"]), own.get("velocity")
         box = _box(frame.box, options)
         if _periodic(series, options) and box is not None:
             if previous is not None:
@@ -137,15 +141,22 @@ def _attributes(values: dict[str, np.ndarray], options: ImportOptions, where: st
     if options.fixed:
         if "type" not in values:
             raise Failure(f"--fixed: {where} has no types; name their field with --type")
-        values["fixed"] = np.isin(values["type"], options.fixed).astype(np.float32)
+        values = values | {"fixed": np.isin(values["type"], options.fixed).astype(np.float32)}
     if options.attributes is not None:
         for name in options.attributes:
             if name not in values:
                 raise Failure(f"--attributes {name}: {where} has no such field (it has: {', '.join(values) or 'none'})")
         values = {name: value for name, value in values.items() if name in (*options.attributes, "type", "fixed")}
-    if "speed" in values:
-        values["speed_"] = values.pop("speed")  # the name `speed` means |v|
-    return values
+    names = [attribute_name(name) for name in values]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise Failure(f"{where}: two fields become the attribute '{twice}'; choose one with --attributes")
+    return dict(zip(names, values.values(), strict=True))
+
+
+def attribute_name(name: str) -> str:
+    """The name of a field as that of an attribute: / = , and brackets mean something in configs, `speed` is |v|."""
+    name = re.sub(r"[/=,\[\]]", "_", name)
+    return f"{name}_" if name in RESERVED else name
 
 
 def measure(series: Series, options: ImportOptions) -> Summary:
@@ -188,11 +199,10 @@ def measure(series: Series, options: ImportOptions) -> Summary:
 
 
 def _spacing(x: np.ndarray) -> tuple[float, int]:
-    """The median distance to the nearest neighbour, of up to SAMPLE nodes, and the nodes that coincide with another."""
+    """The median distance to the nearest neighbour, and how many of the nodes looked at coincide with another."""
     if len(x) < 2:
         return np.nan, 0
-    rows = x[:: max(1, len(x) // SAMPLE)]
-    distance = cKDTree(x).query(rows, 2)[0][:, 1]
+    distance = neighbour_distances(x)
     return float(np.median(distance)), int((distance == 0).sum())
 
 
@@ -265,6 +275,8 @@ def _set_shift(result: Summary, x: np.ndarray, options: ImportOptions) -> None:
 
 
 def _note(result: Summary, options: ImportOptions) -> None:
+    for name in (name for name in result.widths if name.endswith("_")):
+        result.notes.append(f"the attribute '{name}' had another name in the source, which attributes cannot have")
     if result.duplicates:
         result.notes.append(f"{result.duplicates} of the nodes looked at coincide with another node")
     if result.spacing > 0 and result.largest_move > 5 * result.spacing:

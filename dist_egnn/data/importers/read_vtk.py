@@ -12,7 +12,6 @@ from ...errors import Failure
 from .series import Frame, ImportOptions, Series, natural_order, reading, split_fields
 
 NAME, TEXT, PACKAGES = "vtk", ".vtk, .vtu, .vtp, .pvd, .vtkhdf", ("pyvista",)
-SUFFIXES = (".vtk", ".vtu", ".vtp", ".pvd", ".vtkhdf")
 
 
 def detect(paths: Sequence[Path], head: bytes) -> bool:

@@ -105,7 +105,5 @@ def split_fields(fields: dict[str, np.ndarray], options: ImportOptions, where: s
     for name in [name for name in rest if name.lower() in VELOCITIES and rest[name].ndim == 2]:
         if velocity is None and rest[name].shape[1] >= dim:
             velocity = rest.pop(name)[:, :dim]
-    attributes = {name.replace("/", "_"): value for name, value in rest.items()}
-    if kind is not None:
-        attributes = {"type": kind} | attributes
+    attributes = rest if kind is None else {"type": kind} | rest
     return Frame(np.empty((0, dim)), velocity, attributes, ids)
