@@ -81,15 +81,18 @@ def roll_out(comm: Comm, job: RolloutJob) -> tuple[str, float]:
             state = dict(zip(("x", "v", "past", "f", "a"), (x, scaled, past, *columns), strict=True))
             local = partition.local_graph(edge_positions(state, conditions.around and conditions.around[0]), step)
             predicted, z = _predict(model, comm, conditions, local, state)
-            seconds += time.perf_counter() - started
             if comm.rank == 0 and step == 0:  # the number of virtual nodes is known now
                 writer = stack.enter_context(_writer(conditions, len(z)))
+                writing = time.perf_counter()
                 add_frame(0, None)
+                started += time.perf_counter() - writing
             if problem := conditions.problem(predicted, x):
                 return f"step {step + 1}: {problem}", seconds
             past = np.concatenate([v, past], 1)[:, : past.shape[1]]
             x, v = conditions.apply(x, predicted)
-            if problem := stability.problem(step + 1, x, v, warn=comm.rank == 0):
+            problem = stability.problem(step + 1, x, v, warn=comm.rank == 0)
+            seconds += time.perf_counter() - started
+            if problem:
                 return f"step {step + 1}: {problem}", seconds
             if comm.rank == 0:
                 tick(add_frame(step + 1, z))
@@ -188,6 +191,19 @@ def _check_new(out: Path) -> None:
         raise Failure(f"{existing[0]}: exists; remove it or choose another --out")
 
 
+def _first_frame(data: configs.Data, file: Trajectories, k: int, start: int | None) -> int:
+    """The frame that a rollout starts at; start: the one asked for. Raises Failure if it lacks the velocities of an input."""
+    past = data.history * data.horizon
+    earliest = past or first_input(file[k], data.velocity)
+    start = max(data.first_frame, earliest) if start is None else start
+    latest = file[k].frames - 1 - (not (past or file[k].velocity) and data.velocity == "forward")
+    if not earliest <= start <= latest:
+        possible = f"can start at frames {earliest} to {latest}"
+        possible = possible if earliest <= latest else "is too short for data.history"
+        raise Failure(f"--start {start}: trajectory {k} of {file.path} {possible}; choose another")
+    return start
+
+
 def prepare(
     run: Path,
     *,
@@ -225,16 +241,7 @@ def prepare(
         checkpoint.compare_data(trained, identity.of_data(file.path), config.data, run)
     elif trained:
         identity.check_fits(trained, identity.describe([file[trajectory]]), config.data, str(file.path), run)
-    past = config.data.history * config.data.horizon
-    earliest = past or first_input(file[trajectory], config.data.velocity)
-    start = max(config.data.first_frame, earliest) if start is None else start
-    needs_next = not (past or file[trajectory].velocity) and config.data.velocity == "forward"
-    latest = file[trajectory].frames - 1 - needs_next
-    if not earliest <= start <= latest:
-        possible = (
-            f"can start at frames {earliest} to {latest}" if earliest <= latest else "is too short for data.history"
-        )
-        raise Failure(f"--start {start}: trajectory {trajectory} of {file.path} {possible}; choose another")
+    start = _first_frame(config.data, file, trajectory, start)
     if min(steps, repartition) < 1:
         raise Failure(f"--steps {steps}, --repartition {repartition}: both must be at least 1")
     if bounds not in BOUNDS:
