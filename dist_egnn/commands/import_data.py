@@ -128,17 +128,20 @@ def run_import(paths: Sequence[Path], out: Path, options: ImportOptions) -> None
     """Check every series, print the table, write OUT. Raises Failure, naming file, frame and field."""
     name, series = open_series(paths, options)
     summaries = []
-    with progress_bar("checking", len(series)) as tick:
+    counts = [-(-one.count // options.stride) for one in series if one.count is not None]
+    by_frame = len(counts) == len(series)  # else the frames are not known before they are read
+    with progress_bar("checking", sum(counts) if by_frame else len(series)) as tick:
         for one in series:
-            summaries.append(measure(one, options))
-            tick(one.name)
+            summaries.append(measure(one, options, *([tick] if by_frame else [])))
+            if not by_frame:
+                tick(one.name)
     jobs = assign_splits(series, summaries, options)
     print_table(f"{name}: {len(series)} trajectories" if len(series) > 1 else name, HEADER, _rows(series, summaries))
     notes = [f"{one.name}: {note}" for one, summary in zip(series, summaries, strict=True) for note in summary.notes]
     for note in notes:
         print_line(f"warning: {note}")
-    counts = {split: sum(hi - lo for _, s, lo, hi in jobs if s == split) for split in ("train", "valid", "test")}
-    print_line("frames: " + ", ".join(f"{split} {count:,}" for split, count in counts.items()))
+    frames = {split: sum(hi - lo for _, s, lo, hi in jobs if s == split) for split in ("train", "valid", "test")}
+    print_line("frames: " + ", ".join(f"{split} {count:,}" for split, count in frames.items()))
     settings = {
         **{"format": name, "files": [path.name for path in paths], "sha256": _digest(paths), "warnings": notes},
         "options": {key: value for key, value in vars(options).items() if value not in (None, ())},

@@ -137,8 +137,8 @@ def evaluate_split(
             predicted, z = model(graph)
             if shown is not None:
                 shown.virtual.append(z.flatten(0, 1).cpu())
-                nodes = (graph.ndata["x"].to(predicted), predicted, graph.ndata["y"].to(predicted))
-                shown.nodes = shown.nodes or nodes
+                if shown.nodes is None:
+                    shown.nodes = graph.ndata["x"].to(predicted), predicted, graph.ndata["y"].to(predicted)
             moving = losses.moving_nodes(graph)
             yield predicted[moving], graph.ndata["y"][moving]
 

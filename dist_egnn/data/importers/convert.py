@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,8 +159,11 @@ def attribute_name(name: str) -> str:
     return f"{name}_" if name in RESERVED else name
 
 
-def measure(series: Series, options: ImportOptions) -> Summary:
-    """The first pass over a series. Raises Failure for anything that cannot be imported; the rest is noted."""
+def measure(series: Series, options: ImportOptions, tick: Callable[[], object] = lambda: None) -> Summary:
+    """The first pass over a series. Raises Failure for anything that cannot be imported; the rest is noted.
+
+    tick: called after each frame.
+    """
     result, first, previous, before = Summary(), None, None, None
     times: list[float] = []
     for t, frame in enumerate(normalized(series, options)):
@@ -184,6 +187,7 @@ def measure(series: Series, options: ImportOptions) -> Summary:
         result.unwrapped = frame.crossings
         times += [] if frame.time is None else [frame.time]
         before, previous, result.frames = previous, x, t + 1
+        tick()
     if first is None:
         raise Failure(f"{series.name}: holds no frame")
     if result.frames < 2:
