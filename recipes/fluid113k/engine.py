@@ -1,11 +1,11 @@
 """Run one SPlisHSPlasH scene and save its frames: ``python engine.py DIR``.
 
-Reads DIR/job.npz (position (N, 3), velocity (3,), box (2, 3), radius, dt, frames, leg). Writes DIR/position.npy and
-DIR/velocity.npy (frames, N, 3) frame by frame, DIR/mass.npy and DIR/viscosity.npy (N,), the number of finished frames to
-DIR/frames, and DIR/whole at the end. A process simulates ``leg`` frames, saves DIR/state.npz and ends; the next one
-continues from it. prepare.py starts these processes one after another for each trajectory, because the engine has global
-state, a crash in it ends its process, and a killed simulation then loses at most one leg. Only the initial guess of the
-pressure solver is lost between legs.
+Reads DIR/job.npz (position (N, 3), velocity and gravity (3,), box (2, 3), radius, dt, frames, leg). Writes
+DIR/position.npy and DIR/velocity.npy (frames, N, 3) frame by frame, DIR/mass.npy and DIR/viscosity.npy (N,), the
+number of finished frames to DIR/frames, and DIR/whole at the end. A process simulates ``leg`` frames, saves
+DIR/state.npz and ends; the next one continues from it. prepare.py starts these processes one after another for each
+trajectory, because the engine has global state, a crash in it ends its process, and a killed simulation then loses at
+most one leg. Only the initial guess of the pressure solver is lost between legs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import numpy as np
 CONFIGURATION = {
     "simulationMethod": 4,  # DFSPH
     "boundaryHandlingMethod": 0,  # walls of particles (Akinci et al. 2012)
-    "gravitation": [0, -9.81, 0],
     "cflMethod": 1,
     "cflFactor": 1,
     "maxIterations": 100,
@@ -73,6 +72,7 @@ def write_scene(directory: Path, job: Mapping[str, np.ndarray], elapsed: float =
     dt, frames = float(job["dt"]), int(job["frames"])
     configuration = CONFIGURATION | {
         "particleRadius": float(job["radius"]),
+        "gravitation": job["gravity"].tolist(),
         "timeStepSize": step or dt / 4,
         "cflMaxTimeStepSize": dt / 4,  # 5 ms at full size
         "stopAt": (frames - 1) * dt * 1.0001 - elapsed,  # the engine counts in float32

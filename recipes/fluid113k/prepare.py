@@ -36,6 +36,7 @@ from dist_egnn.errors import Failure
 from dist_egnn.utils.filesystem import NO_LOCKS, check_free_space
 
 RADIUS, REFERENCE, FPS = 0.025, 113_140, 50
+GRAVITY = [0.0, -physics.GRAVITY, 0.0]
 BOX = np.array([5.0, 10.0, 5.0])
 DROP = 2.0  # maximum height of the block above its lowest position; it lands within 40 frames
 SPEED = np.array([4.0, 1.0, 4.0])
@@ -180,7 +181,7 @@ def simulated(
 ) -> dict[str, Any]:
     """Simulate a scene in ``directory`` and write its records if requested; returns arguments of ``Writer.add``."""
     leg = LEG if len(scene.position) >= LARGE else options.frames
-    np.savez(directory / "job.npz", **asdict(scene), radius=RADIUS, frames=options.frames, leg=leg)
+    np.savez(directory / "job.npz", **asdict(scene), radius=RADIUS, gravity=GRAVITY, frames=options.frames, leg=leg)
     while not (directory / "whole").exists():
         before = preparation.read_count(directory / "frames")
         engines.run(directory, name)
@@ -223,6 +224,7 @@ def writer_arguments(record: records.Record, k: int, options: argparse.Namespace
         "velocity": None if options.no_velocity else record.velocity,
         "attributes": {"viscosity": record.viscosity, "mass": record.mass},
         "box": record.box,
+        "gravity": GRAVITY,
         "dt": record.dt,
         "split": options.splits[k],
         "source": source,
@@ -238,6 +240,7 @@ def split_counts(count: int) -> tuple[int, int, int]:
 def prepare(options: argparse.Namespace) -> None:
     """Write the file and, if requested, the records."""
     settings = {"trajectories": options.trajectories, "frames": options.frames, "quantum": options.quantum}
+    settings["gravity"] = GRAVITY
     settings["velocity_unit"] = "forward difference: m per frame" if options.no_velocity else "m/s"
     write = functools.partial(preparation.write, options.out, workers=options.workers, threads=True, unit="trajectory")
     if options.from_records:

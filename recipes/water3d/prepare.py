@@ -24,6 +24,7 @@ from dist_egnn.utils.filesystem import check_free_space
 COUNTS = {"tiny": (4, 1, 1), "small": (20, 4, 4), "full": (1000, 100, 100)}  # trajectories by split
 SIMULATED = {"tiny": (1000, 60), "small": (8000, 200), "full": (8000, 801)}  # particles and frames of the stand-in
 RADIUS, DT, WATER = 0.012, 0.005, 5.0  # of the stand-in: particle radius, time between frames, GNS' type of water
+GRAVITY = [0.0, -9.81, 0.0]  # of the stand-in; GNS' files do not name theirs
 SCALES = {
     "tiny": "4 + 1 + 1 trajectories. GNS: 0.45 GB to fetch, 8 s of a core, 0.3 GB. Stand-in (1,000 particles, 60 frames): "
     "3 s, 2.4 MB",
@@ -82,7 +83,7 @@ class Simulations:
         return preparation.read_count(self.folder(number) / "frames")
 
     def simulate(self, number: int, job: dict[str, Any], folder: Path) -> dict[str, Any]:
-        timing = {"radius": RADIUS, "dt": DT, "steps": 2, "frames": self.frames}
+        timing = {"radius": RADIUS, "dt": DT, "steps": 2, "frames": self.frames, "gravity": GRAVITY}
         (folder / "job.json").write_text(json.dumps(job | timing), encoding="utf-8")
         command = [sys.executable, str(Path(__file__).with_name("engine.py")), str(folder)]
         # one thread: the engine's sums depend on the number of threads
@@ -104,6 +105,7 @@ class Simulations:
             "source": f"stand-in for GNS Water-3D: SPlisHSPlasH {preparation.versions('pysplishsplash')['pysplishsplash']}",
             "attributes": {"type": np.full(position.shape[1], WATER)},
             "box": box,
+            "gravity": GRAVITY,
         }
 
 
@@ -143,7 +145,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         make = Simulations(options.seed, splits, *SIMULATED[options.scale], scratch)
         steps = preparation.Steps("frames", make.frames, make.reached)
         count, packages = len(splits), ["pysplishsplash"]
-        settings["source"] = source
+        settings |= {"source": source, "gravity": GRAVITY}
     else:
         folder = Path(source)
         if options.download or any(folder.glob("*.tfrecord*")):

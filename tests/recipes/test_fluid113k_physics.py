@@ -48,6 +48,8 @@ def test_the_sample_passes():
             for t in (0, 30, 45, 59):
                 assert physics.inner_density(position[t], mass, box, RADIUS) == pytest.approx(1000, rel=0.01)
             velocity = np.diff(position, axis=0) / group.attrs["dt"]
+            fall = np.diff(velocity[:6].mean(1, dtype=float), axis=0).mean(0) / group.attrs["dt"]
+            np.testing.assert_allclose(fall, group.attrs["gravity"], atol=0.2)  # rounded positions
             middle = (position[1:] + position[:-1]) / 2
             assert physics.energy_gain(physics.energy(middle, velocity, mass, 0.0)) < 0.001
 

@@ -33,6 +33,7 @@ def test_records_of_the_authors_are_read(tmp_path, authors):
         np.testing.assert_array_equal(group["attributes/viscosity"], np.full(64, 0.01, np.float32))
         np.testing.assert_array_equal(group["box"], BOX)
         assert (group.attrs["split"], group.attrs["dt"]) == ("train", 0.02)
+        np.testing.assert_array_equal(group.attrs["gravity"], [0, -9.81, 0])
     options = ("--out", tmp_path / "y.h5", "--frames", 5, "--quantum", 0.125, "--no-velocity")
     assert run("--from-records", authors, *options) == 0
     with h5py.File(tmp_path / "y.h5") as file:

@@ -37,6 +37,7 @@ def test_stand_in_falls_stays_in_its_box_and_repeats(tmp_path):
     assert [trajectory.split for trajectory in data] == ["train"] * 4 + ["valid", "test"]
     for k, trajectory in enumerate(data):
         assert trajectory.source.startswith("stand-in for GNS Water-3D: SPlisHSPlasH")
+        assert trajectory.gravity == (0, -9.81, 0)
         x = np.stack([data.position(k, t) for t in range(trajectory.frames)]).astype(float)
         low, high = data.box(k)
         assert (x >= low).all()
