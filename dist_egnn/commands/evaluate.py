@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +17,10 @@ from ..distributed import spawn
 from ..errors import Failure
 from ..train import checkpoint, run_dir, trainer
 from ..utils.console import print_table
-from ..utils.filesystem import replace_file, sha256
+from ..utils.filesystem import lock_output, sha256, write_atomically
 from .partition import run_partition
+
+LOCK_WAIT_S = 10.0  # another evaluation writes its rows meanwhile
 
 
 def run_evaluation(run: Path, split: str = "test", data: Path | None = None) -> dict[str, float]:
@@ -71,15 +73,17 @@ def _replace_data(
 
 
 def _write(run: Path, table: pd.DataFrame) -> None:
-    """Write rows of evaluate.csv, in place of those of the same split and data."""
-    if (path := run / "evaluate.csv").is_file():
-        before, now = pd.read_csv(path).reindex(columns=table.columns), table.iloc[0]
-        same = (before["split"] == now["split"]) & before["data"].fillna("").isin(["", now["data"]])
-        table = pd.concat([before[~same], table])
+    """Write rows of evaluate.csv, in place of those of the same split and data and of a table that cannot be read."""
+    path, now = run / "evaluate.csv", table.iloc[0]
     try:
-        replace_file(path, table.to_csv(index=False).encode())
-    except OSError as error:  # a read-only run can be evaluated all the same
-        print(f"warning: {path}: not written ({error.strerror})", file=sys.stderr)
+        with lock_output(path, wait_s=LOCK_WAIT_S):
+            with suppress(FileNotFoundError, ValueError):  # ValueError: of pandas, for text that is no table
+                before = pd.read_csv(path).reindex(columns=table.columns).dropna(subset=["split", "mse"])
+                same = (before["split"] == now["split"]) & before["data"].fillna("").isin(["", now["data"]])
+                table = pd.concat([before[~same], table])
+            write_atomically(path, table.to_csv(index=False).encode())
+    except Failure as failure:  # a read-only run can be evaluated all the same
+        print(f"warning: {str(failure).partition(';')[0]}; the errors are printed only", file=sys.stderr)
 
 
 def print_evaluation(run: Path, split: str, data: Path | None = None) -> None:

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from dgl import DGLGraph
 
@@ -26,7 +26,7 @@ from .samples import (
     snapshot_squares,
 )
 from .store import open_store
-from .store_inputs import check_settings, store_widths
+from .store_inputs import another, check_settings, store_widths
 from .trajectories import SPLITS, Trajectories
 
 Key = TypeVar("Key")
@@ -105,13 +105,16 @@ def part_count(config: Config) -> int:
         return requested or 1
     store = open_store(config.data.path)
     stored = store.inputs["weights"]
+    changes: dict[str, Any] = {"weights": weights}
     if requested not in (0, store.parts):
         given, made = f"partition.parts={requested}", f"for {store.parts}"
+        changes |= {"parts": requested, "trainers": 1}
     elif weights is not None and not part_weights.equivalent(part_weights.validate(weights, store.parts), stored):
         given, made = f"{part_weights.KEY}={part_weights.to_text(weights)}", f"with {part_weights.to_text(stored)}"
     else:
         return store.parts
-    raise Failure(f"{given}, but {config.data.path} was made {made}; partition again or leave it out")
+    remedy = another(store.path, store.inputs, **changes)
+    raise Failure(f"{given}, but {config.data.path} was made {made}; leave it out, or {remedy}")
 
 
 def used_partition(config: Config) -> Partition:

@@ -35,7 +35,7 @@ from ..utils.memory import graph_server_bytes
 from ..utils.signals import STOP_SIGNALS
 from . import dgl_compat
 from .store import Part, Store, open_store
-from .store_inputs import store_widths
+from .store_inputs import another, store_widths
 
 SHARED = Path("/dev/shm")
 RETRY_S = 3.0  # between two of DGL's attempts to connect
@@ -167,7 +167,8 @@ def _dgl_config(store: Store, machine: int, here: Address) -> dict[str, Any]:
     """DGL's partition config of the store's only graph, renamed after this server; verifies the partition's files."""
     shards = store.snapshots["shard"].unique()
     if (graphs := len(shards)) > 1:
-        raise Failure(f"{store.path}: has {graphs} graphs, a server serves one; partition again with --shard-nodes 0")
+        remedy = another(store.path, store.inputs, shard_nodes=0)
+        raise Failure(f"{store.path}: has {graphs} graphs, a server serves one; {remedy}")
     if not store.parts_table["edges"].groupby(store.parts_table["part"] // store.trainers).sum().all():
         raise Failure(f"{store.path}: a part has no edges at all, which DGL cannot share; train without servers")
     config, own = json.loads(store.disk.config(shards[0], machine).read_text(encoding="utf-8")), f"part-{machine}"

@@ -36,6 +36,7 @@ class Halo:
     nodes: list[int]  # number of own nodes of each rank
     number: int  # of the snapshot
     where: str  # for errors
+    remedy: str = "roll out from an earlier frame (--start)"  # of a store: the commands that make it again
     radius: float = float("inf")  # largest length of an edge
     side: np.ndarray | None = None  # (3,) of the periodic box
     send_rows: list[Tensor] = field(default_factory=list)  # for each rank: own rows it needs, ascending; set by link
@@ -59,7 +60,7 @@ class Halo:
         send_rows = comm.all_to_all(torch.cat(self.recv_rows), recv_counts, send_counts)().split(send_counts)
         for rank, rows in enumerate(send_rows):
             if len(rows) and (rows[0] < 0 or rows[-1] >= len(x) or bool((rows.diff() <= 0).any())):
-                raise Failure(f"{self.where}: process {rank} requests nodes beyond the {len(x)} here; partition again")
+                raise Failure(f"{self.where}: process {rank} requests nodes beyond the {len(x)} here; {self.remedy}")
         remote_x = comm.all_to_all(x.index_select(0, torch.cat(send_rows)), send_counts, recv_counts)()
         self.complete(x, send_rows, remote_x)
 
@@ -72,7 +73,7 @@ class Halo:
         squared = graphs.squared_lengths(positions, self.src.numpy(), self.dst.numpy() + len(remote_x), self.side)
         if len(squared) and not squared.max() <= self.radius**2 * (1 + 1e-6):
             length = f"{squared.max() ** 0.5:.3g}, beyond the radius {self.radius:g}"
-            raise Failure(f"{self.where}: an edge from another part has length {length}; partition again")
+            raise Failure(f"{self.where}: an edge from another part has length {length}; {self.remedy}")
         self.edge = graphs.edge_fields(remote_x[self.src], x[self.dst], self.side)
         self.send_rows = list(send_rows)
 

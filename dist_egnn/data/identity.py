@@ -66,10 +66,8 @@ def of_data(path: str | Path) -> Identity | None:
 def _of_data(path: Path, _modified_ns: int) -> Identity | None:
     if path.is_dir():
         if (identity := open_store(path).manifest.get("data")) is None:
-            remedy = "partition again to have it compared"
-            print(
-                f"warning: {path}: its manifest does not identify the data it was made from; {remedy}", file=sys.stderr
-            )
+            text = f"its manifest does not identify the data it was made from; {open_store(path).remedy}"
+            print(f"warning: {path}: {text}", file=sys.stderr)
         return identity
     file = Trajectories(path)
     identity = of_file(file)

@@ -14,7 +14,7 @@ from ..config import Data
 from ..errors import Failure
 from . import domain, graphs
 from .fixed_nodes import fixed_nodes, moving_fields
-from .trajectories import Trajectories, Trajectory, check_displacement
+from .trajectories import AGAIN, Trajectories, Trajectory, check_displacement
 
 RMS_SNAPSHOTS = 16
 
@@ -134,7 +134,7 @@ def count_columns(data: Trajectories, names: Sequence[str]) -> int:
     for base in (name.partition("/")[0] for name in names):
         widths = [1 if base == "speed" else data.width(k, base) for k in range(len(data))]
         if k := next((k for k, width in enumerate(widths) if width != widths[0]), 0):
-            text = f"has {widths[k]} columns, in trajectory 0 it has {widths[0]}; prepare the file again"
+            text = f"has {widths[k]} columns, in trajectory 0 it has {widths[0]}; {AGAIN}"
             raise Failure(f"{data.path}: trajectory {k}: attribute '{base}' {text}")
         total += widths[0]
     return total

@@ -7,7 +7,9 @@ machine's part of a shard, from disk (``DiskSource``) or from a DistDGL server (
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,7 +27,7 @@ from ..utils import part_weights
 from ..utils.filesystem import sha256
 from . import domain, fields, graphs, halo
 from .samples import root_mean_squares
-from .store_inputs import DEFAULT_INPUTS, remake
+from .store_inputs import DEFAULT_INPUTS, partition_command, remake
 
 FORMAT, VERSION, GRAPH = "dist_egnn.store", 1, "dist_egnn"
 SIDES = ("side_x", "side_y", "side_z")  # columns of snapshots.csv in a store with periodic boxes
@@ -99,7 +101,11 @@ class Store:
         if not manifest.is_file():
             unfinished = self.path.with_name(self.path.name.removesuffix(".partial") + ".partial")
             if unfinished.exists():
-                raise Failure(f"{unfinished}: an unfinished partition; run the same `distegnn partition` again")
+                again = "`distegnn partition` as before"
+                with suppress(OSError, ValueError, KeyError, TypeError):
+                    inputs = json.loads((unfinished / "inputs.json").read_text(encoding="utf-8"))
+                    again = f"`{partition_command(unfinished.with_suffix(''), inputs)}`"
+                raise Failure(f"{unfinished}: an unfinished partition; complete it: {again}")
             raise Failure(f"{path}: not a store (no manifest.yaml); make one with `distegnn partition`")
         try:
             self.manifest: dict[str, Any] = yaml.safe_load(manifest.read_text(encoding="utf-8"))
@@ -201,6 +207,7 @@ class Store:
         if invalid.any():
             raise Failure(f"{where}: halo node {ids[invalid][0]} belongs to no other part; {self.remedy}")
         about = {"number": snapshot, "where": where, "radius": self.inputs["radius"], "side": self.sides(snapshot)}
+        about["remedy"] = self.remedy
         result = halo.from_edges(owner, ids - first[owner], dst.numpy(), nodes.tolist(), **about)
         listed = self.parts_table.iloc[snapshot * self.parts + part]
         for name, count in (("cut_edges", len(result.src)), ("halo", sum(map(len, result.recv_rows)))):

@@ -34,14 +34,14 @@ def check_settings(inputs: Mapping[str, Any], path: str, data: Data) -> None:
         value = getattr(data, name)
         if value != inputs[name] and not (name in ("features", "velocity_scale") and value is None):
             stored = f"{path} was made with {inputs[name]}"
-            raise Failure(f"data.{name}={value} in the config, but {stored}; set it to that or partition again")
+            changes = {"velocity_scale": data.velocity_scale, name: value}
+            raise Failure(
+                f"data.{name}={value} in the config, but {stored}; set it to that, or {another(path, inputs, **changes)}"
+            )
 
 
-def remake(path: Path, inputs: Mapping[str, Any] | None = None) -> str:
-    """The two commands that replace a damaged store; without its inputs the second one is known to its author only."""
-    remove = f"run `{shlex.join(['rm', '-r', str(path)])}`, then"
-    if inputs is None:
-        return f"{remove} the `distegnn partition … --out {path}` that made it"
+def partition_command(path: str | Path, inputs: Mapping[str, Any]) -> str:
+    """The command that makes a store of these inputs at ``path``."""
     words = ["distegnn", "partition", inputs["source"], "--out", str(path)]
     for option, name in (("parts", "parts"), ("trainers", "trainers"), ("method", "method"), ("seed", "method_seed")):
         words += [f"--{option}", str(inputs[name])]
@@ -52,4 +52,18 @@ def remake(path: Path, inputs: Mapping[str, Any] | None = None) -> str:
         if (value := inputs[name]) != getattr(default, name):
             text = f"[{','.join(map(str, value))}]" if isinstance(value, list | tuple) else str(value)
             words.append(f"data.{name}={text}")
-    return f"{remove} `{shlex.join(words)}`"
+    return shlex.join(words)
+
+
+def remake(path: Path, inputs: Mapping[str, Any] | None = None) -> str:
+    """The two commands that replace a damaged store; without its inputs the second one is known to its author only."""
+    remove = f"run `{shlex.join(['rm', '-r', str(path)])}`, then"
+    if inputs is None:
+        return f"{remove} the `distegnn partition … --out {path}` that made it"
+    return f"{remove} `{partition_command(path, inputs)}`"
+
+
+def another(path: str | Path, inputs: Mapping[str, Any], **changes: Any) -> str:
+    """The command that makes a second store beside the one at ``path``, with other inputs."""
+    new = Path(path).with_name(Path(path).name + "-2")
+    return f"make another store: `{partition_command(new, DEFAULT_INPUTS | dict(inputs) | changes)}`"

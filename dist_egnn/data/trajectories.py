@@ -21,6 +21,7 @@ from . import checks
 
 FORMAT, VERSION = "dist_egnn.trajectories", 1
 SPLITS = ("train", "valid", "test")
+AGAIN = "make it again (a recipe's prepare.py, `distegnn import` or dist_egnn.Writer)"
 BLOCK = 1 << 22  # numbers that `Trajectories.blocks` reads at once
 
 
@@ -301,7 +302,7 @@ def attribute_shapes(group: h5py.Group, where: str) -> tuple[dict[str, int], tup
         if (varies := attribute_varies(shape, frames, nodes)) is None:
             expected = f"({nodes},), ({nodes}, k), ({frames}, {nodes}) or ({frames}, {nodes}, k)"
             what = f"dataset 'attributes/{name}' has shape {shape}, expected {expected}"
-            raise Failure(f"{where}: {what}; prepare it again")
+            raise Failure(f"{where}: {what}; {AGAIN}")
         widths[name] = shape[-1] if len(shape) == 2 + varies else 1
         varying += [name] * varies
     return widths, tuple(varying)
@@ -360,19 +361,19 @@ class Trajectories(Sequence[Trajectory]):
         try:
             self.file = hdf5.open_file(self.path)
         except OSError as error:
-            raise Failure(f"{path}: not a readable HDF5 file ({error}); fetch or prepare it again") from error
+            raise Failure(f"{path}: not a readable HDF5 file ({error}); {AGAIN}") from error
         if _text(self.file.attrs.get("format")) != FORMAT:
             raise Failure(f"{path}: not a trajectories file (attribute format is not '{FORMAT}'); see docs/formats.md")
         if (version := self.file.attrs.get("version")) != VERSION:
-            raise Failure(f"{path}: format version {version}, this program reads {VERSION}; prepare it again")
+            raise Failure(f"{path}: format version {version}, this program reads {VERSION}; {AGAIN}")
         try:
             self.meta: dict[str, Any] = json.loads(_text(self.file.attrs["meta"]))
         except (KeyError, TypeError, ValueError) as error:
-            raise Failure(f"{path}: attribute 'meta' is missing or not JSON; prepare it again") from error
+            raise Failure(f"{path}: attribute 'meta' is missing or not JSON; {AGAIN}") from error
         names = sorted(self.file.get("trajectories", {}), key=lambda name: (name.isdecimal() and int(name), name))
         self._all = [self._describe(name) for name in names]
         if not self._all:
-            raise Failure(f"{path}: holds no trajectory; prepare it again")
+            raise Failure(f"{path}: holds no trajectory; {AGAIN}")
         for k, trajectory in enumerate(self._all):
             if trajectory.velocity != self._all[0].velocity:
                 stores, lacks = (k, 0) if trajectory.velocity else (0, k)
@@ -386,20 +387,20 @@ class Trajectories(Sequence[Trajectory]):
             raise Failure(f"{where}: no group, or a link to what does not exist; write it into the file itself")
         for key in ("position", "velocity", "box", *(f"attributes/{key}" for key in group.get("attributes", {}))):
             if key in group and getattr(getattr(group[key], "dtype", None), "kind", "") not in "fiub":
-                raise Failure(f"{where}: dataset '{key}' does not hold real numbers; prepare it again")
+                raise Failure(f"{where}: dataset '{key}' does not hold real numbers; {AGAIN}")
         if "position" not in group or group["position"].ndim != 3 or group["position"].shape[2] != 3:
-            raise Failure(f"{where}: dataset 'position' (T, N, 3) is missing or has a wrong shape; prepare it again")
+            raise Failure(f"{where}: dataset 'position' (T, N, 3) is missing or has a wrong shape; {AGAIN}")
         attrs = group.attrs
         missing = {"split", "dt", "source", "periodic"} - set(attrs)
         if missing or _text(attrs["split"]) not in SPLITS:
-            raise Failure(f"{where}: attribute {sorted(missing) or 'split'} is missing or wrong; prepare it again")
+            raise Failure(f"{where}: attribute {sorted(missing) or 'split'} is missing or wrong; {AGAIN}")
         frames, nodes, _ = group["position"].shape
         if not frames * nodes:
-            raise Failure(f"{where}: dataset 'position' holds {frames} frames of {nodes} nodes; prepare it again")
+            raise Failure(f"{where}: dataset 'position' holds {frames} frames of {nodes} nodes; {AGAIN}")
         widths, varying = attribute_shapes(group, where)
         for key, shape in {"velocity": (frames, nodes, 3), "box": (2, 3)}.items():
             if key in group and (actual := getattr(group[key], "shape", None)) != shape:
-                raise Failure(f"{where}: dataset '{key}' has shape {actual}, expected {shape}; prepare it again")
+                raise Failure(f"{where}: dataset '{key}' has shape {actual}, expected {shape}; {AGAIN}")
         properties = (
             checks.time_step(attrs["dt"], where),
             _text(attrs["source"]),
@@ -426,7 +427,7 @@ class Trajectories(Sequence[Trajectory]):
             return np.asarray(value, dtype=np.float32)  # other programs store other types
         except (OSError, KeyError) as error:
             where = f"{self.path}: trajectory {k}: '{key}'"
-            raise hdf5.read_failure(where, error, "the file is damaged, prepare it again") from error
+            raise hdf5.read_failure(where, error, f"the file is damaged; {AGAIN}") from error
 
     def blocks(self, k: int, key: str) -> Iterator[np.ndarray]:
         """A dataset such as position or attributes/NAME, as float32 in consecutive blocks of about BLOCK numbers."""

@@ -22,6 +22,7 @@ from ..errors import Failure
 from ..utils import hdf5
 
 FORMAT, VERSION = "dist_egnn.rollout", 1
+AGAIN = "make it again with `distegnn rollout`"
 VTK, VTK_VERTEX = (2, 0), 1
 VECTORS = ("velocity", "error")
 Array = np.ndarray
@@ -131,7 +132,7 @@ class Rollout(ExitStack):
             ours = self.file["dist_egnn"]
             version = ours.attrs["format"], ours.attrs["version"]
             if version != (FORMAT, VERSION):
-                raise Failure(f"{path}: {version[0]} version {version[1]}, expected {FORMAT} {VERSION}; roll out again")
+                raise Failure(f"{path}: {version[0]} version {version[1]}, expected {FORMAT} {VERSION}; {AGAIN}")
             self.meta: dict[str, Any] = json.loads(ours.attrs["meta"])
             self.box: Array | None = ours["box"][()] if "box" in ours else None
             self._count = int(ours["frames"][()])
@@ -141,9 +142,7 @@ class Rollout(ExitStack):
             data = self._root["PointData"]
             self.attributes: dict[str, Array] = {k: v[()] for k, v in data.items() if k not in (*VECTORS, "part")}
         except (KeyError, ValueError, OSError) as error:
-            raise Failure(
-                f"{path}: damaged or not a readable HDF5 file of a rollout ({error}); roll out again"
-            ) from error
+            raise Failure(f"{path}: damaged or not a readable HDF5 file of a rollout ({error}); {AGAIN}") from error
 
     def __len__(self) -> int:
         return self._count
@@ -153,7 +152,7 @@ class Rollout(ExitStack):
         """The nodes (N,) bool whose errors count: those that data.fixed or --fixed does not name."""
         fixed = self.meta.get("fixed") or ""
         if not isinstance(fixed, str):
-            raise Failure(f"{self.path}: written by an older version with --fixed; roll out again")
+            raise Failure(f"{self.path}: written by an older version with --fixed; {AGAIN}")
         return ~fixed_nodes(fixed, self.attributes.__getitem__) if fixed else np.ones(self.nodes, bool)
 
     def __getitem__(self, step: int) -> Frame:
@@ -166,7 +165,7 @@ class Rollout(ExitStack):
             v, error, part = (data[name][rows] for name in (*VECTORS, "part"))
             z = self._virtual[step] if self._virtual is not None and step else None
         except (KeyError, OSError) as failure:
-            raise Failure(f"{self.path}: step {step}: cannot be read ({failure}); roll out again") from failure
+            raise Failure(f"{self.path}: step {step}: cannot be read ({failure}); {AGAIN}") from failure
         error = error if frame < self.meta["true_frames"] else None
         return Frame(step, frame, frame * self.meta["dt"], x, v, error, part, z)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import Config
+from ..data.store_inputs import another
 from ..errors import Failure
 from ..train import preflight
 from ..utils import memory
@@ -60,8 +61,8 @@ def layout_problems(hosts: list[Host], store: dict[str, Any], path: str) -> list
     if fits:
         made_for = f"{store['shards']} graphs, and servers take one"
     count = next(iter(listed), trainers)
-    option = f"--trainers {count} " if listed or count > 1 else ""
-    return [f"{path}: made for {made_for}; partition again with --parts {len(hosts)} {option}--shard-nodes 0"]
+    changes = {"parts": len(hosts), "trainers": count, "shard_nodes": 0} | ({} if fits else {"weights": None})
+    return [f"{path}: made for {made_for}; {another(path, store['inputs'], **changes)}"]
 
 
 def _memory_problems(info: dict[str, Any], store: dict[str, Any], number: int, config: Config) -> list[str]:

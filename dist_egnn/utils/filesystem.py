@@ -202,8 +202,9 @@ def lock_output(path: Path, busy: str = BUSY, *, wait_s: float = 0.0) -> Iterato
                 lock = path.with_name(path.name + ".lock")
                 stack.enter_context(_locked(lock, path, busy, fcntl.LOCK_EX, remove=True))
                 break
-            except Failure:
-                if time.monotonic() >= until:
+            except Failure as failure:
+                is_busy = isinstance(failure.__cause__, BlockingIOError | None)
+                if not is_busy or time.monotonic() >= until:
                     raise
                 time.sleep(0.05)
         yield

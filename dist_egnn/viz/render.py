@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import Failure
-from ..evaluate.vtkhdf import Frame, Rollout
+from ..evaluate.vtkhdf import AGAIN, Frame, Rollout
 from ..utils.filesystem import lock_output
 from ..utils.progress import progress_bar
 from . import plots
@@ -264,7 +264,7 @@ def run_render(path: Path, out: Path | None, fps: float, every: int, colour: str
         raise Failure(f"{out}: MP4 needs the program ffmpeg; install it, or write --out {out.with_suffix('.gif')}")
     with Rollout(path) as rollout:
         if not len(rollout):
-            raise Failure(f"{path}: no frame; run the rollout again")
+            raise Failure(f"{path}: no frame; {AGAIN}")
         frames = DrawnFrames(rollout, every, colour)
         camera = Camera(frames)
         try:

@@ -300,12 +300,14 @@ def test_a_wrong_halo_node_and_ranks_with_different_data_are_refused(make_store:
         own.recv_rows[1][-1] = (parts[1].ndata["x"] - parts[0].ndata["x"].mean(0)).square().sum(1).argmax()
         own.recv_rows[1] = own.recv_rows[1].unique()
 
-    with pytest.raises(Failure, match=r"snapshot 1, part 0: an edge .* beyond the radius 0.27.*partition again"):
+    with pytest.raises(
+        Failure, match=r"snapshot 1, part 0: an edge .* beyond the radius 0.27.*`distegnn partition small"
+    ):
         link_after(Store(make_store(2, "bisection")), 0, replace_by_farthest)
     store = Store(make_store(2, "metis"))
     link_after(store, 1, lambda own, _: None)
     different = r"snapshot \d, part \d: process \d reads snapshot .* data\.path"
-    requests = r"snapshot 1, part 0: process 1 requests nodes .* partition again"
+    requests = r"snapshot 1, part 0: process 1 requests nodes .*`distegnn partition small"
     changes: list[tuple[Callable[[halo.Halo, Any], object], str]] = [
         (lambda own, _: setattr(own, "number", 0), different),
         (lambda own, _: operator.setitem(own.nodes, 0, own.nodes[0] + 1), different),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 from small_data import DATA
 from tiny_runs import resume_training, settings
 
-from dist_egnn.commands import sweep_config
+from dist_egnn.commands import evaluate, sweep_config
 from dist_egnn.commands.evaluate import run_evaluation
 from dist_egnn.commands.train import run_training
 from dist_egnn.config import Data
@@ -23,6 +24,7 @@ from dist_egnn.data.store import Store
 from dist_egnn.errors import Failure
 from dist_egnn.evaluate import rollout
 from dist_egnn.train import checkpoint, run_dir
+from dist_egnn.utils.filesystem import lock_output
 
 
 def scale(key: str) -> Callable[[h5py.Group], None]:
@@ -161,6 +163,28 @@ def test_evaluate_other_data(small, runs, tmp_path):
     table = pd.read_csv(run / "evaluate.csv")
     by_data = {name: dict(rows[["prediction", "mse"]].values) for name, rows in table.groupby("data")}
     assert by_data == {identity.digest(identity.of_data(path)): e for path, e in ((small, own), (other, errors))}
+
+
+def test_two_writers_of_evaluate_csv(tmp_path, capsys, monkeypatch):
+    """The second one waits for the first; a damaged table is replaced."""
+
+    def write(split: str) -> list[str]:
+        evaluate._write(tmp_path, pd.DataFrame([{"split": split, "prediction": "linear", "mse": 1.0, "data": "a"}]))
+        return pd.read_csv(path)["split"].tolist()
+
+    path = tmp_path / "evaluate.csv"
+    for content in (b"", b"\x00" * 20, b"a,b\n1,2\n"):
+        path.write_bytes(content)
+        assert write("valid") == ["valid"]
+    with lock_output(path):
+        monkeypatch.setattr(evaluate, "LOCK_WAIT_S", 0)
+        assert write("train") == ["valid"]
+        monkeypatch.setattr(evaluate, "LOCK_WAIT_S", 60)
+        thread = threading.Thread(target=write, args=["test"])
+        thread.start()
+    assert f"warning: {path}: another process is writing it" in capsys.readouterr().err
+    thread.join()
+    assert pd.read_csv(path)["split"].tolist() == ["valid", "test"]
 
 
 def test_a_run_of_two_parts_evaluates_a_file_on_two_parts(small, make_store, tmp_path):

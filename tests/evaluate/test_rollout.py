@@ -509,7 +509,7 @@ def test_damaged_rollouts_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(b"text")
     h5py.File(tmp_path / "foreign", "w").close()
     for damaged in (partial_path(path), tmp_path / "text", tmp_path / "foreign"):
-        with pytest.raises(Failure, match=rf"{damaged.name}: damaged .* roll out again"):
+        with pytest.raises(Failure, match=rf"{damaged.name}: damaged .*`distegnn rollout`"):
             Rollout(damaged)
 
 

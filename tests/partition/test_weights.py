@@ -58,8 +58,12 @@ def test_config_and_store(small, make_store):
     assert parts(weighted) == parts(weighted, "partition.weights=[4,2]") == 2
     assert parts(equal, "partition.weights=[7,7]") == 2
     for store, weights, message in (
-        (weighted, "[1,2]", r"\[1,2\], but .* was made with \[2,1\]; partition again"),
-        (equal, "[2,1]", r"\[2,1\], but .* was made with null; partition again"),
+        (
+            weighted,
+            "[1,2]",
+            r"\[1,2\], but .* was made with \[2,1\]; .*`distegnn partition .*-2 .* --weights 1\.0,2\.0",
+        ),
+        (equal, "[2,1]", r"\[2,1\], but .* was made with null; .*`distegnn partition .*-2 .* --weights 2\.0,1\.0"),
         (weighted, "[2,1,1]", r"\[2,1,1\]: 3 weights for 2 processes"),
         (small, "[2,1]", r"\[2,1\]: 2 weights for 1 processes"),
         (small, "[2,-1]", r"\[2,-1\]: must be positive"),

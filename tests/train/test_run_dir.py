@@ -182,7 +182,7 @@ def test_a_read_only_folder(run, small, disk, capsys):
     with pytest.raises(Failure, match=r"run: cannot be written \(Read-only file system\)"):
         resume_training(folder / "run", ["train.epochs=5"])
     assert run_evaluation(folder / "run")["FastEGNN"] > 0
-    assert f"warning: {folder}/run/evaluate.csv: not written (Read-only file system)" in capsys.readouterr().err
+    assert f"warning: {folder}/run/evaluate.csv: cannot be written (Read-only file system)" in capsys.readouterr().err
     with pytest.raises(Failure, match=r"new: cannot be written \(Read-only file system\)"):
         run_training(settings(small, folder / "new"))
 
