@@ -21,6 +21,7 @@ KERNELS = ("laplacian", "gaussian")  # of the MMD
 SCHEDULES = ("constant", "cosine", "plateau")
 HALOS = ("bridge", "exchange")
 WALLS = ("none", "box")
+EDGES = ("radius", "knn", "given", "complete")
 PREDICTS = ("position", "velocity", "acceleration")
 DIFFERENCES = ("backward", "forward")
 # what keys stood for before they existed: the published convention
@@ -72,7 +73,13 @@ class Data:
     """Samples, made from the frames of trajectories. A store fixes these settings; a config with others is refused."""
 
     path: str = _key("", "trajectories.h5, or a store that `distegnn partition` wrote")
+    edges: str = _key(
+        "radius",
+        "nodes within radius; knn: each with its nearest ones; given: edges of the file; complete",
+        _choice(*EDGES),
+    )
     radius: float = _key(math.inf, "edges join nodes up to this distance; .inf for the complete graph", RADIUS)
+    neighbours: int = _key(0, "knn: in-edges of a node, from the nearest other nodes", _least(0))
     horizon: int = _key(10, "frames from input to target", _least(1))
     features: list[str] | None = _key(None, "node attributes, 'speed' or 'NAME/max'; null: all attributes and speed")
     node_attributes: list[str] = _key([], "node attributes that every layer reads (a)")
@@ -211,6 +218,7 @@ def check(config: Config) -> None:
         from .utils import part_weights  # here: it imports numpy
 
         part_weights.validate(p.weights, p.parts or len(p.weights))
+    _check_edges(d)
     _check_simulator(config)
     if 0 <= d.last_frame < d.first_frame:
         raise Failure(f"data.last_frame={d.last_frame}: lies before data.first_frame={d.first_frame}")
@@ -222,6 +230,18 @@ def check(config: Config) -> None:
     if t.schedule == "plateau" and 0 < t.patience <= t.plateau_epochs:
         remedy = f"set it above train.plateau_epochs={t.plateau_epochs}"
         raise Failure(f"train.patience={t.patience}: training would stop before the learning rate falls; {remedy}")
+
+
+def _check_edges(data: Data) -> None:
+    """Raise Failure for keys that data.edges does not read, and for a missing one."""
+    if data.edges == "knn" and not data.neighbours:
+        raise Failure(
+            "data.neighbours=0: data.edges=knn needs the number of in-edges of a node; set data.neighbours=12"
+        )
+    if data.edges != "knn" and data.neighbours:
+        raise Failure(f"data.neighbours={data.neighbours}: is an option of data.edges=knn; leave it out")
+    if data.edges != "radius" and math.isfinite(data.radius) and not data.history:
+        raise Failure(f"data.radius={data.radius}: data.edges={data.edges} has no radius; leave it out")
 
 
 def _check_simulator(config: Config) -> None:

@@ -1,6 +1,6 @@
-"""In-edges of selected nodes of a snapshot, from the radius graph of each box of these nodes and of all nodes near it.
+"""In-edges of selected nodes of a snapshot, without those of the others: of a radius graph box by box, or of nearest nodes.
 
-Memory: the graph of one box, and 4 or 8 bytes for each edge of the result.
+Memory: the graph of one box, or a tree of all nodes; and 4 or 8 bytes for each edge of the result.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from numpy import ndarray as Array
 from scipy.spatial import KDTree
 
 from dist_egnn.data import graphs
+from dist_egnn.data.edges import EdgeRule, knn_edges
+from dist_egnn.data.graphs import Edges
 
 BOX = 65_536  # nodes of a box at most: its tree and its pairs take about 50 MB at 15 edges a node
 
@@ -20,12 +22,17 @@ def index_dtype(count: int) -> type[np.signedinteger]:
     return np.int32 if count < 2**31 else np.int64
 
 
-def in_neighbors(x: Array, radius: float, nodes: Array, side: Array | None = None) -> tuple[Array, Array]:
-    """The in-edges of ``nodes`` (n,) in the radius graph of x (N, 3), as ``graphs.radius_edges`` gives and orders them.
+def in_neighbors(x: Array, rule: EdgeRule, nodes: Array, side: Array | None = None) -> tuple[Array, Array]:
+    """The in-edges of ``nodes`` (n,) in the graph of x (N, 3), radius or knn, as ``edges_of`` gives and orders them.
 
     side: (3,) sides of a periodic box, in which x must lie. Returns indptr (n + 1,) and the sources (E,): those of
-    nodes[i] are sources[indptr[i] : indptr[i + 1]], in order. Raises Failure where radius_edges does.
+    nodes[i] are sources[indptr[i] : indptr[i + 1]], in order. Raises Failure where edges_of does.
     """
+    if rule.edges == "knn":
+        src, _ = knn_edges(x, rule.neighbours, side, nodes)
+        count = min(rule.neighbours, len(x) - 1)
+        return np.arange(len(nodes) + 1) * count, src.astype(index_dtype(len(x)))
+    radius = rule.radius
     degree = np.empty(len(nodes), np.int64)
     boxes = []
     for rows in _boxes(x[nodes], np.arange(len(nodes))):
@@ -67,11 +74,13 @@ def candidates(x: Array, box: Array, radius: float, side: Array | None = None) -
     return nodes
 
 
-def mean_degree(x: Array, radius: float, side: Array | None = None) -> float:
-    """An estimate of the in-edges of a node: the mean over a thousand nodes of x (N, 3)."""
-    if np.isinf(radius):
-        return len(x) - 1
+def mean_degree(x: Array, rule: EdgeRule, side: Array | None = None, given: Edges | None = None) -> float:
+    """An estimate of the in-edges of a node before edge dropping: in a radius graph the mean over a thousand nodes of x (N, 3)."""
+    if given is not None:
+        return len(given[0]) / len(x)
+    if rule.complete or rule.edges == "knn":
+        return len(x) - 1 if rule.complete else min(rule.neighbours, len(x) - 1)
     x = x if side is None else graphs.wrap(x, side)
     sample = x[np.random.default_rng(0).integers(len(x), size=1000)]
     tree = KDTree(x, boxsize=side, balanced_tree=False, compact_nodes=False)
-    return float(tree.query_ball_point(sample, radius, return_length=True).mean()) - 1
+    return float(tree.query_ball_point(sample, rule.radius, return_length=True).mean()) - 1

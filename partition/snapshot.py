@@ -16,8 +16,18 @@ from dist_egnn.partition import assign, neighbors
 from numpy import ndarray as Array
 
 from dist_egnn.data import domain, graphs
-from dist_egnn.data.samples import SampleSpec, Snapshot, edge_positions, node_fields, squares, surroundings
-from dist_egnn.data.store import SIDES, SQUARES
+from dist_egnn.data.edges import EdgeRule, edge_digest, edges_of
+from dist_egnn.data.graphs import Edges
+from dist_egnn.data.samples import (
+    SampleSpec,
+    Snapshot,
+    edge_positions,
+    given_edges,
+    node_fields,
+    squares,
+    surroundings,
+)
+from dist_egnn.data.store import EDGE_DIGEST, SIDES, SQUARES
 from dist_egnn.data.trajectories import Trajectories
 from dist_egnn.errors import Failure
 from dist_egnn.utils import memory, part_weights
@@ -37,7 +47,9 @@ class Inputs:
     weights: part_weights.Weights | None  # one for each process; None: all equal
     method: str
     method_seed: int
+    edges: str
     radius: float
+    neighbours: int
     horizon: int
     features: tuple[str, ...]
     node_attributes: tuple[str, ...]
@@ -62,9 +74,14 @@ class Inputs:
         return self.parts * self.trainers
 
     @property
+    def rule(self) -> EdgeRule:
+        return EdgeRule.of(self)
+
+    @property
     def sample(self) -> SampleSpec:
         names = self.features, self.node_attributes
-        plain = ("velocity", "velocity_scale", "fixed", "history", "walls", "gravity", "pushforward")
+        plain = ["velocity", "velocity_scale", "fixed", "history", "walls", "gravity", "pushforward"]
+        plain += ["edges", "neighbours"]
         given = {name: getattr(self, name) for name in plain}
         return SampleSpec(*(self.radius, self.horizon, *names, self.edge_drop, self.periodic), **given)
 
@@ -81,21 +98,25 @@ class NodeArrays:
     x: Array  # (N, 3), where edges join nodes
     wrapped: Array  # (N, 3), x wrapped into a periodic box: what parts are made by
     side: Array | None  # (3,) of the box
+    given: Edges | None  # of the trajectory, with data.edges=given
     around: tuple[Array, Array | None] | None  # a simulator's gravity and box
 
 
 def node_arrays(data: Trajectories, snapshot: Snapshot, inputs: Inputs) -> NodeArrays:
     """Read a snapshot."""
     fields = node_fields(data, snapshot, inputs.sample)
-    side = data.sides(snapshot.trajectory, inputs.radius) if inputs.periodic else None
-    around = surroundings(data, snapshot.trajectory, inputs.sample)
+    k = snapshot.trajectory
+    side = data.sides(k, inputs.rule.longest) if inputs.periodic else None
+    around = surroundings(data, k, inputs.sample)
     x = edge_positions(fields, around and around[0])
-    return NodeArrays(fields, x, x if side is None else graphs.wrap(x, side), side, around)
+    given = given_edges(data, k, inputs.rule)
+    return NodeArrays(fields, x, x if side is None else graphs.wrap(x, side), side, given, around)
 
 
 def needs_all_edges(inputs: Inputs) -> bool:
     """Whether all edges of a snapshot must be in memory at once."""
-    return assign.METHODS[inputs.method].needs_edges or inputs.edge_drop > 0 or np.isinf(inputs.radius)
+    whole = inputs.rule.complete or inputs.edges == "given"
+    return assign.METHODS[inputs.method].needs_edges or inputs.edge_drop > 0 or whole
 
 
 def memory_needed(method: str, nodes: float, edges: float) -> float:
@@ -103,9 +124,9 @@ def memory_needed(method: str, nodes: float, edges: float) -> float:
     return 0.4e9 + 200 * nodes + (90 if assign.METHODS[method].needs_edges else 75) * edges
 
 
-def check_memory(x: Array, inputs: Inputs, side: Array | None, where: str) -> None:
+def check_memory(x: Array, inputs: Inputs, side: Array | None, given: Edges | None, where: str) -> None:
     """Raise Failure, prefixed with ``where``, if all edges of a snapshot at x (N, 3) do not fit into memory."""
-    edges = len(x) * neighbors.mean_degree(x, inputs.radius, side)
+    edges = len(x) * neighbors.mean_degree(x, inputs.rule, side, given)
     what = f"{where}: method {inputs.method}, edge_drop={inputs.edge_drop:g}, {len(x):,} nodes, {edges:,.0f} edges,"
     remedy = "use bisection or morton without edge_drop, or a smaller radius"
     memory.require_memory(memory_needed(inputs.method, len(x), edges), "cpu", what, remedy)
@@ -135,14 +156,15 @@ def assign_ranks(method: str, x: Array, src: Array, dst: Array, inputs: Inputs) 
 
 
 def _ranks_and_edges(
-    x: Array, wrapped: Array, inputs: Inputs, side: Array | None, where: str
+    read: NodeArrays, inputs: Inputs, where: str
 ) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
     """The rank (N,) of each node, and a function of nodes (n,): their in-edges as indptr (n + 1,) and sources (E,)."""
+    x, wrapped, side = read.x, read.wrapped, read.side
     if not needs_all_edges(inputs):
         rank = assign_ranks(inputs.method, wrapped, NO_EDGES, NO_EDGES, inputs)
-        return rank, lambda nodes: neighbors.in_neighbors(wrapped, inputs.radius, nodes, side)
-    check_memory(x, inputs, side, where)
-    src, dst = graphs.sample_edges(x, inputs.radius, inputs.edge_drop, side)
+        return rank, lambda nodes: neighbors.in_neighbors(wrapped, inputs.rule, nodes, side)
+    check_memory(x, inputs, side, read.given, where)
+    src, dst = edges_of(x, inputs.rule, side, read.given)
     rank = assign_ranks(inputs.method, wrapped, src, dst, inputs)
     indptr = np.concatenate([[0], np.cumsum(np.bincount(dst, minlength=len(x)))])
 
@@ -163,7 +185,7 @@ def write_parts(data: Trajectories, snapshot: Snapshot, index: int, inputs: Inpu
     fields, wrapped, side = read.fields, read.wrapped, read.side
     n, trainers = len(wrapped), inputs.trainers
     where = f"{data.path}: trajectory {snapshot.trajectory}"
-    owner, in_neighbors = _ranks_and_edges(read.x, wrapped, inputs, side, where)
+    owner, in_neighbors = _ranks_and_edges(read, inputs, where)
     order = graphs.morton_order(wrapped, owner).astype(neighbors.index_dtype(n))
     number = np.empty_like(order)
     number[order] = np.arange(n)
@@ -195,6 +217,9 @@ def write_parts(data: Trajectories, snapshot: Snapshot, index: int, inputs: Inpu
     row |= zip(CENTROID, fields["x"].astype(np.float64).mean(0).tolist(), strict=True)
     if side is not None:
         row |= zip(SIDES, side.tolist(), strict=True)
+    if read.given:
+        src, dst = edges_of(read.x, inputs.rule, side, read.given)
+        row[EDGE_DIGEST] = edge_digest(src * n + dst)
     if read.around:
         gravity, box = read.around
         corners = np.full((2, 3), np.nan) if box is None else np.asarray(box, np.float64)

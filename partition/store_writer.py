@@ -28,9 +28,17 @@ from numpy import ndarray as Array
 
 from dist_egnn import __version__
 from dist_egnn.config import Data
-from dist_egnn.data import checks, graphs, identity
+from dist_egnn.data import checks, identity
+from dist_egnn.data.edges import edges_of
 from dist_egnn.data.fixed_nodes import check_fixed
-from dist_egnn.data.samples import Snapshot, count_columns, displacement_scale, select_snapshots, surroundings
+from dist_egnn.data.samples import (
+    Snapshot,
+    count_columns,
+    displacement_scale,
+    given_edges,
+    select_snapshots,
+    surroundings,
+)
 from dist_egnn.data.store import FORMAT, GRAPH, MOVING, NODE_FIELDS, VERSION, Store
 from dist_egnn.data.store_inputs import DEFAULT_INPUTS
 from dist_egnn.data.trajectories import Trajectories
@@ -84,7 +92,8 @@ def list_snapshots(data: Trajectories, inputs: Inputs) -> list[Snapshot]:
         if inputs.weights is not None:
             part_weights.sizes(trajectory.nodes, inputs.weights)
         if inputs.periodic:
-            data.sides(k, inputs.radius)
+            data.sides(k, inputs.rule.longest)
+        given_edges(data, k, inputs.rule)
         surroundings(data, k, inputs.sample)
     frames = inputs.frames, inputs.first_frame, inputs.last_frame, inputs.frame_seed
     return select_snapshots(data, inputs.horizon, *frames, inputs.sample.past, inputs.velocity)
@@ -95,8 +104,9 @@ def check_inputs(data: Trajectories, inputs: Inputs) -> list[Snapshot]:
     selected = list_snapshots(data, inputs)
     if selected and snapshot.needs_all_edges(inputs):
         k, frame = max(((s.trajectory, s.frame) for s in selected), key=lambda pair: data[pair[0]].nodes)
-        side = data.sides(k, inputs.radius) if inputs.periodic else None
-        snapshot.check_memory(data.position(k, frame), inputs, side, f"{data.path}: trajectory {k}")
+        side = data.sides(k, inputs.rule.longest) if inputs.periodic else None
+        given, where = given_edges(data, k, inputs.rule), f"{data.path}: trajectory {k}"
+        snapshot.check_memory(data.position(k, frame), inputs, side, given, where)
     return selected
 
 
@@ -277,8 +287,8 @@ def _finish(work: Path, out: Path, inputs: Inputs, about: dict[str, Any], shards
 def compare_methods(data: Trajectories, inputs: Inputs) -> list[tuple[str, assign.Quality, float]]:
     """Apply every method that can follow the weights to the first snapshot: name, quality, seconds."""
     read = snapshot.node_arrays(data, list_snapshots(data, inputs)[0], inputs)
-    snapshot.check_memory(read.x, replace(inputs, method="metis"), read.side, str(data.path))
-    src, dst = graphs.sample_edges(read.x, inputs.radius, inputs.edge_drop, read.side)
+    snapshot.check_memory(read.x, replace(inputs, method="metis"), read.side, read.given, str(data.path))
+    src, dst = edges_of(read.x, inputs.rule, read.side, read.given)
     rows = []
     for name in assign.METHODS:
         try:

@@ -9,9 +9,9 @@ import dgl
 import numpy as np
 from torch import Tensor
 
-from dist_egnn.data import graphs
+from dist_egnn.data.edges import edge_digest, edges_of
 from dist_egnn.data.samples import edge_positions
-from dist_egnn.data.store import GRAPH, Store
+from dist_egnn.data.store import EDGE_DIGEST, GRAPH, Store
 from dist_egnn.errors import Failure
 
 LoadedPart = tuple[dgl.DGLGraph, dict[str, Tensor]]  # a part's graph and node fields, as DGL's loader gives them
@@ -21,7 +21,7 @@ def verify_store(store: Store, progress: Callable[[int, int], None]) -> dict[str
     """Check every file and every snapshot; returns how many files, snapshots, nodes and edges were checked.
 
     Checks hashes, DGL's own assertions, that values are finite, and that every node, and every edge that follows from
-    positions and radius, is in exactly one part. progress(done, total) is called after each snapshot. Raises Failure.
+    the positions or was given, is in exactly one part. progress(done, total) is called after each snapshot. Raises Failure.
     """
     files = {str(f.relative_to(store.path)) for f in store.path.rglob("*") if f.is_file()} - {"manifest.yaml"}
     if extra := sorted(files - set(store.manifest["files"])):
@@ -68,10 +68,15 @@ def _check_snapshot(store: Store, snapshot: int, parts: list[LoadedPart], snapsh
     whole, around = store.whole(snapshot), store.domain(snapshot)  # also checks fields, shapes and NaN
     values = {name: whole.ndata[name].numpy() for name in ("x", "v")}
     x = edge_positions(values, None if around is None else around.gravity[0].numpy())
-    src, dst = graphs.sample_edges(x, store.inputs["radius"], store.inputs["edge_drop"], store.sides(snapshot))
-    if not np.array_equal(np.sort(np.concatenate(stored)), np.sort(src * n + dst)):
-        raise Failure(f"{where}: its edges are not those of its positions, each once; {store.remedy}")
-    return n, len(src)
+    edges, source = np.concatenate(stored), "positions"
+    if store.rule.edges == "given":
+        source, correct = "source", edge_digest(edges) == store.snapshots.loc[snapshot, EDGE_DIGEST]
+    else:
+        src, dst = edges_of(x, store.rule, store.sides(snapshot))
+        correct = np.array_equal(np.sort(edges), np.sort(src * n + dst))
+    if not correct:
+        raise Failure(f"{where}: its edges are not those of its {source}, each once; {store.remedy}")
+    return n, len(edges)
 
 
 def _load_part(store: Store, config: str, part: int) -> LoadedPart:

@@ -52,6 +52,26 @@ def numbers(value: Any, where: str, shape: tuple[int | None, ...], axes: str = "
     return result
 
 
+def edges(value: Any, where: str, nodes: int) -> np.ndarray:
+    """The undirected edges in an array of pairs of nodes (E, 2), each once, as int64 (E', 2), sorted, the lower node first.
+
+    Raises Failure unless the pairs are whole numbers in 0 … nodes − 1, and for an edge from a node to itself.
+    """
+    array = np.asarray(value)
+    if array.ndim != 2 or array.shape[1] != 2 or array.dtype.kind not in "iu":
+        raise Failure(
+            f"{where} has shape {array.shape} and type {array.dtype}; pass whole numbers (E, 2), two nodes a row"
+        )
+    for bad, what in (
+        ((array < 0) | (array >= nodes), f"there are nodes 0 to {nodes - 1}; number them from 0"),
+        (array[:, :1] == array[:, 1:], "joins a node with itself; leave it out"),
+    ):
+        if (wrong := bad.any(1)).any():
+            row = int(wrong.argmax())
+            raise Failure(f"{where}: edge {row}, {array[row].tolist()}: {what}")
+    return np.unique(np.sort(array.astype(np.int64), 1), axis=0)
+
+
 def check_name(name: Any, where: str) -> None:
     """Raise Failure for a name that no attribute can have: 'speed', which is computed, or one with / = or control codes."""
     usable = isinstance(name, str) and name.strip(". ") and name.isprintable() and not set("/=[],") & set(name)

@@ -20,6 +20,7 @@ from .samples import (
     SampleSpec,
     count_columns,
     displacement_scale,
+    given_edges,
     read_sample,
     root_mean_squares,
     select_snapshots,
@@ -135,7 +136,7 @@ def sample_spec(data: Data, features: Iterable[str], scale: float | None = None)
     if (scale := data.velocity_scale if scale is None else scale) is None:
         raise Failure("data.velocity_scale=null: only training replaces it by a number; set it")
     names = tuple(features), tuple(data.node_attributes)
-    plain = {name: getattr(data, name) for name in ("history", "walls", "pushforward")}
+    plain = {name: getattr(data, name) for name in ("history", "walls", "pushforward", "edges", "neighbours")}
     plain["gravity"] = None if data.gravity is None else tuple(data.gravity)
     plain |= {"velocity": data.velocity, "velocity_scale": scale, "fixed": data.fixed}
     return SampleSpec(data.radius, data.horizon, *names, data.edge_drop, data.periodic, **plain)
@@ -165,9 +166,10 @@ def open_dataset(config: Config, part: int, processes: int) -> Dataset:
     scale = displacement_scale(file, snapshots, d)
     spec = sample_spec(d, d.features if d.features is not None else (*file[0].attributes, "speed"), scale)
     check_fixed(file, spec.fixed)
-    if spec.periodic:
-        for k in range(len(file)):
-            file.sides(k, spec.radius)
+    for k in range(len(file)):
+        given_edges(file, k, spec.rule)
+        if spec.periodic:
+            file.sides(k, spec.rule.longest)
     splits = {name: [i for i, s in enumerate(snapshots) if s.split == name] for name in SPLITS}
     names, frames = (spec.features, spec.node_attributes), [(s.trajectory, s.frame) for s in snapshots]
     widths = count_columns(file, spec.features), count_columns(file, spec.node_attributes)

@@ -32,19 +32,30 @@ def radius_edges(x: np.ndarray, radius: float, side: Side = None) -> Edges:
     """
     if not radius > 0:
         raise Failure(f"radius={radius}: must be positive (inf for the complete graph)")
-    n = len(x := np.asarray(x, dtype=np.float64))
-    if not np.isfinite(x).all():
-        raise Failure("positions are NaN or infinite: no radius graph can be built; correct the source data")
+    n = len(x := finite(x))
     if side is not None:
         check_side(radius, side)
         x = wrap(x, side)
     if math.isinf(radius):
-        dst, src = np.divmod(np.arange(n * max(n - 1, 0)), max(n - 1, 1))
-        return src + (src >= dst), dst
+        return complete_edges(x)
     i, j = KDTree(x, boxsize=side).query_pairs(radius, output_type="ndarray").astype(np.int64).T
     pairs = csr_array((np.ones(2 * len(i), np.int8), (np.r_[j, i], np.r_[i, j])), shape=(n, n))
     pairs.sort_indices()
     return pairs.indices.astype(np.int64), np.repeat(np.arange(n), np.diff(pairs.indptr))
+
+
+def complete_edges(x: np.ndarray) -> Edges:
+    """All pairs j→i, i ≠ j, of the nodes at x (N, 3), sorted by destination, then source. Raises Failure if x is not finite."""
+    n = len(finite(x))
+    dst, src = np.divmod(np.arange(n * max(n - 1, 0)), max(n - 1, 1))
+    return src + (src >= dst), dst
+
+
+def finite(x: np.ndarray) -> np.ndarray:
+    """Positions (N, 3) as float64. Raises Failure if they are not finite."""
+    if not np.isfinite(x := np.asarray(x, dtype=np.float64)).all():
+        raise Failure("positions are NaN or infinite: no graph can be built; correct the source data")
+    return x
 
 
 def check_side(radius: float, side: np.ndarray, where: str = "") -> None:
@@ -77,11 +88,6 @@ def squared_lengths(x: np.ndarray, src: np.ndarray, dst: np.ndarray, side: Side 
     if side is not None:
         r -= np.rint(r / side) * side
     return (r**2).sum(1)
-
-
-def sample_edges(x: np.ndarray, radius: float, edge_drop: float = 0.0, side: Side = None) -> Edges:
-    """The edges of a sample: ``radius_edges``, then ``drop_longest``."""
-    return drop_longest(x, *radius_edges(x, radius, side), edge_drop, side)
 
 
 def build_graph(src: np.ndarray, dst: np.ndarray, nodes: Mapping[str, Any], side: Side = None) -> DGLGraph:

@@ -37,7 +37,7 @@ class Halo:
     number: int  # of the snapshot
     where: str  # for errors
     remedy: str = "roll out from an earlier frame (--start)"  # of a store: the commands that make it again
-    radius: float = float("inf")  # largest length of an edge
+    longest: float | None = None  # length that an edge may have; None: any
     side: np.ndarray | None = None  # (3,) of the periodic box
     send_rows: list[Tensor] = field(default_factory=list)  # for each rank: own rows it needs, ascending; set by link
     edge: Fields = field(default_factory=dict)  # fields of the cross edges; set by link
@@ -71,8 +71,8 @@ class Halo:
         """
         positions = torch.cat([remote_x, x]).numpy()
         squared = graphs.squared_lengths(positions, self.src.numpy(), self.dst.numpy() + len(remote_x), self.side)
-        if len(squared) and not squared.max() <= self.radius**2 * (1 + 1e-6):
-            length = f"{squared.max() ** 0.5:.3g}, beyond the radius {self.radius:g}"
+        if self.longest is not None and len(squared) and not squared.max() <= self.longest**2 * (1 + 1e-6):
+            length = f"{squared.max() ** 0.5:.3g}, beyond the radius {self.longest:g}"
             raise Failure(f"{self.where}: an edge from another part has length {length}; {self.remedy}")
         self.edge = graphs.edge_fields(remote_x[self.src], x[self.dst], self.side)
         self.send_rows = list(send_rows)

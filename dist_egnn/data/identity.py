@@ -2,7 +2,7 @@
 
 An identity is a dict of plain values, kept in a store's manifest and in checkpoints: ``velocity`` (stored or not), ``dt``
 (the values), ``attributes`` (name → columns), ``digests`` (split → component → BLAKE2b). Components are position,
-velocity, attributes/NAME, dt, box, periodic and gravity.
+velocity, attributes/NAME, edges, dt, box, periodic and gravity.
 """
 
 from __future__ import annotations
@@ -44,6 +44,10 @@ def of_file(data: Trajectories) -> Identity:
             digest.update(json.dumps([k, trajectory.frames, trajectory.nodes, plain.get(key)]).encode())
             for block in data.blocks(k, key) if key in keys else ():
                 digest.update(np.ascontiguousarray(block, "<f4"))
+        if trajectory.edges:
+            digest = split.setdefault("edges", hashlib.blake2b(digest_size=16))
+            digest.update(json.dumps([k, trajectory.nodes]).encode())
+            digest.update(np.ascontiguousarray(data.edges(k), "<i8"))
     digests = {split: {key: h.hexdigest() for key, h in sorted(by_key.items())} for split, by_key in hashes.items()}
     return describe(data) | {"digests": digests}
 
@@ -89,6 +93,8 @@ def changes(before: Identity, now: Identity, data: Data, splits: Collection[str]
     def used(key: str) -> bool:
         if key.startswith("attributes/"):
             return listed is None or key.removeprefix("attributes/") in listed | more
+        if key == "edges":
+            return data.edges == "given"
         return key != "velocity" or not data.history  # a simulator's are differences of positions
 
     pairs = [[identity["digests"].get(split, {}) for identity in (before, now)] for split in splits]

@@ -13,7 +13,9 @@ from dgl import DGLGraph
 from ..config import Data
 from ..errors import Failure
 from . import domain, graphs
+from .edges import EdgeRule, edges_of
 from .fixed_nodes import fixed_nodes, moving_fields
+from .graphs import Edges
 from .trajectories import AGAIN, Trajectories, Trajectory, check_displacement
 
 RMS_SNAPSHOTS = 16
@@ -39,6 +41,13 @@ class SampleSpec:
     walls: str = "none"
     gravity: tuple[float, ...] | None = None
     pushforward: int = 0
+    edges: str = "radius"
+    neighbours: int = 0
+
+    @property
+    def rule(self) -> EdgeRule:
+        """Which edges a sample has."""
+        return EdgeRule.of(self)
 
     @property
     def past(self) -> int:
@@ -162,7 +171,9 @@ def node_fields(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> dic
             raise Failure(f"{where}: field '{name}' is NaN or infinite at node {row}; correct the source data")
     if spec.periodic:
         before = t - (first_input(data[k], spec.velocity) and not spec.past)  # of the two frames of a difference
-        check_displacement(data.position(k, before), data.position(k, before + 1), data.sides(k, spec.radius), where)
+        check_displacement(
+            data.position(k, before), data.position(k, before + 1), data.sides(k, spec.rule.longest), where
+        )
     return fields
 
 
@@ -191,23 +202,30 @@ def build_sample(
     spec: SampleSpec,
     side: np.ndarray | None = None,
     around: tuple[np.ndarray, np.ndarray | None] | None = None,
+    given: Edges | None = None,
 ) -> DGLGraph:
-    """The graph of these node fields. around: a simulator's `surroundings`.
+    """The graph of these node fields. around: a simulator's `surroundings`; given: the edges of data.edges=given.
 
     Raises Failure unless side (3,) is given exactly if spec.periodic.
     """
     if spec.periodic != (side is not None):
         raise Failure("data.periodic=true needs a box" if side is None else "data.periodic=false: leave the box out")
     positions = edge_positions(fields, around and around[0])
-    graph = graphs.build_graph(*graphs.sample_edges(positions, spec.radius, spec.edge_drop, side), fields, side)
+    graph = graphs.build_graph(*edges_of(positions, spec.rule, side, given), fields, side)
     return domain.attach(graph, domain.make_domain(*around, side)) if around else graph
 
 
 def read_sample(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> DGLGraph:
     """The snapshot as a DGLGraph with the fields of ``fields.TABLE``."""
-    side = data.sides(snapshot.trajectory, spec.radius) if spec.periodic else None
-    around = surroundings(data, snapshot.trajectory, spec)
-    return build_sample(node_fields(data, snapshot, spec), spec, side, around)
+    k = snapshot.trajectory
+    side = data.sides(k, spec.rule.longest) if spec.periodic else None
+    fields, around = node_fields(data, snapshot, spec), surroundings(data, k, spec)
+    return build_sample(fields, spec, side, around, given_edges(data, k, spec.rule))
+
+
+def given_edges(data: Trajectories, k: int, rule: EdgeRule) -> Edges | None:
+    """The edges of a trajectory where data.edges=given, else None. Raises Failure if it has none."""
+    return data.edges(k) if rule.edges == "given" else None
 
 
 def surroundings(data: Trajectories, k: int, spec: SampleSpec) -> tuple[np.ndarray, np.ndarray | None] | None:

@@ -26,6 +26,7 @@ from ..errors import Failure
 from ..utils import part_weights
 from ..utils.filesystem import sha256
 from . import domain, fields, graphs, halo
+from .edges import EdgeRule
 from .samples import root_mean_squares
 from .store_inputs import DEFAULT_INPUTS, partition_command, remake
 
@@ -33,6 +34,7 @@ FORMAT, VERSION, GRAPH = "dist_egnn.store", 1, "dist_egnn"
 SIDES = ("side_x", "side_y", "side_z")  # columns of snapshots.csv in a store with periodic boxes
 NODE_FIELDS = ("x", "v", "f", "a", "y", "gid")
 MOVING = ("moving_id", "moving")  # with data.fixed
+EDGE_DIGEST = "edge_digest"  # column of snapshots.csv with data.edges=given: ``edges.edge_digest``
 SQUARES = ("v_squares", "a_squares", "terms")  # columns of snapshots.csv of a simulator: ``samples.squares``
 
 
@@ -123,6 +125,7 @@ class Store:
             actual = f"{version[0]} version {version[1]}"
             raise Failure(f"{manifest}: {actual}, this program reads {FORMAT} {VERSION}; {remake(self.path)}")
         self.source: Source = self.disk
+        self.rule = EdgeRule.of(self.inputs)
         self.past = self.inputs["history"] + self.inputs["pushforward"]
         self.fields = (*NODE_FIELDS, *(MOVING if self.inputs["fixed"] else ()), *(["past"] if self.past > 1 else ()))
         for name in ("snapshots.csv", "parts.csv"):
@@ -206,7 +209,7 @@ class Store:
         invalid = (owner < 0) | (ids >= (first + nodes)[owner]) | (owner == part)
         if invalid.any():
             raise Failure(f"{where}: halo node {ids[invalid][0]} belongs to no other part; {self.remedy}")
-        about = {"number": snapshot, "where": where, "radius": self.inputs["radius"], "side": self.sides(snapshot)}
+        about = {"number": snapshot, "where": where, "longest": self.rule.longest, "side": self.sides(snapshot)}
         about["remedy"] = self.remedy
         result = halo.from_edges(owner, ids - first[owner], dst.numpy(), nodes.tolist(), **about)
         listed = self.parts_table.iloc[snapshot * self.parts + part]

@@ -14,9 +14,9 @@ from ..errors import Failure
 # inputs that manifests of older stores lack, and the values those stores were made with
 DEFAULT_INPUTS: dict[str, Any] = {"periodic": False, "trainers": 1, "weights": None, "fixed": "", "widths": None}
 DEFAULT_INPUTS |= {"history": 0, "walls": "none", "gravity": None, "pushforward": 0}
-DEFAULT_INPUTS |= {"velocity": "forward", "velocity_scale": 1.0}
+DEFAULT_INPUTS |= {"velocity": "forward", "velocity_scale": 1.0, "edges": "radius", "neighbours": 0}
 COMPARED = (
-    *("radius", "horizon", "features", "node_attributes", "edge_drop", "periodic"),
+    *("edges", "neighbours", "radius", "horizon", "features", "node_attributes", "edge_drop", "periodic"),
     *("velocity", "velocity_scale", "history", "walls", "gravity", "pushforward"),
     *("fixed", "frames", "first_frame", "last_frame", "frame_seed"),
 )

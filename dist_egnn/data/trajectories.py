@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,15 +67,17 @@ class Writer:
         box: np.ndarray | None = None,
         periodic: bool = False,
         gravity: Sequence[float] | None = None,
+        edges: np.ndarray | None = None,
     ) -> None:
         """Append a trajectory. Raises Failure for invalid arrays, an unknown split, or a full disk, and appends nothing.
 
         position, velocity: (T, N, 3); attributes: name → (N,) or (N, k), over time (T, N) or (T, N, k); box: (2, 3) low
         and high corner; dt: time between frames; periodic: nodes that leave the box enter on the other side; their
-        positions must be unwrapped, see ``unwrap``; gravity: (3,) acceleration, length/time².
+        positions must be unwrapped, see ``unwrap``; gravity: (3,) acceleration, length/time²; edges: (E, 2) pairs of nodes
+        that data.edges=given joins, in both directions.
         """
         about: dict[str, Any] = {"split": split, "dt": dt, "source": source, "box": box, "gravity": gravity}
-        with self.begin(**about, periodic=periodic) as trajectory:
+        with self.begin(**about, periodic=periodic, edges=edges) as trajectory:
             arrays = {"position": stack_frames(position, trajectory.where)}
             if velocity is not None:
                 arrays["velocity"] = stack_frames(velocity, trajectory.where)
@@ -102,6 +105,7 @@ class Writer:
         box: np.ndarray | None = None,
         periodic: bool = False,
         gravity: Sequence[float] | None = None,
+        edges: np.ndarray | None = None,
     ) -> FrameWriter:
         """Begin a trajectory that is written frame by frame in a ``with`` block; arguments as of ``add``.
 
@@ -126,7 +130,8 @@ class Writer:
         if gravity is not None:
             group.attrs["gravity"] = np.array(gravity, np.float64).reshape(3)
         constant = {f"attributes/{key}": value for key, value in (attributes or {}).items()}
-        return FrameWriter(group, where, self.sink, constant | ({} if box is None else {"box": box}))
+        constant |= {key: value for key, value in (("box", box), ("edges", edges)) if value is not None}
+        return FrameWriter(group, where, self.sink, constant)
 
     def copy(self, path: Path) -> None:
         """Append the trajectories of another file without compressing them again."""
@@ -230,7 +235,11 @@ class FrameWriter:
             checks.check_digits(position[0], f"{self.where}, frame {self.frames}: position")
         for key, array in self.constant.items() if first else ():
             shape = (nodes, None) if np.ndim(array) == 2 else (nodes,)
-            self.group.create_dataset(key, data=self._checked(key, array, (2, 3) if key == "box" else shape))
+            if key == "edges":
+                value = checks.edges(array, f"{self.where}: edges", nodes).astype(np.int32)
+            else:
+                value = self._checked(key, array, (2, 3) if key == "box" else shape)
+            self.group.create_dataset(key, data=value)
         if self.group.attrs["periodic"]:
             for t, current in enumerate(position, self.frames):
                 if self.last is not None:
@@ -308,6 +317,13 @@ def attribute_shapes(group: h5py.Group, where: str) -> tuple[dict[str, int], tup
     return widths, tuple(varying)
 
 
+def both_directions(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Source and destination (2E,) of undirected edges (E, 2), sorted by destination, then source."""
+    src, dst = np.concatenate([pairs, pairs[:, ::-1]]).T
+    order = np.lexsort((src, dst))
+    return src[order], dst[order]
+
+
 def box_sides(box: np.ndarray) -> np.ndarray:
     """The sides (3,) float64 of a box given by its low and high corner (2, 3)."""
     low, high = np.asarray(box, dtype=np.float64)
@@ -349,6 +365,7 @@ class Trajectory:
     widths: dict[str, int] = field(default_factory=dict)  # columns of each attribute
     varying: tuple[str, ...] = ()  # attributes that vary over time
     gravity: tuple[float, ...] | None = None  # acceleration, length/time²
+    edges: bool = False  # whether the source gives them
 
 
 class Trajectories(Sequence[Trajectory]):
@@ -370,6 +387,7 @@ class Trajectories(Sequence[Trajectory]):
             self.meta: dict[str, Any] = json.loads(_text(self.file.attrs["meta"]))
         except (KeyError, TypeError, ValueError) as error:
             raise Failure(f"{path}: attribute 'meta' is missing or not JSON; {AGAIN}") from error
+        self.edges: Callable[[int], tuple[np.ndarray, np.ndarray]] = functools.lru_cache(2)(self._edges)
         names = sorted(self.file.get("trajectories", {}), key=lambda name: (name.isdecimal() and int(name), name))
         self._all = [self._describe(name) for name in names]
         if not self._all:
@@ -413,7 +431,8 @@ class Trajectories(Sequence[Trajectory]):
         if "box" in group:
             checks.check_box(group["box"][()], where)
         gravity = tuple(map(float, attrs["gravity"])) if "gravity" in attrs else None
-        return Trajectory(name, _text(attrs["split"]), frames, nodes, *properties, widths, varying, gravity)
+        joined = "edges" in group
+        return Trajectory(name, _text(attrs["split"]), frames, nodes, *properties, widths, varying, gravity, joined)
 
     def __len__(self) -> int:
         return len(self._all)
@@ -468,19 +487,33 @@ class Trajectories(Sequence[Trajectory]):
             raise Failure(f"{self.path}: trajectory {k} has no node attribute '{name}' (it has: {known})")
         return self._all[k].widths[name]
 
+    def _edges(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Source and destination (E,) of the edges that the source gives, in both directions, sorted by destination, then
+        source. Raises Failure if there are none, or invalid ones."""
+        name, where = self._all[k].name, f"{self.path}: trajectory {k}"
+        if not self._all[k].edges:
+            raise Failure(f"{where} has no edges, which data.edges=given needs; set data.edges=radius or knn")
+        pairs = self.file["trajectories"][name]["edges"][()]
+        return both_directions(checks.edges(pairs, f"{where}: edges", self._all[k].nodes))
+
     def box(self, k: int) -> np.ndarray | None:
         """Low and high corner (2, 3) of the container, if the source has one."""
         return self._read(k, "box") if "box" in self.file["trajectories"][self._all[k].name] else None
 
-    def sides(self, k: int, radius: float) -> np.ndarray:
-        """The sides (3,) float64 of the periodic box. Raises Failure without one, or for a radius too large for it."""
+    def sides(self, k: int, longest: float | None) -> np.ndarray:
+        """The sides (3,) float64 of the periodic box. Raises Failure without one, or if a radius is too large for it.
+
+        longest: the radius, None if edges are not those within a radius.
+        """
         from . import graphs
 
         box, where = self.box(k), f"{self.path}: trajectory {k}"
         if box is None or not self._all[k].periodic:
             actual = "has no box" if box is None else "has a box with walls"
             raise Failure(f"{where} {actual}, and data.periodic needs a periodic one; set data.periodic=false")
-        graphs.check_side(radius, side := box_sides(box), f"{where}: ")
+        side = box_sides(box)
+        if longest is not None:
+            graphs.check_side(longest, side, f"{where}: ")
         return side
 
     def close(self) -> None:

@@ -42,7 +42,7 @@ class BoundaryConditions:
     def __init__(self, data: Trajectories, job: RolloutJob) -> None:
         self.job, k = job, job.trajectory
         self.trajectory, self.box = data[k], data.box(k)
-        self.side = data.sides(k, job.spec.radius) if job.spec.periodic else None
+        self.side = data.sides(k, job.spec.rule.longest) if job.spec.periodic else None
         self.dtype = np.dtype(np.float64 if job.double else np.float32)
         self._data, varying = data, self.trajectory.varying
         constant = [name for name in self.trajectory.attributes if name not in varying]

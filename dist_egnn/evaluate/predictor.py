@@ -19,7 +19,7 @@ from ..data.dataset import sample_spec
 from ..data.fixed_nodes import fixed_nodes
 from ..data.identity import resolve_features
 from ..data.samples import build_sample, feature_columns
-from ..data.trajectories import box_sides
+from ..data.trajectories import both_directions, box_sides
 from ..distributed.comm import SingleProcess
 from ..errors import Failure
 from ..train import checkpoint, run_dir
@@ -68,9 +68,11 @@ class Predictor:
         *,
         node_attributes: Given = None,
         box: Array | None = None,
+        edges: Array | None = None,
     ) -> Array:
         """The predicted positions alone; for the arguments see `with_virtual`."""
-        return self.with_virtual(positions, velocities, features, node_attributes=node_attributes, box=box)[0]
+        more: dict[str, Any] = {"node_attributes": node_attributes, "box": box, "edges": edges}
+        return self.with_virtual(positions, velocities, features, **more)[0]
 
     def with_virtual(
         self,
@@ -80,13 +82,15 @@ class Predictor:
         *,
         node_attributes: Given = None,
         box: Array | None = None,
+        edges: Array | None = None,
     ) -> tuple[Array, Array]:
         """Predicted positions (N, 3) float32, and those of the virtual nodes (C, 3) after the last layer.
 
         positions, velocities: (N, 3) in the data's units; arrays, or tensors for tensors on their device. features:
         attributes (N,) or (N, k) by name, or the run's features (N, F). node_attributes: the same, (N, K), if
         ``features`` lacks them.
-        box: low and high corner (2, 3) of periodic data. Raises Failure for wrong shapes and names, NaN and infinity.
+        box: low and high corner (2, 3) of periodic data; edges: pairs of nodes (E, 2) for data.edges=given. Raises Failure
+        for wrong shapes and names, NaN and infinity.
         """
         x = _numbers(positions, "positions", (None, 3))
         checks.check_digits(x, "positions")
@@ -101,8 +105,9 @@ class Predictor:
         if box is not None:
             checks.check_box(corners := _numbers(box, "box", (2, 3)), "box")
             side = box_sides(corners)
+        given = None if edges is None else both_directions(checks.edges(edges, "edges", len(x)))
         with torch.no_grad():
-            predicted, z = self.model(build_sample({"x": x, "v": v, "f": f, "a": a}, self.spec, side))
+            predicted, z = self.model(build_sample({"x": x, "v": v, "f": f, "a": a}, self.spec, side, given=given))
         predicted = torch.where(fixed.to(predicted.device), torch.from_numpy(x).to(predicted), predicted)
         if isinstance(positions, Tensor):
             return predicted.to(positions.device), z[0].to(positions.device)

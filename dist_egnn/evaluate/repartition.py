@@ -10,6 +10,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from ..data import graphs, halo
+from ..data.edges import edges_among, edges_of
+from ..data.graphs import Edges
 from ..data.halo import Halo
 from ..distributed.comm import Comm
 from ..partition import assign
@@ -20,10 +22,15 @@ LocalGraph = tuple[np.ndarray, np.ndarray, np.ndarray, Halo | None]
 
 
 class Repartitioner:
-    """The owner of each node, made anew every job.repartition steps. side: (3,) of a periodic box."""
+    """The owner of each node, made anew every job.repartition steps.
 
-    def __init__(self, comm: Comm, job: RolloutJob, nodes: int, side: np.ndarray | None = None) -> None:
-        self.comm, self.job, self.part, self.side = comm, job, np.zeros(nodes, np.int64), side
+    side: (3,) of a periodic box; given: the edges of the trajectory, with data.edges=given.
+    """
+
+    def __init__(
+        self, comm: Comm, job: RolloutJob, nodes: int, side: np.ndarray | None = None, given: Edges | None = None
+    ) -> None:
+        self.comm, self.job, self.part, self.side, self.given = comm, job, np.zeros(nodes, np.int64), side, given
 
     def local_graph(self, x: np.ndarray, step: int) -> LocalGraph:
         """This process's part of the graph of a step: the edges of the whole graph between nodes of one owner.
@@ -31,14 +38,14 @@ class Repartitioner:
         x: (N, 3), all positions. A collective call. Rank 0 partitions; with edge dropping it also finds the longest
         edge of the whole graph that remains, in each step. In halo mode every process computes all edges.
         """
-        comm, spec, section = self.comm, self.job.spec, self.job.config.partition
+        comm, rule, section = self.comm, self.job.spec.rule, self.job.config.partition
         if comm.size == 1:
-            return np.arange(len(x)), *graphs.sample_edges(x, spec.radius, spec.edge_drop, self.side), None
+            return np.arange(len(x)), *edges_of(x, rule, self.side, self.given), None
         due, longest = step % self.job.repartition == 0, np.zeros(3)
         exchange = section.halo == "exchange"
         part = np.zeros_like(self.part)
-        if exchange or (comm.rank == 0 and (due or spec.edge_drop)):
-            src, dst = graphs.sample_edges(x, spec.radius, spec.edge_drop, self.side)
+        if exchange or (comm.rank == 0 and (due or rule.edge_drop)):
+            src, dst = edges_of(x, rule, self.side, self.given)
             if due and comm.rank == 0:
                 wrapped = x if self.side is None else graphs.wrap(x, self.side)  # as partition/snapshot.py
                 part = assign.assign(section.method, wrapped, src, dst, comm.size, section.seed, section.weights)
@@ -50,13 +57,13 @@ class Repartitioner:
             about: dict[str, Any] = {
                 "number": step,
                 "where": f"step {step + 1}",
-                "radius": spec.radius,
+                "longest": rule.longest,
                 "side": self.side,
             }
             return halo.extract_part(src, dst, self.part, comm.rank, comm.size, **about)
         own = np.flatnonzero(self.part == comm.rank)
-        src, dst = graphs.radius_edges(x[own], spec.radius, self.side)
-        if spec.edge_drop:
+        src, dst = edges_among(x, own, rule, self.side, self.given)
+        if rule.edge_drop:
             length, to, by = comm.sum(torch.from_numpy(longest)).numpy()
             squared = graphs.squared_lengths(x, own[src], own[dst], self.side)
             before = (own[dst] < to) | ((own[dst] == to) & (own[src] <= by))

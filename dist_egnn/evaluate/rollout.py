@@ -23,7 +23,7 @@ from torch.nn import Module
 from .. import config as configs
 from ..data import checks, dataset, domain, graphs, halo, identity
 from ..data.fixed_nodes import check_fixed, fixed_nodes, moving_nodes
-from ..data.samples import count_columns, edge_positions, feature_columns, first_input, past_velocities
+from ..data.samples import count_columns, edge_positions, feature_columns, first_input, given_edges, past_velocities
 from ..data.store import open_store
 from ..data.trajectories import Trajectories
 from ..distributed import spawn
@@ -59,7 +59,8 @@ def roll_out(comm: Comm, job: RolloutJob) -> tuple[str, float]:
     v, past = (velocities.get(name, x[:, :0]).astype(conditions.dtype) for name in ("v", "past"))
     per_frame = job.spec.horizon if conditions.around else 1
     stability = Stability(data, job, x, v, conditions.side)
-    partition = Repartitioner(comm, job, len(x), conditions.side)
+    given = given_edges(data, job.trajectory, job.spec.rule)
+    partition = Repartitioner(comm, job, len(x), conditions.side, given)
 
     def add_frame(step: int, z: np.ndarray | None) -> str:
         """Write the present frame; returns its error for the progress bar."""

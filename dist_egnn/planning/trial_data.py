@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ import numpy as np
 
 from ..config import Config
 from ..data import dataset, samples
+from ..data.edges import EdgeRule
 from ..data.samples import Snapshot
 from ..data.store import Store, open_store
 from ..data.store_inputs import check_settings
@@ -60,7 +60,7 @@ def _table(store: Store) -> np.ndarray:
 
 def _scaled(config: Config, file: Trajectories, selected: list[Snapshot], sizes: np.ndarray) -> dict[str, np.ndarray]:
     """Nodes and edges (S, P, 2) of all snapshots by split, scaled from those of one (P, 2) by the number of nodes."""
-    powers, counts = [1, 2 if math.isinf(config.data.radius) else 1], {}  # a complete graph's edges: the square
+    powers, counts = [1, 2 if EdgeRule.of(config.data).complete else 1], {}  # a complete graph's edges: the square
     for split in ("train", "valid"):
         nodes = np.array([file[s.trajectory].nodes for s in selected if s.split == split], float)
         counts[split] = (nodes / sizes[:, 0].sum())[:, None, None] ** powers * sizes

@@ -5,9 +5,11 @@ Legend: N nodes of this rank, P velocities of a sample, K of them read by the mo
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import dgl
 import numpy as np
 import torch
 from dgl import DGLGraph
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..data import domain, graphs, halo
+from ..data.edges import EdgeRule, edges_among, edges_of
 from ..distributed.comm import Comm
 from ..models.simulator import Simulator
 
@@ -101,31 +104,42 @@ def rebuilt(config: Config, graph: DGLGraph, comm: Comm, state: State, y: Tensor
     around, halos, made = domain.get(graph), halo.get(graph), list[DGLGraph]()
     assert around is not None
     nodes = {name: value for name, value in graph.ndata.items() if name != "centroid"} | v
+    rule, before = EdgeRule.of(config.data), dgl.unbatch(graph) if config.data.edges == "given" else []
     ends = [0, *graph.batch_num_nodes().cumsum(0).tolist()]
     for b, (lo, hi) in enumerate(pairwise(ends)):
         side = None if around.sides is None else around.sides[b].numpy()
         rows = {name: value[lo:hi] for name, value in nodes.items()}
-        position = domain.advance(rows["x"], rows["v"], around.gravity[b])
-        if halos is None:
-            src, dst = graphs.radius_edges(position.numpy(), config.data.radius, side)
-            one = graphs.build_graph(src, dst, rows, side)
+        own = halos.parts[b] if halos else None
+        if before:
+            src, dst = (end.numpy() for end in before[b].edges())
+            own = own and replace(own, send_rows=[], edge={})
         else:
-            one = _with_halo(config, halos.parts[b], comm, rows, position, side)
-        made.append(domain.attach(one, around.of_graph(b)))
+            position = domain.advance(rows["x"], rows["v"], around.gravity[b])
+            src, dst, own = _new_edges(rule, own, comm, rows, position, side)
+        one = domain.attach(graphs.build_graph(src, dst, rows, side), around.of_graph(b))
+        made.append(halo.attach(one, halo.Halos([own], [hi - lo])) if own else one)
     return halo.batch(made)
 
 
-def _with_halo(
-    config: Config, before: halo.Halo, comm: Comm, rows: dict[str, Tensor], position: Tensor, side: np.ndarray | None
-) -> DGLGraph:
-    """This rank's part of a graph in halo mode: every rank finds all edges, from the positions of all."""
-    ids, n = rows["gid"], sum(before.nodes)
-    whole = torch.zeros(n, 5, dtype=torch.float64)
+def _new_edges(
+    rule: EdgeRule,
+    before: halo.Halo | None,
+    comm: Comm,
+    rows: dict[str, Tensor],
+    position: Tensor,
+    side: np.ndarray | None,
+) -> tuple[np.ndarray, np.ndarray, halo.Halo | None]:
+    """Edges within this rank's part, by row, and in halo mode its halo; found in the positions of all ranks if necessary."""
+    if before is None and (comm.size == 1 or rule.edges != "knn"):
+        return *edges_of(position.numpy(), rule, side), None
+    ids = rows["gid"]
+    whole = torch.zeros(int(rows["total"][0]), 5, dtype=torch.float64)
     numbers = torch.stack([torch.full_like(ids, comm.rank), torch.arange(len(ids))], 1)  # rank and row of each node
     whole[ids] = torch.cat([position.double(), numbers.double()], 1)
     whole = comm.sum(whole)
-    src, dst = graphs.radius_edges(whole[:, :3].numpy(), config.data.radius, side)
-    about: dict[str, Any] = {"number": before.number, "where": before.where, "radius": before.radius, "side": side}
+    if before is None:
+        return *edges_among(whole[:, :3].numpy(), ids.numpy(), rule, side), None
+    src, dst = edges_of(whole[:, :3].numpy(), rule, side)
+    about: dict[str, Any] = {"number": before.number, "where": before.where, "longest": rule.longest, "side": side}
     owner, row = whole[:, 3:].long().t().numpy()
-    _, src, dst, own = halo.extract_part(src, dst, owner, comm.rank, comm.size, row, **about)
-    return halo.attach(graphs.build_graph(src, dst, rows, side), halo.Halos([own], [len(ids)]))
+    return halo.extract_part(src, dst, owner, comm.rank, comm.size, row, **about)[1:]

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 from ..utils import memory
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..config import Config
     from ..data.trajectories import Trajectories
 
@@ -54,7 +56,6 @@ def _estimated_sizes(config: Config, parts: int) -> list[tuple[float, float, flo
     """Nodes, edges and halo of the largest part of the largest training snapshot of a trajectories file."""
     from ..data.samples import select_snapshots
     from ..data.trajectories import Trajectories
-    from ..partition import neighbors
     from ..utils import part_weights
 
     d, file = config.data, Trajectories(config.data.path)
@@ -65,20 +66,29 @@ def _estimated_sizes(config: Config, parts: int) -> list[tuple[float, float, flo
         return []
     largest = max(train, key=lambda snapshot: file[snapshot.trajectory].nodes)
     x = file.position(largest.trajectory, largest.frame)
-    side = file.sides(largest.trajectory, d.radius) if d.periodic else None
     nodes = part_weights.fractions(config.partition.weights, parts).max() * len(x)
-    return [(nodes, nodes * neighbors.mean_degree(x, d.radius, side) * (1 - d.edge_drop), 0.0)]
+    return [(nodes, nodes * _degree(config, file, largest.trajectory, x), 0.0)]
+
+
+def _degree(config: Config, file: Trajectories, k: int, x: np.ndarray) -> float:
+    """In-edges of a node of a trajectory at x (N, 3)."""
+    from ..data.edges import EdgeRule
+    from ..data.samples import given_edges
+    from ..partition import neighbors
+
+    rule = EdgeRule.of(config.data)
+    side = file.sides(k, rule.longest) if config.data.periodic else None
+    return neighbors.mean_degree(x, rule, side, given_edges(file, k, rule)) * (1 - rule.edge_drop)
 
 
 def check_rollout(config: Config, file: Trajectories, trajectory: int, start: int, processes: int, method: str) -> None:
     """Raise Failure if a step of a rollout needs more memory than is free: a share of the graph without a backward
     pass, or all edges where rank 0 must have them to partition."""
-    from ..partition import assign, neighbors, snapshot
+    from ..partition import assign, snapshot
     from .trainer import resolve_device
 
     d, m, x = config.data, config.model, file.position(trajectory, start)
-    side = file.sides(trajectory, d.radius) if d.periodic else None
-    edges = len(x) * neighbors.mean_degree(x, d.radius, side) * (1 - d.edge_drop)
+    edges = len(x) * _degree(config, file, trajectory, x)
     needed = memory.step_bytes(len(x) / processes, edges / processes, m.hidden, 0, m.tile)
     if processes > 1 and (assign.METHODS[method].needs_edges or d.edge_drop or config.partition.halo == "exchange"):
         needed = max(needed, snapshot.memory_needed(method, len(x), edges))

@@ -303,7 +303,8 @@ def _warn_without_edges(comm: Comm, config: Config, samples: Dataset) -> None:
     edges = comm.sum(torch.tensor(float(samples[samples.splits["train"][0]].num_edges())))
     if not edges and config.data.edge_drop < 1 and comm.world.rank == 0:
         where = f"{config.data.path}: the first training snapshot has no edges"
-        print(f"warning: {where}; raise data.radius={config.data.radius:g}", file=sys.stderr)
+        more = f"; raise data.radius={config.data.radius:g}" if config.data.edges == "radius" else ""
+        print(f"warning: {where}{more}", file=sys.stderr)
 
 
 def train(world: Comm, config: Config, resume: bool = False, identity: Identity | None = None) -> dict[str, float]:

@@ -15,6 +15,7 @@ import torch
 
 from ..config import Config, to_yaml
 from ..data import dataset, identity
+from ..data.edges import EdgeRule
 from ..data.store import Store, open_store
 from ..data.trajectories import SPLITS
 from ..distributed.comm import SingleProcess
@@ -123,7 +124,7 @@ class Report:
         best = f"{known.min():.4e} (epoch {int(table.loc[known.idxmin(), 'epoch'])})" if len(known) else "none"
         data, parts = self.config.data, self.config.partition.parts
         rows: list[tuple[str, object]] = [("model", self.config.model.name), ("parameters", self.parameters())]
-        rows += [("data", data.path), ("parts", parts or "those of the store"), ("radius", f"{data.radius:g}")]
+        rows += [("data", data.path), ("parts", parts or "those of the store"), ("edges", EdgeRule.of(data))]
         rows += [("horizon [frames]", data.horizon), ("epochs", len(table)), ("best validation MSE", best)]
         loss = "last training loss (MSE + MMD without its constant term, so it can be negative)"
         for name, column, values, form in (

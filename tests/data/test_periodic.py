@@ -23,6 +23,7 @@ from torch import Tensor
 
 from dist_egnn import cli, config
 from dist_egnn.data import dataset, fields, graphs
+from dist_egnn.data.edges import EdgeRule, edges_of
 from dist_egnn.data.graphs import radius_edges
 from dist_egnn.data.samples import SampleSpec, Snapshot, build_sample, read_sample
 from dist_egnn.data.store import Store
@@ -83,7 +84,7 @@ def test_both_faces_are_the_same_place_and_the_radius_is_included():
     x = np.array(
         [[0.1, 0, 0], [3.9, 0, 0], [0.5, 0, 0]]
     )  # 0.2, 0.4 and, across both, 0.6 apart: the longest is dropped
-    src, dst = graphs.sample_edges(x, 1.0, 2 / 3, np.full(3, 4.0))
+    src, dst = edges_of(x, EdgeRule(radius=1.0, edge_drop=2 / 3), np.full(3, 4.0))
     assert sorted(zip(src.tolist(), dst.tolist(), strict=True)) == [(0, 1), (1, 0)]
 
 

@@ -24,6 +24,7 @@ from dist_egnn.partition import assign
 
 from dist_egnn import cli, config
 from dist_egnn.data import graphs
+from dist_egnn.data.edges import EdgeRule, edges_of
 from dist_egnn.data.trajectories import Trajectories, Writer
 from dist_egnn.distributed import comm, spawn
 from dist_egnn.errors import Failure
@@ -119,7 +120,7 @@ def plain_loop(run: Path, data: Path, parts: int, repartition: int, method: str)
     mass, positions = file.attribute(0, "mass").astype(float), [x]
     for step in range(STEPS):
         side = file.sides(0, settings.data.radius) if settings.data.periodic else None
-        edges = graphs.sample_edges(x, settings.data.radius, settings.data.edge_drop, side)
+        edges = edges_of(x, EdgeRule.of(settings.data), side)
         if step % repartition == 0:
             part = assign.assign(method, x if side is None else graphs.wrap(x, side), *edges, parts)
         src, dst = (end[part[edges[0]] == part[edges[1]]] for end in edges)
@@ -181,7 +182,7 @@ def test_part_sizes_follow_the_weights(tmp_path: Path) -> None:
 
 
 def _local_graph(group: comm.Comm, x: np.ndarray) -> tuple[np.ndarray, ...]:
-    spec = SimpleNamespace(radius=1.5, edge_drop=0.37)
+    spec = SimpleNamespace(rule=EdgeRule(radius=1.5, edge_drop=0.37))
     job = SimpleNamespace(repartition=1, config=config.load(None, ["partition.method=bisection"]), spec=spec)
     return Repartitioner(group, job, len(x)).local_graph(x, 0)[:3]  # type: ignore[arg-type]
 

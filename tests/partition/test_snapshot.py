@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from store_content import content
 
 from dist_egnn.config import Data
-from dist_egnn.data import graphs
+from dist_egnn.data import edges, graphs
+from dist_egnn.data.edges import EdgeRule, edges_of
 from dist_egnn.data.trajectories import Trajectories, Writer
 from dist_egnn.errors import Failure
 from dist_egnn.utils import memory
@@ -37,27 +38,29 @@ def points(kind: str, n: int, draw: np.random.Generator) -> np.ndarray:
 )
 @example(kind="lattice", n=400, radius=0.1, side=(1.0, 1.0, 1.0), box=7, seed=0)
 @example(kind="lattice", n=400, radius=0.2, side=None, box=1, seed=1)
-def test_in_neighbors_are_those_of_the_radius_graph(kind, n, radius, side, box, seed):
+def test_in_neighbors_are_those_of_the_whole_graph(kind, n, radius, side, box, seed):
     draw = np.random.default_rng(seed)
     x = points(kind, n, draw)
     sides = None if side is None else np.array(side)
     wrapped = x if sides is None else graphs.wrap(x, sides)
-    src, dst = graphs.radius_edges(x, radius, sides)
     nodes = draw.permutation(n)[: draw.integers(1, n + 1)]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neighbors, "BOX", box)
-        indptr, sources = neighbors.in_neighbors(wrapped, radius, nodes, sides)
-    expected = [src[dst == node] for node in nodes]
-    assert np.diff(indptr).tolist() == [len(each) for each in expected]
-    assert sources.tolist() == [node for each in expected for node in each.tolist()]
+    for rule in (EdgeRule(radius=radius), EdgeRule("knn", neighbours=round(30 * radius))):
+        src, dst = edges_of(x, rule, sides)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(neighbors, "BOX", box)
+            patch.setattr(edges, "BLOCK", box)
+            indptr, sources = neighbors.in_neighbors(wrapped, rule, nodes, sides)
+        expected = [src[dst == node] for node in nodes]
+        assert np.diff(indptr).tolist() == [len(each) for each in expected]
+        assert sources.tolist() == [node for each in expected for node in each.tolist()]
 
 
 def test_mean_degree():
     x = points("even", 400, np.random.default_rng(0))
     for radius, side in ((0.9, None), (1.3, np.array([4.0, 4.0, 4.0]))):
         mean = len(graphs.radius_edges(x, radius, side)[0]) / len(x)
-        assert neighbors.mean_degree(x, radius, side) == pytest.approx(mean, rel=0.15)
-    assert neighbors.mean_degree(x, float("inf")) == 399
+        assert neighbors.mean_degree(x, EdgeRule(radius=radius), side) == pytest.approx(mean, rel=0.15)
+    assert neighbors.mean_degree(x, EdgeRule()) == 399
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +114,7 @@ def test_too_little_memory_fails_before_any_work(make_inputs, small, tmp_path, m
     if not all_edges:
         assert store_writer.write_store(Trajectories(small), tmp_path / "store", inputs, lambda *_: None)
         return
-    monkeypatch.setattr(graphs, "sample_edges", lambda *_: pytest.fail("edges were made"))
+    monkeypatch.setattr(snapshot, "edges_of", lambda *_: pytest.fail("edges were made"))
     with pytest.raises(Failure, match=r"250 nodes, .* edges, .* 0\.3 GB .*; use bisection") as caught:
         store_writer.write_store(Trajectories(small), tmp_path / "store", inputs, lambda *_: None)
     assert str(small) in str(caught.value)

@@ -217,10 +217,12 @@ def write_graphs(inputs: Iterable[tuple[np.ndarray, float]], folder: Path) -> in
     import bench_data
     from dist_egnn.partition import neighbors
 
+    from dist_egnn.data.edges import EdgeRule
+
     parts: list[dict[str, Any]] = []
     first = 0
     for seed, (x, radius) in enumerate(inputs):
-        ends, src = neighbors.in_neighbors(x, radius, np.arange(len(x)))
+        ends, src = neighbors.in_neighbors(x, EdgeRule(radius=radius), np.arange(len(x)))
         src += first
         counts = {"graph_nodes": [len(x)], "graph_edges": [len(src)], "degree": np.diff(ends).astype(np.int32)}
         parts.append({"src": src, **counts, **bench_data.node_fields(x, seed)})
