@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ...errors import Failure
-from .series import ImportOptions, Series
+from .series import ImportOptions, Series, open_bytes, reading
 
 IMPORTERS = ("arrays", "lagrangebench", "vtk", "lammps", "ase", "mdanalysis", "table")
 HEAD = 4096  # bytes of a file that detection may read
@@ -32,9 +32,12 @@ def find_importer(paths: Sequence[Path], name: str | None) -> ModuleType:
             raise Failure(f"{path}: the file is empty; write it again")
     if name is not None and name not in IMPORTERS:
         raise Failure(f"--format {name}: unknown; use {', '.join(IMPORTERS)}")
-    heads = [path.open("rb").read(HEAD) if path.is_file() else b"" for path in paths]
+    head = b""
+    if paths[0].is_file():
+        with reading(paths[0]), open_bytes(paths[0]) as file:
+            head = file.read(HEAD)
     modules = [_load(each) for each in ((name,) if name else IMPORTERS)]
-    importer = next((module for module in modules if name or module.detect(paths, heads[0])), None)
+    importer = next((module for module in modules if name or module.detect(paths, head)), None)
     if importer is None:
         known = "; ".join(f"{module.NAME}: {module.TEXT}" for module in modules)
         raise Failure(f"{paths[0]}: the format is not recognized; --format names one ({known})")

@@ -22,6 +22,7 @@ from .series import Frame, ImportOptions, Series
 
 SAMPLE = 2000  # nodes that measure the order of rows
 ROUNDING = 1e-3  # float32 may round positions by this share of the spacing, else they are shifted
+UNCERTAIN = 0.4  # of a side: a longer move may have been one in the other direction
 IRREGULAR = 1e-3  # relative deviation of a time step
 
 
@@ -42,6 +43,7 @@ class Summary:
     high: np.ndarray = field(default_factory=lambda: np.full(3, -np.inf))
     spacing: float = np.nan  # median distance to the nearest neighbour in the first frame
     largest_move: float = 0.0  # of a node between two frames
+    largest_turn: float = 0.0  # the same along an axis, as a share of the periodic box's side
     reordered: int = 0  # frames whose rows were in another order than the first
     unwrapped: int = 0  # crossings of the periodic boundary
     duplicates: int = 0  # nodes of the first frame at the place of another one
@@ -78,9 +80,9 @@ def normalized(series: Series, options: ImportOptions, summary: Summary | None =
                 row = int(np.argwhere(~np.isfinite(value))[0][0])
                 raise Failure(f"{where}: '{key}' of particle {ids[row]:g} is NaN or infinite; correct the source")
         position, velocity = _three(own["position"]), own.get("velocity")
-        box = _box(frame.box, options)
+        box = _box(frame.box, _periodic(series, options), options, where)
         if _periodic(series, options) and box is not None:
-            if previous is not None:
+            if previous is not None and not frame.unwrapped:
                 turns = turns + np.rint((position - previous) / box_sides(box))
             previous, position = position, position - turns * box_sides(box)
         attributes = _attributes(values, options, where)
@@ -120,13 +122,17 @@ def _three(x: np.ndarray) -> np.ndarray:
     return x if x.shape[1] == 3 else np.concatenate([x, np.zeros((len(x), 1))], 1)
 
 
-def _box(box: np.ndarray | None, options: ImportOptions) -> np.ndarray | None:
+def _box(box: np.ndarray | None, periodic: bool, options: ImportOptions, where: str) -> np.ndarray | None:
     """The box (2, 3) of --box, or of the frame, scaled. A side of a two-dimensional box that is missing has length 1."""
     if options.box is not None:
         return np.reshape(options.box, (2, 3)).astype(float)
     if box is None:
         return None
     box = np.asarray(box, float)
+    if box.shape == (4, 3):
+        if periodic:
+            raise Failure(f"{where}: the box is triclinic, which is not supported; --no-periodic omits it")
+        return None
     if box.shape == (2, 2):
         box = np.concatenate([box, [[-0.5], [0.5]]], 1)
     return box * options.scale
@@ -180,6 +186,8 @@ def measure(series: Series, options: ImportOptions, tick: Callable[[], object] =
         if previous is not None:
             move = np.linalg.norm(x - previous, axis=1)
             result.largest_move = max(result.largest_move, float(move.max()))
+            if frame.box is not None and _periodic(series, options):
+                _measure_turn(result, (x - previous) / box_sides(frame.box), where)
             if before is not None and t == 2:
                 _check_rows(x, previous, before, result.spacing, options, where)
         result.low, result.high = np.minimum(result.low, x.min(0)), np.maximum(result.high, x.max(0))
@@ -232,6 +240,15 @@ def _check_box(result: Summary, frame: Frame, periodic: bool, where: str) -> Non
     if periodic and np.abs(sides - box_sides(result.box)).max() > 1e-3 * sides.max():
         text = f"the periodic box changes from {box_sides(result.box)} to {sides}, which is not supported"
         raise Failure(f"{where}: {text}; --no-periodic imports the positions without it")
+
+
+def _measure_turn(result: Summary, turn: np.ndarray, where: str) -> None:
+    """Moves (N, 3) as shares of the periodic box's sides. Raises Failure above half: the source has unwrapped them itself."""
+    result.largest_turn = max(result.largest_turn, float(np.abs(turn).max()))
+    if result.largest_turn > 0.5 + 1e-6:
+        node = int(np.abs(turn).max(1).argmax())
+        text = f"node {node} moves by {result.largest_turn:.2f} sides of the periodic box in one frame"
+        raise Failure(f"{where}: {text}; at most half a side is supported: keep more frames, or give --no-periodic")
 
 
 def _check_rows(
@@ -287,6 +304,9 @@ def _note(result: Summary, options: ImportOptions) -> None:
         text = f"a node moves by {result.largest_move / result.spacing:.1f} spacings in one frame"
         remedy = "" if result.periodic else "; if positions were wrapped into a box, give --periodic and --box"
         result.notes.append(text + remedy)
+    if result.largest_turn > UNCERTAIN:
+        text = f"a node moves by {result.largest_turn:.2f} sides of the periodic box in one frame"
+        result.notes.append(f"{text}: which image it moved to is uncertain; keep more frames")
     if result.box is not None and not result.periodic:
         low, high = result.box
         outside = np.maximum(low - result.low, result.high - high).max()

@@ -8,25 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import Failure
-from .series import Frame, ImportOptions, Series, reading, split_fields
+from .series import Frame, ImportOptions, Series, cell_box, reading, split_fields, suffix
 
 NAME, TEXT, PACKAGES = "ase", "extended XYZ, .traj and what else ASE reads", ("ase",)
 SUFFIXES = (".xyz", ".extxyz", ".traj", ".cif", ".vasp", ".db")
 
 
 def detect(paths: Sequence[Path], head: bytes) -> bool:
-    return paths[0].suffix.lower() in SUFFIXES or paths[0].name in ("XDATCAR", "POSCAR", "CONTCAR")
-
-
-def _box(cell: np.ndarray, where: str, options: ImportOptions) -> np.ndarray | None:
-    """The box (2, 3) of cell vectors (3, 3). Raises Failure if it is no orthorhombic box along the axes."""
-    if options.periodic is False or not np.abs(cell).any():
-        return None
-    if np.abs(cell - np.diag(np.diag(cell))).max() > 1e-6 * np.abs(cell).max() or np.diag(cell).min() <= 0:
-        raise Failure(
-            f"{where}: the cell is not orthorhombic along the axes, which is not supported; --no-periodic omits it"
-        )
-    return np.stack([np.zeros(3), np.diag(cell)])
+    return suffix(paths[0]) in SUFFIXES or paths[0].name in ("XDATCAR", "POSCAR", "CONTCAR")
 
 
 def open_series(paths: list[Path], options: ImportOptions) -> list[Series]:
@@ -56,7 +45,9 @@ def open_series(paths: list[Path], options: ImportOptions) -> list[Series]:
                     raise Failure(
                         f"{where}: periodic in some directions only, which is not supported; use --no-periodic"
                     )
-                frame.box = _box(np.asarray(atoms.cell), where, options) if atoms.pbc.all() else None
+                cell = np.asarray(atoms.cell)
+                boxed = options.periodic is not False and atoms.pbc.all() and cell.any()
+                frame.box = cell_box(np.zeros(3), cell) if boxed else None
             yield frame
 
     result = []

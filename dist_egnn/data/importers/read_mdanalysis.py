@@ -5,6 +5,7 @@ Lengths are in Å, times in ps, velocities in Å/ps, as MDAnalysis converts them
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import Failure
-from .series import Frame, ImportOptions, Series, reading
+from .series import Frame, ImportOptions, Series, cell_box, reading, suffix
 
 NAME, TEXT, PACKAGES = "mdanalysis", "a topology and trajectories of GROMACS, CHARMM, NAMD, AMBER, …", ("MDAnalysis",)
 ATTRIBUTES = {"charge": "charges", "mass": "masses"}
@@ -22,21 +23,16 @@ def detect(paths: Sequence[Path], head: bytes) -> bool:
     try:
         import MDAnalysis
     except ImportError:
-        return paths[0].suffix.lower() in (".psf", ".gro", ".pdb", ".tpr", ".prmtop", ".dcd", ".xtc", ".trr")
+        return suffix(paths[0]) in (".psf", ".gro", ".pdb", ".tpr", ".prmtop", ".dcd", ".xtc", ".trr")
     known = {*MDAnalysis._PARSERS, *MDAnalysis._READERS} - {"TXYZ", "XYZ", "DATA", "MEMORY", "CHAIN"}
-    return paths[0].suffix.lstrip(".").upper() in known
+    return suffix(paths[0])[1:].upper() in known
 
 
-def orthorhombic_box(dimensions: np.ndarray | None, where: str, options: ImportOptions) -> np.ndarray | None:
-    """The box (2, 3) of lengths and angles (6,). Raises Failure for one with other angles than 90°, unless --no-periodic."""
-    if dimensions is None or not np.all(dimensions[:3] > 0) or options.periodic is False:
+def _box(step: Any, options: ImportOptions) -> np.ndarray | None:
+    """The box of a timestep, None without one or with --no-periodic."""
+    if step.dimensions is None or not np.all(step.dimensions[:3] > 0) or options.periodic is False:
         return None
-    if np.abs(dimensions[3:] - 90).max() > 1e-3:
-        angles = ", ".join(f"{angle:g}" for angle in dimensions[3:])
-        raise Failure(
-            f"{where}: the box has angles {angles}, only orthorhombic boxes are supported; --no-periodic omits it"
-        )
-    return np.stack([np.zeros(3), dimensions[:3].astype(float)])
+    return cell_box(np.zeros(3), step.triclinic_dimensions.astype(float))
 
 
 def read_universe(name: str, arguments: Sequence[str], options: ImportOptions, **kwargs: Any) -> list[Series]:
@@ -44,8 +40,12 @@ def read_universe(name: str, arguments: Sequence[str], options: ImportOptions, *
     import MDAnalysis
 
     with reading(name):
-        universe = MDAnalysis.Universe(*arguments, **kwargs)
-        trajectory, count = universe.trajectory, universe.trajectory.n_frames
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            universe = MDAnalysis.Universe(*arguments, **kwargs)
+            trajectory, count = universe.trajectory, universe.trajectory.n_frames
+            dt = float(trajectory.dt)  # 1 ps for a file that does not contain it
+        timed = not any("no dt information" in str(warning.message) for warning in caught)
     if not count:
         raise Failure(f"{name}: holds no frame")
     try:
@@ -66,12 +66,13 @@ def read_universe(name: str, arguments: Sequence[str], options: ImportOptions, *
                 step = trajectory[k]
                 position = np.array(atoms.positions)
                 velocity = np.array(atoms.velocities) if step.has_velocities else None
-                box = orthorhombic_box(step.dimensions, f"{name}: frame {k}", options)
-            yield Frame(position, velocity, constant, time=float(step.time), box=box)
+                box = _box(step, options)
+                time = float(step.time) if timed or "time" in step.data else None
+            yield Frame(position, velocity, constant, time=time, box=box)
 
     with reading(f"{name}: frame 0"):
-        periodic = orthorhombic_box(trajectory[0].dimensions, f"{name}: frame 0", options) is not None
-    return [Series(name, read, count, dt=float(trajectory.dt) if count > 1 else None, periodic=periodic)]
+        periodic = _box(trajectory[0], options) is not None
+    return [Series(name, read, count, dt=dt if timed and count > 1 else None, periodic=periodic)]
 
 
 def open_series(paths: list[Path], options: ImportOptions) -> list[Series]:

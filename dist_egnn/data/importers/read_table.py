@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from ...errors import Failure
-from .series import Frame, ImportOptions, Series, reading, split_fields
+from .series import Frame, ImportOptions, Series, reading, split_fields, suffix
 
 NAME, TEXT, PACKAGES = "table", ".csv, .parquet", ()
 ROWS = 1 << 18  # rows read at once
@@ -17,14 +17,12 @@ FRAMES, TIMES = ("frame", "step", "timestep", "frame_id"), ("time", "t")
 
 
 def detect(paths: Sequence[Path], head: bytes) -> bool:
-    return paths[0].suffix.lower() in (".csv", ".tsv", ".parquet")
+    return suffix(paths[0]) in (".csv", ".tsv", ".parquet")
 
 
 def _chunks(path: Path) -> Iterator[pd.DataFrame]:
-    if path.suffix.lower() != ".parquet":
-        yield from pd.read_csv(
-            path, sep="\t" if path.suffix.lower() == ".tsv" else ",", chunksize=ROWS, skipinitialspace=True
-        )
+    if suffix(path) != ".parquet":
+        yield from pd.read_csv(path, sep="\t" if suffix(path) == ".tsv" else ",", chunksize=ROWS, skipinitialspace=True)
         return
     try:
         from pyarrow import parquet

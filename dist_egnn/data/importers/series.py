@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,8 +45,9 @@ class Frame:
     attributes: dict[str, np.ndarray] = field(default_factory=dict)  # name → (N,) or (N, k)
     ids: np.ndarray | None = None  # (N,), identify the nodes
     time: float | None = None
-    box: np.ndarray | None = None  # (2, 3) low and high corner
+    box: np.ndarray | None = None  # (2, 3) low and high corner, or (4, 3) corner and three cell vectors
     reordered: bool = False  # whether the rows were in another order in the source
+    unwrapped: bool = False  # whether the source has unwrapped the positions itself
     crossings: int = 0  # boundaries of the periodic box between the source's positions and the unwrapped ones
 
 
@@ -70,7 +74,31 @@ def reading(where: str | Path) -> Iterator[None]:
         raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise Failure(f"{where}: cannot be read ({reason}); is the file complete?") from error
+        if isinstance(error, ImportError):
+            raise Failure(f"{where}: cannot be read ({reason})") from error
+        reason = f"{type(error).__name__} {reason}" if isinstance(error, LookupError) else reason
+        remedy = "is the file complete? --format names another reader"
+        raise Failure(f"{where}: cannot be read ({reason}); {remedy}") from error
+
+
+def suffix(path: Path) -> str:
+    """The suffix in lower case, without that of a compressed file."""
+    return (path.with_suffix("") if path.suffix.lower() in (".gz", ".bz2") else path).suffix.lower()
+
+
+def open_bytes(path: Path) -> Any:
+    """The content of a file, decompressed if it is a gzip or bzip2 file."""
+    with path.open("rb") as file:
+        magic = file.read(3)
+    opener = gzip.open if magic[:2] == b"\x1f\x8b" else bz2.open if magic == b"BZh" else open
+    return opener(path, "rb")
+
+
+def cell_box(corner: np.ndarray, cell: np.ndarray) -> np.ndarray:
+    """The box of a corner (3,) and three cell vectors (3, 3): (2, 3) if it is orthorhombic along the axes, else (4, 3)."""
+    sides = np.diag(cell)
+    orthorhombic = np.abs(cell - np.diag(sides)).max() <= 1e-6 * np.abs(cell).max() and sides.min() > 0
+    return np.stack([corner, corner + sides]) if orthorhombic else np.concatenate([corner[None], cell])
 
 
 def natural_order(path: Path) -> list[str | int]:
