@@ -86,7 +86,7 @@ class Data:
     edge_drop: float = _key(0.0, "fraction p of the longest edges to drop, 0 to 1", FRACTION)
     periodic: bool = _key(False, "also join nodes across the boundary of a periodic box, by the nearest image")
     fixed: str = _key(
-        "", "nodes that do not move, left out of loss and errors: attribute NAME != 0, or NAME=VALUE", FIXED
+        "", "nodes at rest, or moved by the data (simulator), not in loss and errors: NAME != 0, or NAME=VALUE", FIXED
     )
     history: int = _key(0, "simulator: past velocities in its input; 0: no simulator, one velocity (v)", _least(0))
     walls: str = _key(

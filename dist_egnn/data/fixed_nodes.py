@@ -1,4 +1,5 @@
-"""Nodes that do not move, such as walls, as the key data.fixed names them: they are no part of loss and errors."""
+"""Nodes that no model moves, as the key data.fixed names them: walls at rest and, for a simulator, bodies that move as
+the data prescribe. They send messages and are no part of loss and errors."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ TOLERANCE = 1e-5  # of the extent: a fixed node may move so far, by rounding
 
 
 def fixed_nodes(text: str, attribute: Callable[[str], np.ndarray]) -> np.ndarray:
-    """The nodes (N,) bool that do not move: those whose attribute NAME is not 0, or with NAME=VALUE is VALUE."""
+    """The nodes (N,) bool that data.fixed names: those whose attribute NAME is not 0, or with NAME=VALUE is VALUE."""
     name, equals, value = text.partition("=")
     column = attribute(name)
     if column.ndim > 1:
@@ -34,10 +35,15 @@ def moving_nodes(fixed: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return fixed & (np.abs(y - x).max(1) > TOLERANCE * np.ptp(x, 0).max())
 
 
-def moving_fields(fixed: np.ndarray, x: np.ndarray, y: np.ndarray, where: str) -> dict[str, np.ndarray]:
-    """The fields moving_id and moving (N,) int64. fixed: (N,); x, y: positions (N, 3) of input and target."""
+def moving_fields(
+    fixed: np.ndarray, x: np.ndarray, y: np.ndarray, prescribed: bool, where: str
+) -> dict[str, np.ndarray]:
+    """The fields moving_id and moving (N,) int64. fixed: (N,); x, y: positions (N, 3) of input and target.
+
+    Raises Failure for fixed nodes that move, unless ``prescribed``, and if all nodes are fixed.
+    """
     wrong = moving_nodes(fixed, x, y)
-    if wrong.any():
+    if wrong.any() and not prescribed:
         raise Failure(f"{where}: node {wrong.argmax()} moves, and data.fixed says it does not; correct the attribute")
     if fixed.all():
         raise Failure(f"{where}: no node moves by data.fixed; correct the attribute")

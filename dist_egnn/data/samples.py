@@ -36,7 +36,7 @@ class SampleSpec:
     periodic: bool = False
     velocity: str = "backward"  # difference in place of a velocity that is not stored, see ``Trajectories.velocity``
     velocity_scale: float = 1.0  # factor of v, before the features
-    fixed: str = ""  # nodes that do not move, see ``fixed_nodes``
+    fixed: str = ""  # nodes that no model moves, see ``fixed_nodes``
     history: int = 0  # past velocities of a simulator's input; 0: no simulator
     walls: str = "none"
     gravity: tuple[float, ...] | None = None
@@ -152,7 +152,7 @@ def count_columns(data: Trajectories, names: Sequence[str]) -> int:
 def node_fields(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> dict[str, np.ndarray]:
     """The node fields of a snapshot: x, v, f, a, y (float32), gid, and with data.fixed moving_id and moving.
 
-    Raises Failure for non-finite values and for fixed nodes that move.
+    Raises Failure for non-finite values and, without a simulator, for fixed nodes that move.
     """
     k, t = snapshot.trajectory, snapshot.frame
     where = f"{data.path}: trajectory {k}, frame {t}"
@@ -164,7 +164,7 @@ def node_fields(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> dic
     fields["gid"] = np.arange(len(fields["x"]))
     if spec.fixed:
         fixed = fixed_nodes(spec.fixed, lambda name: data.attribute(k, name))
-        fields |= moving_fields(fixed, fields["x"], fields["y"], where)
+        fields |= moving_fields(fixed, fields["x"], fields["y"], bool(spec.past), where)
     for name, value in fields.items():
         if not np.isfinite(value).all():
             row = int(np.argwhere(~np.isfinite(value))[0][0])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from ..config import Config
-from ..data.fixed_nodes import fixed_nodes
+from ..data.fixed_nodes import fixed_nodes, moving_nodes
 from ..data.samples import SampleSpec, surroundings
 from ..data.trajectories import Trajectories
 from ..errors import Failure
@@ -61,6 +62,7 @@ class BoundaryConditions:
         self.step_time = frames * (1.0 if self.velocity == "per frame" else self.trajectory.dt)
         fixed, n = job.spec.fixed, self.trajectory.nodes
         self.fixed = fixed_nodes(fixed, self.attributes.__getitem__) if fixed else np.zeros(n, bool)
+        self.prescribed = bool(job.spec.past) and self._fixed_nodes_move()
         if job.bounds != "none" and (self.box is None or self.trajectory.periodic):
             why = "has no box" if self.box is None else "is in a periodic box, which has no walls"
             raise Failure(f"--bounds {job.bounds}: trajectory {k} of {job.data} {why}; use --bounds none")
@@ -68,6 +70,19 @@ class BoundaryConditions:
         extent = np.stack([np.min(ends, (0, 1)), np.max(ends, (0, 1))])
         self.corners = extent if self.box is None else self.box
         self.limit = MAX_SIZES * float(np.ptp(self.corners, 0).max())
+
+    def _fixed_nodes_move(self) -> bool:
+        """Whether fixed nodes move in the input or in the rollout. Raises Failure if they do and the data end before it."""
+        job, k, step = self.job, self.job.trajectory, self.job.spec.horizon
+        last = self.trajectory.frames - 1
+        frames = range(job.start - job.spec.past * step, min(last, job.start + job.steps * step) + 1, step)
+        positions = (self._data.position(k, frame) for frame in frames if self.fixed.any())
+        moves = (moving_nodes(self.fixed, *pair) for pair in pairwise(positions))
+        node = next((move.argmax() for move in moves if move.any()), None)
+        if node is not None and (most := (last - job.start) // step) < job.steps:
+            what = f"node {node}, named by '{job.spec.fixed}', moves as in trajectory {k} of {job.data}, up to frame {last}"
+            raise Failure(f"--steps {job.steps}: {what}; use at most {most}, or an earlier --start")
+        return node is not None
 
     def attributes_at(self, step: int) -> Callable[[str], np.ndarray]:
         """Attributes (N,) or (N, k) by name, as the input of a step needs them."""
@@ -82,6 +97,7 @@ class BoundaryConditions:
 
     def problem(self, x: np.ndarray, before: np.ndarray) -> str:
         """Why the rollout must stop at positions x (N, 3), given those of the step before; empty if it need not."""
+        x = np.where(self.fixed[:, None], before, x)  # what is predicted for fixed nodes is not used
         invalid = ~np.isfinite(x).all(1)
         if invalid.any():
             return f"{invalid.sum()} positions are NaN or infinite, the first of node {invalid.argmax()}"
@@ -93,9 +109,9 @@ class BoundaryConditions:
         what = f"moves by {most:.3g}" if periodic else f"is {most:.3g} from the centre"
         return f"node {distance.argmax()} {what}, over {MAX_SIZES:g} times the {size}'s size"
 
-    def apply(self, x: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The next positions and velocities (N, 3), from the present and the predicted positions."""
-        after, sign = predicted, np.ones_like(predicted)
+    def apply(self, x: np.ndarray, predicted: np.ndarray, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Positions and velocities (N, 3) after a step, from the positions before it and the predicted ones."""
+        after, sign, fixed = predicted, np.ones_like(predicted), self.fixed[:, None]
         low, high = self.corners.astype(x.dtype)
         if self.job.bounds == "clamp":
             after = predicted = np.clip(predicted, low, high)
@@ -104,6 +120,8 @@ class BoundaryConditions:
             reversed_ = folded > high - low
             after = np.clip(low + np.where(reversed_, 2 * (high - low) - folded, folded), low, high)
             sign[reversed_] = -1
-        v = sign * (predicted - x) / np.asarray(self.step_time, x.dtype)
-        after, v = np.where(self.fixed[:, None], x, after), np.where(self.fixed[:, None], 0, v)
+        target, time = x, np.asarray(self.step_time, x.dtype)
+        if self.prescribed:
+            target = self._data.position(self.job.trajectory, self.job.start + step * self.job.spec.horizon)
+        after, v = np.where(fixed, target, after), np.where(fixed, target - x, sign * (predicted - x)) / time
         return after.astype(x.dtype), v.astype(x.dtype)

@@ -90,7 +90,7 @@ def roll_out(comm: Comm, job: RolloutJob) -> tuple[str, float]:
             if problem := conditions.problem(predicted, x):
                 return f"step {step + 1}: {problem}", seconds
             past = np.concatenate([v, past], 1)[:, : past.shape[1]]
-            x, v = conditions.apply(x, predicted)
+            x, v = conditions.apply(x, predicted, step + 1)
             problem = stability.problem(step + 1, x, v, warn=comm.rank == 0)
             seconds += time.perf_counter() - started
             if problem:
@@ -131,12 +131,12 @@ def _writer(conditions: BoundaryConditions, virtual: int) -> RolloutWriter:
     return RolloutWriter(Path(job.out), size, meta, conditions.attributes, conditions.box, conditions.dtype)
 
 
-def _warn_of_assumptions(file: Trajectories, k: int, start: int, horizon: int, fixed: str) -> None:
+def _warn_of_assumptions(file: Trajectories, k: int, start: int, horizon: int, fixed: str, simulator: bool) -> None:
     """Print what a rollout takes for granted although the data say otherwise."""
     where, item = f"warning: {file.path}: trajectory {k}", file[k]
     if "mass" in item.varying or item.widths.get("mass", 1) > 1:
         print(f"{where}: 'mass' varies or has several columns; energies are those of mass 1", file=sys.stderr)
-    if fixed and start + horizon < item.frames:
+    if fixed and not simulator and start + horizon < item.frames:
         x, y = file.position(k, start), file.position(k, start + horizon)
         moves = moving_nodes(fixed_nodes(fixed, partial(file.attribute, k)), x, y)
         if moves.any():
@@ -267,7 +267,7 @@ def prepare(
             raise Failure(f"--fixed {fixed}: {configs.FIXED[1]}")
         spec = replace(spec, fixed=fixed)
     check_fixed(file, spec.fixed, "data.fixed=" if fixed is None else "--fixed ")
-    _warn_of_assumptions(file, trajectory, start, config.data.horizon, spec.fixed)
+    _warn_of_assumptions(file, trajectory, start, config.data.horizon, spec.fixed, bool(spec.past))
     spec = replace(spec, pushforward=0)
     job = RolloutJob(config, best, trajectories, spec, trajectory, start, steps, repartition, bounds, output, limit)
     BoundaryConditions(file, job)  # raises before processes start

@@ -73,13 +73,14 @@ def augment(config: Config, model: Simulator, graph: DGLGraph, comm: Comm, steps
 
 def pushed_forward(config: Config, model: Simulator, graph: DGLGraph, comm: Comm, state: State, steps: int) -> State:
     """The state that the model reaches in ``steps`` steps, without gradient, from so many frames before this one."""
-    x, velocities = state
-    x, velocities = x - velocities[:, :steps].sum(1), velocities[:, steps:]
-    for _ in range(steps):
+    last, given = state
+    x, velocities = last - given[:, :steps].sum(1), given[:, steps:]
+    for left in reversed(range(steps)):
         with torch.no_grad():
             after = model(rebuilt(config, graph, comm, (x, velocities), x))[0].to(x)
         if "moving_id" in graph.ndata:
-            after = torch.where((graph.ndata["moving_id"] >= 0).unsqueeze(1), after, x)
+            prescribed = last - given[:, :left].sum(1)
+            after = torch.where((graph.ndata["moving_id"] >= 0).unsqueeze(1), after, prescribed)
         x, velocities = after, torch.cat([(after - x).unsqueeze(1), velocities], 1)
     return x, velocities
 

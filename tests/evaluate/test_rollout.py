@@ -216,7 +216,7 @@ def test_walls_by_hand(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     moving = [0, 2, 3]  # node 1 is of kind 1 and fixed
     for bounds in BOUNDS:
         job = rollout.prepare(run, trajectory=0, steps=1, out=tmp_path / "o.vtkhdf", bounds=bounds, fixed="kind=1")
-        after, v = BoundaryConditions(Trajectories(tmp_path / "a.h5"), job).apply(x, predicted)
+        after, v = BoundaryConditions(Trajectories(tmp_path / "a.h5"), job).apply(x, predicted, 1)
         np.testing.assert_allclose(after[moving, 0], np.array(positions[bounds])[moving], atol=1e-12)
         np.testing.assert_allclose(v[moving, 0] * HORIZON * DT, np.array(moves[bounds])[moving], atol=1e-12)
         np.testing.assert_array_equal(after[1::3], x[1::3])

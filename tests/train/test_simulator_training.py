@@ -36,6 +36,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with Writer(path, {}) as out:
         for seed, split in enumerate(("train", "train", "valid", "test")):
             position, _, attributes = falling_swirl(120 + seed, seed)
+            attributes["body"] = np.arange(120 + seed) < 20  # moves as prescribed, with data.fixed=body
             out.add(position, split=split, dt=1.0, source="", attributes=attributes, box=BOX, gravity=GRAVITY)
     return path
 
@@ -71,12 +72,13 @@ def _step(group: comm.Comm, made: config.Config, path: str, own_steps: int) -> d
     return {name: value.numpy() for name, value in result.items()}  # tensors would travel through files
 
 
-CASES = [("FastEGNN", "exchange", 0), ("FastEGNN", "exchange", 2), ("SchNet", "exchange", 2), ("EGNN", "bridge", 2)]
+CASES = [("FastEGNN", "exchange", 0, ""), ("FastEGNN", "exchange", 2, "body"), ("SchNet", "exchange", 2, "body")]
+CASES += [("EGNN", "bridge", 2, "")]
 
 
-@pytest.mark.parametrize(("name", "mode", "own_steps"), CASES)
-def test_many_processes_equal_one(file, tmp_path, name, mode, own_steps):
-    made = settings(file, f"model.name={name}", f"partition.halo={mode}")
+@pytest.mark.parametrize(("name", "mode", "own_steps", "fixed"), CASES)
+def test_many_processes_equal_one(file, tmp_path, name, mode, own_steps, fixed):
+    made = settings(file, f"model.name={name}", f"partition.halo={mode}", f"data.fixed={fixed}")
     store = make_store(file, tmp_path / "store", made)
     ranks = spawn.run_ranks(_step, 2, made, str(store.path), own_steps)
     results = [*ranks, _step(comm.SingleProcess(), made, str(store.path), own_steps)]
@@ -151,6 +153,62 @@ def test_own_steps_are_those_of_a_rollout(file):
     assert torch.allclose(pushed.ndata["y"], graph.ndata["y"] + x_2 - graph.ndata["x"], atol=1e-5)
 
 
+def test_bodies_move_as_prescribed_and_are_not_judged(file):
+    data, made, one = Trajectories(file), settings(file, "data.fixed=body"), comm.SingleProcess()
+    samples, body = open_dataset(made, 0, 1), data.attribute(0, "body") != 0
+    graph, states = samples[3], []  # frame 7
+    assert samples.frames[3] == (0, 7)
+    assert torch.equal(graph.ndata["moving_id"] < 0, torch.from_numpy(body))
+    assert not torch.equal(graph.ndata["y"][body], graph.ndata["x"][body])
+
+    def model(given):
+        states.append(given)
+        return given.ndata["x"] + 0.1, None
+
+    pushed = augmentation.augment(made, model, graph, one, 2, seed=0)
+    for frame, state in zip((5, 6, 7), (*states, pushed), strict=True):
+        before, x = data.position(0, frame - 1), data.position(0, frame)
+        np.testing.assert_allclose(state.ndata["x"][body], x[body], atol=1e-6)
+        np.testing.assert_allclose(state.ndata["v"][body], (x - before)[body], atol=1e-6)
+        np.testing.assert_allclose(
+            state.ndata["past"][body][:, :3], (before - data.position(0, frame - 2))[body], atol=1e-6
+        )
+    assert torch.equal(pushed.ndata["x"][body], graph.ndata["x"][body])
+    wrong = graph.ndata["y"] + torch.from_numpy(body)[:, None]  # predictions of bodies do not count
+    loss = [
+        trainer.compute_loss(made, lambda _, y=y: (y, torch.zeros(1, 0, 3)), graph, one, torch.Generator())[1]
+        for y in (graph.ndata["y"], wrong, graph.ndata["y"] + 1)
+    ]
+    assert [float(value) for value in loss] == [0, 0, pytest.approx(1)]
+    free = settings(file)
+    assert samples.statistics() != pytest.approx(open_dataset(free, 0, 1).statistics(), rel=1e-6)
+
+
+@pytest.mark.parametrize(("keys", "learns"), [("features", True), ("node_attributes", True), ("", False)])
+def test_materials_are_node_attributes(tmp_path, keys, learns):
+    """Particles of material 1 fall, those of material 0 fly straight on."""
+    with Writer(tmp_path / "data.h5", {}) as out:
+        for seed, split in enumerate(("train", "valid", "test")):
+            rng, t = np.random.default_rng(seed), np.arange(4)[:, None, None]
+            material, g = rng.integers(0, 2, 60), np.array([0, -0.02, 0])
+            x = rng.random((60, 3)) + 0.02 * rng.normal(size=(60, 3)) * t + material[:, None] * g * t**2 / 2
+            out.add(x, split=split, dt=1.0, source="", attributes={"material": material}, gravity=g)
+    given = [f"data.{key}=[{'material' * (key == keys)}]" for key in ("features", "node_attributes")]
+    made = settings(tmp_path / "data.h5", *given, "data.walls=none", "data.history=1", "data.pushforward=0")
+    samples, one = open_dataset(made, 0, 1), comm.SingleProcess()
+    model = trainer.build_model(made, samples.widths, one, samples.statistics())
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(60):
+        loss, _ = trainer.compute_loss(made, model, samples[0], one, torch.Generator())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    valid = samples[samples.splits["valid"][0]]
+    with torch.no_grad():  # in units of the target's mean square
+        error = trainer.compute_loss(made, model, valid, one, torch.Generator())[0]
+    assert error < 0.05 if learns else error > 0.3
+
+
 def test_own_steps_rise_over_the_epochs():
     made = config.load(None, [*SETTINGS, "data.pushforward=3", "train.epochs=100", "train.pushforward_start=0.4"])
     drawn = {
@@ -165,11 +223,19 @@ def test_trains_and_rolls_out_from_the_command_line(file, tmp_path, parts):
     from dist_egnn.commands.train import run_training
 
     run = tmp_path / "run"
-    made = settings(file, "train.epochs=3", "train.pushforward_start=0", f"partition.parts={parts}", f"run.dir={run}")
+    keys = ("train.epochs=3", "train.pushforward_start=0", "data.fixed=body")
+    made = settings(file, *keys, f"partition.parts={parts}", f"run.dir={run}")
     run_training(made)
     table = rollout.run_rollout(run, trajectory=3, start=4, steps=6, out=tmp_path / "r.vtkhdf", data=file)
     assert len(table) == 7
     assert table["ballistic_mse"].notna().all()
+    with rollout.Rollout(tmp_path / "r.vtkhdf") as frames:
+        for frame in frames:
+            true = Trajectories(file).position(3, frame.frame)
+            np.testing.assert_array_equal(frame.position[:20], true[:20])
+            assert frame.step == 0 or (frame.position[20:] != true[20:]).any(1).all()
+    with pytest.raises(Failure, match=r"--steps 10: .*'body'.*data\.h5, up to frame 13; use at most 9"):
+        rollout.run_rollout(run, trajectory=3, start=4, steps=10, out=tmp_path / "s.vtkhdf", data=file)
     with pytest.raises(Failure, match=r"best\.pt: a simulator .*distegnn rollout"):
         dist_egnn.load(run)
     if parts == 1:  # the first step of a rollout is the model's prediction for the sample of that frame
@@ -178,7 +244,7 @@ def test_trains_and_rolls_out_from_the_command_line(file, tmp_path, parts):
         model = trainer.build_model(made, samples.widths, comm.SingleProcess(), samples.statistics())
         checkpoint.load_weights(model, checkpoint.load(run / "best.pt"), run / "best.pt")
         with torch.no_grad():
-            error = (model(samples[number])[0] - samples[number].ndata["y"]).square().mean()
+            error = (model(samples[number])[0] - samples[number].ndata["y"])[20:].square().mean()
         assert table["mse"][1] == pytest.approx(float(error), rel=1e-4)
         other = trainer.build_model(made, samples.widths, comm.SingleProcess(), (0.1, 0.1))
         with pytest.raises(Failure, match=r"best\.pt: .*σ_a.*data\.path"):
