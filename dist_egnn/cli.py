@@ -122,6 +122,22 @@ def import_data(
     )
 
 
+@command("inspect recipes/fluid113k/sample.h5 --suggest my.yaml --out inspection.html")
+def inspect(
+    file: Annotated[Path, Argument(help="trajectories.h5, store or run")],
+    out: Annotated[Path | None, Option(help=".html file to write or replace: tables and pictures")] = None,
+    suggest: Annotated[Path | None, Option(help="config to write for FILE, each key with its reason")] = None,
+) -> None:
+    """Print what a file, a store or a run holds.
+
+    Of a trajectories.h5: motion, spacing and fields, neighbours by radius, and errors of predictions without a model, all
+    measured on a sample of trajectories and frames. --suggest writes a config that `distegnn train` accepts.
+    """
+    from .commands.inspect_data import run_inspection
+
+    run_inspection(file, out, suggest)
+
+
 @command("partition recipes/fluid113k/sample.h5 --config recipes/fluid113k/config.yaml --parts 2 --out store")
 def partition(
     data: Annotated[Path, Argument(help="trajectories.h5, as a recipe's prepare.py writes it")],

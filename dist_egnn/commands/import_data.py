@@ -56,17 +56,16 @@ def _digest(paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def _rows(series: Sequence[Series], summaries: Sequence[Summary]) -> list[list[Any]]:
+def table_rows(names: Sequence[str], summaries: Sequence[Summary]) -> list[list[Any]]:
+    """The rows below HEADER, one for each trajectory."""
     rows = []
-    for one, summary in zip(series, summaries, strict=True):
+    for name, summary in zip(names, summaries, strict=True):
         size = " x ".join(f"{side:.4g}" for side in summary.high - summary.low)
         box = "-" if summary.box is None else " x ".join(f"{side:.4g}" for side in np.diff(summary.box, axis=0)[0])
         box += " periodic" * summary.periodic
-        names = [f"{k} ({w})" * (w > 1) or k for k, w in summary.widths.items()]
-        known = ", ".join(["velocity"] * summary.velocity + [n + "(t)" * (n in summary.varying) for n in names]) or "-"
-        rows.append(
-            [one.name, f"{summary.frames:,}", f"{summary.nodes:,}", summary.dim, f"{summary.dt:.4g}", size, box]
-        )
+        fields = [f"{k} ({w})" * (w > 1) or k for k, w in summary.widths.items()]
+        known = ", ".join(["velocity"] * summary.velocity + [n + "(t)" * (n in summary.varying) for n in fields]) or "-"
+        rows.append([name, f"{summary.frames:,}", f"{summary.nodes:,}", summary.dim, f"{summary.dt:.4g}", size, box])
         rows[-1] += [
             f"{summary.spacing:.3g}",
             f"{summary.largest_move:.3g}",
@@ -136,7 +135,8 @@ def run_import(paths: Sequence[Path], out: Path, options: ImportOptions) -> None
             if not by_frame:
                 tick(one.name)
     jobs = assign_splits(series, summaries, options)
-    print_table(f"{name}: {len(series)} trajectories" if len(series) > 1 else name, HEADER, _rows(series, summaries))
+    rows = table_rows([one.name for one in series], summaries)
+    print_table(f"{name}: {len(series)} trajectories" if len(series) > 1 else name, HEADER, rows)
     notes = [f"{one.name}: {note}" for one, summary in zip(series, summaries, strict=True) for note in summary.notes]
     for note in notes:
         print_line(f"warning: {note}")

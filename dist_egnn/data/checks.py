@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -119,10 +119,10 @@ def check_digits(position: np.ndarray, where: str) -> None:
         raise Failure(f"{where}: {far}; subtract a constant, such as the mean position, from all positions")
 
 
-def _motion(data: Trajectories, k: int) -> Iterator[tuple[str, str]]:
-    """Kind and text of what looks wrong in the motion of a trajectory, in up to PASSES places of three frames."""
+def _motion(data: Trajectories, k: int, passes: int) -> Iterator[tuple[str, str]]:
+    """Kind and text of what looks wrong in the motion of a trajectory, in up to ``passes`` places of three frames."""
     trajectory, box = data[k], data.box(k)
-    starts = np.unique(np.linspace(0, max(trajectory.frames - 3, 0), PASSES).round().astype(int))
+    starts = np.unique(np.linspace(0, max(trajectory.frames - 3, 0), passes).round().astype(int))
     shuffled, wrapped = list[int](), list[tuple[int, int]]()
     for t in starts if trajectory.frames >= 3 and trajectory.nodes >= 16 else ():
         x = [data.position(k, int(t) + n).astype(np.float64) for n in range(3)]
@@ -151,14 +151,15 @@ def _motion(data: Trajectories, k: int) -> Iterator[tuple[str, str]]:
         )
 
 
-def _units(data: Trajectories) -> Iterator[tuple[str, str]]:
+def _units(data: Trajectories, numbers: Sequence[int]) -> Iterator[tuple[str, str]]:
     """Kind and text of time steps and stored velocities whose units differ from one another or from the positions."""
     steps = [trajectory.dt for trajectory in data]
     if max(steps) > 1.5 * min(steps):
         k = int(np.argmax(np.abs(np.log(np.array(steps) / steps[0]))))
         text = f"dt={steps[k]:g}, in trajectory 0 {steps[0]:g}: a horizon of frames is then another time"
         yield "other dt", f"{data.path}: trajectory {k}, frame 0: {text}; write files of one dt"
-    for k, trajectory in enumerate(data):
+    for k in numbers:
+        trajectory = data[k]
         if trajectory.velocity and trajectory.frames > 1:
             moved, v = data.position(k, 1).astype(float) - data.position(k, 0), data.velocity(k, 0).astype(float)
             size, own = np.linalg.norm(moved), np.linalg.norm(v) * trajectory.dt
@@ -167,18 +168,23 @@ def _units(data: Trajectories) -> Iterator[tuple[str, str]]:
                 yield "unit of velocity", f"{data.path}: trajectory {k}, frame 0: {what}"
 
 
-def check_content(data: Trajectories) -> tuple[dict[str, int], list[str]]:
-    """How often each kind of doubt occurs in a file, and one line for the first of each kind; reads 24 frames of each.
+def check_content(
+    data: Trajectories, numbers: Sequence[int] | None = None, passes: int = PASSES
+) -> tuple[dict[str, int], list[str]]:
+    """How often each kind of doubt occurs in a file, and one line for the first of each kind.
+
+    numbers: the trajectories to read (None: all), passes: places in each, of three frames.
 
     Raises Failure for trajectories whose nodes are in another order in each frame, or too far from zero for float32.
     """
-    for k in range(len(data)):
+    numbers = range(len(data)) if numbers is None else numbers
+    for k in numbers:
         check_digits(data.position(k, 0), f"{data.path}: trajectory {k}, frame 0: position")
-    found = [*_units(data), *(item for k in range(len(data)) for item in _motion(data, k))]
+    found = [*_units(data, numbers), *(item for k in numbers for item in _motion(data, k, passes))]
     counts, lines = Counter(kind for kind, _ in found), dict(reversed(found))
     if SHUFFLED in lines:
         raise Failure(lines[SHUFFLED])
-    return dict(counts), [f"{text} ({counts[kind]} of {len(data)} trajectories)" for kind, text in lines.items()]
+    return dict(counts), [f"{text} ({counts[kind]} of {len(numbers)} trajectories)" for kind, text in lines.items()]
 
 
 def warn_of_content(data: Trajectories) -> dict[str, int]:

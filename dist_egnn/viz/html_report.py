@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
@@ -24,46 +23,8 @@ from ..evaluate import rollout
 from ..evaluate.vtkhdf import Rollout
 from ..train import checkpoint, losses, run_dir, trainer
 from ..train.diagnostics import PHASES
-from ..utils.filesystem import lock_output, sha256, write_atomically
-from . import plots
-
-STYLE = """
-:root { color-scheme: light; }
-body { font: 1rem/1.5 system-ui, sans-serif; color: #222; background: #fff; max-width: 76rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.6rem; margin: .3rem 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; border-bottom: 1px solid #ccc; }
-.pictures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
-figure { margin: 0; break-inside: avoid; }
-img { width: 100%; max-width: 38rem; height: auto; }
-figcaption, .left-out { color: #555; font-size: .9rem; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; margin-bottom: 1rem; }
-table { border-collapse: collapse; }
-th, td { padding: .2rem .8rem .2rem 0; text-align: right; font-variant-numeric: tabular-nums; border-bottom: 1px solid #eee; }
-th:first-child, td:first-child { text-align: left; }
-pre { font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; background: #f6f6f6; padding: .6rem; }
-@media print { .pictures { grid-template-columns: 1fr 1fr; } }
-@media print { body { max-width: none; padding: 0; font-size: 10pt; } h2 { break-after: avoid; } pre { background: none; } }
-"""
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # the browser loads nothing
-
-
-def _figure(caption: str, panel: Callable[..., None], *arguments: object) -> str:
-    """A panel of plots.py; arguments: the panel's. The first sentence of the caption describes the picture."""
-    data = base64.b64encode(plots.panel_png(panel, *arguments)).decode()
-    width, height = (round(side * plots.DPI) for side in plots.SIZE)
-    alt = escape(caption.partition(". ")[0])
-    image = f'<img src="data:image/png;base64,{data}" width="{width}" height="{height}" alt="{alt}">'
-    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
-
-
-def _pictures(*shown: str) -> str:
-    return f'<div class="pictures">{"".join(shown)}</div>'
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    body = "".join(f"<tr>{''.join(f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+from ..utils.filesystem import sha256
+from . import html_page, plots
 
 
 def node_parts(store: Store, snapshot: int) -> np.ndarray:
@@ -137,14 +98,14 @@ class Report:
         ):
             if column in table:  # older versions wrote fewer
                 rows.append((name, format(values[column], form)))
-        return _table(["", ""], rows)
+        return html_page.table(["", ""], rows)
 
     def errors(self) -> str:
         tables = []
         for split, scores in self.scores().items():
             linear = scores.get("linear", 0)
             rows = [[name, f"{mse:.4e}", f"{mse / linear:.3f}" if linear > 0 else ""] for name, mse in scores.items()]
-            tables.append(_table([f"split {split}", "MSE", "relative to linear"], rows))
+            tables.append(html_page.table([f"split {split}", "MSE", "relative to linear"], rows))
         return "".join(tables)
 
     def curves(self) -> str:
@@ -155,12 +116,12 @@ class Report:
         caption = "Training and validation error by epoch. Training error is the mean while weights change."
         caption += "" if levels else f" To add static and linear: distegnn evaluate {self.run} --split valid"
         epochs, lines = table["epoch"], {"training": table["train_mse"], "validation": table["valid_mse"]}
-        shown = [_figure(caption, plots.curves, epochs, lines, levels, "epoch", "mean squared error")]
+        shown = [html_page.figure(caption, plots.curves, epochs, lines, levels, "epoch", "mean squared error")]
         if "lr" in table and "grad_norm" in table:
             for column, name in (("grad_norm", "gradient norm before clipping"), ("lr", "learning rate")):
                 caption = f"{name.capitalize()} by epoch."
-                shown.append(_figure(caption, plots.curves, epochs, {name: table[column]}, {}, "epoch", name))
-        return _pictures(*shown)
+                shown.append(html_page.figure(caption, plots.curves, epochs, {name: table[column]}, {}, "epoch", name))
+        return html_page.pictures(*shown)
 
     def timing(self) -> str:
         columns = ["epoch", *PHASES, "step_s"]
@@ -169,7 +130,7 @@ class Report:
             raise Failure("recorded by an older version, without seconds by phase; train again to have them")
         seconds = {name.removesuffix("_s"): table[name] for name in PHASES}
         caption = "Mean seconds of a step on rank 0 by phase. Data: waiting for samples; communication: with waiting."
-        return _pictures(_figure(caption, plots.timing, table["epoch"], seconds, table["step_s"]))
+        return html_page.pictures(html_page.figure(caption, plots.timing, table["epoch"], seconds, table["step_s"]))
 
     def sample(self) -> str:
         """A test sample: its partition, and the prediction of the best checkpoint."""
@@ -194,16 +155,16 @@ class Report:
         mse = np.square(guess.astype(np.float64) - y)[losses.moving_nodes(graph)].mean()
         what = f"A {split} sample: trajectory {trajectory}, frame {frame}, {len(x):,} nodes"
         caption = f"Predicted over true displacement of each node. {what}; MSE {mse:.3e}."
-        shown = [_figure(caption, plots.displacement, x, y, {self.config.model.name: guess})]
+        shown = [html_page.figure(caption, plots.displacement, x, y, {self.config.model.name: guess})]
         caption = "True and predicted positions." + " Stars: virtual nodes after the last layer." * bool(z.shape[1])
-        shown.append(_figure(caption, plots.positions, y, guess, z[0].numpy()))
+        shown.append(html_page.figure(caption, plots.positions, y, guess, z[0].numpy()))
         if not (store and store.parts > 1):
             note = "No partition: the graphs are whole (partition.parts=P or a store divides them)."
-            return f'{_pictures(*shown)}<p class="left-out">{note}</p>'
+            return f'{html_page.pictures(*shown)}<p class="left-out">{note}</p>'
         part = node_parts(store, number)
         sizes = ", ".join(f"{n:,}" for n in np.bincount(part, minlength=store.parts))
         caption = f"Nodes of the input, coloured by part. {what}; in the {store.parts} parts: {sizes}."
-        return _pictures(_figure(caption, plots.parts, x, part), *shown)
+        return html_page.pictures(html_page.figure(caption, plots.parts, x, part), *shown)
 
     def rollout(self) -> str:
         """Errors by step, energies, paths of virtual nodes."""
@@ -225,20 +186,22 @@ class Report:
             lines = {"rollout": known["mse"], "static": known["static_mse"]}
             lines["constant velocity"] = known["linear_mse"]
             caption = "Error of the rollout by step. Static: the first frame; constant velocity: x + t·v of that frame."
-            shown.append(_figure(caption, plots.curves, known["step"], lines, {}, "step", "mean squared error"))
+            shown.append(
+                html_page.figure(caption, plots.curves, known["step"], lines, {}, "step", "mean squared error")
+            )
             if len(known) < steps:
                 text += f" The data end after step {int(known['step'].max())} of {steps}."
         else:
             text += " The data have no frame to compare with: errors by step need an earlier start (--start)."
         lines = {"rollout": table["kinetic_energy"], "truth": table["true_kinetic_energy"]}
         caption = "Kinetic energy by step, each a mean over the step."
-        shown.append(_figure(caption, plots.curves, table["step"], lines, {}, "step", "kinetic energy"))
+        shown.append(html_page.figure(caption, plots.curves, table["step"], lines, {}, "step", "kinetic energy"))
         if virtual:
             caption = "Paths of the virtual nodes after the last layer."
-            shown.append(_figure(caption, plots.virtual_node_paths, start, np.stack(virtual)))
+            shown.append(html_page.figure(caption, plots.virtual_node_paths, start, np.stack(virtual)))
         else:
             text += " No paths of virtual nodes: the model has none."
-        return f"<p>{escape(text)}</p>" + _pictures(*shown)
+        return f"<p>{escape(text)}</p>" + html_page.pictures(*shown)
 
     def about(self) -> str:
         path = self.run / "about.yaml"
@@ -251,8 +214,7 @@ def run_report(run: Path, rollout_file: Path | None, out: Path | None) -> None:
     """Write the page of a run. Raises Failure if ``run`` is not a run or ``rollout_file`` cannot be read."""
     run_dir.check_is_run(run)
     out = run / "report.html" if out is None else out
-    if out.suffix != ".html":
-        raise Failure(f"--out {out}: must end in .html")
+    html_page.check_name(out)
     if rollout_file is not None:
         Rollout(rollout_file).close()
     plots.pyplot()  # fails now rather than in every section
@@ -277,14 +239,4 @@ def run_report(run: Path, rollout_file: Path | None, out: Path | None) -> None:
             content = f'<p class="left-out">Left out: {escape(str(failure))}</p>'
             missing.append(f"  left out: {title}: {failure}")
         body += f"<section><h2>{title}</h2>\n{content}\n</section>\n"
-    name = escape(f"{report.config.model.name}: {run}")
-    head = (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{name}</title>\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">\n'
-        f"<style>{STYLE}</style></head>\n<body><h1>{name}</h1>\n"
-    )
-    text = f"{head}{body}</body></html>\n"
-    with lock_output(out, wait_s=30):
-        write_atomically(out, text.encode())
-    print(f"{out}: {text.count('<img ')} pictures, {len(text) / 1e6:.1f} MB", *missing, sep="\n")
+    html_page.write(out, f"{report.config.model.name}: {run}", body, missing)

@@ -145,6 +145,33 @@ def parts(figure: Any, x: np.ndarray, part: np.ndarray) -> None:
     _cloud(_axes_3d(figure, x), x, np.array(pyplot().get_cmap("tab10").colors)[part % 10])
 
 
+def clouds(figure: Any, shown: Mapping[str, np.ndarray]) -> None:
+    """Positions (N, 3) by name; seen from above if all have the same z."""
+    x = np.concatenate(list(shown.values()))
+    flat = np.ptp(x[:, 2]) == 0
+    axes = _axes(figure) if flat else _axes_3d(figure, x)
+    for (name, points), colour in zip(shown.items(), ("0.65", "C0"), strict=False):
+        if flat:
+            rows = np.random.default_rng(0).permutation(len(points))[: MAX_POINTS // 2]
+            axes.plot(*points[rows, :2].T, ".", color=colour, label=name)
+            axes.set(xlabel="x", ylabel="y", aspect="equal")
+        else:
+            _cloud(axes, points, colour, name, MAX_POINTS // 2)
+    _legend(figure, axes)
+
+
+def degrees(figure: Any, counts: Mapping[str, np.ndarray]) -> None:
+    """Histograms of the neighbours of nodes, (N,) by name."""
+    axes = _axes(figure)
+    for k, (name, values) in enumerate(counts.items()):
+        ends = np.arange(values.max() + 2) if values.max() < MAX_BARS else np.linspace(0, values.max() + 1, MAX_BARS)
+        share = 100 * np.histogram(values, ends)[0] / len(values)
+        axes.stairs(share, ends - 0.5, color=f"C{k}", lw=1.5, label=name)
+        axes.axvline(values.mean(), color=f"C{k}", ls=":")
+    axes.set(xlabel="neighbours of a node (dotted: mean)", ylabel="nodes [%]", ylim=(0, None))
+    _legend(figure, axes)
+
+
 def positions(figure: Any, y: np.ndarray, predicted: np.ndarray, virtual: np.ndarray) -> None:
     """True (N, 3) and predicted positions (N, 3), and virtual nodes (C, 3)."""
     axes = _axes_3d(figure, np.concatenate([y, predicted, virtual]))

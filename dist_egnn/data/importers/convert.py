@@ -178,7 +178,7 @@ def measure(series: Series, options: ImportOptions, tick: Callable[[], object] =
             first = frame
             result.nodes, result.box, result.velocity = len(x), frame.box, frame.velocity is not None
             result.widths = {name: int(np.prod(value.shape[1:])) for name, value in frame.attributes.items()}
-            result.spacing, result.duplicates = _spacing(x)
+            result.spacing, result.duplicates = measure_spacing(x)
         _check_same(result, frame, where)
         if result.periodic or frame.box is not None:
             _check_box(result, frame, _periodic(series, options), where)
@@ -206,11 +206,11 @@ def measure(series: Series, options: ImportOptions, tick: Callable[[], object] =
     result.dim = 2 if result.high[2] == result.low[2] else 3
     result.dt = _time_step(series, times, options)
     _set_shift(result, first.position, options)
-    _note(result, options)
+    warn(result)
     return result
 
 
-def _spacing(x: np.ndarray) -> tuple[float, int]:
+def measure_spacing(x: np.ndarray) -> tuple[float, int]:
     """The median distance to the nearest neighbour, and how many of the nodes looked at coincide with another."""
     if len(x) < 2:
         return np.nan, 0
@@ -295,7 +295,8 @@ def _set_shift(result: Summary, x: np.ndarray, options: ImportOptions) -> None:
             result.notes.append(f"{reason}: shifted by {(-result.shift).tolist()}")
 
 
-def _note(result: Summary, options: ImportOptions) -> None:
+def warn(result: Summary) -> None:
+    """Note what looks wrong."""
     for name in (name for name in result.widths if name.endswith("_")):
         result.notes.append(f"the attribute '{name}' had another name in the source, which attributes cannot have")
     if result.duplicates:
