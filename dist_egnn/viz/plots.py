@@ -105,10 +105,24 @@ def _cloud(axes: Any, x: np.ndarray, colour: Any, label: str = "", count: int = 
         axes.plot([], [], "o", color=c, label=label)
 
 
-def draw_virtual_nodes(axes: Any, z: np.ndarray, size: float) -> Any:
-    """White stars at z (C, 3), in front of everything."""
+def draw_virtual_nodes(axes: Any, z: np.ndarray, size: float) -> str:
+    """White stars at z (C, 3), in front of everything; NaN: outside the view. Returns a label, and gives it to the stars.
+
+    Nodes closer than 2% of the longest axis count as one point.
+    """
     style: dict[str, Any] = {"marker": "*", "c": "white", "edgecolors": "black", "linewidths": 1, "zorder": 9}
-    return axes.scatter(*z[:, [0, 2, 1]].T, s=size, depthshade=False, label="virtual nodes", **style)
+    shown = z[np.isfinite(z).all(1)]
+    near = 0.02 * max(float(np.ptp(limits)) for limits in (axes.get_xlim(), axes.get_ylim(), axes.get_zlim()))
+    points = list[np.ndarray]()
+    for x in shown:
+        if not any(np.linalg.norm(x - point) < near for point in points):
+            points.append(x)
+    label = f"{len(z)} virtual node" + "s" * (len(z) != 1)
+    if len(points) < len(shown):
+        label += " at one point" if len(points) == 1 else f" at {len(points)} points"
+    label += f", {len(z) - len(shown)} outside the view" * (len(shown) < len(z))
+    axes.scatter(*np.reshape(points, (-1, 3))[:, [0, 2, 1]].T, s=size, depthshade=False, label=label, **style)
+    return label
 
 
 def curves(figure: Any, x: Values, lines: Lines, levels: Mapping[str, float], xlabel: str, ylabel: str) -> None:

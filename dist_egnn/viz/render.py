@@ -23,7 +23,9 @@ from . import plots
 
 COLOURS = ("speed", "error", "part")
 MAX_POINTS = 20_000  # more take seconds per frame and only cover one another
-DPI = 110
+DPI, HEIGHT = 110, 5.2
+WIDEST, NARROWEST = 6.5, 5.0  # of a pane and of a picture, in inches
+TOP = 0.65  # for text above the panes
 GREY = "0.65"
 Pictures = Iterator[np.ndarray]  # (height, width, 3) bytes, all of one size
 
@@ -112,11 +114,14 @@ def shared_limits(frames: DrawnFrames, box: np.ndarray | None) -> tuple[np.ndarr
 
 
 class Camera:
-    """A figure of one view, or of two if there is a truth, drawn anew for each frame."""
+    """A figure drawn anew for each frame: a pane of the prediction beside one of the truth, or alone in the middle where
+    the truth has ended. All pictures have one size, which follows from the view; no text crosses the border."""
 
     def __init__(self, frames: DrawnFrames) -> None:
         plt, rollout, colour, box = plots.pyplot(), frames.rollout, frames.colour, frames.rollout.box
-        self.frames, views = frames, 1 + frames.has_truth
+        self.frames, views, bar_width = frames, 1 + frames.has_truth, 1.05 * (colour != "part")
+        self.has_stars = len(rollout) > 1 and rollout[1].virtual is not None
+        self.zoom = 1.0
         self.low, self.high, top = shared_limits(frames, box)
         self.edges: list[np.ndarray] = []  # of the box, each (2, 3)
         if box is not None:
@@ -124,9 +129,17 @@ class Camera:
             edges = [np.array(ends) for ends in itertools.combinations(corners, 2) if sum(ends[0] != ends[1]) == 1]
             has_lid = self.high[1] >= box[1, 1]  # otherwise the box is higher than the view
             self.edges = [ends for ends in edges if has_lid or (ends[:, 1] < self.high[1]).any()]
-        self.figure = plt.figure(figsize=(5.2 * views + 0.8, 5.2), dpi=DPI)
-        self.axes = [self.figure.add_subplot(1, views, k + 1, projection="3d") for k in range(views)]
-        self.figure.subplots_adjust(left=0.01, right=0.9 - 0.04 * (views == 1), bottom=0.08, top=0.89, wspace=0.02)
+        self.figure = plt.figure(figsize=(WIDEST, HEIGHT), dpi=DPI)
+        shift, needed = self._fit(self.figure.add_subplot(projection="3d"))
+        self.figure.clear()
+        pane = max(NARROWEST / views, needed + 0.3)  # width in inches
+        self.width = views * pane  # without the colour bar
+        self.figure.set_size_inches(self.width + bar_width, HEIGHT)
+        middles = [self.width / 2, pane / 2, 1.5 * pane][: 1 + 2 * (views > 1)]
+        self.panes = [(self.figure.add_subplot(projection="3d"), x) for x in middles]  # alone, predicted, true
+        for axes, x in self.panes:
+            self._place(axes, np.array([x + shift[0], shift[1]]))
+        self.texts = [self.figure.text(0, 0, "", ha="center", va="center") for _ in range(4)]
         if colour == "part":
             palette = plt.get_cmap("tab10")(np.arange(10))
             self.colours: Any = lambda c: palette[c.astype(int) % 10]
@@ -136,10 +149,37 @@ class Camera:
             self.colours = lambda c: cmap(scale(np.ma.masked_invalid(c)))
             unit = "length / frame" if rollout.meta["velocity"] == "per frame" else "length / time"
             label = f"speed [{unit}]" if colour == "speed" else "distance from the true position [length]"
-            bar = self.figure.add_axes((0.915 - 0.02 * (views == 1), 0.18, 0.014, 0.6))
+            total = self.width + bar_width
+            bar = self.figure.add_axes(((self.width + 0.1) / total, 0.18, 0.14 / total, 0.64))
             self.figure.colorbar(plt.cm.ScalarMappable(scale, cmap), cax=bar, extend="max", label=label)
         # a mark is about as large as the spacing of particles that fill the view
         self.size = float(np.clip(6e4 / len(frames.rows) ** (2 / 3) / 40, 1.5, 30))
+
+    def _place(self, axes: Any, middle: np.ndarray) -> None:
+        """Centre axes on a point, in inches. They are a square, and draw nothing outside it."""
+        side, size = 1.5 * WIDEST, np.array([self.figure.get_figwidth(), HEIGHT])
+        axes.set_position((*(middle - side / 2) / size, *side / size))
+
+    def _fit(self, axes: Any) -> tuple[np.ndarray, float]:
+        """Set the zoom at which the view and its labels fill the picture's height, or WIDEST.
+
+        Returns where axes must be placed (x from the middle of their pane, y), and the width that is then needed.
+        """
+        bottom = 0.35 * self.has_stars + 0.05
+        room, middle = np.array([WIDEST - 0.3, HEIGHT - TOP - bottom]), np.array([WIDEST, bottom + HEIGHT - TOP]) / 2
+        place = middle
+        for _ in range(3):  # labels do not grow with the view
+            self._place(axes, place)
+            self._view(axes, None, None)
+            self.figure.canvas.draw()
+            extents = [a.get_tightbbox(self.figure.canvas.get_renderer()) for a in (axes.xaxis, axes.yaxis, axes.zaxis)]
+            limits = axes.get_xlim(), axes.get_ylim(), axes.get_zlim()
+            corners = np.array(list(itertools.product(*limits, [1]))) @ axes.M.T
+            drawn = [axes.transData.transform(corners[:, :2] / corners[:, 3:]), *(e.get_points() for e in extents)]
+            low, high = (f(np.concatenate(drawn), 0) / self.figure.dpi for f in (np.min, np.max))
+            self.zoom *= float((room / (high - low)).min())
+            place = place + middle - (low + high) / 2
+        return place - [WIDEST / 2, 0], float(high[0] - low[0])
 
     def pictures(self) -> Iterator[np.ndarray]:
         with progress_bar("rendering", len(self.frames)) as tick:
@@ -153,26 +193,44 @@ class Camera:
         outside = int(np.isnan(self._inside(drawn.position)).any(1).sum())
         title = f"step {frame.step} of {len(rollout) - 1}: frame {frame.frame}, t = {frame.time:.4g}"
         title += f", {count:,} of {rollout.nodes:,} nodes drawn" * (count < rollout.nodes)
-        self.figure.suptitle(title + f", {outside:,} outside the view" * bool(outside))
-        self._view(self.axes[0], drawn.position, drawn.colour)
-        grey = " (grey: no true frame)" * (self.frames.colour == "error")
-        error = grey if drawn.mse is None else f", MSE {drawn.mse:.2e}"
-        self.axes[0].set_title(f"predicted{error}" if frame.step else "start", fontsize=11)
-        if frame.virtual is not None and len(frame.virtual):
-            stars = plots.draw_virtual_nodes(self.axes[0], self._inside(frame.virtual), 230)
-            if not self.figure.legends:
-                self.figure.legend(handles=[stars], loc="upper left", fontsize=10, frameon=False)
-        if len(self.axes) > 1:
-            self._view(self.axes[1], drawn.true, drawn.true_colour)
-            self.axes[1].set_title("true" if drawn.true is not None else "true: no data", fontsize=11)
+        panes = self.panes[:1] if drawn.true is None or len(self.panes) == 1 else self.panes[1:]
+        for pane in self.panes:
+            pane[0].set_visible(pane in panes)
+        self._view(panes[0][0], drawn.position, drawn.colour)
+        names = ["predicted" if frame.step else "start", "true"]
+        names[0] += f", MSE {drawn.mse:.2e}" if drawn.mse is not None and frame.step else ""
+        end = f" (the data end at frame {rollout.meta['true_frames'] - 1})"
+        names[0] += (end + ", grey: no true position" * (self.frames.colour == "error")) * (drawn.mse is None)
+        z, stars = frame.virtual, ""
+        if z is not None and len(z):
+            stars = f"☆ {plots.draw_virtual_nodes(panes[0][0], self._inside(z), 230)}"
+        if len(panes) > 1:
+            self._view(panes[1][0], drawn.true, drawn.true_colour)
+        middle = self.width / 2
+        self._write(0, title + f", {outside:,} outside the view" * bool(outside), middle, HEIGHT - 0.2, 12, self.width)
+        self._write(1, stars, middle, 0.16, 10, self.width)
+        for k, (_, x) in enumerate(panes):
+            self._write(2 + k, names[k], x, HEIGHT - 0.5, 11, self.width / len(panes))
+        if len(panes) == 1:
+            self._write(3, "", middle, 0, 11, self.width)
         self.figure.canvas.draw()
         return np.asarray(self.figure.canvas.buffer_rgba())[..., :3].copy()
 
+    def _write(self, number: int, text: str, x: float, y: float, size: float, width: float) -> None:
+        """Write a line of this size around (x, y), smaller if it is wider than ``width`` inches."""
+        artist = self.texts[number]
+        artist.set(text=text, fontsize=size, position=(x / self.figure.get_figwidth(), y / HEIGHT))
+        needed = artist.get_window_extent().width / self.figure.dpi
+        artist.set_fontsize(size * min(1, (width - 0.1) / max(needed, 1e-6)))
+
     def _view(self, axes: Any, x: np.ndarray | None, colour: np.ndarray | None) -> None:
         axes.clear()
+        axes.patch.set_visible(False)  # it reaches into the other pane
         axes.computed_zorder = False
-        plots.view(axes, self.low, self.high, zoom=1.08)
+        plots.view(axes, self.low, self.high, zoom=self.zoom)
+        axes.locator_params(nbins=4)
         axes.tick_params(labelsize=7, pad=-2)
+        axes.xaxis.labelpad = axes.yaxis.labelpad = 6
         for ends in self.edges:
             axes.plot(*ends[:, [0, 2, 1]].T, color="0.4", lw=0.8, zorder=0.5)
         if x is not None:
