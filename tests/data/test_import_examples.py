@@ -26,7 +26,13 @@ def example(library: str, names: str) -> list[Path]:
 
 #     library, files, options, (frames, nodes, dt, sides of the periodic box, largest extent), words of the warnings
 READ: dict[str, tuple[str, str, dict[str, Any], tuple[int, int, float, Any, float], list[str]]] = {
-    "CHARMM": ("mda", "adk.psf adk_dims.dcd", {"stride": 10}, (10, 3341, 10, None, 60.3), ["11.0 spacings"]),
+    "CHARMM": (
+        "mda",
+        "adk.psf adk_dims.dcd",
+        {"stride": 10},
+        (10, 3341, 10, None, 60.3),
+        ["announces 500 frames", "11.0 spacings"],
+    ),
     "NAMD": ("mda", "adk_closed_NAMD.psf adk_gbis_tmd-fast1_NAMD.dcd", {}, (100, 3341, 0.01, None, 54.5), []),
     "cubic box": ("mda", "watdyn.psf watdyn.dcd", {}, (10, 15, 0.02, [50, 50, 50], 50.0), []),
     "TRZ": ("mda", "trz_psf.psf trzfile.trz", {}, (6, 8184, 0.01, [55.4228] * 3, 356), []),

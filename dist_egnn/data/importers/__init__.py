@@ -16,6 +16,7 @@ from ...errors import Failure
 from .series import ImportOptions, Series, open_bytes, reading
 
 IMPORTERS = ("arrays", "lagrangebench", "vtk", "lammps", "ase", "mdanalysis", "table")
+LINES = ("lammps", "ase", "table")  # may be text in lines, where a number that is cut short is a number
 HEAD = 4096  # bytes of a file that detection may read
 
 
@@ -54,4 +55,15 @@ def open_series(paths: Sequence[Path], options: ImportOptions) -> tuple[str, lis
     series = importer.open_series(list(paths), options)
     if not series:
         raise Failure(f"{paths[0]}: contains no trajectory")
+    for path in paths if importer.NAME in LINES else ():
+        if path.is_file() and not _ends_with_line(path):
+            series[0].notes.append(f"{path.name}: its last line has no end; is the file complete?")
     return importer.NAME, series
+
+
+def _ends_with_line(path: Path) -> bool:
+    """Whether a text file ends with a line break; also true for files that are no text."""
+    with path.open("rb") as file:
+        binary = b"\0" in file.read(HEAD)
+        file.seek(-1, 2)
+        return binary or file.read(1) == b"\n"

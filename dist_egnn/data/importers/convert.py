@@ -16,7 +16,8 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from ...errors import Failure
-from ..checks import RESERVED, neighbour_distances
+from ..checks import RESERVED, check_digits, neighbour_distances
+from ..graphs import wrap
 from ..trajectories import SPLITS, box_sides
 from .series import Frame, ImportOptions, Series
 
@@ -58,9 +59,12 @@ def normalized(series: Series, options: ImportOptions, summary: Summary | None =
     """
     first_ids: np.ndarray | None = None
     previous: np.ndarray | None = None
+    count = 0
     turns: Any = 0.0
     for t, frame in enumerate(itertools.islice(series.frames(), 0, None, options.stride)):
         where = f"{series.name}, frame {t * options.stride}"
+        if t == 0 and np.asarray(frame.position).dtype == np.float32:
+            check_digits(frame.position, where)
         position = np.asarray(frame.position, np.float64) * options.scale
         own = {"position": position}
         if frame.velocity is not None:
@@ -71,6 +75,10 @@ def normalized(series: Series, options: ImportOptions, summary: Summary | None =
         if frame.ids is not None and first_ids is None:
             first_ids = np.sort(frame.ids)
         ids = first_ids if first_ids is not None else np.arange(len(position))
+        count = count or len(position)
+        if len(position) != count:
+            text = f"has {len(position)} particles, frame 0 has {count}"
+            raise Failure(f"{where}: {text}; their number must stay the same: select those that always exist")
         for key, value in (*own.items(), *values.items()):
             if len(value) != len(position):
                 raise Failure(
@@ -170,7 +178,7 @@ def measure(series: Series, options: ImportOptions, tick: Callable[[], object] =
 
     tick: called after each frame.
     """
-    result, first, previous, before = Summary(), None, None, None
+    result, first, previous, before = Summary(notes=[*series.notes]), None, None, None
     times: list[float] = []
     for t, frame in enumerate(normalized(series, options)):
         where, x = f"{series.name}, frame {t * options.stride}", frame.position
@@ -189,7 +197,8 @@ def measure(series: Series, options: ImportOptions, tick: Callable[[], object] =
             if frame.box is not None and _periodic(series, options):
                 _measure_turn(result, (x - previous) / box_sides(frame.box), where)
             if before is not None and t == 2:
-                _check_rows(x, previous, before, result.spacing, options, where)
+                side = box_sides(frame.box) if frame.box is not None and _periodic(series, options) else None
+                _check_rows(x, previous, before, result.spacing, side, where)
         result.low, result.high = np.minimum(result.low, x.min(0)), np.maximum(result.high, x.max(0))
         result.reordered += frame.reordered
         result.unwrapped = frame.crossings
@@ -219,9 +228,6 @@ def measure_spacing(x: np.ndarray) -> tuple[float, int]:
 
 
 def _check_same(result: Summary, frame: Frame, where: str) -> None:
-    if len(frame.position) != result.nodes:
-        text = f"has {len(frame.position)} particles, frame 0 has {result.nodes}"
-        raise Failure(f"{where}: {text}; their number must stay the same: select those that always exist")
     widths = {name: int(np.prod(value.shape[1:])) for name, value in frame.attributes.items()}
     if widths != result.widths:
         raise Failure(
@@ -252,15 +258,16 @@ def _measure_turn(result: Summary, turn: np.ndarray, where: str) -> None:
 
 
 def _check_rows(
-    x: np.ndarray, previous: np.ndarray, before: np.ndarray, spacing: float, options: ImportOptions, where: str
+    x: np.ndarray, previous: np.ndarray, before: np.ndarray, spacing: float, side: np.ndarray | None, where: str
 ) -> None:
-    """Raise Failure if the rows of the frames are in different orders.
+    """Raise Failure if the rows of the frames are in different orders. side: (3,) of a periodic box.
 
     Then nodes seem to jump over several spacings and back, while most places of the frame before are taken again.
     """
     move, turn = (np.median(np.linalg.norm(d, axis=1)) for d in (x - previous, x - 2 * previous + before))
     if move > 2 * spacing and turn > move:
-        nearest = np.median(cKDTree(previous).query(x[:: max(1, len(x) // SAMPLE)])[0])
+        places, taken = (a if side is None else wrap(a, side) for a in (previous, x[:: max(1, len(x) // SAMPLE)]))
+        nearest = np.median(cKDTree(places, boxsize=side).query(taken)[0])
         if nearest < 0.25 * spacing:
             text = "particles are in another order in each frame"
             raise Failure(f"{where}: {text}; name the field that identifies them with --ids, or sort the source")

@@ -58,9 +58,10 @@ def _arrays(path: Path) -> dict[str, Any]:
             try:
                 return {"position": np.load(path, mmap_mode="r", allow_pickle=False)}
             except ValueError as error:
-                if "Object arrays" not in str(error):
+                if "object" not in str(error).lower():
                     raise
-                return {"position": np.empty(0)}
+                with path.open("rb") as file:
+                    return {"position": _read_array(file)}
         with zipfile.ZipFile(path) as archive:
             names = [name for name in archive.namelist() if name.endswith(".npy")]
             return {name.removesuffix(".npy"): _read_array(archive.open(name)) for name in names}

@@ -72,7 +72,16 @@ def read_universe(name: str, arguments: Sequence[str], options: ImportOptions, *
 
     with reading(f"{name}: frame 0"):
         periodic = _box(trajectory[0], options) is not None
-    return [Series(name, read, count, dt=dt if timed and count > 1 else None, periodic=periodic)]
+    announced = sum(map(_frames_announced, map(Path, arguments)))
+    notes = [f"its header announces {announced} frames; is the file complete?"] if announced > count else []
+    return [Series(name, read, count, dt=dt if timed and count > 1 else None, periodic=periodic, notes=notes)]
+
+
+def _frames_announced(path: Path) -> int:
+    """The number of frames in the header of a DCD file, of which MDAnalysis reads those that are there; 0 for others."""
+    with path.open("rb") as file:
+        head = file.read(12)
+    return int.from_bytes(head[8:12], "little" if head[0] else "big") if head[4:8] == b"CORD" else 0
 
 
 def open_series(paths: list[Path], options: ImportOptions) -> list[Series]:

@@ -61,6 +61,7 @@ class Series:
     split: str | None = None  # if the source has splits of its own
     dt: float | None = None  # time between frames, if the source has one for all
     periodic: bool = False
+    notes: list[str] = field(default_factory=list)  # what looks wrong in the file
 
 
 @contextmanager
