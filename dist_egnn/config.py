@@ -244,6 +244,13 @@ def _check_edges(data: Data) -> None:
         raise Failure(f"data.radius={data.radius}: data.edges={data.edges} has no radius; leave it out")
 
 
+def follows_from_data(data: Data, name: str) -> bool:
+    """Whether the data determine a key of the data section that is left out."""
+    if name == "radius":  # the unit of length of a simulator whose edges have no radius
+        return bool(data.history) and data.edges != "radius" and math.isinf(data.radius)
+    return name in ("features", "velocity_scale") and getattr(data, name) is None
+
+
 def _check_simulator(config: Config) -> None:
     """Raise Failure for keys of a simulator without data.history, and for keys that a simulator does not have."""
     defaults = Config()
@@ -253,7 +260,7 @@ def _check_simulator(config: Config) -> None:
             if (value := attrgetter(key)(config)) != attrgetter(key)(defaults):
                 raise Failure(f"{key}={value}: is an option of a simulator; set data.history to 1 or more")
         return
-    if math.isinf(config.data.radius):
+    if config.data.edges == "radius" and math.isinf(config.data.radius):
         raise Failure("data.radius=.inf: a simulator (data.history) needs a finite radius")
     if config.data.velocity_scale not in (None, 1):
         scale = config.data.velocity_scale
@@ -371,10 +378,11 @@ def parse(text: str, source: str) -> Config:
 def differences(before: Config, after: Config, ignore: Collection[str] = ()) -> list[tuple[str, Any, Any]]:
     """(key, value before, value after) of each key whose value differs, except those in ``ignore``.
 
-    A data.velocity_scale of null agrees with any: training replaces it by a number.
+    A key that training replaces by a number agrees with any.
     """
+    numbers = {f"data.{name}" for name in ("velocity_scale", "radius") if follows_from_data(after.data, name)}
     values = ((key, *map(attrgetter(key), (before, after))) for key in keys() if key not in ignore)
-    return [(k, was, now) for k, was, now in values if was != now and (k, now) != ("data.velocity_scale", None)]
+    return [(k, was, now) for k, was, now in values if was != now and k not in numbers]
 
 
 def to_yaml(config: Config) -> str:

@@ -36,6 +36,7 @@ from dist_egnn.data.samples import (
     count_columns,
     displacement_scale,
     given_edges,
+    length_unit,
     select_snapshots,
     surroundings,
 )
@@ -78,8 +79,10 @@ def build_inputs(
     values |= {"radius": float(settings.radius), "edge_drop": float(settings.edge_drop), "shard_nodes": shard_nodes}
     d = settings
     frames = d.frames, d.first_frame, d.last_frame, d.frame_seed, d.history + d.pushforward, d.velocity
-    values["velocity_scale"] = displacement_scale(data, select_snapshots(data, d.horizon, *frames), d)
-    return Inputs(data.path.name, sha256(data.path), parts, trainers, weights, method, method_seed, **values)
+    selected = select_snapshots(data, d.horizon, *frames)
+    values["velocity_scale"] = displacement_scale(data, selected, d)
+    inputs = Inputs(data.path.name, sha256(data.path), parts, trainers, weights, method, method_seed, **values)
+    return replace(inputs, radius=length_unit(data, selected, inputs.sample))
 
 
 def list_snapshots(data: Trajectories, inputs: Inputs) -> list[Snapshot]:

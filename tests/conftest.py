@@ -13,7 +13,7 @@ from typing import Any
 
 import hypothesis
 import pytest
-from small_data import DATA, falling_swirl
+from small_data import DATA, falling_swirl, random_pairs
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # shells ignore it for background jobs, tests send it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -31,7 +31,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with Writer(path, {"command": "tests/conftest.py"}) as out:
         for seed, (nodes, split) in enumerate([(200, "train"), (250, "train"), (220, "valid"), (210, "test")]):
             position, velocity, attributes = falling_swirl(nodes, seed)
-            out.add(position, split=split, dt=1.0, source="test", velocity=velocity, attributes=attributes)
+            given = {"velocity": velocity, "attributes": attributes, "edges": random_pairs(nodes, seed)}
+            out.add(position, split=split, dt=1.0, source="test", **given)
     return path
 
 

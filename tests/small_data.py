@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,9 @@ import numpy as np
 DATA: dict[str, Any] = {"radius": 0.27, "horizon": 3, "frames": 3, "features": ["mass", "viscosity/max", "speed"]}
 DATA |= {"node_attributes": ["mass"], "velocity_scale": 1.0}
 FRAMES = 14
+# other edges than those within a radius, by data.edges
+EDGES: dict[str, dict[str, Any]] = {"knn": {"neighbours": 7}, "given": {}, "complete": {}}
+EDGES = {name: {"edges": name, "radius": math.inf, **more} for name, more in EDGES.items()}
 
 
 def falling_swirl(nodes: int, seed: int) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
@@ -23,3 +27,9 @@ def falling_swirl(nodes: int, seed: int) -> tuple[np.ndarray, np.ndarray, dict[s
     position = start + swirl * t + gravity * t**2 / 2 * mass[:, None]
     velocity = swirl + gravity * t * mass[:, None]
     return position, velocity, {"mass": mass, "viscosity": viscosity}
+
+
+def random_pairs(nodes: int, seed: int) -> np.ndarray:
+    """Edges (E, 2) between random nodes, some twice or in both directions; the last node has none."""
+    pairs = np.random.default_rng(seed).integers(0, nodes - 1, (4 * nodes, 2))
+    return pairs[pairs[:, 0] != pairs[:, 1]]

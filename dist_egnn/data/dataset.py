@@ -21,6 +21,7 @@ from .samples import (
     count_columns,
     displacement_scale,
     given_edges,
+    length_unit,
     read_sample,
     root_mean_squares,
     select_snapshots,
@@ -61,12 +62,17 @@ class Dataset:
     budget: int  # bytes of the cache
     frames: list[tuple[int, int]]  # trajectory and frame of each sample
     velocity_scale: float  # factor of v in the samples
+    radius: float  # data.radius, or its value for a simulator whose edges have none
     # what each sample counts for in the cache, by default its own bytes; in halo mode all ranks need the same sizes, so
     # that they evict the same samples: they link a halo together
     sizes: list[int] | None = None
     statistics: Callable[[], tuple[float, float] | None] = lambda: None  # σ_v and σ_a of a simulator's training split
     _cache: OrderedDict[int, tuple[DGLGraph, int]] = field(default_factory=OrderedDict)
     _used: int = 0
+
+    def complete(self, config: Config) -> Config:
+        """The config with the numbers that follow from the data."""
+        return replace(config, data=replace(config.data, velocity_scale=self.velocity_scale, radius=self.radius))
 
     def __getitem__(self, number: int) -> DGLGraph:
         if number in self._cache:
@@ -158,7 +164,8 @@ def open_dataset(config: Config, part: int, processes: int) -> Dataset:
         if exchange := config.partition.halo == "exchange" and store.parts > 1:
             largest = store.parts_table.groupby("snapshot")[["nodes", "edges"]].max().to_numpy().tolist()
             sizes = [cached_bytes(nodes, edges) for nodes, edges in largest]
-        given = splits, names, widths, budget, frames, store.inputs["velocity_scale"], sizes, store.statistics
+        numbers = store.inputs["velocity_scale"], store.inputs["radius"]
+        given = splits, names, widths, budget, frames, *numbers, sizes, store.statistics
         return Dataset(lambda number: store.read(number, part, exchange), *given)
     file = Trajectories(d.path)
     chosen = d.frames, d.first_frame, d.last_frame, d.frame_seed, d.history + d.pushforward, d.velocity
@@ -170,6 +177,7 @@ def open_dataset(config: Config, part: int, processes: int) -> Dataset:
         given_edges(file, k, spec.rule)
         if spec.periodic:
             file.sides(k, spec.rule.longest)
+    spec = replace(spec, radius=length_unit(file, snapshots, spec))
     splits = {name: [i for i, s in enumerate(snapshots) if s.split == name] for name in SPLITS}
     names, frames = (spec.features, spec.node_attributes), [(s.trajectory, s.frame) for s in snapshots]
     widths = count_columns(file, spec.features), count_columns(file, spec.node_attributes)
@@ -179,5 +187,5 @@ def open_dataset(config: Config, part: int, processes: int) -> Dataset:
             return None
         return root_mean_squares(snapshot_squares(file, snapshots[number], spec) for number in splits["train"])
 
-    given = splits, names, widths, budget, frames, scale, None, statistics
+    given = splits, names, widths, budget, frames, scale, spec.radius, None, statistics
     return Dataset(lambda number: read_sample(file, snapshots[number], spec), *given)

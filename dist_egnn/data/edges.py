@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -34,9 +33,8 @@ class EdgeRule:
 
     @classmethod
     def of(cls, settings: Any) -> EdgeRule:
-        """The rule of a data section, of a store's inputs, or of anything else with these attributes or keys."""
-        values = settings if isinstance(settings, Mapping) else vars(settings)
-        return cls(**{f.name: values[f.name] for f in fields(cls)})
+        """The rule of a data section, or of anything else with these attributes."""
+        return cls(settings.edges, settings.radius, settings.neighbours, settings.edge_drop)
 
     @property
     def complete(self) -> bool:
@@ -62,7 +60,7 @@ def edges_of(x: np.ndarray, rule: EdgeRule, side: Side = None, given: Edges | No
 def _undropped(x: np.ndarray, rule: EdgeRule, side: Side, given: Edges | None) -> Edges:
     if rule.edges == "given":
         if given is None:
-            raise Failure("data.edges=given: the edges of the graph are missing; pass them")
+            raise Failure("data.edges=given: the edges of the graph are missing; pass edges=")
         return given
     if rule.edges == "knn":
         return knn_edges(x, rule.neighbours, side)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -111,14 +112,26 @@ def displacement_scale(data: Trajectories, snapshots: Sequence[Snapshot], settin
     is none): v times this has the size of the displacements, in whatever unit it is. A simulator has its own: 1."""
     if settings.velocity_scale is not None or settings.history:
         return settings.velocity_scale or 1.0
-    chosen = [s for s in snapshots if s.split == "train"] or list(snapshots)
-    chosen = [chosen[i] for i in np.unique(np.linspace(0, len(chosen) - 1, RMS_SNAPSHOTS).round().astype(int))]
     squares = np.zeros(2)
-    for s in chosen:
+    for s in _some(snapshots):
         k, t = s.trajectory, s.frame
         moved = data.position(k, t + settings.horizon).astype(float) - data.position(k, t)
         squares += [np.square(moved).mean(), np.square(data.velocity(k, t, settings.velocity), dtype=float).mean()]
     return float(np.sqrt(squares[0] / squares[1])) if squares.all() else 1.0
+
+
+def _some(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
+    """Up to RMS_SNAPSHOTS training snapshots, or of any split if there is none."""
+    chosen = [s for s in snapshots if s.split == "train"] or list(snapshots)
+    return [chosen[i] for i in np.unique(np.linspace(0, len(chosen) - 1, RMS_SNAPSHOTS).round().astype(int))]
+
+
+def length_unit(data: Trajectories, snapshots: Sequence[Snapshot], spec: SampleSpec) -> float:
+    """data.radius; where a simulator's edges have none, the mean length of those of up to RMS_SNAPSHOTS training snapshots."""
+    if not spec.past or spec.edges == "radius" or math.isfinite(spec.radius):
+        return spec.radius
+    lengths = [read_sample(data, s, spec).edata["e"][:, 0].double() for s in _some(snapshots)]
+    return float(torch.cat(lengths).mean()) if sum(map(len, lengths)) else 1.0
 
 
 def feature_columns(names: Sequence[str], v: np.ndarray, attribute: Callable[[str], np.ndarray]) -> np.ndarray:

@@ -125,7 +125,7 @@ class Store:
             actual = f"{version[0]} version {version[1]}"
             raise Failure(f"{manifest}: {actual}, this program reads {FORMAT} {VERSION}; {remake(self.path)}")
         self.source: Source = self.disk
-        self.rule = EdgeRule.of(self.inputs)
+        self.rule = EdgeRule(*map(self.inputs.__getitem__, ("edges", "radius", "neighbours", "edge_drop")))
         self.past = self.inputs["history"] + self.inputs["pushforward"]
         self.fields = (*NODE_FIELDS, *(MOVING if self.inputs["fixed"] else ()), *(["past"] if self.past > 1 else ()))
         for name in ("snapshots.csv", "parts.csv"):

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ..config import Data
+from ..config import Data, follows_from_data
 from ..errors import Failure
 
 # inputs that manifests of older stores lack, and the values those stores were made with
@@ -32,7 +32,7 @@ def check_settings(inputs: Mapping[str, Any], path: str, data: Data) -> None:
     """Raise Failure if the config's data section differs from the inputs of the store at this path."""
     for name in COMPARED:
         value = getattr(data, name)
-        if value != inputs[name] and not (name in ("features", "velocity_scale") and value is None):
+        if value != inputs[name] and not follows_from_data(data, name):
             stored = f"{path} was made with {inputs[name]}"
             changes = {"velocity_scale": data.velocity_scale, name: value}
             raise Failure(

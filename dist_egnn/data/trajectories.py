@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -387,7 +386,7 @@ class Trajectories(Sequence[Trajectory]):
             self.meta: dict[str, Any] = json.loads(_text(self.file.attrs["meta"]))
         except (KeyError, TypeError, ValueError) as error:
             raise Failure(f"{path}: attribute 'meta' is missing or not JSON; {AGAIN}") from error
-        self.edges: Callable[[int], tuple[np.ndarray, np.ndarray]] = functools.lru_cache(2)(self._edges)
+        self._edges: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # of the trajectory read last
         names = sorted(self.file.get("trajectories", {}), key=lambda name: (name.isdecimal() and int(name), name))
         self._all = [self._describe(name) for name in names]
         if not self._all:
@@ -487,14 +486,16 @@ class Trajectories(Sequence[Trajectory]):
             raise Failure(f"{self.path}: trajectory {k} has no node attribute '{name}' (it has: {known})")
         return self._all[k].widths[name]
 
-    def _edges(self, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def edges(self, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Source and destination (E,) of the edges that the source gives, in both directions, sorted by destination, then
         source. Raises Failure if there are none, or invalid ones."""
         name, where = self._all[k].name, f"{self.path}: trajectory {k}"
         if not self._all[k].edges:
             raise Failure(f"{where} has no edges, which data.edges=given needs; set data.edges=radius or knn")
-        pairs = self.file["trajectories"][name]["edges"][()]
-        return both_directions(checks.edges(pairs, f"{where}: edges", self._all[k].nodes))
+        if k not in self._edges:
+            pairs = self.file["trajectories"][name]["edges"][()]
+            self._edges = {k: both_directions(checks.edges(pairs, f"{where}: edges", self._all[k].nodes))}
+        return self._edges[k]
 
     def box(self, k: int) -> np.ndarray | None:
         """Low and high corner (2, 3) of the container, if the source has one."""

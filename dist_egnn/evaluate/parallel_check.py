@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ def randomize_output_weights(model: torch.nn.Module) -> None:
 
 def _run_step(comm: Comm, config: Config, store: Store, graph: DGLGraph) -> dict[str, Tensor]:
     """A forward and backward pass: x (N, 3) of own nodes, z (B, C, 3), the loss, and the gradient of each parameter."""
+    config = replace(config, data=replace(config.data, **asdict(store.rule)))
     widths = store_widths(store.inputs)
     model = trainer.build_model(config, widths, comm, store.statistics()).double()
     randomize_output_weights(model)

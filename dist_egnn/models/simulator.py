@@ -30,9 +30,10 @@ class Simulator(nn.Module):
         v_k = x_{t−k} − x_{t−k−1},  x* = x + v_0 + g,  v̂ = v / σ_v,  û_ij = r*_ij / |r*_ij|,  r*_ij = x*_i − x*_j
 
     predicts: position: base x, σ = R; velocity: base x, σ = σ_v; acceleration: base x*, σ = σ_a, the root mean square of
-    x_{t+1} − x* in the training split. Edges join nodes closer than R at x*. The backbone works at x* / R with
+    x_{t+1} − x* in the training split. Edges join nodes closer than R at x*, with weights w_ij = 1 − |r*_ij| / R; other edges
+    (data.edges) have w_ij = 1, and R is only a unit of length. The backbone works at x* / R with
 
-    - *vectors* v̂_k, ĝ, Σ_j (1 − |r*_ij| / R) v̂_ij,0 / USUAL_DEGREE, and WALL_VECTORS sums over near walls of ψ(wall) n_w;
+    - *vectors* v̂_k, ĝ, Σ_j w_ij v̂_ij,0 / USUAL_DEGREE, and WALL_VECTORS sums over near walls of ψ(wall) n_w;
     - *node features* MLP(f, |v̂_k|, v̂_k·v̂_l, v̂_0·ĝ, neighbours / USUAL_DEGREE) + Σ_w MLP(wall), with the inputs
       (d*_w / R clipped to −1 … 1, d_w / R to −1 … 2, v̂_k·n_w) of a wall at distance d_w of x and d*_w < R of x*;
     - *edge attributes* |r*| / R, |r| / R, v̂_ij,k·û, |v̂_ij,k|, v̂_i0·û, v̂_j0·û.
@@ -53,11 +54,18 @@ class Simulator(nn.Module):
         walls: bool,
         predicts: str,
         radius: float,
+        by_radius: bool = True,
         statistics: tuple[float, float] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
-        self.history, self.walls, self.predicts, self.radius = history, walls, predicts, radius
+        self.history, self.walls, self.predicts, self.radius, self.by_radius = (
+            history,
+            walls,
+            predicts,
+            radius,
+            by_radius,
+        )
         hidden = options.get("hidden", 64)
         if "cutoff" in options:
             options["cutoff"] /= radius
@@ -146,7 +154,7 @@ class Simulator(nn.Module):
     def _set_edges(self, graph: DGLGraph, fields: Tensor) -> tuple[Tensor, Tensor]:
         """Set the edge fields e and, in a periodic box, shift, of the backbone's graph. fields: (N, 6 + 3K), x, x*, v̂_k.
 
-        Returns |N(i)| / USUAL_DEGREE (N, 1) and Σ_j (1 − |r*_ij| / R) v̂_ij,0 / USUAL_DEGREE (N, 3).
+        Returns |N(i)| / USUAL_DEGREE (N, 1) and Σ_j w_ij v̂_ij,0 / USUAL_DEGREE (N, 3).
         """
         n, own, halos, around = len(fields), graph.num_edges(), halo.get(graph), domain.get(graph)
         src, dst = (ends.to(fields.device).long() for ends in graph.edges())
@@ -178,14 +186,14 @@ class Simulator(nn.Module):
         return degree, relative
 
     def _edge_attributes(self, difference: Tensor, v_i: Tensor, v_j: Tensor) -> tuple[Tensor, Tensor]:
-        """The attributes e (E, A), and (1, (1 − |r*| / R) v̂_ij,0) (E, 4). difference: r, r*, v̂_ij,k; v_i, v_j: v̂_i0, v̂_j0."""
+        """The attributes e (E, A), and (1, w_ij v̂_ij,0) (E, 4). difference: r, r*, v̂_ij,k; v_i, v_j: v̂_i0, v̂_j0."""
         length = torch.linalg.vector_norm(difference[:, :6].view(-1, 2, 3), dim=2) / self.radius  # |r|, |r*|
         unit = difference[:, 3:6] / (length[:, 1:] * self.radius + 1e-4 * self.radius)
         relative = difference[:, 6:].view(len(difference), self.history, 3)
         along = (relative * unit.unsqueeze(1)).sum(2)
         ends = [(v * unit).sum(1, keepdim=True) for v in (v_i, v_j)]
         e = torch.cat([length, along, torch.linalg.vector_norm(relative, dim=2), *ends], 1)
-        weighted = (1 - length[:, 1:]) * relative[:, 0]
+        weighted = (1 - length[:, 1:]) * relative[:, 0] if self.by_radius else relative[:, 0]
         return e, torch.cat([torch.ones_like(length[:, :1]), weighted], 1)
 
     def _near_walls(

@@ -125,6 +125,7 @@ def try_rank(_: Comm, config: Config, rank: int, size: int, batches: Batches, ha
     group = SimulatedRank(rank, size)
     device = trainer.resolve_device(config, rank)
     samples = open_dataset(config, rank, size)
+    config = samples.complete(config)
     model = trainer.build_model(config, samples.widths, group, samples.statistics()).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.train.lr)
     prepare = getattr(model, "prepare", lambda graph: graph)

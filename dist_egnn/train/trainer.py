@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial, reduce
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ def build_model(
             )
         d = config.data
         options |= {"history": d.history, "walls": d.walls != "none", "radius": d.radius}
+        options |= {"by_radius": d.edges == "radius"}
         options |= {"predicts": config.model.predicts, "statistics": statistics}
         make = partial(simulator.Simulator, kind)
     with _drawing:
@@ -319,7 +320,7 @@ def train(world: Comm, config: Config, resume: bool = False, identity: Identity 
     if config.train.replicas > batches:
         made = f"only {batches} batches of train.batch_size={config.train.batch_size}; lower one of the two"
         raise Failure(f"train.replicas={config.train.replicas}: {config.data.path} makes {made}")
-    config = replace(config, data=replace(config.data, velocity_scale=samples.velocity_scale))  # enters checkpoints
+    config = samples.complete(config)  # enters checkpoints
     model = build_model(config, samples.widths, comm, samples.statistics()).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay)
     fingerprint = checkpoint.fingerprint(samples, comm)

@@ -18,6 +18,7 @@ from dgl import DGLGraph
 from dist_egnn.partition import assign
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_data import EDGES
 from thread_ranks import Board, ThreadRank, differences, run_ranks, step
 
 from dist_egnn import cli, config
@@ -94,6 +95,12 @@ EVERY_METHOD = itertools.product(("FastEGNN", "RF", "FastTFN"), (3,), set(assign
 @pytest.mark.parametrize(("name", "parts", "method"), sorted([*EVERY_MODEL, *EVERY_METHOD]))
 def test_parts_equal_the_full_graph(make_store: MakeStore, name: str, parts: int, method: str) -> None:
     assert_exact(store_differences(Store(make_store(parts, method)), model_of(name), 1))
+
+
+@pytest.mark.parametrize(("edges", "method"), [("knn", "metis"), ("given", "bisection"), ("complete", "kmeans")])
+def test_parts_with_other_edges_equal_the_full_graph(make_store: MakeStore, edges: str, method: str) -> None:
+    """In-edges of the nearest nodes are not symmetric."""
+    assert_exact(store_differences(Store(make_store(3, method, **EDGES[edges])), model_of("FastEGNN"), 1))
 
 
 @pytest.fixture

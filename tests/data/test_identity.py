@@ -38,12 +38,19 @@ def delete_velocity(group: h5py.Group) -> None:
     del group["velocity"]
 
 
+def delete_an_edge(group: h5py.Group) -> None:
+    pairs = group["edges"][1:]
+    del group["edges"]
+    group["edges"] = pairs
+
+
 EDITS: dict[str, Callable[[h5py.Group], None]] = {
     "positions": scale("position"),
     "velocities": scale("velocity"),
     "attribute 'mass'": scale("attributes/mass"),
     "dt": lambda group: group.attrs.update(dt=0.5),
     "box": lambda group: group.create_dataset("box", data=np.float32([[-9, -9, -9], [9, 9, 9]])),
+    "edges": delete_an_edge,
     "gravity": lambda group: group.attrs.update(gravity=[0, 0, -1.0]),
 }
 
@@ -61,7 +68,7 @@ def edited(small: Path, out: Path, edit: Callable[[h5py.Group], None], *splits: 
 @pytest.mark.parametrize(("word", "edit"), [*EDITS.items(), ("velocities", delete_velocity)])
 def test_changes_name_the_component(small, tmp_path, word, edit):
     before, now = map(identity.of_data, (small, edited(small, tmp_path / "a.h5", edit)))
-    data = Data(features=["mass"])
+    data = Data(features=["mass"], edges="given")
     assert identity.changes(before, now, data) == [word]
     assert identity.digest(before) != identity.digest(now) != ""
     tests_only = identity.of_data(edited(small, tmp_path / "b.h5", edit, "test") if word != "velocities" else small)
@@ -73,6 +80,8 @@ def test_attributes_that_no_feature_uses_do_not_count(small, tmp_path):
     assert identity.changes(before, now, Data(features=["viscosity/max", "speed"])) == []
     assert identity.changes(before, now, Data(features=["speed"], fixed="mass=1")) == ["attribute 'mass'"]
     assert identity.changes(before, now, Data()) == ["attribute 'mass'"]
+    other_edges = identity.of_data(edited(small, tmp_path / "b.h5", EDITS["edges"]))
+    assert identity.changes(before, other_edges, Data()) == []
 
 
 def test_the_same_values_have_the_same_digest_however_they_are_stored(small, make_store, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_data import random_pairs
 
 import dist_egnn
 from dist_egnn import config
@@ -30,6 +31,8 @@ RUNS = {
     "EGNN": [*FEATURES, "model.name=EGNN"],
     "Linear": [*FEATURES, "model.name=Linear"],
     "options": [*FEATURES, "model.attention=true", "model.normalize=true", "model.gravity=[0,-9.81,0]"],
+    "knn": [*FEATURES, "data.radius=.inf", "data.edges=knn", "data.neighbours=5"],
+    "given": [*FEATURES, "data.radius=.inf", "data.edges=given"],
     "complete graph": [*FEATURES, "data.radius=.inf", "data.edge_drop=0.9"],
 }
 
@@ -86,14 +89,18 @@ def test_predicts_what_evaluation_predicts(name, small, tmp_path):
     predict = dist_egnn.load(path)
     cases = inputs(small, chosen)
     assert len(cases) == 2
+    given = {"edges": random_pairs(210, 3)} if name == "given" else {}
     for number, (x, v, attributes, _) in zip(samples.splits["test"], cases, strict=True):
         with torch.no_grad():
             y, z = model(samples[number])
         assert float((y - torch.from_numpy(x)).abs().max()) > 1e-3
-        predicted, virtual = predict.with_virtual(x, v, attributes)
+        predicted, virtual = predict.with_virtual(x, v, attributes, **given)
         assert predicted.dtype == np.float32
         np.testing.assert_array_equal(predicted, y.numpy())
         np.testing.assert_array_equal(virtual, z[0].numpy())
+    if given:
+        with pytest.raises(Failure, match=r"data\.edges=given: .*edges="):
+            predict(x, v, attributes)
 
 
 def test_periodic_box(tmp_path):

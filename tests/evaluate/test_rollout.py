@@ -21,6 +21,7 @@ import pandas as pd
 import pytest
 import torch
 from dist_egnn.partition import assign
+from small_data import EDGES, random_pairs
 
 from dist_egnn import cli, config
 from dist_egnn.data import graphs
@@ -54,7 +55,8 @@ def write(path: Path, *, velocity: bool = True, box: np.ndarray | None = BOX, pe
     with Writer(path, {}) as out:
         for split in ("train", "valid", "test"):
             options: dict[str, Any] = {"velocity": v, "attributes": attributes, "box": box, "periodic": periodic}
-            out.add(start + u * t + g * t**2 / 2, split=split, dt=DT, source="test", **options)
+            position = start + u * t + g * t**2 / 2
+            out.add(position, split=split, dt=DT, source="test", edges=random_pairs(60, 0), **options)
     return path
 
 
@@ -119,8 +121,9 @@ def plain_loop(run: Path, data: Path, parts: int, repartition: int, method: str)
     x, v = file.position(0, 0).astype(float), file.velocity(0, 0).astype(float)
     mass, positions = file.attribute(0, "mass").astype(float), [x]
     for step in range(STEPS):
-        side = file.sides(0, settings.data.radius) if settings.data.periodic else None
-        edges = edges_of(x, EdgeRule.of(settings.data), side)
+        rule = EdgeRule.of(settings.data)
+        side = file.sides(0, rule.longest) if settings.data.periodic else None
+        edges = edges_of(x, rule, side, file.edges(0))
         if step % repartition == 0:
             part = assign.assign(method, x if side is None else graphs.wrap(x, side), *edges, parts)
         src, dst = (end[part[edges[0]] == part[edges[1]]] for end in edges)
@@ -136,15 +139,19 @@ def plain_loop(run: Path, data: Path, parts: int, repartition: int, method: str)
 CASES = [(1, 1, 0.0, "metis", False), (2, 1, 0.3, "metis", False), (3, 2, 0.0, "metis", False)]
 CASES += [(2, 2, 0.3, "bisection", False), (1, 1, 0.3, "metis", True), (2, 2, 0.3, "bisection", True)]
 CASES += [(3, 2, 0.3, "bisection exchange", True)]
+CASES += [(2, 1, 0.0, "bisection knn", False), (3, 2, 0.3, "metis knn exchange", True)]
+CASES += [(2, 2, 0.3, "metis given", True), (2, 1, 0.0, "bisection given exchange", False)]
 
 
 @pytest.mark.parametrize(("parts", "repartition", "drop", "method", "periodic"), CASES)
 def test_processes_equal_one_on_the_same_cut_graphs(
     tmp_path: Path, parts: int, repartition: int, drop: float, method: str, periodic: bool
 ) -> None:
-    method, *halo = method.split()
+    method, *more = method.split()
     keys = [f"data.edge_drop={drop}", f"partition.method={method}", f"data.periodic={periodic}"]
-    keys += [f"partition.halo={mode}" for mode in halo]
+    keys += [f"data.{key}={value}" for name in EDGES if name in more for key, value in EDGES[name].items()]
+    halo = "exchange" in more
+    keys += ["partition.halo=exchange"] * halo
     run = make_run(tmp_path / "run", *keys, periodic=periodic, box=UNIT if periodic else BOX)
     frames = roll_out(run, tmp_path / "out.vtkhdf", parts=parts, double=True, repartition=repartition)
     expected = plain_loop(run, tmp_path / "a.h5", 1 if halo else parts, repartition, method)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from dist_egnn.partition import store_writer
 from dist_egnn.partition.verify import verify_store
-from small_data import falling_swirl
+from small_data import EDGES, falling_swirl, random_pairs
+from thread_ranks import run_ranks
 
 import dist_egnn
 from dist_egnn import Trajectories, Writer, config
@@ -37,7 +38,8 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for seed, split in enumerate(("train", "train", "valid", "test")):
             position, _, attributes = falling_swirl(120 + seed, seed)
             attributes["body"] = np.arange(120 + seed) < 20  # moves as prescribed, with data.fixed=body
-            out.add(position, split=split, dt=1.0, source="", attributes=attributes, box=BOX, gravity=GRAVITY)
+            given = {"attributes": attributes, "gravity": GRAVITY, "edges": random_pairs(120 + seed, seed)}
+            out.add(position, split=split, dt=1.0, source="", box=BOX, **given)
     return path
 
 
@@ -72,14 +74,21 @@ def _step(group: comm.Comm, made: config.Config, path: str, own_steps: int) -> d
     return {name: value.numpy() for name, value in result.items()}  # tensors would travel through files
 
 
-CASES = [("FastEGNN", "exchange", 0, ""), ("FastEGNN", "exchange", 2, "body"), ("SchNet", "exchange", 2, "body")]
-CASES += [("EGNN", "bridge", 2, "")]
+CASES = [("FastEGNN", "exchange", 0, "", ""), ("FastEGNN", "exchange", 2, "body", "")]
+CASES += [("SchNet", "exchange", 2, "body", ""), ("EGNN", "bridge", 2, "", ""), ("EGNN", "bridge", 2, "", "given")]
+CASES += [("EGNN", "exchange", 2, "", "knn"), ("FastEGNN", "exchange", 2, "body", "given")]
 
 
-@pytest.mark.parametrize(("name", "mode", "own_steps", "fixed"), CASES)
-def test_many_processes_equal_one(file, tmp_path, name, mode, own_steps, fixed):
-    made = settings(file, f"model.name={name}", f"partition.halo={mode}", f"data.fixed={fixed}")
+def edge_keys(edges: str) -> list[str]:
+    return [f"data.{key}={value}" for key, value in EDGES.get(edges, {}).items()]
+
+
+@pytest.mark.parametrize(("name", "mode", "own_steps", "fixed", "edges"), CASES)
+def test_many_processes_equal_one(file, tmp_path, name, mode, own_steps, fixed, edges):
+    keys = [f"model.name={name}", f"partition.halo={mode}", f"data.fixed={fixed}", *edge_keys(edges)]
+    made = settings(file, *keys)
     store = make_store(file, tmp_path / "store", made)
+    made.data.radius = store.rule.radius
     ranks = spawn.run_ranks(_step, 2, made, str(store.path), own_steps)
     results = [*ranks, _step(comm.SingleProcess(), made, str(store.path), own_steps)]
     *ranks, one = [{key: torch.from_numpy(value) for key, value in result.items()} for result in results]
@@ -112,6 +121,51 @@ def test_store_and_file_agree(file, tmp_path):
     ]
     expected = np.sqrt(np.concatenate([square.ravel() for square in squares]).mean())
     assert samples.statistics()[1] == pytest.approx(expected, rel=1e-3)  # differences of float32 positions
+
+
+@pytest.mark.parametrize("mode", ["bridge", "exchange"])
+@pytest.mark.parametrize("edges", ["", "knn", "given", "complete"])
+def test_edges_of_the_same_state_are_the_same(file, tmp_path, mode, edges):
+    """Rebuilt on threads as ranks, with the edges between parts in halo mode."""
+    made = settings(file, *edge_keys(edges))
+    store, exchange = make_store(file, tmp_path / "store", made), mode == "exchange"
+    parts = [store.read(3, p, exchange) for p in range(2)]
+
+    def rebuild(member: comm.Comm) -> torch.Tensor:
+        part = parts[member.rank]
+        nodes = part.ndata
+        velocities = torch.stack([nodes["v"], *nodes["past"].split(3, 1)], 1)
+        new = augmentation.rebuilt(made, part, member, (nodes["x"], velocities), nodes["y"])
+        ends = []
+        for graph in (part, new):
+            src, dst = graph.edges()
+            if exchange:
+                own = halo.get(graph)
+                rows = torch.cat(
+                    [torch.stack([torch.full_like(r, k), r], 1) for k, r in enumerate(own.parts[0].recv_rows)]
+                )
+                key = rows[own.src] * torch.tensor([1000, 1]) + 10**6
+                src, dst = torch.cat([src, key.sum(1)]), torch.cat([dst, own.dst])
+            ends.append(sorted(zip(src.tolist(), dst.tolist(), strict=True)))
+        return ends
+
+    for before, after in run_ranks(2, rebuild):
+        assert before == after
+        assert before
+
+
+def test_without_a_radius_lengths_are_in_units_of_the_mean_edge(file, tmp_path):
+    made = settings(file, *edge_keys("given"))
+    store, samples = make_store(file, tmp_path / "store", made), open_dataset(made, 0, 1)
+    lengths = [samples[n].edata["e"][:, 0] for n in samples.splits["train"]]
+    expected = float(np.mean([length.mean() for length in lengths]))
+    assert samples.radius == pytest.approx(expected, rel=0.01)
+    assert store.rule.radius == samples.radius
+    stored = open_dataset(settings(store.path, *edge_keys("given")), 0, 2)
+    assert stored.complete(made).data.radius == samples.radius
+    assert settings(file, *edge_keys("given"), "data.radius=0.4").data.radius == 0.4
+    with pytest.raises(Failure, match=r"data\.radius=0\.4 in the config, .*; set it"):
+        open_dataset(settings(store.path, *edge_keys("given"), "data.radius=0.4"), 0, 2)
 
 
 def test_noise_is_that_of_the_particle_and_leaves_the_displacement_of_the_target(file):
