@@ -1,8 +1,8 @@
 """The identity of data: digests of all that a training reads, by split and component, and what can be said in words.
 
 An identity is a dict of plain values, kept in a store's manifest and in checkpoints: ``velocity`` (stored or not), ``dt``
-(the values), ``attributes`` (name → columns), ``digests`` (split → component → BLAKE2b). Components are position,
-velocity, attributes/NAME, edges, dt, box, periodic and gravity.
+(the values), ``attributes`` (name → columns), ``velocity_ratio`` (see `_velocity_ratio`), ``digests`` (split → component
+→ BLAKE2b). Components are position, velocity, attributes/NAME, edges, dt, box, periodic and gravity.
 """
 
 from __future__ import annotations
@@ -11,21 +11,28 @@ import functools
 import hashlib
 import json
 import math
+import os
 import re
 import sys
+import time
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .. import __version__
 from ..config import Data
 from ..errors import Failure
+from ..utils.filesystem import replace_file
 from .store import open_store
-from .trajectories import SPLITS, Trajectories, Trajectory
+from .trajectories import SPLITS, Trajectories
 
 Identity = dict[str, Any]
 
+UNIT_FACTOR = 3.0  # between velocities of one unit, whose ratio to displacements depends a little on the motion
+CACHED_BYTES = 1 << 24  # files of this size or more are hashed once per user: a GB takes about 10 s
 WORDS = {"position": "positions", "velocity": "velocities"}
 
 
@@ -49,14 +56,28 @@ def of_file(data: Trajectories) -> Identity:
             digest.update(json.dumps([k, trajectory.nodes]).encode())
             digest.update(np.ascontiguousarray(data.edges(k), "<i8"))
     digests = {split: {key: h.hexdigest() for key, h in sorted(by_key.items())} for split, by_key in hashes.items()}
-    return describe(data) | {"digests": digests}
+    return describe(data, range(len(data))) | {"digests": digests}
 
 
-def describe(trajectories: Sequence[Trajectory]) -> Identity:
-    """An identity without digests."""
-    widths = sorted((name, columns) for trajectory in trajectories for name, columns in trajectory.widths.items())
-    dt = sorted({trajectory.dt for trajectory in trajectories})
-    return {"velocity": trajectories[0].velocity, "dt": dt, "attributes": dict(widths)}
+def describe(data: Trajectories, numbers: Sequence[int]) -> Identity:
+    """An identity without digests, of the trajectories with these numbers."""
+    chosen = [data[k] for k in numbers]
+    widths = sorted((name, columns) for trajectory in chosen for name, columns in trajectory.widths.items())
+    identity = {"velocity": chosen[0].velocity, "dt": sorted({t.dt for t in chosen}), "attributes": dict(widths)}
+    return identity | {"velocity_ratio": _velocity_ratio(data, numbers)}
+
+
+def _velocity_ratio(data: Trajectories, numbers: Sequence[int]) -> float | None:
+    """rms(v) · dt over the rms displacement to the next frame: the median of four frames of up to eight trajectories, about
+    1 if the units agree. None without stored velocities or without motion."""
+    ratios = list[float]()
+    for k in np.unique(np.linspace(numbers[0], numbers[-1], 8).round().astype(int)):
+        if data[k].velocity and data[k].frames > 1:
+            for t in np.unique(np.linspace(0, data[k].frames - 2, 4).round().astype(int)):
+                moved = np.linalg.norm(data.position(k, t + 1).astype(float) - data.position(k, t))
+                travelled = np.linalg.norm(data.velocity(k, t).astype(float)) * data[k].dt
+                ratios += [float(travelled / moved)] if travelled * moved > 0 else []
+    return float(f"{np.median(ratios):.4g}") if ratios else None
 
 
 def of_data(path: str | Path) -> Identity | None:
@@ -73,10 +94,29 @@ def _of_data(path: Path, _modified_ns: int) -> Identity | None:
             text = f"its manifest does not identify the data it was made from; {open_store(path).remedy}"
             print(f"warning: {path}: {text}", file=sys.stderr)
         return identity
+    record, key = _cache(path)
+    with suppress(OSError, ValueError, KeyError):
+        if (saved := json.loads(record.read_text(encoding="utf-8")))["key"] == key:
+            return saved["identity"]
     file = Trajectories(path)
     identity = of_file(file)
     file.close()
+    if key and key == _cache(path)[1]:
+        with suppress(OSError):
+            record.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(record, json.dumps({"key": key, "identity": identity}).encode())
     return identity
+
+
+def _cache(path: Path) -> tuple[Path, list[Any]]:
+    """The file in the user's cache folder for the identity of a trajectories file, and what it is valid for: version, path,
+    inode, size and time of modification. Nothing for small files, and those modified less than two seconds ago."""
+    name = hashlib.blake2b(str(path.absolute()).encode(), digest_size=16).hexdigest()
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    record, state = Path(home, "dist_egnn", f"{name}.json"), path.stat() if path.is_file() else None
+    if state is None or state.st_size < CACHED_BYTES or time.time() - state.st_mtime < 2:
+        return record, []
+    return record, [__version__, str(path.absolute()), state.st_ino, state.st_size, state.st_mtime_ns]
 
 
 def digest(identity: Identity | None) -> str:
@@ -120,6 +160,10 @@ def check_fits(trained: Identity, given: Identity, data: Data, where: str, run: 
         stored = ("without stored velocities", "with stored velocities")
         actual = "stores velocities" if given["velocity"] else "stores no velocities"
         raise Failure(f"{where}: {actual}, {run} was trained {stored[trained['velocity']]}; {remedy}")
+    own, ratio = trained.get("velocity_ratio"), given.get("velocity_ratio")  # older versions recorded none
+    if own and ratio and not data.history and not 1 / UNIT_FACTOR < ratio / own < UNIT_FACTOR:
+        text = f"velocity · dt is {ratio:g} times the displacement, in the data of {run} {own:g} times"
+        raise Failure(f"{where}: {text}; store velocities in the unit of the training's")
     for dt in given["dt"]:
         if not any(math.isclose(dt, known, rel_tol=1e-5) for known in trained["dt"]):
             known = ", ".join(f"{value:g}" for value in trained["dt"][:4])

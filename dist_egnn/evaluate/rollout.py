@@ -241,7 +241,7 @@ def prepare(
     if trained and data is None:
         checkpoint.compare_data(trained, identity.of_data(file.path), config.data, run)
     elif trained:
-        identity.check_fits(trained, identity.describe([file[trajectory]]), config.data, str(file.path), run)
+        identity.check_fits(trained, identity.describe(file, [trajectory]), config.data, str(file.path), run)
     start = _first_frame(config.data, file, trajectory, start)
     if min(steps, repartition) < 1:
         raise Failure(f"--steps {steps}, --repartition {repartition}: both must be at least 1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable
@@ -113,6 +114,30 @@ def test_a_resume_refuses_changed_data_and_names_the_change(small, tmp_path, wor
         resume_training(tmp_path / "run", ["train.epochs=3"])
 
 
+def test_the_identity_of_a_large_file_is_kept_until_the_file_changes(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(identity, "CACHED_BYTES", 1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    data, hashed = Path(shutil.copy(small, tmp_path / "a.h5")), list[str]()
+    plain = identity.of_file
+    monkeypatch.setattr(identity, "of_file", lambda file: hashed.append(str(file.path)) or plain(file))
+
+    def read() -> str:
+        identity._of_data.cache_clear()  # as in another process
+        return identity.digest(identity.of_data(data))
+
+    first = read()
+    assert (read(), len(hashed)) == (first, 2)  # modified a moment ago
+    os.utime(data, (0, 0))
+    assert [read(), read()] == [first] * 2
+    assert len(hashed) == 3
+    (record,) = (tmp_path / "cache" / "dist_egnn").iterdir()
+    record.write_text("{")
+    assert (read(), len(hashed)) == (first, 4)
+    edited(data, tmp_path / "b.h5", scale("velocity")).replace(data)  # of the same size
+    os.utime(data, (0, 0))
+    assert read() != first
+
+
 def test_a_store_of_an_older_version_is_read_with_a_warning(make_store, tmp_path, capsys):
     store = Path(shutil.copytree(make_store(2), tmp_path / "store"))
     manifest = (store / "manifest.yaml").read_text()
@@ -136,10 +161,15 @@ def rename_mass(group: h5py.Group) -> None:
     group.move("attributes/mass", "attributes/load")
 
 
+def scale_velocity(group: h5py.Group) -> None:
+    group["velocity"][...] *= 3.6
+
+
 UNFIT: dict[str, Callable[[h5py.Group], None]] = {
     r"has no attribute 'mass' \(it has: load, viscosity\)": rename_mass,
     "stores no velocities": delete_velocity,
     r"dt is 0.5, .* dt 1;": EDITS["dt"],
+    r"velocity · dt is 3.\d+ times the displacement, in the data of .* 0.96": scale_velocity,
 }
 
 
