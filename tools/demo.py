@@ -1,4 +1,4 @@
-"""The complete workflow on a fluid: partition, verify, train EGNN and FastEGNN on two processes, evaluate, plot.
+"""The complete workflow on a fluid: partition, verify, train a simulator on two processes, roll it out, plot.
 
 `make demo` runs it; all output goes to runs/demo. Example: .venv/bin/python tools/demo.py --epochs 20
 """
@@ -10,7 +10,6 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,132 +17,143 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread per process; must be
 
 import numpy as np
 import pandas as pd
-import torch
-from dist_egnn.partition import store_writer
 
 from dist_egnn import config
 from dist_egnn.commands.evaluate import run_evaluation
-from dist_egnn.commands.partition import write_store
+from dist_egnn.commands.partition import store_inputs, write_store
 from dist_egnn.commands.train import run_training
 from dist_egnn.commands.verify import run_verification
-from dist_egnn.data.store import Store
-from dist_egnn.data.store_inputs import store_widths
-from dist_egnn.data.trajectories import Trajectories
-from dist_egnn.distributed.comm import SingleProcess
 from dist_egnn.errors import Failure
-from dist_egnn.train import checkpoint, trainer
-from dist_egnn.train.metrics import fitted_time, mean_squared_error
+from dist_egnn.evaluate.rollout import run_rollout
+from dist_egnn.evaluate.vtkhdf import Frame, Rollout
 from dist_egnn.utils.console import print_table
 from dist_egnn.utils.filesystem import write_atomically
 from dist_egnn.viz import plots
-from dist_egnn.viz.html_report import node_parts
 
 HERE = Path(__file__).resolve().parent.parent
 RECIPE = HERE / "recipes" / "fluid113k"
-MODELS = ("EGNN", "FastEGNN")
+TEST, START, STEPS = 5, 15, 40  # the test trajectory of sample.h5, first frame and steps of the rollout
+LISTED = [5, 10, 20, 40]  # steps in the table
+DRAWN = [5, 15, 25, 40]  # steps in the picture
+BASELINES = {name: f"{name}_mse" for name in ("static", "linear", "ballistic")}  # their columns in a table of errors
 
 
-def settings(out: Path, name: str, epochs: int) -> config.Config:
-    """A shorter version of the recipe's config: fewer frames and epochs, a step after each snapshot, a larger rate."""
-    return config.load(
-        RECIPE / "config.yaml",
-        [
-            "data.frames=10",
-            f"data.path={out / 'store'}",
-            f"run.dir={out / name}",
-            f"model.name={name}",
-            "train.accumulate=1",
-            "train.lr=2e-3",
-            "train.schedule=cosine",
-            f"train.epochs={epochs}",
-        ],
-    )
+def settings(out: Path, epochs: int) -> config.Config:
+    """The recipe's simulator with virtual nodes, on a store of two parts."""
+    path, run = f"data.path={out / 'store'}", f"run.dir={out / 'simulator'}"
+    return config.load(RECIPE / "simulator.yaml", [path, run, "model.name=FastEGNN", f"train.epochs={epochs}"])
 
 
-def picture(out: Path, store: Store, epochs: int) -> None:
-    """Write report.png: the best checkpoints on one test snapshot, and their validation errors."""
-    number = store.split("test")[len(store.split("test")) // 2]
-    graph = store.whole(number)
-    x, y = graph.ndata["x"].numpy(), graph.ndata["y"].numpy()
-    predicted, virtual = {}, np.zeros((0, 3))
-    widths = store_widths(store.inputs)
-    for name in MODELS:
-        model = trainer.build_model(settings(out, name, epochs), widths, SingleProcess())
-        path = out / name / "best.pt"
-        checkpoint.load_weights(model, checkpoint.load(path), path)
-        with torch.no_grad():
-            positions, z = model(graph)
-        predicted[name], virtual = positions.numpy(), z[0].numpy()
-    t = fitted_time((store.whole(n) for n in store.split("train")), SingleProcess())
-    valid = [store.whole(n) for n in store.split("valid")]
-    baselines = {
-        name: mean_squared_error(((g.ndata["x"] + s * g.ndata["v"], g.ndata["y"]) for g in valid), SingleProcess())
-        for name, s in (("static", 0.0), ("linear", t))
-    }
-    lines = {name: pd.read_csv(out / name / "metrics.csv")["valid_mse"].tolist() for name in MODELS}
-    axis = range(1, epochs + 1), lines, baselines, "epoch", "validation MSE [m²]"
-    panels: dict[str, Callable[[Any], None]] = {
-        f"Input, coloured by partition ({store.parts} parts)": lambda f: plots.parts(f, x, node_parts(store, number)),
-        f"Target, {name}, and virtual nodes after the last layer": lambda f: plots.positions(
-            f, y, predicted[name], virtual
-        ),
-        "Displacement of each particle of one test snapshot [m]": lambda f: plots.displacement(f, x, y, predicted),
-        "Validation error": lambda f: plots.curves(f, *axis),
-    }
-    title = f"Fluid, {len(x):,} particles, {store.inputs['horizon']} frames ahead: two processes, METIS"
-    write_atomically(out / "report.png", plots.png_of_panels(title, panels))
+def rms_mm(mse: pd.Series) -> pd.Series:
+    """The root mean square distance in mm, from the MSE over nodes and components in m²."""
+    return 1e3 * np.sqrt(3 * mse)
+
+
+def picture(path: Path, table: pd.DataFrame, title: str) -> bytes:
+    """PNG of a rollout and its table of errors: nodes from the side at four times, energy and error over time."""
+    figure = plots.pyplot().figure(figsize=(11.2, 9), dpi=plots.DPI, layout="constrained")
+    figure.suptitle(title, fontsize=14)
+    above, below = figure.subfigures(2, 1, height_ratios=(1.9, 1), hspace=0.03)
+    with Rollout(path) as rollout:
+        draw_nodes(above, rollout)
+        step_ms = 1e3 * rollout.meta["dt"]
+    energy, error = below.subplots(1, 2)
+    energy.plot(table["step"], table["true_kinetic_energy"] / 1e3, color="0.3", label="true")
+    energy.plot(table["step"], table["kinetic_energy"] / 1e3, color="C0", lw=2, label="predicted")
+    energy.set(ylabel="kinetic energy [kJ]", ylim=(0, None))
+    error.plot(table["step"][1:], rms_mm(table["mse"])[1:], color="C0", lw=2, label="predicted")
+    for (name, column), style in zip(BASELINES.items(), (":", "--", "-."), strict=True):
+        error.plot(table["step"][1:], rms_mm(table[column])[1:], color="0.3", ls=style, label=name)
+    error.set(ylabel="error: rms distance [mm]", yscale="log")
+    for axes in (energy, error):
+        axes.set_xlabel(f"step of {step_ms:.0f} ms")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return plots.png(figure)
+
+
+def draw_nodes(figure: Any, rollout: Rollout) -> None:
+    """True nodes above, predicted ones below, at the steps DRAWN; y over x, coloured by speed; the box, open above."""
+    (left, floor, _), (right, _, _) = np.asarray(rollout.box)
+    dt, grid = rollout.meta["dt"], figure.subplots(2, len(DRAWN), sharex=True, sharey=True)
+    for column, step in zip(grid.T, DRAWN, strict=True):
+        now, before = (true_and_predicted(rollout[k]) for k in (step, step - 1))
+        for axes, x, previous in zip(column, now, before, strict=True):
+            speed = np.linalg.norm(x - previous, axis=1) / dt
+            order = np.argsort(x[:, 2])  # the nearest nodes are drawn last
+            dots = axes.scatter(*x[order, :2].T, c=speed[order], s=6, lw=0, cmap="viridis", vmin=0, vmax=6)
+            axes.plot([left, left, right, right], [9, floor, floor, 9], color="0.3", lw=1.5)
+            axes.set(aspect="equal", xlim=(left - 0.06, right + 0.06), ylim=(floor - 0.06, 1.5))
+        column[0].set_title(f"step {step}: {step * dt:.2f} s", fontsize=12)
+        column[1].set_xlabel("x [m]")
+    for axes, name in zip(grid[:, 0], ("true", "predicted"), strict=True):
+        axes.set_ylabel(f"{name}\n\ny [m]", fontsize=12)
+    figure.colorbar(dots, ax=grid, label="speed [m/s]", extend="max", shrink=0.7, aspect=30)
+
+
+def true_and_predicted(frame: Frame) -> tuple[np.ndarray, np.ndarray]:
+    """Positions (N, 3) of a frame that the data contain."""
+    assert frame.error is not None
+    return frame.position - frame.error, frame.position
+
+
+def check_output(out: Path) -> None:
+    """Delete an earlier demo in the folder. Raises Failure if it holds anything else."""
+    if not out.exists():
+        return
+    if any(out.iterdir()) and not (out / "store.partial").exists() and not (out / "store" / "manifest.yaml").is_file():
+        raise Failure(f"{out}: exists and is not the output of a demo; choose another folder with --out")
+    shutil.rmtree(out)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--epochs", type=int, default=7, help="passes over the training split for each model (default 7)"
-    )
+    parser.add_argument("--epochs", type=int, default=12, help="passes over the training split (default 12)")
     parser.add_argument(
         "--out", type=Path, default=HERE / "runs" / "demo", help="output folder; an earlier demo in it is replaced"
     )
     options = parser.parse_args()
     out: Path = options.out
-    if out.exists():
-        # delete only the output of an earlier demo
-        if not (out / "store.partial").exists() and not (out / "store" / "manifest.yaml").is_file():
-            raise Failure(f"{out}: exists and is not the output of a demo; choose another folder with --out")
-        shutil.rmtree(out)
+    check_output(out)
     started = time.perf_counter()
 
     print("1. Partition the fluid into 2 parts with METIS")
-    file = Trajectories(RECIPE / "sample.h5")
-    data = settings(out, "EGNN", 1).data
-    inputs = store_writer.build_inputs(file, parts=2, method="metis", settings=data)
-    write_store(file, inputs, out / "store")
-    store = Store(out / "store")
+    demo = settings(out, options.epochs)
+    source = settings(out, options.epochs)
+    source.data.path, source.partition.parts = str(RECIPE / "sample.h5"), 2
+    write_store(*store_inputs(source), out / "store")
 
     print("\n2. Verify the store, and that two processes compute the same as one")
-    run_verification(out / "store", settings(out, "FastEGNN", 1))
+    run_verification(out / "store", demo)
 
-    print(f"\n3. Train on two processes, {options.epochs} epochs for each model")
-    errors, statistics = {}, {}
-    for name in MODELS:
-        statistics[name] = run_training(settings(out, name, options.epochs))
-        errors[name] = run_evaluation(out / name)
+    print(f"\n3. Train a simulator on two processes, {options.epochs} epochs")
+    run_training(demo)
 
-    rows = [[name, f"{errors['EGNN'][name]:.3e}", "", ""] for name in ("static", "linear")]
-    for name in MODELS:
-        last = statistics[name]
-        rows.append([name, f"{errors[name][name]:.3e}", f"{last['step_s']:.3f}", f"{last['peak_gb']:.2f}"])
-    print("\n4. Errors on the test trajectory, 20 frames ahead")
+    print("\n4. Roll it out on two processes")
+    run, file = out / "simulator", out / "rollout.vtkhdf"
+    table = run_rollout(run, data=RECIPE / "sample.h5", trajectory=TEST, start=START, steps=STEPS, out=file)
+
+    print("\n5. Errors on the test trajectory")
+    one_step = run_evaluation(run)
+    columns = BASELINES | {demo.model.name: "mse"}
+    distances = {name: rms_mm(table[column])[LISTED] for name, column in columns.items()}
+    rows = [
+        [name, f"{3e6 * one_step[name]:.1f}" if name in one_step else "", *(f"{mm:.0f}" for mm in distances[name])]
+        for name in columns
+    ]
     print_table(
-        f"edges cut by the partition: {store.summary()['edge_cut']:.1%}; linear: x + t·v with t fitted on the training split",
-        ["prediction", "test MSE [m²]", "s/step", "GB/process"],
+        f"one step: mean squared distance; {LISTED} steps from frame {START} on: root mean square distance",
+        ["prediction", "1 [mm²]", *(f"{step} [mm]" for step in LISTED)],
         rows,
     )
-    picture(out, store, options.epochs)
+    title = f"A fluid falls into a box: {STEPS} steps of {demo.model.name}, trained for {options.epochs} epochs on two processes"
+    write_atomically(out / "report.png", picture(file, table, title))
     shown = out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out
     print(f"\nPicture: {shown / 'report.png'}   all output: {shown}   {time.perf_counter() - started:.0f} s")
-    worse = [name for name in MODELS if not errors[name][name] < errors[name]["linear"]]
-    if worse:
+    best = table[list(BASELINES.values())].min(axis=1)
+    if worse := [step for step in LISTED if not table["mse"][step] < best[step]]:
         raise Failure(
-            f"{', '.join(worse)} is not better than linear extrapolation; train longer (--epochs) or report this as a bug"
+            f"not better than the baselines at steps {worse}; train longer (--epochs) or report this as a bug"
         )
 
 

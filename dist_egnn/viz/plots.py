@@ -1,4 +1,4 @@
-"""Pictures by matplotlib, the optional extra `viz`: the panels of a run's report and of the demo, the plot of a sweep.
+"""Pictures by matplotlib, the optional extra `viz`: the panels of a run's report, the plot of a sweep.
 
 A panel draws arrays on an empty figure or subfigure. Shapes: N nodes, C virtual nodes, S steps of a rollout.
 """
@@ -52,18 +52,6 @@ def panel_png(panel: Callable[..., None], *arguments: Any) -> bytes:
     """One panel as PNG; arguments: those of the panel after ``figure``."""
     figure = pyplot().figure(figsize=SIZE, dpi=DPI, layout="constrained")
     panel(figure, *arguments)
-    return png(figure)
-
-
-def png_of_panels(title: str, panels: Mapping[str, Callable[[Any], None]]) -> bytes:
-    """Several panels as one PNG, two per row. panels: title → function that draws on a subfigure."""
-    rows = -(-len(panels) // 2)
-    figure = pyplot().figure(figsize=(2 * SIZE[0], rows * SIZE[1]), dpi=DPI, layout="constrained")
-    figure.suptitle(title)
-    for subfigure, (name, draw) in zip(figure.subfigures(rows, 2, squeeze=False).flat, panels.items(), strict=False):
-        draw(subfigure)
-        axes = subfigure.axes[0]
-        axes.set_title(name, fontsize=10, y=0.98 if axes.name == "3d" else None)  # below the legend
     return png(figure)
 
 
