@@ -129,7 +129,7 @@ def main() -> None:
         "--out", type=Path, default=HERE / "runs" / "demo", help="output folder; an earlier demo in it is replaced"
     )
     options = parser.parse_args()
-    out: Path = options.out
+    out: Path = options.out.relative_to(Path.cwd()) if options.out.is_relative_to(Path.cwd()) else options.out
     check_output(out)
     started = time.perf_counter()
 
@@ -160,8 +160,7 @@ def main() -> None:
         f"A fluid falls into a box: {STEPS} steps of {demo.model.name} after {options.epochs} epochs on two processes"
     )
     write_atomically(out / "report.png", picture(file, table, title))
-    shown = out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out
-    print(f"\nPicture: {shown / 'report.png'}   all output: {shown}   {time.perf_counter() - started:.0f} s")
+    print(f"\nPicture: {out / 'report.png'}   all output: {out}   {time.perf_counter() - started:.0f} s")
     best = table[list(BASELINES.values())].min(axis=1)
     if worse := [step for step in LISTED if not table["mse"][step] < best[step]]:
         raise Failure(
