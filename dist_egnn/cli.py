@@ -23,6 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 app = Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 METHODS = "metis, random, kmeans, spectral (of 2,000 nodes), bisection (by coordinates) or morton (Z-order curve)"
 LIMIT = "stop when neighbours, spacing or kinetic energy change by this factor; 0: never"
+TRAJECTORY, FIRST_FRAME = "number from 0, all, train, valid or test", "data.first_frame of the run"
 FORMATS = "arrays, lagrangebench, vtk, lammps, ase, mdanalysis or table"
 HOST_LINE = "[user@]host [port=22] [trainers=2] [interface=eth0] [python=/path]"
 
@@ -286,11 +287,24 @@ def evaluate(
     run: Run,
     split: Annotated[str, Option(help="train, valid or test")] = "test",
     data: Annotated[Path | None, Option(help="trajectories.h5 or store", show_default="the run's data")] = None,
+    rollout: Annotated[int | None, Option(min=1, help="steps of rollouts to evaluate, in place of one step")] = None,
+    start: Annotated[int | None, Option(help="first frame of the rollouts", show_default=FIRST_FRAME)] = None,
+    trajectory: Annotated[str | None, Option(help=TRAJECTORY, show_default="those of the split")] = None,
+    parts: Annotated[int | None, Option(help="processes of the rollouts", show_default="as in training")] = None,
 ) -> None:
-    """Print the error of a run's best checkpoint. Baselines: static (x), linear (x + t·v, t fitted on split train)."""
-    from .commands.evaluate import print_evaluation
+    """Print the error of a run's best checkpoint. Baselines: static (x), linear (x + t·v, t fitted on split train).
 
-    print_evaluation(run, split, data)
+    With --rollout: errors by step of rollouts, their kinetic energy and Sinkhorn distance, the share of nodes outside
+    the box; baselines: static, linear (x + t·v, not fitted), ballistic (free flight that ends at the walls).
+    """
+    from .commands import evaluate as evaluation
+
+    options: dict[str, Any] = {"start": start, "trajectory": trajectory, "parts": parts}
+    if rollout is not None:
+        return evaluation.print_rollouts(run, rollout, split, data=data, **options)
+    if given := [f"--{name}" for name, value in options.items() if value is not None]:
+        raise Failure(f"{given[0]}: is an option of rollouts; add --rollout STEPS")
+    evaluation.print_evaluation(run, split, data)
 
 
 @command(
@@ -298,10 +312,10 @@ def evaluate(
 )
 def rollout(
     run: Run,
-    trajectory: Annotated[int, Option(help="number of the trajectory in the data, from 0")],
+    trajectory: Annotated[str, Option(help=TRAJECTORY)],
     steps: Annotated[int, Option(help="number of steps, of data.horizon frames each")],
-    out: Annotated[Path, Option(help=".vtkhdf file to write; the errors by step go to the .csv file beside it")],
-    start: Annotated[int | None, Option(help="first frame", show_default="data.first_frame of the run")] = None,
+    out: Annotated[Path, Option(help=".vtkhdf file to write, errors by step beside it (.csv); of several: a folder")],
+    start: Annotated[int | None, Option(help="first frame", show_default=FIRST_FRAME)] = None,
     data: Annotated[Path | None, Option(help="trajectories.h5; needed for a run that was trained on a store")] = None,
     parts: Annotated[int | None, Option(help="number of processes", show_default="as in training")] = None,
     repartition: Annotated[int, Option(help="with several processes: partition again every so many steps")] = 1,
@@ -310,10 +324,10 @@ def rollout(
     limit: Annotated[float, Option(min=0, help=LIMIT)] = 30.0,
 ) -> None:
     """Feed a model with its own predictions. Writes the trajectory for ParaView, and a table of errors by step."""
-    from .evaluate.rollout import run_rollout
+    from .evaluate.rollout import run_rollouts
 
     options = {"parts": parts, "repartition": repartition, "bounds": bounds, "fixed": fixed, "limit": limit}
-    run_rollout(run, data=data, trajectory=trajectory, start=start, steps=steps, out=out, **options)
+    run_rollouts(run, data=data, trajectory=trajectory, start=start, steps=steps, out=out, **options)
 
 
 @command("report runs/fluid --rollout runs/fluid/rollout.vtkhdf")

@@ -1,4 +1,4 @@
-"""`distegnn evaluate`: errors of a run's best checkpoint on one split."""
+"""`distegnn evaluate`: errors of a run's best checkpoint on one split, of single predictions or of rollouts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import tempfile
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -15,6 +16,7 @@ from ..data import checks, dataset, identity
 from ..data.trajectories import SPLITS, Trajectories
 from ..distributed import spawn
 from ..errors import Failure
+from ..evaluate import rollout_metrics
 from ..train import checkpoint, run_dir, trainer
 from ..utils.console import print_table
 from ..utils.filesystem import lock_output, sha256, write_atomically
@@ -93,3 +95,29 @@ def print_evaluation(run: Path, split: str, data: Path | None = None) -> None:
     rows = [[name, f"{e:.4e}", f"{e / linear:.3f}" if linear > 0 else ""] for name, e in errors.items()]
     of = f" of {data}" if data else ""
     print_table(f"{run}: mean squared error, split {split}{of}", ["prediction", "MSE", "of linear"], rows)
+
+
+def print_rollouts(run: Path, steps: int, split: str, trajectory: str | None, **options: Any) -> None:
+    """Evaluate rollouts of a split's trajectories, or of those that ``trajectory`` names, and print a summary."""
+    if split not in SPLITS:
+        raise Failure(f"--split {split}: use one of {', '.join(SPLITS)}")
+    table, stopped = rollout_metrics.evaluate_rollouts(run, steps, trajectory=trajectory or split, **options)
+    for k, reason in stopped.items():
+        print(f"warning: trajectory {k}: stopped at {reason}", file=sys.stderr)
+    numbers, summary = list(dict.fromkeys(table["trajectory"])), rollout_metrics.summarize(table)
+    names = {"rms": "rms error", "static": "static", "linear": "linear", "ballistic": "ballistic", "mse": "MSE to step"}
+    names |= {"energy_error": "energy error", "sinkhorn": "Sinkhorn", "outside": "outside"}
+    names = {name: title for name, title in names.items() if summary[name].notna().any()}
+
+    def cell(row: pd.Series, name: str) -> str:
+        value, spread = row[name], row[f"{name}_std"]
+        form = ".1%" if name in ("energy_error", "outside") else ".3g"
+        return "" if pd.isna(value) else f"{value:{form}}" + (f" ± {spread:{form}}" if pd.notna(spread) else "")
+
+    rows = [[step, *(cell(row, name) for name in names)] for step, row in summary.iterrows()]
+    title = f"{run}: rollouts of {steps} steps, " + (
+        f"trajectory {numbers[0]}" if len(numbers) == 1 else f"mean ± standard deviation of {len(numbers)} trajectories"
+    )
+    print_table(title, ["step", *names.values()], rows)
+    seconds, rate, particles = rollout_metrics.speed(table)
+    print(f"{seconds:.1f} s, {rate:.3g} steps/s, {particles:.2g} particles/s; by step: {run / rollout_metrics.FILE}")

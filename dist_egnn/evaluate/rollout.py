@@ -1,15 +1,10 @@
-"""Rollout: feed a model with its own predictions, on one process or several; the file it writes; its errors by step.
-
-Every process holds positions and velocities of all N nodes and computes the next positions of the nodes that it owns.
-One sum over processes of (N, 3) numbers, in which each process fills its own rows, gives all of them the next frame.
-"""
+"""`distegnn rollout`: the file of a rollout, on one process or several, and the table of its errors."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,15 +12,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from torch.nn import Module
 
 from .. import config as configs
-from ..data import checks, dataset, domain, graphs, halo, identity
+from ..data import checks, dataset, identity
 from ..data.fixed_nodes import check_fixed, fixed_nodes, moving_nodes
-from ..data.samples import count_columns, edge_positions, feature_columns, first_input, given_edges, past_velocities
+from ..data.samples import count_columns, first_input
 from ..data.store import open_store
-from ..data.trajectories import Trajectories
+from ..data.trajectories import SPLITS, Trajectories
 from ..distributed import spawn
 from ..distributed.comm import Comm
 from ..errors import Failure
@@ -36,11 +30,19 @@ from ..utils import part_weights
 from ..utils.console import print_table
 from ..utils.filesystem import lock_output, write_atomically
 from ..utils.progress import progress_bar
-from . import metrics
 from .boundary_conditions import BOUNDS, LIMIT, BoundaryConditions, RolloutJob
-from .repartition import LocalGraph, Repartitioner
-from .stability import Stability
-from .vtkhdf import Rollout, RolloutWriter, finish, partial_path
+from .simulation import Simulation
+from .step_errors import error_table
+from .vtkhdf import RolloutWriter, finish, partial_path
+
+
+def load_model(comm: Comm, job: RolloutJob) -> Module:
+    """The model of a job with its weights, ready to predict."""
+    data = Trajectories(job.data)
+    widths = count_columns(data, job.spec.features), count_columns(data, job.spec.node_attributes)
+    model = trainer.build_model(job.config, widths, comm)
+    checkpoint.load_weights(model, checkpoint.load(Path(job.weights)), Path(job.weights))
+    return (model.double() if job.double else model.to(trainer.resolve_device(job.config, comm.rank))).eval()
 
 
 def roll_out(comm: Comm, job: RolloutJob) -> tuple[str, float]:
@@ -48,75 +50,22 @@ def roll_out(comm: Comm, job: RolloutJob) -> tuple[str, float]:
 
     Returns why it stopped early, empty if it did not, and the seconds that its steps took, without writing.
     """
-    data = Trajectories(job.data)
-    conditions = BoundaryConditions(data, job)
-    names = job.spec.features, job.spec.node_attributes
-    model = trainer.build_model(job.config, (count_columns(data, names[0]), count_columns(data, names[1])), comm)
-    checkpoint.load_weights(model, checkpoint.load(Path(job.weights)), Path(job.weights))
-    model = (model.double() if job.double else model.to(trainer.resolve_device(job.config, comm.rank))).eval()
-    x = data.position(job.trajectory, job.start).astype(conditions.dtype)
-    velocities = past_velocities(data, job.trajectory, job.start, job.spec)
-    v, past = (velocities.get(name, x[:, :0]).astype(conditions.dtype) for name in ("v", "past"))
-    per_frame = job.spec.horizon if conditions.around else 1
-    stability = Stability(data, job, x, v, conditions.side)
-    given = given_edges(data, job.trajectory, job.spec.rule)
-    partition = Repartitioner(comm, job, len(x), conditions.side, given)
-
-    def add_frame(step: int, z: np.ndarray | None) -> str:
-        """Write the present frame; returns its error for the progress bar."""
-        frame = job.start + step * job.spec.horizon
-        known = frame < conditions.trajectory.frames
-        error = x.astype(np.float64) - data.position(job.trajectory, frame) if known else None
-        writer.add(x, v / per_frame, partition.part, error, z)
-        return "" if error is None else f"MSE {np.square(error[~conditions.fixed]).mean():.3e}"
-
-    with contextlib.ExitStack() as stack, torch.no_grad():
+    simulation = Simulation(comm, job, load_model(comm, job))
+    with contextlib.ExitStack() as stack:
         stack.enter_context(tiled_layer.tile_threads(job.config.train.threads))
         tick = stack.enter_context(progress_bar("rolling out", job.steps, enabled=comm.rank == 0))
-        seconds = 0.0
-        for step in range(job.steps):
-            started = time.perf_counter()
-            attribute = conditions.attributes_at(step)
-            scaled = v * np.asarray(job.spec.velocity_scale, v.dtype)
-            columns = [feature_columns(listed, scaled, attribute) for listed in names]
-            state = dict(zip(("x", "v", "past", "f", "a"), (x, scaled, past, *columns), strict=True))
-            local = partition.local_graph(edge_positions(state, conditions.around and conditions.around[0]), step)
-            predicted, z = _predict(model, comm, conditions, local, state)
-            if comm.rank == 0 and step == 0:  # the number of virtual nodes is known now
-                writer = stack.enter_context(_writer(conditions, len(z)))
-                writing = time.perf_counter()
-                add_frame(0, None)
-                started += time.perf_counter() - writing
-            if problem := conditions.problem(predicted, x):
-                return f"step {step + 1}: {problem}", seconds
-            past = np.concatenate([v, past], 1)[:, : past.shape[1]]
-            x, v = conditions.apply(x, predicted, step + 1)
-            problem = stability.problem(step + 1, x, v, warn=comm.rank == 0)
-            seconds += time.perf_counter() - started
-            if problem:
-                return f"step {step + 1}: {problem}", seconds
-            if comm.rank == 0:
-                tick(add_frame(step + 1, z))
-    return "", seconds
-
-
-def _predict(
-    model: Module, comm: Comm, conditions: BoundaryConditions, local: LocalGraph, state: dict[str, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of the next frame (N, 3) and of the virtual nodes (C, 3), from the fields of all nodes."""
-    x, (own, src, dst, own_halo) = state["x"], local
-    fields = {name: torch.from_numpy(value[own]) for name, value in state.items()}
-    fields["total"] = torch.full((len(own),), len(x))
-    fields["centroid"] = torch.from_numpy(x.astype(np.float64).mean(0)).expand(len(own), 3).contiguous()
-    graph = graphs.build_graph(src, dst, fields, conditions.side)
-    if conditions.around:
-        domain.attach(graph, domain.make_domain(*conditions.around, conditions.side))
-    if own_halo is not None:
-        halo.attach(graph, halo.Halos([own_halo], [len(own)]))
-    predicted, z = model(graph)
-    whole = torch.zeros(x.shape, dtype=torch.from_numpy(x).dtype)
-    whole[torch.from_numpy(own)] = predicted.cpu()
-    return comm.sum(whole).numpy(), z[0].cpu().numpy()
+        for state in simulation:
+            if comm.rank:
+                continue
+            if state.step == 0:
+                writer = stack.enter_context(_writer(simulation.conditions, len(state.z)))
+            y = simulation.true_position(state.frame)
+            error = None if y is None else state.x.astype(np.float64) - y
+            writer.add(state.x, state.v, state.part, error, state.z)
+            if state.step:
+                moving = ~simulation.conditions.fixed
+                tick("" if error is None else f"MSE {np.square(error[moving]).mean():.3e}")
+    return simulation.stopped, simulation.seconds
 
 
 def _writer(conditions: BoundaryConditions, virtual: int) -> RolloutWriter:
@@ -144,49 +93,6 @@ def _warn_of_assumptions(file: Trajectories, k: int, start: int, horizon: int, f
             print(f"{where}: {text} ('{fixed}' names fixed nodes)", file=sys.stderr)
 
 
-def error_table(path: Path) -> pd.DataFrame:
-    """Errors of a rollout's file by frame; also of the first frame (static), of that moved by its velocity (linear) and,
-    of a simulator's, of free flight that ends at the walls (ballistic).
-
-    Energies and radii of gyration use the attribute `mass`, else mass 1. True velocities are differences over a step,
-    as in the rollout. Errors are those of the nodes that move. NaN where the data have ended.
-    """
-    rows = []
-    with Rollout(path) as rollout:
-        meta, mass, at = rollout.meta, rollout.attributes.get("mass"), rollout.moving
-        mass = mass.ravel() if mass is not None and mass.size == rollout.nodes else None
-        per_frame, step_time = meta["velocity"] == "per frame", meta["horizon"] * meta["dt"]
-        per_time = 1 / meta["dt"] if per_frame else 1.0
-        flight: Iterator[np.ndarray] = iter(())
-        for frame in rollout:
-            x = frame.position.astype(np.float64)
-            if frame.step == 0:
-                x0, v0, previous = x, frame.velocity.astype(np.float64), x
-                if "gravity" in meta:
-                    flight = metrics.ballistic(x0, v0 * meta["horizon"], meta["gravity"], rollout.box)
-            ballistic = next(flight, None)
-            row: dict[str, float] = {"step": frame.step, "frame": frame.frame, "time": frame.time}
-            row["kinetic_energy"] = metrics.kinetic_energy(frame.velocity * per_time, mass)
-            row["radius_of_gyration"] = metrics.radius_of_gyration(x, mass)
-            if frame.error is not None:
-                y = x - frame.error
-                true_v = (y - previous) / step_time if frame.step else v0 * per_time
-                elapsed = frame.step * (meta["horizon"] if per_frame else step_time)
-                static, linear = metrics.baselines(x0[at], v0[at], elapsed, y[at])
-                row |= {"static_mse": static, "linear_mse": linear, "mse": metrics.position_mse(x[at], y[at])}
-                if ballistic is not None:
-                    row["ballistic_mse"] = metrics.position_mse(ballistic[at], y[at])
-                row |= {"mae": metrics.mean_absolute_error(x[at], y[at])}
-                row |= {"displacement": metrics.displacement_error(x[at], y[at])}
-                row |= {"rmsd": metrics.rmsd(x, y, mass), "true_kinetic_energy": metrics.kinetic_energy(true_v, mass)}
-                row["true_radius_of_gyration"] = metrics.radius_of_gyration(y, mass)
-                previous = y
-            rows.append(row)
-    names = ["step", "frame", "time", "mse", "mae", "displacement", "static_mse", "linear_mse", "ballistic_mse", "rmsd"]
-    names += [f"{true}{name}" for name in ("kinetic_energy", "radius_of_gyration") for true in ("", "true_")]
-    return pd.DataFrame(rows, columns=names)
-
-
 def _check_new(out: Path) -> None:
     if existing := [path for path in (out, out.with_suffix(".csv")) if path.exists()]:
         raise Failure(f"{existing[0]}: exists; remove it or choose another --out")
@@ -205,12 +111,36 @@ def _first_frame(data: configs.Data, file: Trajectories, k: int, start: int | No
     return start
 
 
-def prepare(
+def open_trajectories(run: Path, config: configs.Config, data: Path | None) -> Trajectories:
+    """The file at ``data``, or that of the run. Raises Failure for a run that was trained on a store, without ``data``."""
+    path = config.data.path
+    if data is None and not Path(path).is_file():
+        store = open_store(path) if Path(path, "manifest.yaml").is_file() else None
+        source = f", which was made from a file {store.inputs['source']}" if store else ""
+        raise Failure(f"{run}: was trained on {path}{source}; name a trajectories.h5 with --data")
+    return Trajectories(data or path)
+
+
+def select_trajectories(file: Trajectories, text: str) -> list[int]:
+    """The numbers that --trajectory names: one, all, or those of a split."""
+    if text.removeprefix("-").isdecimal():
+        if not 0 <= int(text) < len(file):
+            raise Failure(f"--trajectory {text}: {file.path} has trajectories 0 to {len(file) - 1}")
+        return [int(text)]
+    if text not in ("all", *SPLITS):
+        raise Failure(f"--trajectory {text}: use a number, all, {', '.join(SPLITS)}")
+    chosen = [k for k, trajectory in enumerate(file) if text in ("all", trajectory.split)]
+    if not chosen:
+        raise Failure(f"--trajectory {text}: {file.path} has no trajectory in that split; use another")
+    return chosen
+
+
+def prepare_jobs(
     run: Path,
     *,
-    trajectory: int,
+    trajectory: int | str,
     steps: int,
-    out: Path,
+    out: Path | None,
     parts: int | None = None,
     data: Path | None = None,
     start: int | None = None,
@@ -218,9 +148,10 @@ def prepare(
     bounds: str = "none",
     fixed: str | None = None,
     limit: float = LIMIT,
-) -> RolloutJob:
-    """The job of a run's best checkpoint on ``parts`` processes, or on as many as shared a graph in training.
+) -> list[RolloutJob]:
+    """The jobs of a run's best checkpoint on ``parts`` processes, or on as many as shared a graph in training.
 
+    trajectory: see `select_trajectories`; out: a file, for several trajectories a folder, None: nothing is written.
     Raises Failure for options and data that do not fit, and where a step needs more memory than is free.
     """
     config = run_dir.load_config(run)
@@ -229,50 +160,64 @@ def prepare(
         trainer.resolve_device(config)
     except Failure as failure:  # no option sets the device: name the file that does
         raise Failure(f"{run / run_dir.CONFIG}: {failure}") from failure
-    store = open_store(config.data.path) if Path(config.data.path, "manifest.yaml").is_file() else None
-    if data is None and not Path(config.data.path).is_file():
-        source = f", which was made from a file {store.inputs['source']}" if store else ""
-        raise Failure(f"{run}: was trained on {config.data.path}{source}; name a trajectories.h5 with --data")
-    file = Trajectories(data or config.data.path)
-    if not 0 <= trajectory < len(file):
-        raise Failure(f"--trajectory {trajectory}: {file.path} has trajectories 0 to {len(file) - 1}")
+    file = open_trajectories(run, config, data)
+    chosen = select_trajectories(file, str(trajectory))
     if data is not None:
         checks.warn_of_content(file)
     if trained and data is None:
         checkpoint.compare_data(trained, identity.of_data(file.path), config.data, run)
     elif trained:
-        identity.check_fits(trained, identity.describe(file, [trajectory]), config.data, str(file.path), run)
-    start = _first_frame(config.data, file, trajectory, start)
+        identity.check_fits(trained, identity.describe(file, chosen), config.data, str(file.path), run)
+    starts = [_first_frame(config.data, file, k, start) for k in chosen]
     if min(steps, repartition) < 1:
         raise Failure(f"--steps {steps}, --repartition {repartition}: both must be at least 1")
     if bounds not in BOUNDS:
         raise Failure(f"--bounds {bounds}: use one of {', '.join(BOUNDS)}")
-    if out.suffix not in (".vtkhdf", ".hdf"):
-        raise Failure(f"--out {out}: must end in .vtkhdf or .hdf, by which ParaView recognizes the format")
-    _check_new(out)
+    outputs = [""] * len(chosen) if out is None else [str(path.absolute()) for path in _outputs(out, chosen)]
     p = dataset.used_partition(config)
     processes = p.parts if parts is None else parts
     valid = part_weights.validate(p.weights, p.parts)
     weights = list(valid) if valid and processes == p.parts else None  # other numbers of processes have equal parts
     assign.check_method(p.method, processes, weights)
-    assign.check_size(file[trajectory].nodes, processes, weights)
-    preflight.check_rollout(config, file, trajectory, start, processes, p.method)
     config = replace(config, partition=replace(p, parts=processes, weights=weights))
+    store = open_store(config.data.path) if Path(config.data.path, "manifest.yaml").is_file() else None
     null = store.inputs["features"] if store else [*file[0].attributes, "speed"]  # without the identity of the data
     features = identity.resolve_features(config.data, trained)
-    spec = dataset.sample_spec(config.data, null if features is None else features)
-    best, trajectories, output = (str(path.absolute()) for path in (run / run_dir.BEST, file.path, out))
+    spec = replace(dataset.sample_spec(config.data, null if features is None else features), pushforward=0)
     if fixed is not None:
         if not configs.FIXED[0](fixed):
             raise Failure(f"--fixed {fixed}: {configs.FIXED[1]}")
         spec = replace(spec, fixed=fixed)
     check_fixed(file, spec.fixed, "data.fixed=" if fixed is None else "--fixed ")
-    _warn_of_assumptions(file, trajectory, start, config.data.horizon, spec.fixed, bool(spec.past))
-    spec = replace(spec, pushforward=0)
-    job = RolloutJob(config, best, trajectories, spec, trajectory, start, steps, repartition, bounds, output, limit)
-    BoundaryConditions(file, job)  # raises before processes start
+    given = steps, repartition, bounds
+    jobs = []
+    for k, first, output in zip(chosen, starts, outputs, strict=True):
+        assign.check_size(file[k].nodes, processes, weights)
+        preflight.check_rollout(config, file, k, first, processes, p.method)
+        _warn_of_assumptions(file, k, first, config.data.horizon, spec.fixed, bool(spec.past))
+        best, trajectories = (str(path.absolute()) for path in (run / run_dir.BEST, file.path))
+        jobs.append(RolloutJob(config, best, trajectories, spec, k, first, *given, output, limit))
+        BoundaryConditions(file, jobs[-1])  # raises before processes start
     file.close()
-    return job
+    return jobs
+
+
+def prepare(run: Path, **options: Any) -> RolloutJob:
+    """The job of one trajectory, as `prepare_jobs`."""
+    return prepare_jobs(run, **options)[0]
+
+
+def _outputs(out: Path, chosen: Sequence[int]) -> list[Path]:
+    """The new files of these trajectories. Raises Failure if one exists, or for another suffix."""
+    is_file = out.suffix in (".vtkhdf", ".hdf")
+    if len(chosen) > 1 and is_file:
+        raise Failure(f"--out {out}: {len(chosen)} trajectories need a folder; leave {out.suffix} out")
+    if len(chosen) == 1 and not is_file:
+        raise Failure(f"--out {out}: must end in .vtkhdf or .hdf, by which ParaView recognizes the format")
+    paths = [out] if is_file else [out / f"trajectory-{k}.vtkhdf" for k in chosen]
+    for path in paths:
+        _check_new(path)
+    return paths
 
 
 def _has_free_walls(job: RolloutJob) -> bool:
@@ -280,16 +225,34 @@ def _has_free_walls(job: RolloutJob) -> bool:
     return job.bounds == "none" and data.box(job.trajectory) is not None and not data[job.trajectory].periodic
 
 
-def run_rollout(run: Path, **options: Any) -> pd.DataFrame:
+def run_rollouts(run: Path, *, out: Path, **options: Any) -> None:
+    """Roll out every trajectory of `prepare_jobs`, as `run_rollout`. Raises Failure, after all, if one had to stop."""
+    jobs, stopped = prepare_jobs(run, out=out, **options), 0
+    for job in jobs:
+        try:
+            _write_rollout(job, out if len(jobs) == 1 else out / Path(job.out).name)
+        except Failure as failure:
+            if len(jobs) == 1:
+                raise
+            stopped += 1
+            print(f"warning: {failure}", file=sys.stderr)
+    if stopped:
+        raise Failure(f"{out}: {stopped} of {len(jobs)} rollouts stopped early; the warnings say why")
+
+
+def run_rollout(run: Path, *, out: Path, **options: Any) -> pd.DataFrame:
     """Roll out, write the table of errors beside the file, and print it. Raises Failure if the rollout had to stop.
 
     However it ends, unless this process is killed, --out contains all complete frames.
     """
-    job = prepare(run, **options)
+    return _write_rollout(prepare(run, out=out, **options), out)
+
+
+def _write_rollout(job: RolloutJob, shown: Path) -> pd.DataFrame:
     processes, timeout_s = job.config.partition.parts, job.config.train.timeout_s
-    out, shown = Path(job.out), options["out"]
+    out = Path(job.out)
     with lock_output(out, "another rollout is writing it; wait for it, or choose another --out"):
-        _check_new(options["out"])  # again, now that no other rollout can write it
+        _check_new(shown)  # again, now that no other rollout can write it
         partial_path(out).unlink(missing_ok=True)  # of a killed rollout
         stopped = "an error or interruption"
         try:

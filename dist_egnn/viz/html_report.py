@@ -19,7 +19,7 @@ from ..data.store import Store, open_store
 from ..data.trajectories import SPLITS
 from ..distributed.comm import SingleProcess
 from ..errors import Failure
-from ..evaluate import rollout
+from ..evaluate import step_errors
 from ..evaluate.vtkhdf import Rollout
 from ..train import checkpoint, losses, run_dir, trainer
 from ..train.diagnostics import PHASES
@@ -172,7 +172,7 @@ class Report:
         if path is None:
             out = self.run / "rollout.vtkhdf"
             raise Failure(f"written by: distegnn rollout {self.run} --trajectory K --steps S --out {out}")
-        table = rollout.error_table(path)
+        table = step_errors.error_table(path)
         with Rollout(path) as file:
             start, steps, meta = file[0].position, len(file) - 1, file.meta
             virtual = [frame.virtual for frame in file if frame.virtual is not None and len(frame.virtual)]

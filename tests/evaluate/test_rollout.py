@@ -29,7 +29,7 @@ from dist_egnn.data.edges import EdgeRule, edges_of
 from dist_egnn.data.trajectories import Trajectories, Writer
 from dist_egnn.distributed import comm, spawn
 from dist_egnn.errors import Failure
-from dist_egnn.evaluate import metrics, rollout, sinkhorn
+from dist_egnn.evaluate import metrics, rollout, sinkhorn, step_errors
 from dist_egnn.evaluate.boundary_conditions import BOUNDS, BoundaryConditions
 from dist_egnn.evaluate.repartition import Repartitioner, relabel
 from dist_egnn.evaluate.vtkhdf import Frame, Rollout, RolloutWriter, finish, partial_path
@@ -261,7 +261,7 @@ def test_offsets_of_every_step(tmp_path: Path) -> None:
 
 def test_errors_by_their_definitions(tmp_path: Path) -> None:
     frames = roll_out(make_run(tmp_path / "run"), tmp_path / "out.vtkhdf")
-    table = rollout.error_table(tmp_path / "out.vtkhdf").set_index("step")
+    table = step_errors.error_table(tmp_path / "out.vtkhdf").set_index("step")
     file = Trajectories(tmp_path / "a.h5")
     mass, x0, v0 = file.attribute(0, "mass")[:, None], file.position(0, 0), file.velocity(0, 0)
     for k in range(4):

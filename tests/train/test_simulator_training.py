@@ -21,7 +21,8 @@ from dist_egnn.data.dataset import open_dataset
 from dist_egnn.data.store import Store
 from dist_egnn.distributed import comm, spawn
 from dist_egnn.errors import Failure
-from dist_egnn.evaluate import parallel_check, rollout
+from dist_egnn.evaluate import parallel_check, rollout, rollout_metrics
+from dist_egnn.evaluate.vtkhdf import Rollout
 from dist_egnn.train import augmentation, checkpoint, trainer
 
 BOX = np.array([[-0.2, -0.2, -0.2], [1.2, 1.3, 1.2]])
@@ -283,13 +284,16 @@ def test_trains_and_rolls_out_from_the_command_line(file, tmp_path, parts):
     table = rollout.run_rollout(run, trajectory=3, start=4, steps=6, out=tmp_path / "r.vtkhdf", data=file)
     assert len(table) == 7
     assert table["ballistic_mse"].notna().all()
-    with rollout.Rollout(tmp_path / "r.vtkhdf") as frames:
+    with Rollout(tmp_path / "r.vtkhdf") as frames:
         for frame in frames:
             true = Trajectories(file).position(3, frame.frame)
             np.testing.assert_array_equal(frame.position[:20], true[:20])
             assert frame.step == 0 or (frame.position[20:] != true[20:]).any(1).all()
     with pytest.raises(Failure, match=r"--steps 10: .*'body'.*data\.h5, up to frame 13; use at most 9"):
         rollout.run_rollout(run, trajectory=3, start=4, steps=10, out=tmp_path / "s.vtkhdf", data=file)
+    measured, _ = rollout_metrics.evaluate_rollouts(run, 6, data=file, start=4)
+    names = ["frame", "mse", "static_mse", "linear_mse", "ballistic_mse", "kinetic_energy", "true_kinetic_energy"]
+    pd.testing.assert_frame_equal(measured[names], table[names], rtol=1e-5)
     with pytest.raises(Failure, match=r"best\.pt: a simulator .*distegnn rollout"):
         dist_egnn.load(run)
     if parts == 1:  # the first step of a rollout is the model's prediction for the sample of that frame
@@ -356,7 +360,7 @@ def test_without_walls_particles_leave_the_box(tmp_path):
         trainer.train(comm.SingleProcess(), made)
         table = rollout.run_rollout(tmp_path / walls, trajectory=3, start=2, steps=20, out=tmp_path / f"{walls}.vtkhdf")
         assert isinstance(table, pd.DataFrame)
-        with rollout.Rollout(tmp_path / f"{walls}.vtkhdf") as frames:
+        with Rollout(tmp_path / f"{walls}.vtkhdf") as frames:
             depth[walls] = float(-np.minimum(frames[20].position[:, 1], 0).mean())
     assert depth["box"] < 0.02
     assert depth["none"] > 0.1
