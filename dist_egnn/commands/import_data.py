@@ -71,6 +71,7 @@ def table_rows(names: Sequence[str], summaries: Sequence[Summary]) -> list[list[
             f"{summary.largest_move:.3g}",
             summary.reordered,
             summary.unwrapped,
+            f"{summary.edges:,}",
             known,
         ]
     return rows
@@ -88,6 +89,7 @@ HEADER = [
     "max move",
     "reordered",
     "crossings",
+    "edges",
     "fields",
 ]
 
@@ -115,6 +117,7 @@ def _make(
     yield {
         **{"split": split, "dt": summary.dt, "source": source, "attributes": constant, "box": first.box},
         **{"periodic": summary.periodic, "frames": arguments()},
+        "edges": first.edges() if summary.edges and first.edges else None,
     }
 
 

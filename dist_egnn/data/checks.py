@@ -52,7 +52,7 @@ def numbers(value: Any, where: str, shape: tuple[int | None, ...], axes: str = "
     return result
 
 
-def edges(value: Any, where: str, nodes: int) -> np.ndarray:
+def edge_pairs(value: Any, where: str, nodes: int) -> np.ndarray:
     """The undirected edges in an array of pairs of nodes (E, 2), each once, as int64 (E', 2), sorted, the lower node first.
 
     Raises Failure unless the pairs are whole numbers in 0 … nodes − 1, and for an edge from a node to itself.

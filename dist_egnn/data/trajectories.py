@@ -235,7 +235,7 @@ class FrameWriter:
         for key, array in self.constant.items() if first else ():
             shape = (nodes, None) if np.ndim(array) == 2 else (nodes,)
             if key == "edges":
-                value = checks.edges(array, f"{self.where}: edges", nodes).astype(np.int32)
+                value = checks.edge_pairs(array, f"{self.where}: edges", nodes).astype(np.int32)
             else:
                 value = self._checked(key, array, (2, 3) if key == "box" else shape)
             self.group.create_dataset(key, data=value)
@@ -494,7 +494,7 @@ class Trajectories(Sequence[Trajectory]):
             raise Failure(f"{where} has no edges, which data.edges=given needs; set data.edges=radius or knn")
         if k not in self._edges:
             pairs = self.file["trajectories"][name]["edges"][()]
-            self._edges = {k: both_directions(checks.edges(pairs, f"{where}: edges", self._all[k].nodes))}
+            self._edges = {k: both_directions(checks.edge_pairs(pairs, f"{where}: edges", self._all[k].nodes))}
         return self._edges[k]
 
     def box(self, k: int) -> np.ndarray | None:

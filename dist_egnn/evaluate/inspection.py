@@ -153,6 +153,7 @@ def _measure(result: Inspection, k: int, starts: int, tick: Callable[[], None]) 
     summary.widths, summary.varying = trajectory.widths, set(trajectory.varying)
     summary.box, summary.periodic = file.box(k), trajectory.periodic
     summary.spacing, summary.duplicates = measure_spacing(first)
+    summary.edges = len(file.edges(k)[0]) // 2 if trajectory.edges else 0
     low, high = first.astype(np.float32), first.astype(np.float32)  # of each node (N, 3)
     last, chosen = trajectory.frames - 2, list[Place]()
     frames = [*range(1, min(starts // 4, last) + 1), *np.linspace(1, max(last, 1), starts).round().astype(int).tolist()]

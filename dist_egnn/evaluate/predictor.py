@@ -105,7 +105,7 @@ class Predictor:
         if box is not None:
             checks.check_box(corners := _numbers(box, "box", (2, 3)), "box")
             side = box_sides(corners)
-        given = None if edges is None else both_directions(checks.edges(edges, "edges", len(x)))
+        given = None if edges is None else both_directions(checks.edge_pairs(edges, "edges", len(x)))
         with torch.no_grad():
             predicted, z = self.model(build_sample({"x": x, "v": v, "f": f, "a": a}, self.spec, side, given=given))
         predicted = torch.where(fixed.to(predicted.device), torch.from_numpy(x).to(predicted), predicted)

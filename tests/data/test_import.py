@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -190,6 +191,63 @@ def test_time_that_varies(tmp_path: Path) -> None:
     data = convert([tmp_path / "a.npz"], tmp_path / "o.h5")
     assert data[0].varying == ("heat",)
     assert data.attribute(1, "heat", 1).ravel()[0] == 7  # validation starts at frame 6
+
+
+def lengths(data: Trajectories, k: int = 0, t: int = 0) -> np.ndarray:
+    """Of the edges that the file gives."""
+    src, dst = data.edges(k)
+    return np.linalg.norm(data.position(k, t)[src] - data.position(k, t)[dst], axis=1)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_edges_of_cells(tmp_path: Path, capsys: pytest.CaptureFixture[str], changed: bool) -> None:
+    """Those of a plate of 4 x 3 squares and a rod, whose points are numbered in another order in each frame."""
+    pyvista = pytest.importorskip("pyvista")
+    plate = pyvista.ImageData(dimensions=(5, 4, 1)).cast_to_unstructured_grid()
+    rod = pyvista.PolyData([[0, 0, 5.0], [0, 0, 7.0], [0, 0, 9.0]], lines=[3, 0, 1, 2])
+    mesh = plate.merge(rod, merge_points=False)
+    for k in range(4):
+        order = np.random.default_rng(k).permutation(mesh.n_points)
+        cells = [(int(kind), mesh.get_cell(c).point_ids) for c, kind in enumerate(mesh.celltypes)]
+        cells = cells[: -1 if changed and k == 2 else None]
+        flat = np.concatenate([[len(ids), *np.argsort(order)[ids]] for _, ids in cells])
+        frame = pyvista.UnstructuredGrid(flat, [kind for kind, _ in cells], mesh.points[order] + [0, 0, 0.1 * k])
+        frame["id"] = order
+        frame.save(tmp_path / f"m_{k}.vtu")
+    data = convert(sorted(tmp_path.glob("*.vtu")), tmp_path / "o.h5", dt=1.0, split="1,1,0")
+    if changed:
+        assert not data[0].edges
+        assert re.search("warning: .*edges .*frame 2: none are imported", capsys.readouterr().out)
+        return
+    assert "33" in capsys.readouterr().out.split("\n")[3].split()
+    for k in range(2):
+        assert sorted(lengths(data, k).round(5)) == [1.0] * 2 * (4 * 4 + 5 * 3) + [2.0] * 2 * 2
+
+
+def test_bonds_of_a_selection(tmp_path: Path) -> None:
+    mda = pytest.importorskip("MDAnalysis")
+    universe = mda.Universe.empty(N, trajectory=True)
+    for key, value in {"names": ["C", "N"] * (N // 2), "resnames": ["A"], "resids": [1]}.items():
+        universe.add_TopologyAttr(key, value)
+    universe.add_TopologyAttr("bonds", [(i, i + 2) for i in range(N - 2)] + [(0, 1)])
+    universe.load_new(100 * X.astype(np.float32))
+    universe.atoms.write(tmp_path / "a.pdb", bonds="all")
+    universe.atoms.write(tmp_path / "a.dcd", frames="all")
+    given = {"dt": 0.1, "scale": 0.01}
+    paths = [tmp_path / "a.pdb", tmp_path / "a.dcd"]
+    whole, part = (convert(paths, tmp_path / f"{k}.h5", select=k, **given) for k in ("all", "name N"))
+    assert len(whole.edges(0)[0]) == 2 * (N - 1)
+    assert np.transpose(part.edges(0)).tolist()[:3] == [[1, 0], [0, 1], [2, 1]]
+    np.testing.assert_allclose(lengths(part)[::2], np.linalg.norm(X[0, 1:-2:2] - X[0, 3::2], axis=1), atol=1e-6)
+
+
+def test_edges_of_arrays(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", position=X, edges=np.array([[1, 0], [5, 9]]), dt=1.0)
+    data = convert([tmp_path / "a.npz"], tmp_path / "o.h5")
+    assert np.transpose(data.edges(2)).tolist() == [[1, 0], [0, 1], [9, 5], [5, 9]]
+    np.savez(tmp_path / "b.npz", position=X, edges=np.array([[1, N]]), dt=1.0)
+    with pytest.raises(Failure, match=r"b\.npz, frame 0: edges: edge 0, \[1, 60\]"):
+        convert([tmp_path / "b.npz"], tmp_path / "p.h5")
 
 
 def test_names_that_attributes_cannot_have(tmp_path: Path) -> None:

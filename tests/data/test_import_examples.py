@@ -83,6 +83,8 @@ def test_table_of_an_example(name: str, tmp_path: Path) -> None:
         box = data.box(0)
         assert box is not None
         assert (box[1] - box[0]).tolist() == pytest.approx(sides, rel=1e-5)
+    edges = {"CHARMM": 3365, "cubic box": 15, "VTK": 222, "image": 2700}  # bonds, edges of cells
+    assert len(data.edges(0)[0]) // 2 == edges[name] if name in edges else True
     assert largest_extent(data) == pytest.approx(extent, rel=2e-3)
     warnings = data.meta["warnings"]
     assert len(warnings) == len(words)

@@ -6,6 +6,7 @@ box is periodic.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from ...errors import Failure
-from ..checks import RESERVED, check_digits, neighbour_distances
+from ..checks import RESERVED, check_digits, edge_pairs, neighbour_distances
 from ..graphs import wrap
 from ..trajectories import SPLITS, box_sides
 from .series import Frame, ImportOptions, Series
@@ -47,6 +48,7 @@ class Summary:
     largest_turn: float = 0.0  # the same along an axis, as a share of the periodic box's side
     reordered: int = 0  # frames whose rows were in another order than the first
     unwrapped: int = 0  # crossings of the periodic boundary
+    edges: int = 0  # undirected ones that the source gives: bonds, edges of cells
     duplicates: int = 0  # nodes of the first frame at the place of another one
     shift: np.ndarray = field(default_factory=lambda: np.zeros(3))  # subtracted from all positions
     notes: list[str] = field(default_factory=list)  # what was assumed or looks wrong
@@ -59,7 +61,7 @@ def normalized(series: Series, options: ImportOptions, summary: Summary | None =
     """
     first_ids: np.ndarray | None = None
     previous: np.ndarray | None = None
-    count = 0
+    count, edges = 0, _Edges()
     turns: Any = 0.0
     for t, frame in enumerate(itertools.islice(series.frames(), 0, None, options.stride)):
         where = f"{series.name}, frame {t * options.stride}"
@@ -100,9 +102,24 @@ def normalized(series: Series, options: ImportOptions, summary: Summary | None =
             attributes,
             time=frame.time,
             box=box if box is None or summary is None else box - summary.shift,
+            edges=frame.edges and functools.partial(edges, frame.edges, order, len(position), where),
             reordered=order is not None and bool((np.diff(order) < 0).any()),
             crossings=int(np.abs(turns).sum()),
         )
+
+
+class _Edges:
+    """The edges (E, 2) of a frame between rows in the order of ids, each once; those of the frame before if equal."""
+
+    before: Any = None  # pairs of rows, and their order
+    edges: np.ndarray
+
+    def __call__(self, make: Callable[[], np.ndarray], order: Any, nodes: int, where: str) -> np.ndarray:
+        pairs = make()
+        if self.before is None or self.before[0] is not pairs or not np.array_equal(self.before[1], order):
+            self.before, checked = (pairs, order), edge_pairs(pairs, f"{where}: edges", nodes)
+            self.edges = checked if order is None else edge_pairs(np.argsort(order)[checked], where, nodes)
+        return self.edges
 
 
 def _order(ids: np.ndarray | None, first: np.ndarray | None, where: str) -> np.ndarray | None:
@@ -179,6 +196,7 @@ def measure(series: Series, options: ImportOptions, tick: Callable[[], object] =
     tick: called after each frame.
     """
     result, first, previous, before = Summary(notes=[*series.notes]), None, None, None
+    edges: Any = None
     times: list[float] = []
     for t, frame in enumerate(normalized(series, options)):
         where, x = f"{series.name}, frame {t * options.stride}", frame.position
@@ -187,6 +205,11 @@ def measure(series: Series, options: ImportOptions, tick: Callable[[], object] =
             result.nodes, result.box, result.velocity = len(x), frame.box, frame.velocity is not None
             result.widths = {name: int(np.prod(value.shape[1:])) for name, value in frame.attributes.items()}
             result.spacing, result.duplicates = measure_spacing(x)
+            edges = frame.edges and frame.edges()
+            result.edges = 0 if edges is None else len(edges)
+        elif result.edges and (frame.edges is None or not np.array_equal(frame.edges(), edges)):
+            result.edges = 0
+            result.notes.append(f"its edges (cells, bonds) are not those of frame 0 in {where}: none are imported")
         _check_same(result, frame, where)
         if result.periodic or frame.box is not None:
             _check_box(result, frame, _periodic(series, options), where)

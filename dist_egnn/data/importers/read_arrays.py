@@ -85,7 +85,7 @@ def _one_series(path: Path, name: str, arrays: dict[str, Any], options: ImportOp
         actual = f"shape {position.shape}" if position is not None else f"arrays {', '.join(arrays) or 'none'}"
         raise Failure(f"{where}: needs 'position' of shape (T, N, 3) or (T, N, 2), has {actual}")
     frames, nodes, dim = position.shape
-    dt, box = take(rest, TIMES), take(rest, BOXES)
+    dt, box, pairs = take(rest, TIMES), take(rest, BOXES), take(rest, ("edges",))
     if box is not None:
         box = np.asarray(box, float).reshape(2, -1) if box.shape[0] == 2 else np.asarray(box, float).T
     for key, value in rest.items():
@@ -102,6 +102,7 @@ def _one_series(path: Path, name: str, arrays: dict[str, Any], options: ImportOp
                 fields[key] = np.asarray(value[t] if varies else value)
             frame = split_fields(fields, options, where, dim)
             frame.position, frame.box = np.asarray(position[t]), box
+            frame.edges = None if pairs is None else lambda: pairs
             yield frame
 
     return Series(f"{path.name}{name and f' {name}'}", read, frames, dt=None if dt is None else float(dt))

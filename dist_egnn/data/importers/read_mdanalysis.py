@@ -60,6 +60,11 @@ def read_universe(name: str, arguments: Sequence[str], options: ImportOptions, *
     if hasattr(atoms, "types") and all(str(kind).isdigit() for kind in set(atoms.types)):
         constant["type"] = np.array([float(kind) for kind in atoms.types])
 
+    row = np.full(len(universe.atoms), -1)
+    row[atoms.indices] = np.arange(len(atoms))
+    bonds = row[universe.bonds.indices] if hasattr(universe, "bonds") else np.zeros((0, 2), int)
+    bonds = bonds[(bonds >= 0).all(1)]
+
     def read() -> Iterator[Frame]:
         for k in range(count):
             with reading(f"{name}: frame {k}"):
@@ -68,7 +73,7 @@ def read_universe(name: str, arguments: Sequence[str], options: ImportOptions, *
                 velocity = np.array(atoms.velocities) if step.has_velocities else None
                 box = _box(step, options)
                 time = float(step.time) if timed or "time" in step.data else None
-            yield Frame(position, velocity, constant, time=time, box=box)
+            yield Frame(position, velocity, constant, time=time, box=box, edges=lambda: bonds)
 
     with reading(f"{name}: frame 0"):
         periodic = _box(trajectory[0], options) is not None

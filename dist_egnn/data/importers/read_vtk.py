@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,28 @@ def detect(paths: Sequence[Path], head: bytes) -> bool:
     return head.startswith(b"# vtk DataFile") or b"<VTKFile" in head or paths[0].suffix == ".vtkhdf"
 
 
-def _frame(mesh: Any, time: float | None, options: ImportOptions, where: str) -> Frame:
+class _CellEdges:
+    """The edges (E, 2) of a mesh's cells; those of the mesh before if it has the same cells."""
+
+    cells: tuple[np.ndarray, ...] = ()
+    edges: np.ndarray = np.zeros((0, 2), np.int64)
+
+    def __call__(self, mesh: Any) -> np.ndarray:
+        import pyvista
+        from vtkmodules.vtkFiltersCore import vtkExtractEdges
+
+        names = ("cells", "celltypes", "faces", "lines", "strips", "dimensions")
+        cells = tuple(np.array(getattr(mesh, name)) for name in names if hasattr(mesh, name))
+        if len(cells) != len(self.cells) or not all(map(np.array_equal, cells, self.cells)):
+            extract = vtkExtractEdges()
+            extract.UseAllPointsOn()  # their numbers do not change
+            extract.SetInputData(mesh)
+            extract.Update()
+            self.cells, self.edges = cells, pyvista.wrap(extract.GetOutput()).lines.reshape(-1, 3)[:, 1:]
+        return self.edges
+
+
+def _frame(mesh: Any, time: float | None, options: ImportOptions, where: str, edges: _CellEdges) -> Frame:
     if mesh is None or not hasattr(mesh, "points") or not mesh.n_points:
         raise Failure(f"{where}: holds no points")
     fields = {
@@ -30,6 +52,7 @@ def _frame(mesh: Any, time: float | None, options: ImportOptions, where: str) ->
         time = float(np.ravel(mesh.field_data["TimeValue"])[0])
     frame = split_fields(fields, options, where, 3)
     frame.position, frame.time = np.array(mesh.points), time
+    frame.edges = functools.partial(edges, mesh)
     return frame
 
 
@@ -47,20 +70,22 @@ def open_series(paths: list[Path], options: ImportOptions) -> list[Series]:
     files = sorted((path for path in paths if path not in alone), key=natural_order)
 
     def read_files() -> Iterator[Frame]:
+        edges = _CellEdges()
         for path in files:
             with reading(path):
                 mesh = _one_of(pyvista.read(path))
-            yield _frame(mesh, None, options, str(path))
+            yield _frame(mesh, None, options, str(path), edges)
 
     def read_times(path: Path) -> Iterator[Frame]:
         with reading(path):
             reader: Any = pyvista.get_reader(str(path))
             times = list(reader.time_values)
+        edges = _CellEdges()
         for k, time in enumerate(times):
             with reading(f"{path}: frame {k}"):
                 reader.set_active_time_value(time)
                 mesh = _one_of(reader.read())
-            yield _frame(mesh, float(time), options, f"{path}: frame {k}")
+            yield _frame(mesh, float(time), options, f"{path}: frame {k}", edges)
 
     result = [Series(f"{files[0].name} … {files[-1].name}", read_files, len(files))] if files else []
     for path in alone:

@@ -48,6 +48,9 @@ class Frame:
     box: np.ndarray | None = None  # (2, 3) low and high corner, or (4, 3) corner and three cell vectors
     reordered: bool = False  # whether the rows were in another order in the source
     unwrapped: bool = False  # whether the source has unwrapped the positions itself
+    edges: Callable[[], np.ndarray] | None = (
+        None  # makes the edges (E, 2) between rows, such as bonds or edges of cells
+    )
     crossings: int = 0  # boundaries of the periodic box between the source's positions and the unwrapped ones
 
 
