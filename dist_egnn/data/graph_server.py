@@ -35,7 +35,7 @@ from ..utils.memory import graph_server_bytes
 from ..utils.signals import STOP_SIGNALS
 from . import dgl_compat
 from .store import Part, Store, open_store
-from .store_inputs import another, store_widths
+from .store_inputs import another, node_floats
 
 SHARED = Path("/dev/shm")
 RETRY_S = 3.0  # between two of DGL's attempts to connect
@@ -120,8 +120,7 @@ def shared_bytes(store: Store, machine: int) -> int:
     """The size of what the server of a machine puts into /dev/shm."""
     table = store.parts_table[store.parts_table["part"] // store.trainers == machine]
     nodes, edges, halo = table[["nodes", "edges", "halo"]].sum().tolist()
-    floats = 9 + sum(store_widths(store.inputs))
-    return graph_server_bytes(nodes, edges, halo, floats, store.trainers)
+    return graph_server_bytes(nodes, edges, halo, node_floats(store.inputs), store.trainers)
 
 
 def _exit_on_signals(here: Address) -> None:

@@ -27,7 +27,8 @@ from typing import Any, NoReturn
 from ..distributed import spawn
 from ..errors import Failure
 from ..utils import console, filesystem, progress
-from .trajectories import Writer
+from . import checks
+from .trajectories import Trajectories, Writer
 
 SCALES = ("tiny", "small", "full")
 POLL_S = 0.5
@@ -152,6 +153,8 @@ def write(
             command, seconds = shlex.join(["python", *sys.argv]), round(time.monotonic() - started, 1)
             manifest = {"command": command, "seconds": seconds, "settings": dict(settings)}
             manifest |= {"sha256": filesystem.sha256(out), "bytes": out.stat().st_size}
+            doubts = checks.warn_of_content(Trajectories(out))
+            manifest |= {"warnings": doubts} if doubts else {}
             text = json.dumps(manifest, indent=1, sort_keys=True) + "\n"
             filesystem.write_atomically(out.with_name(out.name + ".manifest.json"), text.encode())
         except OSError as error:

@@ -28,6 +28,12 @@ def store_widths(inputs: Mapping[str, Any]) -> tuple[int, int]:
     return f, a
 
 
+def node_floats(inputs: Mapping[str, Any]) -> int:
+    """float32 numbers of a node's fields (an int64 is two), without gid: x, v, y, f, a, past, moving_id and moving."""
+    past = inputs.get("history", 0) + inputs.get("pushforward", 0)
+    return 9 + sum(store_widths(inputs)) + 3 * max(past - 1, 0) + 4 * bool(inputs.get("fixed"))
+
+
 def check_settings(inputs: Mapping[str, Any], path: str, data: Data) -> None:
     """Raise Failure if the config's data section differs from the inputs of the store at this path."""
     for name in COMPARED:

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from .. import __version__
-from ..data.store_inputs import store_widths
+from ..data.store_inputs import node_floats
 from ..train import run_dir
 from ..utils import memory
 
@@ -94,7 +94,7 @@ def summarize_store(path: Path) -> dict[str, Any] | None:
             "sha256": hashlib.sha256(content).hexdigest(),
             "shards": len({name.split("/")[0] for name in names if "/" in name}),
             "sizes": [sum(file.stat().st_size for file in files if file.is_file()) for files in parts],
-            "floats": 9 + sum(store_widths(inputs)),
+            "floats": node_floats(inputs),
         }
     except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError, yaml.YAMLError):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from dist_egnn import Trajectories, Writer
-from dist_egnn.data import checks
+from dist_egnn.data import checks, prepare
 from dist_egnn.errors import Failure
 
 X = np.random.default_rng(0).uniform(size=(30, 3)) + 0.01 * np.arange(9)[:, None, None]
@@ -122,6 +123,16 @@ def test_doubtful_motion_and_units(tmp_path: Path) -> None:
     counts, lines = checks.check_content(data)
     assert counts == {"unit of velocity": 1}
     assert "v.h5: trajectory 0, frame 0: velocity · dt is 0.1 times" in lines[0]
+
+
+def test_the_manifest_of_a_recipe_counts_doubts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def make(k: int) -> list[dict[str, Any]]:
+        return [{"position": X, "velocity": np.full_like(X, 0.01), "dt": 0.1, "split": "train", "source": "test"}]
+
+    prepare.write(tmp_path / "v.h5", make, 2, settings={}, workers=1, threads=True)
+    manifest = json.loads((tmp_path / "v.h5.manifest.json").read_text())
+    assert manifest["warnings"] == {"unit of velocity": 2}
+    assert "warning: " in capsys.readouterr().err
 
 
 def test_a_foreign_file_far_from_zero(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def run(tmp_path: Path) -> config.Config:
     """A run of the model x + 1.5 v on two trajectories; kind is 3 for the nodes of WALL, which rest."""
     x = np.random.default_rng(0).uniform(size=(60, 3)) + MOVES * np.arange(6)[:, None, None]
     attributes = {"kind": 3.0 * WALL, "wall": 1.0 * WALL, "mass": np.arange(60.0), "all": np.ones(60)}
+    attributes["varies"] = np.tile(WALL, (6, 1))
     with Writer(tmp_path / "a.h5", {}) as out:
         for split in ("train", "valid", "test"):
             out.add(x, split=split, dt=1.0, source="test", velocity=np.tile(MOVES, (6, 1, 1)), attributes=attributes)
@@ -97,6 +98,7 @@ def test_prediction_leaves_them_in_place(run: config.Config, tmp_path: Path) -> 
         ("mass", r"a\.h5: trajectory 0, frame 0: node 1 moves, and data\.fixed"),
         ("kind=4", r"data\.fixed=kind=4: .*a\.h5 has no such node"),
         ("sort", r"a\.h5: trajectory 0 has no node attribute 'sort'"),
+        ("varies", r"data\.fixed=varies: .* varies over time; use another attribute"),
         ("wall=x", r"data\.fixed=wall=x: write NAME, or NAME=VALUE"),
     ],
 )

@@ -19,6 +19,7 @@ from dist_egnn import Trajectories, Writer, config
 from dist_egnn.data import domain, graphs, halo
 from dist_egnn.data.dataset import open_dataset
 from dist_egnn.data.store import Store
+from dist_egnn.data.store_inputs import node_floats
 from dist_egnn.distributed import comm, spawn
 from dist_egnn.errors import Failure
 from dist_egnn.evaluate import parallel_check, rollout, rollout_metrics
@@ -89,6 +90,9 @@ def test_many_processes_equal_one(file, tmp_path, name, mode, own_steps, fixed, 
     keys = [f"model.name={name}", f"partition.halo={mode}", f"data.fixed={fixed}", *edge_keys(edges)]
     made = settings(file, *keys)
     store = make_store(file, tmp_path / "store", made)
+    fields = store.disk.part("shard-00000", 0).nodes
+    numbers = {key: fields[key].element_size() / 4 * fields[key][0].numel() for key in set(store.fields) - {"gid"}}
+    assert node_floats(store.inputs) == sum(numbers.values())
     made.data.radius = store.rule.radius
     ranks = spawn.run_ranks(_step, 2, made, str(store.path), own_steps)
     results = [*ranks, _step(comm.SingleProcess(), made, str(store.path), own_steps)]
