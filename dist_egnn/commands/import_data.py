@@ -114,8 +114,16 @@ def _make(
             yield _frame_arguments(frame, summary)
 
     source = f"{one.name}, frames {lo * options.stride} to {(hi - 1) * options.stride}"
+    shift = summary.shift.tolist() if summary.shift.any() else None
     yield {
-        **{"split": split, "dt": summary.dt, "source": source, "attributes": constant, "box": first.box},
+        **{
+            "shift": shift,
+            "split": split,
+            "dt": summary.dt,
+            "source": source,
+            "attributes": constant,
+            "box": first.box,
+        },
         **{"periodic": summary.periodic, "frames": arguments()},
         "edges": first.edges() if summary.edges and first.edges else None,
     }
@@ -148,7 +156,6 @@ def run_import(paths: Sequence[Path], out: Path, options: ImportOptions) -> None
     settings = {
         **{"format": name, "files": [path.name for path in paths], "sha256": _digest(paths), "warnings": notes},
         "options": {key: value for key, value in vars(options).items() if value not in (None, ())},
-        "shift": [summary.shift.tolist() for summary in summaries],
         "dim": max(summary.dim for summary in summaries),
     }
     make = functools.partial(_make, series, summaries, jobs, options)

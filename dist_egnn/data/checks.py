@@ -104,19 +104,23 @@ def neighbour_distances(x: np.ndarray) -> np.ndarray:
 
 
 def check_digits(position: np.ndarray, where: str) -> None:
-    """Raise Failure if float32 blurs positions (N, 3) by more than DIGITS of their median distance to a neighbour."""
+    """Raise Failure if float32 blurs positions (N, 3), see `lost_digits`."""
+    if text := lost_digits(position):
+        raise Failure(f"{where}: {text}; subtract a constant, such as the mean position, from all positions")
+
+
+def lost_digits(position: np.ndarray) -> str:
+    """How float32 blurs positions (N, 3) by more than DIGITS of their median distance to a neighbour; empty if it does not."""
     if len(position) < 2:
-        return
+        return ""
     x = np.asarray(position, np.float64)
     rounding = float(np.finfo(np.float32).eps * np.abs(x).max())
     if rounding <= DIGITS * np.ptp(x, 0).max() / len(x):  # sufficient, and cheap
-        return
+        return ""
     spacing = float(np.median(neighbour_distances(x)))
-    if rounding > DIGITS * spacing and np.abs(x.mean(0)).max() > np.ptp(x, 0).max():
-        far = (
-            f"nodes are {spacing:.2g} apart and {np.abs(x).max():.2g} from zero, where float32 resolves {rounding:.2g}"
-        )
-        raise Failure(f"{where}: {far}; subtract a constant, such as the mean position, from all positions")
+    if rounding <= DIGITS * spacing or np.abs(x.mean(0)).max() <= np.ptp(x, 0).max():
+        return ""
+    return f"nodes are {spacing:.2g} apart and {np.abs(x).max():.2g} from zero, where float32 resolves {rounding:.2g}"
 
 
 def _motion(data: Trajectories, k: int, passes: int) -> Iterator[tuple[str, str]]:

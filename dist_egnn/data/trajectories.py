@@ -67,15 +67,24 @@ class Writer:
         periodic: bool = False,
         gravity: Sequence[float] | None = None,
         edges: np.ndarray | None = None,
+        shift: Sequence[float] | None = None,
     ) -> None:
         """Append a trajectory. Raises Failure for invalid arrays, an unknown split, or a full disk, and appends nothing.
 
         position, velocity: (T, N, 3); attributes: name → (N,) or (N, k), over time (T, N) or (T, N, k); box: (2, 3) low
         and high corner; dt: time between frames; periodic: nodes that leave the box enter on the other side; their
         positions must be unwrapped, see ``unwrap``; gravity: (3,) acceleration, length/time²; edges: (E, 2) pairs of nodes
-        that data.edges=given joins, in both directions.
+        that data.edges=given joins, in both directions; shift: (3,), was subtracted from the source's positions, and rollouts
+        add it again.
         """
-        about: dict[str, Any] = {"split": split, "dt": dt, "source": source, "box": box, "gravity": gravity}
+        about: dict[str, Any] = {
+            "split": split,
+            "dt": dt,
+            "source": source,
+            "box": box,
+            "gravity": gravity,
+            "shift": shift,
+        }
         with self.begin(**about, periodic=periodic, edges=edges) as trajectory:
             arrays = {"position": stack_frames(position, trajectory.where)}
             if velocity is not None:
@@ -105,6 +114,7 @@ class Writer:
         periodic: bool = False,
         gravity: Sequence[float] | None = None,
         edges: np.ndarray | None = None,
+        shift: Sequence[float] | None = None,
     ) -> FrameWriter:
         """Begin a trajectory that is written frame by frame in a ``with`` block; arguments as of ``add``.
 
@@ -126,8 +136,9 @@ class Writer:
             raise Failure(f"{where}: periodic, but there is no box; pass box=")
         group = self.group.create_group(name)
         group.attrs.update(about)
-        if gravity is not None:
-            group.attrs["gravity"] = np.array(gravity, np.float64).reshape(3)
+        for key, vector in (("gravity", gravity), ("shift", shift)):
+            if vector is not None:
+                group.attrs[key] = np.array(vector, np.float64).reshape(3)
         constant = {f"attributes/{key}": value for key, value in (attributes or {}).items()}
         constant |= {key: value for key, value in (("box", box), ("edges", edges)) if value is not None}
         return FrameWriter(group, where, self.sink, constant)
@@ -365,6 +376,7 @@ class Trajectory:
     varying: tuple[str, ...] = ()  # attributes that vary over time
     gravity: tuple[float, ...] | None = None  # acceleration, length/time²
     edges: bool = False  # whether the source gives them
+    shift: tuple[float, ...] | None = None  # what was subtracted from the source's positions
 
 
 class Trajectories(Sequence[Trajectory]):
@@ -429,9 +441,11 @@ class Trajectories(Sequence[Trajectory]):
             checks.check_name(key, where)
         if "box" in group:
             checks.check_box(group["box"][()], where)
-        gravity = tuple(map(float, attrs["gravity"])) if "gravity" in attrs else None
+        gravity, shift = (tuple(map(float, attrs[key])) if key in attrs else None for key in ("gravity", "shift"))
         joined = "edges" in group
-        return Trajectory(name, _text(attrs["split"]), frames, nodes, *properties, widths, varying, gravity, joined)
+        return Trajectory(
+            name, _text(attrs["split"]), frames, nodes, *properties, widths, varying, gravity, joined, shift
+        )
 
     def __len__(self) -> int:
         return len(self._all)
@@ -458,6 +472,10 @@ class Trajectories(Sequence[Trajectory]):
     def position(self, k: int, t: int) -> np.ndarray:
         """Positions (N, 3) float32 at frame t."""
         return self._read(k, "position", t)
+
+    def source_position(self, k: int, t: int) -> np.ndarray:
+        """Positions (N, 3) float64 at frame t in the source's coordinates: those of ``position`` plus the shift."""
+        return self.position(k, t).astype(np.float64) + np.array(self._all[k].shift or 0.0)
 
     def velocity(self, k: int, t: int, difference: str = "backward") -> np.ndarray:
         """Velocities (N, 3) float32: the stored ones, or else differences of positions.

@@ -86,14 +86,15 @@ class Predictor:
     ) -> tuple[Array, Array]:
         """Predicted positions (N, 3) float32, and those of the virtual nodes (C, 3) after the last layer.
 
+        Both are float64 for float64 positions so far from zero that float32 would lose digits.
+
         positions, velocities: (N, 3) in the data's units; arrays, or tensors for tensors on their device. features:
         attributes (N,) or (N, k) by name, or the run's features (N, F). node_attributes: the same, (N, K), if
         ``features`` lacks them.
         box: low and high corner (2, 3) of periodic data; edges: pairs of nodes (E, 2) for data.edges=given. Raises Failure
         for wrong shapes and names, NaN and infinity.
         """
-        x = _numbers(positions, "positions", (None, 3))
-        checks.check_digits(x, "positions")
+        x, shift = _near_zero(positions)
         v = _numbers(velocities, "velocities", (len(x), 3)) * np.float32(self.spec.velocity_scale)
         features = {} if features is None else features
         if node_attributes is None:
@@ -109,9 +110,12 @@ class Predictor:
         with torch.no_grad():
             predicted, z = self.model(build_sample({"x": x, "v": v, "f": f, "a": a}, self.spec, side, given=given))
         predicted = torch.where(fixed.to(predicted.device), torch.from_numpy(x).to(predicted), predicted)
+        results = predicted.cpu(), z[0].cpu()
+        if shift is not None:  # the model is equivariant: it moves with the nodes
+            results = results[0].double() + shift, results[1].double() + shift
         if isinstance(positions, Tensor):
-            return predicted.to(positions.device), z[0].to(positions.device)
-        return predicted.cpu().numpy(), z[0].cpu().numpy()
+            return results[0].to(positions.device), results[1].to(positions.device)
+        return results[0].numpy(), results[1].numpy()
 
     def _fixed(self, features: Given, node_attributes: Given, n: int) -> Tensor:
         """The nodes (N, 1) bool that data.fixed names, from attributes given by name."""
@@ -156,6 +160,17 @@ def _columns(
         used = f"columns ({', '.join(names)})" if listed_names else "columns: all attributes of its data and speed"
         raise Failure(f"{what}: the model uses {width} {used}; given are {columns.shape[1]} columns of {listed}")
     return columns
+
+
+def _near_zero(positions: Array) -> tuple[np.ndarray, Tensor | None]:
+    """Positions (N, 3) float32, and what was subtracted (3,) float64: None unless float32 would lose digits."""
+    x = _numbers(positions, "positions", (None, 3))
+    whole = positions.detach().cpu().numpy() if isinstance(positions, Tensor) else np.asarray(positions)
+    if whole.dtype != np.float64 or not checks.lost_digits(whole):
+        checks.check_digits(x, "positions")
+        return x, None
+    shift = np.rint(whole.mean(0))
+    return _numbers(whole - shift, "positions", (None, 3)), torch.from_numpy(shift)
 
 
 def _numbers(value: Any, what: str, shape: tuple[int | None, ...]) -> np.ndarray:

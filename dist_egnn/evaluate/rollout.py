@@ -51,6 +51,7 @@ def roll_out(comm: Comm, job: RolloutJob) -> tuple[str, float]:
     Returns why it stopped early, empty if it did not, and the seconds that its steps took, without writing.
     """
     simulation = Simulation(comm, job, load_model(comm, job))
+    shift = simulation.conditions.trajectory.shift
     with contextlib.ExitStack() as stack:
         stack.enter_context(tiled_layer.tile_threads(job.config.train.threads))
         tick = stack.enter_context(progress_bar("rolling out", job.steps, enabled=comm.rank == 0))
@@ -61,7 +62,8 @@ def roll_out(comm: Comm, job: RolloutJob) -> tuple[str, float]:
                 writer = stack.enter_context(_writer(simulation.conditions, len(state.z)))
             y = simulation.true_position(state.frame)
             error = None if y is None else state.x.astype(np.float64) - y
-            writer.add(state.x, state.v, state.part, error, state.z)
+            x, z = (state.x, state.z) if shift is None else (state.x + np.array(shift), state.z + np.array(shift))
+            writer.add(x, state.v, state.part, error, z)
             if state.step:
                 moving = ~simulation.conditions.fixed
                 tick("" if error is None else f"MSE {np.square(error[moving]).mean():.3e}")
@@ -77,7 +79,10 @@ def _writer(conditions: BoundaryConditions, virtual: int) -> RolloutWriter:
         meta["gravity"] = conditions.around[0].tolist()
     meta |= {"true_frames": trajectory.frames, "velocity": conditions.velocity}
     size = job.steps + 1, trajectory.nodes, virtual
-    return RolloutWriter(Path(job.out), size, meta, conditions.attributes, conditions.box, conditions.dtype)
+    box, dtype = conditions.box, conditions.dtype
+    if trajectory.shift is not None:  # the file is in the source's coordinates, of which float32 would lose digits
+        box, dtype = None if box is None else box + np.array(trajectory.shift), np.dtype(np.float64)
+    return RolloutWriter(Path(job.out), size, meta, conditions.attributes, box, dtype)
 
 
 def _warn_of_assumptions(file: Trajectories, k: int, start: int, horizon: int, fixed: str, simulator: bool) -> None:

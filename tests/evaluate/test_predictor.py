@@ -190,6 +190,17 @@ def test_kinds_of_input(run, small):
     np.testing.assert_array_equal((x, v), original)
 
 
+def test_positions_far_from_zero(run, small):
+    """The prediction moves with float64 positions of which float32 would lose digits."""
+    predict, shift = dist_egnn.load(run), np.array([5e6, -4e6, 0])
+    x, v, given, _ = inputs(small, predict.config)[0]
+    near, far = predict.with_virtual(x, v, given), predict.with_virtual(x + shift, v, given)
+    for a, b in zip(near, far, strict=True):
+        np.testing.assert_allclose(b - shift, a, atol=2e-5)
+    with pytest.raises(Failure, match="float32 resolves"):
+        predict((x + shift).astype(np.float32), v, given)
+
+
 def test_one_node_and_far_ones(run):
     """Without any edge."""
     predict = dist_egnn.load(run)

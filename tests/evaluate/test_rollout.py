@@ -45,7 +45,9 @@ MODEL = ["data.node_attributes=[mass]", "model.hidden=16", "model.layers=2"]
 CommandLine = Callable[..., tuple[int, str, str]]
 
 
-def write(path: Path, *, velocity: bool = True, box: np.ndarray | None = BOX, periodic: bool = False) -> Path:
+def write(
+    path: Path, *, velocity: bool = True, box: np.ndarray | None = BOX, periodic: bool = False, shift: Any = None
+) -> Path:
     """Three trajectories of 60 nodes, 12 frames, that fall: x = x0 + u t + g t² / 2."""
     draw = np.random.default_rng(5)
     start, u = draw.uniform(size=(60, 3)), 0.05 * draw.normal(size=(60, 3))
@@ -56,7 +58,7 @@ def write(path: Path, *, velocity: bool = True, box: np.ndarray | None = BOX, pe
         for split in ("train", "valid", "test"):
             options: dict[str, Any] = {"velocity": v, "attributes": attributes, "box": box, "periodic": periodic}
             position = start + u * t + g * t**2 / 2
-            out.add(position, split=split, dt=DT, source="test", edges=random_pairs(60, 0), **options)
+            out.add(position, split=split, dt=DT, source="test", edges=random_pairs(60, 0), shift=shift, **options)
     return path
 
 
@@ -110,6 +112,24 @@ def test_linear_dynamics_in_closed_form(tmp_path: Path, kind: str) -> None:
         if 1 + 3 * k < 12:
             np.testing.assert_allclose(frame.error, frame.position - file.position(0, 1 + 3 * k), atol=1e-7)
     assert [frame.error is None for frame in frames] == [False] * 4 + [True] * 2
+
+
+def test_positions_that_were_shifted(tmp_path: Path) -> None:
+    """The file of a rollout has the source's coordinates, to more digits than float32 has."""
+    run, shift = make_run(tmp_path / "run"), np.array([5e6, -1e6, 0])
+    frames = roll_out(run, tmp_path / "a.vtkhdf")
+    data = write(tmp_path / "b.h5", shift=shift)
+    for frame, moved in zip(frames, roll_out(run, tmp_path / "b.vtkhdf", data=data), strict=True):
+        np.testing.assert_allclose(moved.position - shift, frame.position, atol=1e-8)
+        np.testing.assert_allclose(moved.velocity, frame.velocity, atol=1e-7)
+        if frame.error is not None and moved.error is not None:
+            np.testing.assert_allclose(moved.error, frame.error, atol=1e-7)
+        if frame.virtual is not None and moved.virtual is not None:
+            np.testing.assert_allclose(moved.virtual - shift, frame.virtual, atol=1e-8)
+    with Rollout(tmp_path / "b.vtkhdf") as rolled:
+        np.testing.assert_array_equal(rolled.box, BOX + shift)
+    table, moved_table = (rollout.error_table(tmp_path / f"{name}.vtkhdf") for name in "ab")
+    np.testing.assert_allclose(moved_table["mse"], table["mse"], rtol=1e-6)
 
 
 def plain_loop(run: Path, data: Path, parts: int, repartition: int, method: str) -> list[np.ndarray]:
