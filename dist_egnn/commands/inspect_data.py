@@ -119,6 +119,8 @@ def file_notes(found: Inspection) -> list[str]:
     )
     if at_rest := sum(int(fixed.sum()) for fixed in found.fixed):
         lines.append(f"nodes that never move in these frames: {at_rest:,} of {sum(map(len, found.fixed)):,}")
+    if found.given_degree:
+        lines.append(f"edges of the file: {found.given_degree:.3g} neighbours of a node")
     if g := found.gravity:
         source = f"mean acceleration in {g.places} of {g.of} frames" if g.of else "stored in the file"
         lines.append(f"gravity: {g.vector} ({source})")
@@ -132,7 +134,13 @@ def file_tables(found: Inspection) -> list[Table]:
     table.insert(1, "split", [file[k].split for k in found.numbers])
     table = table.drop(columns=["reordered", "crossings"])  # known at the import only
     some = f", {len(table)} of them sampled" * (len(table) < len(file))
-    tables: list[Table] = [(f"{file.path}: {len(file):,} trajectories{some}", list(table), table.values.tolist())]
+    tables: list[Table] = [
+        (
+            f"{file.path}: {len(file):,} trajector{'y' if len(file) == 1 else 'ies'}{some}",
+            list(table),
+            table.values.tolist(),
+        )
+    ]
     classes = list(zip(DEGREES, [*DEGREES[1:], math.inf], strict=True))
     names = [f"{a}+" if b == math.inf else f"{a}-{b - 1}" if b > a + 1 else f"{a}" for a, b in classes]
     rows = []
@@ -143,7 +151,7 @@ def file_tables(found: Inspection) -> list[Table]:
     dt, errors, rows = file[found.numbers[0]].dt, found.errors, []
     for n, h in enumerate(found.horizons):
         if math.isfinite(static := errors["static"][n]):
-            moved = f"{math.sqrt(3 * static) / found.spacing:.3g}"
+            moved = f"{math.sqrt(3 * static) / found.spacing:.3g}" if found.spacing > 0 else "-"
             rows.append([h, f"{h * dt:.4g}", *(f"{values[n]:.4e}" for values in errors.values()), moved])
     header = ["frames", "time", *errors, "moved/spacing"]
     return [*tables, ("mean squared error of predictions without a model", header, rows)] if rows else tables

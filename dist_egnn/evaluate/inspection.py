@@ -65,12 +65,20 @@ class Inspection:
     @property
     def spacing(self) -> float:
         """The median distance to the nearest node."""
-        return float(np.nanmedian([summary.spacing for summary in self.summaries]))
+        known = [summary.spacing for summary in self.summaries if np.isfinite(summary.spacing)]
+        return float(np.median(known)) if known else float("nan")
+
+    @cached_property
+    def given_degree(self) -> float:
+        """The mean number of neighbours by the edges of the file; 0 unless all trajectories have edges."""
+        if not all(trajectory.edges for trajectory in self.file):
+            return 0.0
+        return float(np.mean([len(self.file.edges(k)[0]) / self.file[k].nodes for k in self.numbers]))
 
     def _mean(self, name: str) -> np.ndarray:
         """(H,) squares per moving node and component; NaN without a place."""
-        values = np.stack([getattr(place, name) for place in self.places])
-        nodes = np.array([[place.moving] for place in self.places]) * np.isfinite(values)
+        values = np.array([getattr(place, name) for place in self.places]).reshape(-1, len(self.horizons))
+        nodes = np.reshape([place.moving for place in self.places], (-1, 1)) * np.isfinite(values)
         with np.errstate(invalid="ignore"):
             return np.nansum(values, 0) / (3 * nodes.sum(0))
 

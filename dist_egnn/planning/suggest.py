@@ -26,6 +26,7 @@ EXACT = 1e-8  # of the static error, left by rounding
 NODES = 10_000  # of a process; with fewer the sums between processes cost more than they save
 BATCH_NODES = 2000
 VALUES = 16  # different values of an attribute that may name fixed nodes
+MESH = 4  # neighbours of a node in the edges of a file, from which they are a mesh rather than bonds
 LARGE = 30.0  # magnitude of a feature from which it is scaled
 
 
@@ -33,35 +34,56 @@ def suggest(found: Inspection) -> list[Line]:
     """The keys that differ from their defaults or depend on the data. Raises Failure for data that no run can learn from."""
     frames, first = min(t.frames for t in found.file), 0 if found.file[0].velocity else 1
     path = found.file.path
+    if missing := {"train", "valid"} - {t.split for t in found.file}:
+        raise Failure(f"{path}: no trajectory in split '{min(missing)}'; import it again with --split")
     if frames < 2 + first:
         raise Failure(f"{path}: a trajectory of {frames} frames has no input with a target; import longer ones")
-    if not any(t.split == "train" for t in found.file):
-        raise Failure(f"{path}: no trajectory in split 'train'; import it again with --split")
-    if not found.places or not np.nansum(found.errors["static"]) > 0:
+    if not np.nansum(found.errors["static"]) > 0:
         raise Failure(f"{path}: no node moves in the sampled frames: there is nothing to learn")
     if np.nanmax(found.unexplained) <= EXACT:
         raise Failure(f"{path}: all nodes move in straight lines at constant speed: there is nothing to learn")
+    if found.radius[0] < 1e-20:
+        raise Failure(
+            f"{path}: nodes are at the places of others, so no radius finds neighbours; correct the positions"
+        )
     lines: list[Line] = [("data.path", str(path), "")]
-    radius, mean = found.radius
-    few = "the graphs have few nodes: every pair is joined"
-    lines.append(("data.radius", radius, f"about {mean:.3g} neighbours of a node" if radius < math.inf else few))
-    simulator = _is_simulator(found, frames)
-    lines += _simulator(found, frames) if simulator else _one_shot(found, frames - 1 - first)
+    simulator = not (against := _against_simulator(found, frames))
+    lines += _edges(found, simulator)
+    lines += _simulator(found, frames) if simulator else _one_shot(found, frames - 1 - first, against)
     if found.file[found.numbers[0]].periodic and all(t.periodic for t in found.file):
         lines.append(("data.periodic", True, "all boxes are periodic"))
     lines += _features(found, simulator)
-    lines += _fixed(found)
+    lines += _fixed(found, simulator)
     lines += _size(found, lines, frames - first)
     name = found.file.path.stem
     folder = next(f for n in range(1, 10_000) if not (f := Path("runs", f"{name}-{n}" if n > 1 else name)).exists())
     return [*lines, ("run.dir", str(folder), "")]
 
 
-def _is_simulator(found: Inspection, frames: int) -> bool:
-    """Whether dt is small against the motion: the last velocity predicts the next frame, over less than a spacing."""
-    step = math.sqrt(3 * found.errors["static"][0])
-    enough = frames >= (HISTORY + 1) + 1 and math.isfinite(found.radius[0])
-    return enough and bool(found.unexplained[0] <= SMOOTH) and step <= found.spacing
+def _edges(found: Inspection, simulator: bool) -> Iterator[Line]:
+    radius, mean = found.radius
+    if given := found.given_degree >= MESH:
+        yield "data.edges", "given", f"the file gives {found.given_degree:.2g} neighbours of a node, as a mesh has"
+    if simulator or not given:
+        few = "the graphs have few nodes: every pair is joined"
+        text = f"about {mean:.0f} neighbours of a node" if radius < math.inf else few
+        text += " (the file also gives edges, for data.edges=given)" if 0 < found.given_degree < MESH else ""
+        yield "data.radius", radius, text
+
+
+def _against_simulator(found: Inspection, frames: int) -> str:
+    """Why a simulator does not fit; empty if it does: the last velocity predicts the next frame, less than a spacing away."""
+    if math.isinf(found.radius[0]):
+        return "the graphs have few nodes"
+    if frames < HISTORY + 2:
+        return f"trajectories of {frames} frames are too short for a simulator"
+    if found.unexplained[0] > SMOOTH:
+        return (
+            f"dt is large for a simulator: constant velocity leaves {found.unexplained[0]:.0%} of the next displacement"
+        )
+    if (step := math.sqrt(3 * found.errors["static"][0])) > found.spacing:
+        return f"dt is large for a simulator: a frame moves nodes by {step / found.spacing:.2g} spacings"
+    return ""
 
 
 def _simulator(found: Inspection, frames: int) -> Iterator[Line]:
@@ -72,11 +94,13 @@ def _simulator(found: Inspection, frames: int) -> Iterator[Line]:
     ]  # fmt: skip
     n = max(usable, default=0)
     horizon, step = found.horizons[n], math.sqrt(3 * errors[n])
-    text = f"nodes move {step / found.spacing:.2g} spacings, and the velocity before explains all but {left[n]:.1%} of that"
+    text = (
+        f"a step moves nodes by {step / found.spacing:.2g} spacings; constant velocity explains {1 - left[n]:.1%} of it"
+    )
     yield "data.horizon", horizon, text
     other = next((h for h, share in zip(found.horizons, left, strict=True) if share >= CURVED), found.horizons[-1])
-    only = f"for one prediction over {other} frames, a one-shot model fits better: history 0, horizon {other}"
-    yield "data.history", HISTORY, f"a simulator, rolled out step by step; {only}"
+    only = f"to predict {other} frames ahead and no rollout, a one-shot model fits better (history 0, horizon {other})"
+    yield "data.history", HISTORY, f"a simulator, for rollouts; {only}"
     if (HISTORY + PUSHFORWARD + 1) * horizon < frames:
         yield "data.pushforward", PUSHFORWARD, "own steps in training keep rollouts stable"
     if found.inside:
@@ -95,15 +119,14 @@ def _simulator(found: Inspection, frames: int) -> Iterator[Line]:
     yield "train.clip", 1.0, "long gradients of collisions"
 
 
-def _one_shot(found: Inspection, longest: int) -> Iterator[Line]:
+def _one_shot(found: Inspection, longest: int, against: str) -> Iterator[Line]:
     static, left = found.errors["static"], found.unexplained
     usable = [n for n, h in enumerate(found.horizons) if h <= max(1, longest // 2)]
     if left[0] >= 1:
         n = max(n for n in usable if found.horizons[n] <= 10)
-        text = "one-shot: frames are too far apart for a simulator, velocities do not predict the next one"
     else:
         n = next((n for n in usable if left[n] >= CURVED), usable[-1])
-        text = f"one-shot: constant velocity leaves {left[n]:.0%} of the static error"
+    text = f"one-shot, since {against}; constant velocity leaves {left[n]:.0%} at this horizon"
     yield "data.horizon", found.horizons[n], text
     if g := found.gravity:
         length = float(np.linalg.norm(g.vector))
@@ -135,7 +158,7 @@ def _features(found: Inspection, simulator: bool) -> Iterator[Line]:
             if varies:
                 reasons.append(f"'{name}' varies: rollouts end with the data")
     names += [] if simulator else ["speed"]
-    yield "data.features", names, "; ".join(reasons) or "attributes of the nodes"
+    yield "data.features", names, "; ".join(reasons) or "attributes of the nodes" * bool(common)
 
 
 def _numbers_nodes(values: np.ndarray) -> bool:
@@ -143,8 +166,8 @@ def _numbers_nodes(values: np.ndarray) -> bool:
     return len(values) > VALUES and (values == np.rint(values)).all() and len(np.unique(values)) == len(values)
 
 
-def _fixed(found: Inspection) -> Iterator[Line]:
-    """data.fixed: the attribute, or value of one, that marks most of the nodes at rest and no other node."""
+def _fixed(found: Inspection, simulator: bool) -> Iterator[Line]:
+    """data.fixed: the attribute, or value of one, that marks most of the nodes at rest and no other node; or `fixed`."""
     file, marked = found.file, dict[str, int]()
     at_rest = sum(int(fixed.sum()) for fixed in found.fixed)
     plain = [n for n in file[0].attributes if all(t.widths.get(n) == 1 and n not in t.varying for t in file)]
@@ -160,6 +183,8 @@ def _fixed(found: Inspection) -> Iterator[Line]:
     best = max(marked, key=lambda text: (marked[text], text == "fixed"), default="")
     if best and marked[best] > at_rest / 2 and not all(fixed.all() for fixed in found.fixed):
         yield "data.fixed", best, f"these {marked[best] // len(found.numbers):,} nodes of a trajectory never move"
+    elif simulator and "fixed" in plain and any(file.attribute(k, "fixed").any() for k in found.numbers):
+        yield "data.fixed", "fixed", "marked in the file; they move as the data prescribe"
 
 
 def _size(found: Inspection, lines: list[Line], inputs: int) -> Iterator[Line]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dist_egnn.commands.import_data import parse_options, run_import
 from dist_egnn.commands.inspect_data import run_inspection
 from dist_egnn.commands.train import run_training
 from dist_egnn.errors import Failure
+from dist_egnn.evaluate import inspection
 from dist_egnn.evaluate.inspection import Inspection, inspect
 from dist_egnn.planning import suggest
 
@@ -21,9 +23,10 @@ LATTICE = np.stack(np.meshgrid(*[np.arange(6.0)] * 3), -1).reshape(-1, 3)
 STEP = np.array([0.03, -0.02, 0.01])
 
 
-def write(path: Path, position: np.ndarray, **more: Any) -> Path:
+def write(path: Path, position: np.ndarray, splits: Sequence[str] = ("train", "valid"), **more: Any) -> Path:
     with Writer(path, {}) as out:
-        out.add(position, **{"split": "train", "dt": 0.5, "source": "test"} | more)
+        for split in splits:
+            out.add(position, **{"split": split, "dt": 0.5, "source": "test"} | more)
     return path
 
 
@@ -53,8 +56,6 @@ def test_a_moving_lattice_has_known_neighbours_and_errors(tmp_path):
     np.testing.assert_allclose(found.errors["static"], (STEP @ STEP) * h**2 / 3, rtol=1e-4)
     assert found.errors["linear"].max() < 1e-10
     assert found.gravity is None
-    with pytest.raises(Failure, match="straight lines"):
-        suggest.suggest(found)
 
 
 def test_a_suggested_config_trains(tmp_path, monkeypatch, capsys):
@@ -118,6 +119,36 @@ def test_coarse_frames_give_a_one_shot_model(tmp_path):
     text = suggest.to_yaml(lines, ["a comment"])
     assert config.parse(text, "text").data.horizon == 5
     assert "'id' numbers the nodes; 'one' is constant" in text
+
+
+STILL = np.repeat(LATTICE[None], 8, 0)
+LINE = STILL + STEP * np.arange(8)[:, None, None]
+
+
+@pytest.mark.parametrize(
+    ("position", "splits", "match"),
+    [
+        (LINE[:2], ("train", "valid"), "2 frames"),
+        (LINE, ("train",), "'valid'; import it again with --split"),
+        (LINE, ("train", "valid"), "straight lines"),
+        (STILL, ("train", "valid"), "no node moves"),
+        (LINE[:, :1].repeat(50, 1) ** 2, ("train", "valid"), "correct the positions"),
+    ],
+)
+def test_data_that_no_run_can_learn_from(tmp_path, position, splits, match):
+    with pytest.raises(Failure, match=match):
+        suggest.suggest(measured(write(tmp_path / "a.h5", position, splits)))
+
+
+def test_large_files_are_sampled_and_edges_of_a_mesh_are_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(inspection, "POSITIONS", 3000)
+    position = LATTICE + 0.1 * np.sin(np.arange(60))[:, None, None] * STEP
+    pairs = np.concatenate([np.stack([np.arange(216 - d), np.arange(d, 216)], 1) for d in (1, 6, 36)])
+    found = measured(write(tmp_path / "a.h5", position, ["train"] * 20 + ["valid"], edges=pairs))
+    assert len(found.numbers) == 1
+    assert len(found.places) == 2
+    given = {key: value for key, value, _ in suggest.suggest(found)}
+    assert given["data.edges"] == "given"
 
 
 def test_stores(make_store, tmp_path, capsys):
