@@ -119,8 +119,6 @@ def file_notes(found: Inspection) -> list[str]:
     )
     if at_rest := sum(int(fixed.sum()) for fixed in found.fixed):
         lines.append(f"nodes that never move in these frames: {at_rest:,} of {sum(map(len, found.fixed)):,}")
-    if found.given_degree:
-        lines.append(f"edges of the file: {found.given_degree:.3g} neighbours of a node")
     if g := found.gravity:
         source = f"mean acceleration in {g.places} of {g.of} frames" if g.of else "stored in the file"
         lines.append(f"gravity: {g.vector} ({source})")

@@ -73,7 +73,7 @@ class Inspection:
         """The mean number of neighbours by the edges of the file; 0 unless all trajectories have edges."""
         if not all(trajectory.edges for trajectory in self.file):
             return 0.0
-        return float(np.mean([len(self.file.edges(k)[0]) / self.file[k].nodes for k in self.numbers]))
+        return float(np.mean([2 * summary.edges / summary.nodes for summary in self.summaries]))
 
     def _mean(self, name: str) -> np.ndarray:
         """(H,) squares per moving node and component; NaN without a place."""

@@ -48,7 +48,7 @@ def suggest(found: Inspection) -> list[Line]:
         )
     lines: list[Line] = [("data.path", str(path), "")]
     simulator = not (against := _against_simulator(found, frames))
-    lines += _edges(found, simulator)
+    lines += _edges(found)
     lines += _simulator(found, frames) if simulator else _one_shot(found, frames - 1 - first, against)
     if found.file[found.numbers[0]].periodic and all(t.periodic for t in found.file):
         lines.append(("data.periodic", True, "all boxes are periodic"))
@@ -60,15 +60,14 @@ def suggest(found: Inspection) -> list[Line]:
     return [*lines, ("run.dir", str(folder), "")]
 
 
-def _edges(found: Inspection, simulator: bool) -> Iterator[Line]:
+def _edges(found: Inspection) -> Iterator[Line]:
     radius, mean = found.radius
-    if given := found.given_degree >= MESH:
+    if found.given_degree >= MESH:
         yield "data.edges", "given", f"the file gives {found.given_degree:.2g} neighbours of a node, as a mesh has"
-    if simulator or not given:
-        few = "the graphs have few nodes: every pair is joined"
-        text = f"about {mean:.0f} neighbours of a node" if radius < math.inf else few
-        text += " (the file also gives edges, for data.edges=given)" if 0 < found.given_degree < MESH else ""
-        yield "data.radius", radius, text
+        return
+    few = "the graphs have few nodes: every pair is joined"
+    text = f"about {mean:.0f} neighbours of a node" if radius < math.inf else few
+    yield "data.radius", radius, text + "; the file also gives edges: data.edges=given" * (found.given_degree > 0)
 
 
 def _against_simulator(found: Inspection, frames: int) -> str:

@@ -171,6 +171,7 @@ def degrees(figure: Any, counts: Mapping[str, np.ndarray]) -> None:
         axes.stairs(share, ends - 0.5, color=f"C{k}", lw=1.5, label=name)
         axes.axvline(values.mean(), color=f"C{k}", ls=":")
     axes.set(xlabel="neighbours of a node (dotted: mean)", ylabel="nodes [%]", ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     _legend(figure, axes)
 
 
