@@ -29,6 +29,7 @@ from ..train import checkpoint, preflight, run_dir, trainer
 from ..utils import part_weights
 from ..utils.console import print_table
 from ..utils.filesystem import lock_output, write_atomically
+from ..utils.laps import Laps
 from ..utils.progress import progress_bar
 from .boundary_conditions import BOUNDS, LIMIT, BoundaryConditions, RolloutJob
 from .simulation import Simulation
@@ -45,10 +46,10 @@ def load_model(comm: Comm, job: RolloutJob) -> Module:
     return (model.double() if job.double else model.to(trainer.resolve_device(job.config, comm.rank))).eval()
 
 
-def roll_out(comm: Comm, job: RolloutJob) -> tuple[str, float]:
+def roll_out(comm: Comm, job: RolloutJob) -> tuple[str, Laps]:
     """Roll out on every process; rank 0 writes the frames.
 
-    Returns why it stopped early, empty if it did not, and the seconds that its steps took, without writing.
+    Returns why it stopped early, empty if it did not, and the seconds of its phases.
     """
     simulation = Simulation(comm, job, load_model(comm, job))
     shift = simulation.conditions.trajectory.shift
@@ -67,7 +68,7 @@ def roll_out(comm: Comm, job: RolloutJob) -> tuple[str, float]:
             if state.step:
                 moving = ~simulation.conditions.fixed
                 tick("" if error is None else f"MSE {np.square(error[moving]).mean():.3e}")
-    return simulation.stopped, simulation.seconds
+    return simulation.stopped, simulation.laps
 
 
 def _writer(conditions: BoundaryConditions, virtual: int) -> RolloutWriter:
@@ -149,7 +150,7 @@ def prepare_jobs(
     parts: int | None = None,
     data: Path | None = None,
     start: int | None = None,
-    repartition: int = 1,
+    repartition: int | None = None,
     bounds: str = "none",
     fixed: str | None = None,
     limit: float = LIMIT,
@@ -174,6 +175,8 @@ def prepare_jobs(
     elif trained:
         identity.check_fits(trained, identity.describe(file, chosen), config.data, str(file.path), run)
     starts = [_first_frame(config.data, file, k, start) for k in chosen]
+    if repartition is None:  # particles of a simulator hardly move in a step
+        repartition = 10 if config.data.history else 1
     if min(steps, repartition) < 1:
         raise Failure(f"--steps {steps}, --repartition {repartition}: both must be at least 1")
     if bounds not in BOUNDS:
@@ -261,7 +264,7 @@ def _write_rollout(job: RolloutJob, shown: Path) -> pd.DataFrame:
         partial_path(out).unlink(missing_ok=True)  # of a killed rollout
         stopped = "an error or interruption"
         try:
-            stopped, seconds = spawn.run_ranks(roll_out, processes, job, timeout_s=timeout_s)[0]
+            stopped, laps = spawn.run_ranks(roll_out, processes, job, timeout_s=timeout_s)[0]
         finally:
             frames = finish(out, stopped) if partial_path(out).is_file() else 0
             if 0 < frames < job.steps + 1:
@@ -275,8 +278,8 @@ def _write_rollout(job: RolloutJob, shown: Path) -> pd.DataFrame:
     header |= {"kinetic_energy": "energy", "true_kinetic_energy": "true"}
     numbers = table.iloc[selected][list(header)].map(lambda value: "" if np.isnan(value) else f"{value:.3e}")
     rows = table.iloc[selected][["step", "frame"]].astype(int).astype(str).join(numbers)
-    rate, nodes = (frames - 1) / max(seconds, 1e-9), Trajectories(job.data)[job.trajectory].nodes
-    speed = f"{rate:.3g} steps/s ({rate * nodes:.2g} nodes/s)"
+    rate, nodes = (frames - 1) / max(laps.without("writing"), 1e-9), Trajectories(job.data)[job.trajectory].nodes
+    speed = f"{rate:.3g} steps/s ({rate * nodes:.2g} particles/s)"
     title = f"{shown}: {frames} frames, {speed}; the whole table is {shown.with_suffix('.csv')}"
     print_table(title, ["step", "frame", *header.values()], rows.values.tolist())
     if stopped:

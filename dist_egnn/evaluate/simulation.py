@@ -6,7 +6,6 @@ One sum over processes of (N, 3) numbers, in which each process fills its own ro
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from ..data import domain, graphs, halo
 from ..data.samples import edge_positions, feature_columns, given_edges, past_velocities
 from ..data.trajectories import Trajectories
 from ..distributed.comm import Comm
+from ..utils.laps import Laps
 from .boundary_conditions import BoundaryConditions, RolloutJob
 from .repartition import LocalGraph, Repartitioner
 from .stability import Stability
@@ -39,14 +39,19 @@ class Simulation:
     """Iterates over the states of a rollout, from the first frame on. A collective.
 
     model: in eval mode. After the iteration ``stopped`` says why it ended early, empty if it
-    did not, and ``seconds`` how long its steps took, without the time between them.
+    did not, and ``laps`` the seconds of its phases: those of `Repartitioner`, "model", "watch" (walls, fixed nodes and
+    `Stability`), and "writing", which the caller takes between the steps; ``seconds`` is their sum without the last.
     watch: compare with the start (`Stability`), print warnings, and stop at job.limit.
     """
 
     def __init__(self, comm: Comm, job: RolloutJob, model: Module, watch: bool = True) -> None:
         self.comm, self.job, self.model, self.data = comm, job, model, Trajectories(job.data)
         self.conditions = BoundaryConditions(self.data, job)
-        self.watch, self.stopped, self.seconds = watch, "", 0.0
+        self.watch, self.stopped, self.laps = watch, "", Laps()
+
+    @property
+    def seconds(self) -> float:
+        return self.laps.without("writing")
 
     def true_position(self, frame: int) -> np.ndarray | None:
         """Positions (N, 3) of a frame of the data; None after their end."""
@@ -62,29 +67,29 @@ class Simulation:
         per_frame = job.spec.horizon if conditions.around else 1
         stability = Stability(data, job, x, v, conditions.side) if self.watch else None
         given = given_edges(data, job.trajectory, job.spec.rule)
-        partition = Repartitioner(comm, job, len(x), conditions.side, given)
+        partition = Repartitioner(comm, job, len(x), conditions.side, given, laps := self.laps)
         for step in range(job.steps):
-            started = time.perf_counter()
+            laps("writing")
             attribute = conditions.attributes_at(step)
             scaled = v * np.asarray(job.spec.velocity_scale, v.dtype)
             columns = [feature_columns(listed, scaled, attribute) for listed in names]
             state = dict(zip(("x", "v", "past", "f", "a"), (x, scaled, past, *columns), strict=True))
             local = partition.local_graph(edge_positions(state, conditions.around and conditions.around[0]), step)
             predicted, z = self._predict(local, state)
-            self.seconds += time.perf_counter() - started
             if step == 0:  # the number of virtual nodes is known now
                 yield State(0, job.start, x, v / per_frame, partition.part, np.full_like(z, np.nan))
-            started = time.perf_counter()
+                laps("writing")
             if not (problem := conditions.problem(predicted, x)):
                 past = np.concatenate([v, past], 1)[:, : past.shape[1]]
                 x, v = conditions.apply(x, predicted, step + 1)
                 problem = stability.problem(step + 1, x, v, warn=comm.rank == 0) if stability else ""
-            self.seconds += time.perf_counter() - started
+            laps("watch")
             if problem:
                 self.stopped = f"step {step + 1}: {problem}"
                 return
             frame = job.start + (step + 1) * job.spec.horizon
             yield State(step + 1, frame, x, v / per_frame, partition.part, z)
+        laps("writing")
 
     @torch.no_grad()
     def _predict(self, local: LocalGraph, state: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -101,4 +106,7 @@ class Simulation:
         predicted, z = self.model(graph)
         whole = torch.zeros(x.shape, dtype=torch.from_numpy(x).dtype)
         whole[torch.from_numpy(own)] = predicted.cpu()
-        return self.comm.sum(whole).numpy(), z[0].cpu().numpy()
+        self.laps("model")
+        whole = self.comm.sum(whole)
+        self.laps("exchange")
+        return whole.numpy(), z[0].cpu().numpy()

@@ -157,7 +157,7 @@ def plain_loop(run: Path, data: Path, parts: int, repartition: int, method: str)
 
 
 CASES = [(1, 1, 0.0, "metis", False), (2, 1, 0.3, "metis", False), (3, 2, 0.0, "metis", False)]
-CASES += [(2, 2, 0.3, "bisection", False), (1, 1, 0.3, "metis", True), (2, 2, 0.3, "bisection", True)]
+CASES += [(2, 2, 0.0, "bisection exchange", True), (1, 1, 0.3, "metis", True), (2, 2, 0.3, "bisection", True)]
 CASES += [(3, 2, 0.3, "bisection exchange", True)]
 CASES += [(2, 1, 0.0, "bisection knn", False), (3, 2, 0.3, "metis knn exchange", True)]
 CASES += [(2, 2, 0.3, "metis given", True), (2, 1, 0.0, "bisection given exchange", False)]
@@ -465,7 +465,7 @@ def test_from_the_command_line(tmp_path: Path, distegnn: CommandLine) -> None:
     code, out, err = distegnn("rollout", "run", *arguments, "--data", "a.h5")
     assert code == 0, err
     lines = out.splitlines()
-    title = r"new/out\.vtkhdf: 5 frames, \S+ steps/s \(\S+ nodes/s\); the whole table is new/out\.csv"
+    title = r"new/out\.vtkhdf: 5 frames, \S+ steps/s \(\S+ particles/s\); the whole table is new/out\.csv"
     assert re.fullmatch(title, lines[0])
     assert [line.split()[0] for line in lines[3:]] == ["1", "2", "3", "4"]
     fixed, start = file.attribute(2, "kind") == 2, file.position(2, 0)

@@ -285,6 +285,18 @@ def test_models_fail_if_none_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         bench_models.measure_models(bench_step.Options(nodes=30, degree=5), 1, ["EGNN", "RF"])
 
 
+def test_the_phases_of_a_rollout_are_its_steps() -> None:
+    sizes = ("--hidden", 16, "--layers", 1, "--parts", 1, "--steps", 3)
+    result = bench_here("rollout", "--nodes", 200, "--model", "FastEGNN", *sizes)
+    assert (result["stopped"], result["nodes"], result["steps"]) == ("", 200, 3)
+    for clock in ("cpu_s", "wall_s"):
+        seconds = {phase: value[clock] for phase, value in result["phases"].items()}
+        assert set(seconds) == {"search", "model", "exchange", "watch", "writing"}
+        assert min(seconds.values()) >= 0
+        assert sum(seconds.values()) - seconds["writing"] == pytest.approx(result[clock])
+    assert 0 < result["share"] < 1
+
+
 @pytest.mark.parametrize(("parts", "count"), [(2, 3), (3, 1)])
 def test_comm_counts_the_formula(parts: int, count: int) -> None:
     sizes = ("--hidden", 16, "--layers", 3, "--virtual-nodes", count)
@@ -323,9 +335,9 @@ WRONG = {
     r"--device cuda: not available": ["step --device cuda"],
     r"--device tpu: unknown; use cpu, cuda or cuda:N": ["step --device tpu"],
     r"--precision half: unknown; use float32 or bf16-messages": ["step --precision half"],
-    r"--(tile|hidden|graphs|repeats) 0: must be at least 1": [
+    r"--(tile|hidden|graphs|repeats|steps) 0: must be at least 1": [
         *("step --tile 0", "step --hidden 0", "batch --graphs 0", "batch --repeats 0"),
-        *("models --graphs 0", "models --hidden 0", "pipeline --repeats 0"),
+        *("models --graphs 0", "models --hidden 0", "pipeline --repeats 0", "rollout --steps 0"),
     ],
     r"--(nodes|parts) 1: must be at least 2": ["step --nodes 1", "batch --nodes 1", "comm --parts 1"],
     r"--kept /nowhere: no such folder": ["step --kept /nowhere"],
@@ -334,10 +346,12 @@ WRONG = {
     r"takes about [\d.]+ GB, .*leave --peers out": ["step --nodes 100000000 --peers"],
     r"takes about": [
         "batch --nodes 1000000",
-        *(f"{name} --nodes 100000000000" for name in ("models", "partition", "comm", "pipeline")),
+        *(f"{name} --nodes 100000000000" for name in ("models", "partition", "comm", "pipeline", "rollout")),
     ],
     r"model\.name=EGN: unknown; did you mean EGNN": ["models --model EGN"],
-    r"--parts 30: more parts than the 20 nodes": [f"{name} --nodes 20 --parts 30" for name in ("partition", "comm")],
+    r"--parts 30: more parts than the 20 nodes": [
+        f"{name} --nodes 20 --parts 30" for name in ("partition", "comm", "rollout")
+    ],
     r"--halo ghost: unknown; use bridge or exchange": ["comm --halo ghost"],
 }
 
@@ -366,6 +380,7 @@ SMALLER = {
     "partition": "",
     "comm": "--nodes 300 --hidden 8 --layers 1",
     "pipeline": "--repeats 1 --hidden 8 --layers 1",
+    "rollout": "--steps 2 --hidden 8 --layers 1",
 }
 
 

@@ -372,3 +372,35 @@ def pipeline(
     rows = [[label, f"{result[key]:.3f}"] for key, label in labels.items()]
     table = Table(f"{nodes:,} nodes, {parts} processes, mean of {repeats} steps", ["stage", "seconds"], rows)
     return Report([table], [f"new snapshot / fixed graph: {result['ratio']:.3f}"], result, as_json)
+
+
+@app.command(epilog=example("python tools/bench rollout --nodes 113140 --parts 2 --json"))
+def rollout(
+    nodes: Nodes = 113_140,
+    degree: Degree = 14.6,
+    parts: Annotated[int, typer.Option(help="processes, one part each")] = 2,
+    name: Annotated[str, typer.Option("--model", help="the backbone, as model.name")] = "EGNN",
+    hidden: Hidden = 32,
+    layers: Layers = 3,
+    virtual_nodes: Virtual = 3,
+    halo: Halo = "bridge",
+    steps: Annotated[int, typer.Option(help="steps of the rollout")] = 10,
+    repartition: Annotated[int, typer.Option(help="steps between partitions")] = 10,
+    as_json: Json = False,
+) -> Report:
+    """Time the steps of a simulator's rollout by phase: neighbour search, partition, exchange, model, watch, writing."""
+    counts = {"--hidden": hidden, "--layers": layers, "--virtual-nodes": virtual_nodes, "--steps": steps}
+    check_sizes({"--nodes": nodes, "--parts": parts, "--repartition": repartition, **counts}, degree)
+    _check_processes(nodes, degree, hidden, layers, parts, halo)
+    import bench_rollout
+
+    model = {"name": name, "hidden": hidden, "layers": layers}
+    model |= {"virtual_nodes": virtual_nodes} if name.startswith("Fast") else {}
+    result = bench_rollout.measure_rollout(nodes, degree, parts, steps, repartition, halo, model)
+    rows = [[phase, f"{one['cpu_s']:.3f}", f"{one['wall_s']:.3f}"] for phase, one in result["phases"].items()]
+    rows.append(["step, without writing", f"{result['cpu_s']:.3f}", f"{result['wall_s']:.3f}"])
+    title = f"a step of {nodes:,} particles on {parts} processes, mean of {steps}; the slowest process"
+    table = Table(title, ["phase", "processor [s]", "elapsed [s]"], rows)
+    return Report(
+        [table], [f"search, partition and exchange: {result['share']:.0%} of the processor's time"], result, as_json
+    )
