@@ -94,24 +94,35 @@ def knn_edges(x: np.ndarray, k: int, side: Side = None, nodes: np.ndarray | None
     """
     x = graphs.finite(x) if side is None else graphs.wrap(graphs.finite(x), side)
     nodes, count = np.arange(len(x)) if nodes is None else nodes, min(k, len(x) - 1)
-    if count < 1:
+    if count < 1 or not len(nodes):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
     tree = KDTree(x, boxsize=side)
     rounding = 1e-12 * (np.abs(x).max() if side is None else side.max())
-    blocks: list[Edges] = []
+    blocks = []
     for lo in range(0, len(nodes), BLOCK):
         block = nodes[lo : lo + BLOCK]
-        reach = tree.query(x[block], [count + 1])[0][:, 0]  # the nearest one is the node itself
-        # a little further, so that all nodes at this distance are found although the tree rounds otherwise
-        found = tree.query_ball_point(x[block], reach * (1 + 1e-9) + rounding, return_sorted=False)
-        degree = np.fromiter(map(len, found), np.int64, len(block))
-        src = np.fromiter(chain.from_iterable(found), np.int64, int(degree.sum()))
-        row = np.repeat(np.arange(len(block)), degree)
-        other = src != block[row]
-        src, row = src[other], row[other]
-        order = np.lexsort((src, graphs.squared_lengths(x, src, block[row], side), row))
-        nearest = order[np.arange(len(row)) - np.searchsorted(row, row) < count]
-        nearest = nearest[np.lexsort((src[nearest], row[nearest]))]
-        blocks.append((src[nearest], block[row[nearest]]))
-    src, dst = map(np.concatenate, zip(*blocks, strict=True))
-    return src, dst
+        distance, near = tree.query(x[block], count + 2)  # the node itself among them
+        nearest = np.empty((len(block), count), np.int64)
+        reach = distance[:, count] * (1 + 1e-9) + rounding
+        tied = distance[:, count + 1] <= reach
+        near = near[~tied, : count + 1]
+        nearest[~tied] = near[near != block[~tied, None]].reshape(-1, count)
+        nearest[tied] = _of_lowest_number(x, tree, block[tied], reach[tied], count, side)
+        blocks.append(np.sort(nearest, 1))
+    return np.concatenate(blocks).ravel(), np.repeat(nodes, count)
+
+
+def _of_lowest_number(
+    x: np.ndarray, tree: KDTree, nodes: np.ndarray, reach: np.ndarray, count: int, side: Side
+) -> np.ndarray:
+    """The ``count`` nodes (n, count) nearest to each of some nodes (n,), those of lower number where distances are equal.
+
+    reach: (n,) a distance within which so many other nodes lie.
+    """
+    found = tree.query_ball_point(x[nodes], reach, return_sorted=False)
+    degree = np.fromiter(map(len, found), np.int64, len(nodes))
+    src = np.fromiter(chain.from_iterable(found), np.int64, int(degree.sum()))
+    row = np.repeat(np.arange(len(nodes)), degree)
+    src, row = src[other := src != nodes[row]], row[other]
+    order = np.lexsort((src, graphs.squared_lengths(x, src, nodes[row], side), row))
+    return src[order[np.arange(len(row)) - np.searchsorted(row, row) < count]].reshape(-1, count)
