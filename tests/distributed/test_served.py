@@ -19,6 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from small_data import EDGES
 from tiny_runs import assert_same, settings
 
 from dist_egnn import config
@@ -45,8 +46,10 @@ def listening_addresses(pid: int | str = "self") -> set[str]:
 
 
 def config_of(path: Path, run: Path) -> config.Config:
-    attributes = ",".join(Store(path).inputs["node_attributes"])
-    return settings(path, run, "train.epochs=2", f"data.node_attributes=[{attributes}]")
+    inputs = Store(path).inputs
+    keys = [f"data.{name}={inputs[name]}" for name in ("edges", "radius", "neighbours")]
+    attributes = ",".join(inputs["node_attributes"])
+    return settings(path, run, "train.epochs=2", f"data.node_attributes=[{attributes}]", *keys)
 
 
 def equal(a: Part, b: Part) -> bool:
@@ -155,8 +158,11 @@ def one(make_store: MakeStore) -> Path:
 
 
 def test_training_through_servers_equals_training_from_disk(make_store: MakeStore, tmp_path: Path) -> None:
-    """Own part or another machine's: tensors, losses and weights are those of a run from disk, bit for bit."""
-    path = make_store(2, shard_nodes=0, node_attributes=[])
+    """Own part or another machine's: tensors, losses and weights are those of a run from disk, bit for bit.
+
+    Edges from the nearest nodes: they are not symmetric.
+    """
+    path = make_store(2, shard_nodes=0, node_attributes=[], **EDGES["knn"])
     spawn.run_ranks(training.train, 2, config_of(path, tmp_path / "local"))
     with running_servers(path, tmp_path) as cluster:
         cluster.train(0, tmp_path / "served")
