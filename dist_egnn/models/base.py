@@ -124,7 +124,9 @@ class Layer(nn.Module):
         sums: Fields = {}
         h_inputs = [h, mean["m"]] if "h" in self.outputs else []
         if self.virtual is not None:
-            dx, m_virtual, sums = self.virtual(h, x, nodes)
+            # linear in all but m_virtual; a subclass may not be
+            gradients_only = nodes.gradients_only and type(self).update is Layer.update
+            dx, m_virtual, sums = self.virtual(h, x, nodes, gradients_only)
             x_new = x_new + dx
             h_inputs.append(m_virtual)
         if self.phi_g is not None:

@@ -61,15 +61,18 @@ class VirtualNodes(nn.Module):
         u = bias + self.bias if s is None else functional.linear(s, w_s, bias)
         return {"z": z, "u": u + functional.linear(gram, w_gram)}
 
-    def forward(self, h: Tensor | None, x: Tensor, nodes: Nodes) -> tuple[Tensor, Tensor | None, Fields]:
+    def forward(
+        self, h: Tensor | None, x: Tensor, nodes: Nodes, gradients_only: bool = False
+    ) -> tuple[Tensor, Tensor | None, Fields]:
         """mean_c (x_i − z_c) φ_xv(m_ic) (n, 3), mean_c m_ic (n, H), and the sums over nodes for the virtual nodes' update.
 
         h: (n, H), None without features, and so is the mean then; x: (n, 3); nodes: with the fields of `shared`.
+        gradients_only: all but mean_c m_ic may be NaN, because no gradient depends on their values.
         """
         w_h, _, w_d, _, _ = split_first_layer(self.phi_ev, *self.widths)
         p = None if h is None else linear(h, w_h)
         if nodes.library is not None and self.attention_v is None:
-            return self._native(p, x, w_d, nodes)
+            return self._native(p, x, w_d, nodes, gradients_only)
         z, u = nodes.spread("z"), nodes.spread("u")
         r = x.unsqueeze(1) - z  # (n, C, 3)
         distance = torch.linalg.vector_norm(r, dim=2, keepdim=True)  # its gradient at zero is zero, not NaN
@@ -87,11 +90,13 @@ class VirtualNodes(nn.Module):
             sums["to_s"] = nodes.sum(m)
         return (r * to_x).mean(1), m.mean(1), sums
 
-    def _native(self, p: Tensor | None, x: Tensor, w_d: Tensor, nodes: Nodes) -> tuple[Tensor, Tensor | None, Fields]:
+    def _native(
+        self, p: Tensor | None, x: Tensor, w_d: Tensor, nodes: Nodes, gradients_only: bool
+    ) -> tuple[Tensor, Tensor | None, Fields]:
         """`forward` by the native kernel, which adds up over nodes as it goes."""
         assert nodes.library is not None
         graph = None if nodes.graph is None else nodes.graph.int()
-        kernel = PairKernel(nodes.library, graph, self.bf16, self.features)
+        kernel = PairKernel(nodes.library, graph, self.bf16, self.features, gradients_only)
         mlps: list[Any] = [self.phi_xv, self.phi_z]
         w_x, b_x = (torch.cat([getattr(mlp[0], name) for mlp in mlps]) for name in ("weight", "bias"))
         second = self.phi_ev[2]

@@ -43,11 +43,19 @@ class Nodes:
     """The argument of a node UDF.
 
     data: fields (n, …); shared: fields (b, …) of the graphs; graph (n,): graph of each node, None if it is one for all; library:
-    the native kernels, if the layer's engine is the native one.
+    the native kernels, if the layer's engine is the native one; gradients_only: whether the results' values are known.
     """
 
-    def __init__(self, data: Fields, shared: Fields, graph: Tensor | None, library: Library | None = None) -> None:
+    def __init__(
+        self,
+        data: Fields,
+        shared: Fields,
+        graph: Tensor | None,
+        library: Library | None = None,
+        gradients_only: bool = False,
+    ) -> None:
         self.data, self.shared, self.graph, self.library = data, shared, graph, library
+        self.gradients_only = gradients_only
 
     def spread(self, name: str) -> Tensor:
         """A shared field for every node (n, …)."""

@@ -132,9 +132,9 @@ class _Call:
         dst = {name: t[block.nodes] for name, t in received.items()}
         return self.engine.mean(block.graph, self.layer, sent, dst, edge)
 
-    def update(self, tile: Tile, rows: _Rows, mean: Fields) -> Fields:
+    def update(self, tile: Tile, rows: _Rows, mean: Fields, gradients_only: bool = False) -> Fields:
         """The node update of a tile: outputs (n, …) and sums (b, …)."""
-        return self.layer.update(Nodes({**rows.dst, **mean}, rows.shared, tile.graph, self.library))
+        return self.layer.update(Nodes({**rows.dst, **mean}, rows.shared, tile.graph, self.library, gradients_only))
 
 
 _tile_threads: int | None = None  # None: as many as torch has
@@ -265,7 +265,7 @@ class _TileBackward:
         mean = {k: leaves.leaf(t[tile.nodes], partial(grad_mean.__setitem__, k), local=True) for k, t in means.items()}
         dst = leaves.rows(rows.dst, self.grad.node, tile.nodes)
         shared = leaves.rows(rows.shared, self.grad.shared, tile.graphs)
-        out = self.call.update(tile, replace(rows, dst=dst, shared=shared), mean)
+        out = self.call.update(tile, replace(rows, dst=dst, shared=shared), mean, gradients_only=True)
         part = {
             **dict.fromkeys(self.call.layer.outputs, tile.nodes),
             **dict.fromkeys(self.call.layer.sums, tile.graphs),

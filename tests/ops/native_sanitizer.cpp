@@ -55,6 +55,8 @@ void pairs(int64_t H, int64_t C, int64_t N, int64_t B, bool features, int (*forw
             features ? tos.data() : nullptr, features ? dp.data() : nullptr, d_x.data(), dz.data(), du.data(), dwd.data(), dw2.data(),
             db2.data(), dwx.data(), dbx.data(), dw.data()};
     if (forward(&g) || backward(&g)) std::abort();
+    g.dx = g.to_z = g.to_s = nullptr;
+    if (forward(&g)) std::abort();
 }
 
 }  // namespace

@@ -207,6 +207,19 @@ def test_pairs_of_any_shape(seed: int, n: int, graphs: int, count: int, hidden: 
     check_pairs(LOADED, pair_case(seed, n, graphs, count, hidden, torch.float64, features), features, 1e-11)
 
 
+def test_gradients_alone_need_no_other_results() -> None:
+    assert isinstance(LOADED, Library)
+    graph, tensors = pair_case(1, 50, 2, 3, 16, torch.float64, True)
+    both = []
+    for gradients_only in (False, True):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        results = PairSums.apply(PairKernel(LOADED, graph, False, True, gradients_only), *leaves)
+        assert [t.isnan().all().item() for t in results] == [gradients_only, gradients_only, False, gradients_only]
+        weights = [torch.ones_like(t) for t in results]
+        both.append([results[2], *torch.autograd.grad(results, leaves, weights)])
+    assert all(map(torch.equal, *both))
+
+
 @pytest.mark.parametrize("where", range(12))
 @pytest.mark.parametrize("low", [False, True])
 def test_nan_in_is_nan_out(where: int, low: bool) -> None:

@@ -6,6 +6,7 @@ Legend: N destinations, M sources, E edges, B graphs, C virtual nodes, H width, 
 from __future__ import annotations
 
 import ctypes
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,12 +119,13 @@ class EdgeMeans(torch.autograd.Function):
 @dataclass(frozen=True)
 class PairKernel:
     """The constants of a call. graph (N,): each node's graph, int32, None if it is one for all; features: whether m is
-    computed."""
+    computed; gradients_only: all results but mean_c m_ic are NaN."""
 
     library: Library
     graph: Tensor | None
     low: bool
     features: bool
+    gradients_only: bool = False
 
     def run(self, name: str, tensors: Any, **fields: Any) -> None:
         p, x, z, u, w_d, w2, b2, wx, bx, w = _contiguous(tensors)
@@ -148,10 +150,13 @@ class PairSums(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         _, x, z, u, *_ = tensors
-        dx, to_z = x.new_empty(x.shape), z.new_empty(z.shape)
-        m, to_s = (x.new_empty(len(x), u.shape[2]), u.new_empty(u.shape)) if kernel.features else (None, None)
-        kernel.run("pairs_forward", tensors, dx=dx, m=m, to_z=to_z, to_s=to_s)
-        return (dx, to_z) if m is None or to_s is None else (dx, to_z, m, to_s)
+        dx, to_z, to_s = (t.new_full(t.shape, math.nan) for t in (x, z, u))
+        m = x.new_empty(len(x), u.shape[2]) if kernel.features else None
+        if not kernel.gradients_only:
+            kernel.run("pairs_forward", tensors, dx=dx, m=m, to_z=to_z, to_s=to_s if kernel.features else None)
+        elif kernel.features:
+            kernel.run("pairs_forward", tensors, m=m)
+        return (dx, to_z) if m is None else (dx, to_z, m, to_s)
 
     @staticmethod
     @once_differentiable

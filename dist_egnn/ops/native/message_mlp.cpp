@@ -488,8 +488,9 @@ struct Pairs {
     const void *z, *u;         // (B, C, 3), (B, C, H): positions, and the virtual node's share of the first layer
     const void *w_d;           // (H,): column of the first layer for the distance
     const void *w2, *b2, *wx, *bx, *w;  // K = 2: φ_xv, φ_z
-    void *dx, *m;              // (N, 3), (N, H) or null: means over c; in the backward pass their gradients
-    void *to_z, *to_s;         // (B, C, 3), (B, C, H) or null: sums over nodes; in the backward pass their gradients
+    // results, null where not wanted, dx if to_z is null (arrays without rows are null too); backward: their gradients
+    void *dx, *m;              // (N, 3), (N, H): means over c
+    void *to_z, *to_s;         // (B, C, 3), (B, C, H): sums over nodes
     void *d_p, *d_x;           // gradients (N, …), written
     double *d_z, *d_u, *d_w_d, *d_w2, *d_b2, *d_wx, *d_bx, *d_w;
 };
@@ -534,13 +535,9 @@ void first_layer(const Edges& g, int64_t from, int64_t n, int64_t& node, Ends<T>
         scalars[0] = squared;
         for (int64_t s = 0; s < A; s++) scalars[1 + s] = attribute[row * A + s];
         ends.inverse[k] = g.normalize ? T(1) / (std::sqrt(squared) + T(1e-8)) : T(1);
-        const vec_t<T> length = broadcast(squared);
-        for (int64_t c = 0; c < H; c += Simd<T>::lanes) {
-            vec_t<T> value = load(p + node * H + c) + load(q + j * H + c) + length * load(w_s + c);
-            for (int64_t s = 1; s <= A; s++) value += broadcast(scalars[s]) * load(w_s + s * H + c);
-            store(a1 + k * H + c, value);
-        }
+        for (int64_t c = 0; c < H; c += Simd<T>::lanes) store(a1 + k * H + c, load(p + node * H + c) + load(q + j * H + c));
     }
+    product<T, T>(n, H, 1 + A, ends.scalars, 1 + A, 1, w_s, H, nullptr, true, a1);
 }
 
 template <class T>
@@ -672,13 +669,13 @@ void pairs_forward(const Pairs& g) {
     constexpr int L = Simd<T>::lanes;
     const int64_t H = g.hidden, C = g.virtual_nodes, rows = g.nodes * C, cells = g.graphs * C;
     const Weights<T> w = weights_of<T>(g.w2, g.b2, g.wx, g.bx, g.w);
-    Block<T> block(H, 2, w, g.low);
     Offsets<T> offsets;
     T *dx = static_cast<T*>(g.dx), *m = static_cast<T*>(g.m), *to_z = static_cast<T*>(g.to_z), *to_s = static_cast<T*>(g.to_s);
+    Block<T> block(H, to_z ? 2 : 0, w, g.low);
     Buffer<double> sum_z(cells * 3), sum_s(to_s ? cells * H : 0);
     clear<double>(sum_z, cells * 3);
     if (to_s) clear<double>(sum_s, cells * H);
-    clear<T>(dx, g.nodes * 3);
+    if (to_z) clear<T>(dx, g.nodes * 3);
     if (m) clear<T>(m, g.nodes * H);
     const T share = T(1) / C;
     for (int64_t from = 0; from < rows; from += ROWS) {
@@ -688,10 +685,9 @@ void pairs_forward(const Pairs& g) {
         for (int64_t k = 0; k < n; k++) {
             const int64_t i = (from + k) / C, at = (g.graph ? g.graph[i] : 0) * C + (from + k) % C;
             const T *row = block.m + k * H, *r = offsets.r + 3 * k;
-            const T to_x = block.scale[k] * share, away = block.scale[ROWS + k];
-            for (int c = 0; c < 3; c++) {
-                dx[3 * i + c] += r[c] * to_x;
-                sum_z[3 * at + c] -= r[c] * away;
+            for (int c = 0; to_z && c < 3; c++) {
+                dx[3 * i + c] += r[c] * (block.scale[k] * share);
+                sum_z[3 * at + c] -= r[c] * block.scale[ROWS + k];
             }
             if (m)
                 for (int64_t c = 0; c < H; c += L) store(m + i * H + c, load(m + i * H + c) + share * load(row + c));
@@ -699,7 +695,7 @@ void pairs_forward(const Pairs& g) {
                 for (int64_t c = 0; c < H; c++) sum_s[at * H + c] += row[c];
         }
     }
-    for (int64_t k = 0; k < cells * 3; k++) to_z[k] = static_cast<T>(sum_z[k]);
+    for (int64_t k = 0; to_z && k < cells * 3; k++) to_z[k] = static_cast<T>(sum_z[k]);
     for (int64_t k = 0; to_s && k < cells * H; k++) to_s[k] = static_cast<T>(sum_s[k]);
 }
 
