@@ -119,6 +119,8 @@ def file_notes(found: Inspection) -> list[str]:
     )
     if at_rest := sum(int(fixed.sum()) for fixed in found.fixed):
         lines.append(f"nodes that never move in these frames: {at_rest:,} of {sum(map(len, found.fixed)):,}")
+    if shifts := sorted({t.shift for t in file if t.shift and any(t.shift)}):
+        lines.append(f"positions are those of the source minus {', '.join(map(str, shifts[:3]))}")
     if g := found.gravity:
         source = f"mean acceleration in {g.places} of {g.of} frames" if g.of else "stored in the file"
         lines.append(f"gravity: {g.vector} ({source})")

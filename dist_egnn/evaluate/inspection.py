@@ -46,7 +46,7 @@ class Gravity:
 
     vector: list[float]  # (3,), length/time²
     places: int  # that have it
-    of: int
+    of: int  # places with a known acceleration; 0: the file names gravity
 
 
 @dataclass
@@ -61,6 +61,7 @@ class Inspection:
     fixed: list[np.ndarray] = field(default_factory=list)  # (N,) bool of each: nodes at rest in all frames read
     inside: bool = True  # whether moving nodes stay inside a box with walls, which each trajectory has
     degrees: list[tuple[float, np.ndarray]] = field(default_factory=list)  # radius, neighbours of the nodes asked
+    limit: float = np.inf  # of a radius, by periodic boxes
 
     @property
     def spacing(self) -> float:
@@ -108,8 +109,8 @@ class Inspection:
         """The file's gravity, or the mean acceleration of the moving nodes where that is the same in a quarter of the places
         and half of the trajectories: forces between nodes cancel in the mean. None if there is none."""
         stored = [trajectory.gravity for trajectory in self.file]
-        if stored[0] is not None:
-            return Gravity(list(stored[0]), 0, 0) if all(g == stored[0] for g in stored) else None
+        if any(stored):
+            return Gravity(list(stored[0]), 0, 0) if stored[0] and all(g == stored[0] for g in stored) else None
         known = [place for place in self.places if place.moving and np.isfinite(place.squares[0])]
         if len(known) < 2:
             return None
@@ -119,7 +120,8 @@ class Inspection:
         size = np.linalg.norm(a, axis=1)
         spread = np.sqrt((np.array([place.squares[0] for place in known]) / nodes / step**2 - size**2).clip(0) / nodes)
         same = np.linalg.norm(a[:, None] - a, axis=2) <= SAME * size[:, None]  # (P, P)
-        same[(size <= 10 * spread) | (size <= 1e-9)] = False  # not to be told from zero
+        farthest = max(float(np.abs([summary.low, summary.high]).max()) for summary in self.summaries)
+        same[(size <= 10 * spread) | (size <= np.finfo(np.float32).eps * farthest / step)] = False  # as good as zero
         best = same[same.sum(1).argmax()]
         trajectories = {place.trajectory for place, is_same in zip(known, best, strict=True) if is_same}
         if best.sum() < max(2, len(known) / 4) or len(trajectories) < len(self.numbers) / 2:
@@ -135,6 +137,11 @@ class Inspection:
         radius, counts = self.degrees[min(1, len(self.degrees) - 1)]
         return radius, float(counts.mean())
 
+    @property
+    def limited(self) -> bool:
+        """Whether a periodic box limits that radius."""
+        return self.limit <= self.radius[0] < np.inf
+
 
 def inspect(file: Trajectories) -> Inspection:
     """Measure a sample of a file: up to TRAJECTORIES and STARTS, less of large ones. Holds a few frames in memory."""
@@ -148,7 +155,8 @@ def inspect(file: Trajectories) -> Inspection:
     with progress_bar("inspecting", count * starts + 1) as tick:
         for k in numbers:
             _measure(result, k, starts, tick)
-        result.degrees = _degrees(file, numbers)
+        result.limit = 0.499 * min((file.sides(k, None).min() for k in numbers if file[k].periodic), default=np.inf)
+        result.degrees = _degrees(file, numbers, result.limit)
         tick()
     return result
 
@@ -164,8 +172,9 @@ def _measure(result: Inspection, k: int, starts: int, tick: Callable[[], None]) 
     summary.edges = len(file.edges(k)[0]) // 2 if trajectory.edges else 0
     low, high = first.astype(np.float32), first.astype(np.float32)  # of each node (N, 3)
     last, chosen = trajectory.frames - 2, list[Place]()
-    frames = [*range(1, min(starts // 4, last) + 1), *np.linspace(1, max(last, 1), starts).round().astype(int).tolist()]
-    for t in sorted(set(frames))[:starts] if last >= 1 else ():
+    early = min(starts // 4, last)
+    frames = {*range(1, early + 1), *np.linspace(1, max(last, 1), starts - early).round().astype(int).tolist()}
+    for t in sorted(frames) if last >= 1 else ():
         place, seen = _measure_place(file, k, t, result.horizons)
         chosen.append(place)
         for x in seen:
@@ -203,14 +212,14 @@ def _measure_place(file: Trajectories, k: int, t: int, horizons: Sequence[int]) 
     for n, h in enumerate(horizons):
         if t + h < file[k].frames:
             seen.append(file.position(k, t + h))
-            moved = seen[-1] - x
-            place.moved[n], place.linear[n] = np.square(moved).sum(), np.square(moved - h * v).sum()
-            residual = moved - h * step
+            way = seen[-1] - x
+            place.moved[n], place.linear[n] = np.square(way).sum(), np.square(way - h * v).sum()
+            residual = way - h * step
             place.squares[n], place.sums[n] = np.square(residual).sum(), residual.sum(0)
     return place, seen
 
 
-def _degrees(file: Trajectories, numbers: Sequence[int]) -> list[tuple[float, np.ndarray]]:
+def _degrees(file: Trajectories, numbers: Sequence[int], limit: float) -> list[tuple[float, np.ndarray]]:
     """The neighbours of sampled nodes within a radius for each of NEIGHBOURS, or the other nodes of graphs that have few."""
     nodes = max(t.nodes for t in file)
     if nodes <= NEIGHBOURS[1] + 1:
@@ -218,13 +227,12 @@ def _degrees(file: Trajectories, numbers: Sequence[int]) -> list[tuple[float, np
     count = int(np.clip(2_000_000 // nodes, 1, GRAPHS))
     places = [(k, t) for k in numbers for t in sorted({0, file[k].frames // 2, file[k].frames - 1})]
     places = [places[n] for n in np.unique(np.linspace(0, len(places) - 1, count).round().astype(int))]
-    asked, limit = list[tuple[KDTree, np.ndarray]](), np.inf
+    asked = list[tuple[KDTree, np.ndarray]]()
     for k, t in places:
-        side = box_sides(file.box(k)) if file[k].periodic else None  # type: ignore[arg-type]
+        side = file.sides(k, None) if file[k].periodic else None
         x = file.position(k, t).astype(np.float64) if side is None else graphs.wrap(file.position(k, t), side)
         rows = np.random.default_rng(0).permutation(len(x))[:QUERIES]
         asked.append((KDTree(x, boxsize=side, balanced_tree=False, compact_nodes=False), x[rows]))
-        limit = limit if side is None else min(limit, 0.499 * side.min())
     most = min(2 * NEIGHBOURS[-1], nodes - 1)
     distances = np.sort(np.concatenate([tree.query(x, most + 1)[0][:, 1:].ravel() for tree, x in asked]))
     queries, result = sum(len(x) for _, x in asked), []

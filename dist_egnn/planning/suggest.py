@@ -43,9 +43,7 @@ def suggest(found: Inspection) -> list[Line]:
     if np.nanmax(found.unexplained) <= EXACT:
         raise Failure(f"{path}: all nodes move in straight lines at constant speed: there is nothing to learn")
     if found.radius[0] < 1e-20:
-        raise Failure(
-            f"{path}: nodes are at the places of others, so no radius finds neighbours; correct the positions"
-        )
+        raise Failure(f"{path}: nodes coincide with others, so no radius finds neighbours; correct the positions")
     lines: list[Line] = [("data.path", str(path), "")]
     simulator = not (against := _against_simulator(found, frames))
     lines += _edges(found)
@@ -54,7 +52,7 @@ def suggest(found: Inspection) -> list[Line]:
         lines.append(("data.periodic", True, "all boxes are periodic"))
     lines += _features(found, simulator)
     lines += _fixed(found, simulator)
-    lines += _size(found, lines, frames - first)
+    lines += _size(found, lines)
     name = found.file.path.stem
     folder = next(f for n in range(1, 10_000) if not (f := Path("runs", f"{name}-{n}" if n > 1 else name)).exists())
     return [*lines, ("run.dir", str(folder), "")]
@@ -67,6 +65,7 @@ def _edges(found: Inspection) -> Iterator[Line]:
         return
     few = "the graphs have few nodes: every pair is joined"
     text = f"about {mean:.0f} neighbours of a node" if radius < math.inf else few
+    text += "; as far as the periodic box allows" * found.limited
     yield "data.radius", radius, text + "; the file also gives edges: data.edges=given" * (found.given_degree > 0)
 
 
@@ -77,11 +76,9 @@ def _against_simulator(found: Inspection, frames: int) -> str:
     if frames < HISTORY + 2:
         return f"trajectories of {frames} frames are too short for a simulator"
     if found.unexplained[0] > SMOOTH:
-        return (
-            f"dt is large for a simulator: constant velocity leaves {found.unexplained[0]:.0%} of the next displacement"
-        )
+        return f"constant velocity leaves {found.unexplained[0]:.0%} of the static error after one frame"
     if (step := math.sqrt(3 * found.errors["static"][0])) > found.spacing:
-        return f"dt is large for a simulator: a frame moves nodes by {step / found.spacing:.2g} spacings"
+        return f"a frame moves nodes by {step / found.spacing:.2g} spacings, too far for a simulator"
     return ""
 
 
@@ -93,10 +90,8 @@ def _simulator(found: Inspection, frames: int) -> Iterator[Line]:
     ]  # fmt: skip
     n = max(usable, default=0)
     horizon, step = found.horizons[n], math.sqrt(3 * errors[n])
-    text = (
-        f"a step moves nodes by {step / found.spacing:.2g} spacings; constant velocity explains {1 - left[n]:.1%} of it"
-    )
-    yield "data.horizon", horizon, text
+    moved = f"a step moves nodes by {step / found.spacing:.2g} spacings"
+    yield "data.horizon", horizon, f"{moved}; constant velocity explains {1 - left[n]:.1%} of it"
     other = next((h for h, share in zip(found.horizons, left, strict=True) if share >= CURVED), found.horizons[-1])
     only = f"to predict {other} frames ahead and no rollout, a one-shot model fits better (history 0, horizon {other})"
     yield "data.history", HISTORY, f"a simulator, for rollouts; {only}"
@@ -104,12 +99,9 @@ def _simulator(found: Inspection, frames: int) -> Iterator[Line]:
         yield "data.pushforward", PUSHFORWARD, "own steps in training keep rollouts stable"
     if found.inside:
         yield "data.walls", "box", "the box is not periodic and all nodes that move stay inside"
-    if g := found.gravity:
-        what = (
-            f"mean acceleration of the nodes that move, in {g.places} of {g.of} places; delete it if no such force acts"
-        )
-        if g.of:
-            yield "data.gravity", g.vector, what
+    if (g := found.gravity) and g.of:  # else the file has it
+        where = f"in {g.places} of {g.of} frames"
+        yield "data.gravity", g.vector, f"mean acceleration {where}; delete this line if no such force acts"
     yield "model.name", "EGNN", "virtual nodes gain little over one short step"
     yield "model.predicts", "acceleration", "the deviation from free flight"
     yield "model.normalize", True, "as in the measured recipe of a fluid"
@@ -125,7 +117,7 @@ def _one_shot(found: Inspection, longest: int, against: str) -> Iterator[Line]:
         n = max(n for n in usable if found.horizons[n] <= 10)
     else:
         n = next((n for n in usable if left[n] >= CURVED), usable[-1])
-    text = f"one-shot, since {against}; constant velocity leaves {left[n]:.0%} at this horizon"
+    text = f"one-shot, since {against}; at this horizon constant velocity leaves {left[n]:.0%}"
     yield "data.horizon", found.horizons[n], text
     if g := found.gravity:
         length = float(np.linalg.norm(g.vector))
@@ -172,9 +164,9 @@ def _fixed(found: Inspection, simulator: bool) -> Iterator[Line]:
     plain = [n for n in file[0].attributes if all(t.widths.get(n) == 1 and n not in t.varying for t in file)]
     for name in plain if at_rest else ():
         columns = [file.attribute(k, name) for k in found.numbers]
-        values = np.unique(np.concatenate(columns))[: VALUES + 1].tolist()
+        values = np.unique(np.concatenate(columns))[:VALUES].tolist()
         choices = {name: [column != 0 for column in columns]}
-        choices |= {f"{name}={v:g}": [column == float(f"{v:g}") for column in columns] for v in values[:VALUES]}
+        choices |= {f"{name}={v:g}": [column == float(f"{v:g}") for column in columns] for v in values}
         for text, masks in choices.items():
             pairs = list(zip(masks, found.fixed, strict=True))
             if not any((mask & ~fixed).any() for mask, fixed in pairs):
@@ -186,8 +178,8 @@ def _fixed(found: Inspection, simulator: bool) -> Iterator[Line]:
         yield "data.fixed", "fixed", "marked in the file; they move as the data prescribe"
 
 
-def _size(found: Inspection, lines: list[Line], inputs: int) -> Iterator[Line]:
-    """Frames, batch and parts by number of inputs, nodes, memory and cores. inputs: frames less those without a velocity."""
+def _size(found: Inspection, lines: list[Line]) -> Iterator[Line]:
+    """Frames, batch and parts by number of inputs, nodes, memory and cores."""
     given = {key: value for key, value, _ in lines}
     train = [t for t in found.file if t.split == "train"]
     usable = sum(t.frames for t in train) - len(train) * int(given["data.horizon"])
@@ -200,7 +192,8 @@ def _size(found: Inspection, lines: list[Line], inputs: int) -> Iterator[Line]:
         yield "train.batch_size", batch, f"graphs of {nodes} nodes are small"
     config = Config()
     config.train.batch_size, cores = max(batch, 1), max(1, int(resources.available_cores()))
-    edges, free = nodes * found.radius[1], memory.available_memory()
+    degree = found.given_degree if given.get("data.edges") else found.radius[1]
+    edges, free = nodes * degree, memory.available_memory()
     parts = max(1, min(cores, nodes // NODES))
     total = parts * preflight.training_bytes(config, nodes / parts, edges / parts)
     text = f"{nodes:,} nodes on {cores} cores, about {total / 1e9:.1f} GB of {free / 1e9:.1f} GB that are free"

@@ -121,6 +121,16 @@ def test_coarse_frames_give_a_one_shot_model(tmp_path):
     assert "'id' numbers the nodes; 'one' is constant" in text
 
 
+def test_nodes_that_the_data_move_stay_fixed_in_a_simulator(tmp_path):
+    position, kind = falling()
+    position[:, kind == 1, 0] += 0.01 * np.sin(0.3 * np.arange(20))[:, None]
+    given = {
+        k: v for k, v, _ in suggest.suggest(measured(write(tmp_path / "a.h5", position, attributes={"fixed": kind})))
+    }
+    assert given["data.fixed"] == "fixed"
+    assert given["data.history"] == 2
+
+
 STILL = np.repeat(LATTICE[None], 8, 0)
 LINE = STILL + STEP * np.arange(8)[:, None, None]
 
