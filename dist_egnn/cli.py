@@ -93,6 +93,8 @@ def import_data(
         bool | None, Option(help="the box is periodic; unwraps positions", show_default="as the source says")
     ] = None,
     box: Annotated[str | None, Option(help="low and high corner as x,y,z,x,y,z", show_default="of the source")] = None,
+    repeat: Annotated[str | None, Option(metavar="A,B,C", help="copies of the periodic box along x, y and z")] = None,
+    rescale: Annotated[bool, Option("--rescale", help="scale each frame to the periodic box of the first")] = False,
     center: Annotated[bool, Option("--center", help="move the mean of the first frame to the origin")] = False,
 ) -> None:
     """Convert trajectories of other programs into a trajectories.h5, with checks.
@@ -104,7 +106,7 @@ def import_data(
         raise Failure(f"--out {out}: is one of the sources; choose another file")
     from .commands.import_data import parse_options, run_import
 
-    texts = {"split": split, "attributes": attributes, "fixed": fixed, "box": box}
+    texts = {"split": split, "attributes": attributes, "fixed": fixed, "box": box, "repeat": repeat}
     run_import(
         sources,
         out,
@@ -118,6 +120,7 @@ def import_data(
             ids=ids,
             type=type,
             periodic=periodic,
+            rescale=rescale,
             center=center,
         ),
     )

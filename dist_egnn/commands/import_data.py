@@ -13,8 +13,9 @@ import numpy as np
 
 from ..data import prepare
 from ..data.importers import open_series
-from ..data.importers.convert import Summary, assign_splits, frames_between, measure
+from ..data.importers.convert import Summary, frames_between, measure
 from ..data.importers.series import ImportOptions, Series
+from ..data.importers.splits import assign_splits
 from ..errors import Failure
 from ..utils import filesystem
 from ..utils.console import print_line, print_table
@@ -42,6 +43,10 @@ def parse_options(texts: Mapping[str, str | None], **given: Any) -> ImportOption
     box = _numbers("--box", texts["box"], (6,)) if texts["box"] else None
     if box and not all(low < high for low, high in zip(box[:3], box[3:], strict=True)):
         raise Failure(f"--box {texts['box']}: the low corner must be below the high one")
+    copies = _numbers("--repeat", texts["repeat"] or "1,1,1", (3,))
+    if not all(copy >= 1 and copy == int(copy) for copy in copies):
+        raise Failure(f"--repeat {texts['repeat']}: three whole numbers from 1")
+    given["repeat"] = tuple(map(int, copies))
     names = tuple(texts["attributes"].split(",")) if texts["attributes"] else None
     fixed = _numbers("--fixed", texts["fixed"]) if texts["fixed"] else ()
     return ImportOptions(splits=shares[:3], attributes=names, fixed=fixed, box=box, **given)  # type: ignore[arg-type]

@@ -61,7 +61,8 @@ def finite(x: np.ndarray) -> np.ndarray:
 def check_side(radius: float, side: np.ndarray, where: str = "") -> None:
     """Raise Failure if a second image of a node could lie within the radius: from half the shortest side on."""
     if not 0 < radius < (limit := side.min() / 2):
-        raise Failure(f"{where}radius={radius:g}: must be below half the box's shortest side, {limit:g}; lower it")
+        text = f"{where}radius={radius:g}: must be below half the box's shortest side, {limit:g}"
+        raise Failure(f"{text}; lower it, or repeat the box (distegnn import --repeat)")
 
 
 def wrap(x: np.ndarray, side: np.ndarray) -> np.ndarray:

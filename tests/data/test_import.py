@@ -137,9 +137,9 @@ FORMATS: dict[str, tuple[Callable[..., list[Path]], dict[str, Any]]] = {
 
 
 def options(**given: Any) -> Any:
-    texts = {name: given.pop(name, None) for name in ("split", "attributes", "fixed", "box")}
+    texts = {name: given.pop(name, None) for name in ("split", "attributes", "fixed", "box", "repeat")}
     names = {"format", "stride", "dt", "select", "ids", "type", "periodic"}
-    default = dict.fromkeys(names) | {"stride": 1, "scale": 1.0, "center": False}
+    default = dict.fromkeys(names) | {"stride": 1, "scale": 1.0, "center": False, "rescale": False}
     return parse_options(texts | {"split": texts["split"] or "0.5,0.25,0.25"}, **(default | given))
 
 

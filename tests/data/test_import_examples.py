@@ -35,6 +35,20 @@ READ: dict[str, tuple[str, str, dict[str, Any], tuple[int, int, float, Any, floa
     ),
     "NAMD": ("mda", "adk_closed_NAMD.psf adk_gbis_tmd-fast1_NAMD.dcd", {}, (100, 3341, 0.01, None, 54.5), []),
     "cubic box": ("mda", "watdyn.psf watdyn.dcd", {}, (10, 15, 0.02, [50, 50, 50], 50.0), []),
+    "dodecahedron": (
+        "mda",
+        "adk_oplsaa.gro adk_oplsaa.xtc",
+        {"select": "name CA", "rescale": True},
+        (10, 428, 100, [80.017, 80.017, 113.161], 126.6),
+        ["repeated 2 times", "by up to 0.15%"],
+    ),
+    "constant pressure": (
+        "mda",
+        "cobrotoxin.tpr cobrotoxin.xtc",
+        {"select": "protein", "rescale": True},
+        (3, 918, 50, [52.763] * 3, 37.6),
+        ["by up to 0.15%", "6.9 spacings"],
+    ),
     "TRZ": ("mda", "trz_psf.psf trzfile.trz", {}, (6, 8184, 0.01, [55.4228] * 3, 356), []),
     "XTC": ("mda", "RANDOM_WALK_TOPO.pdb xyz_random_walk.xtc", {}, (100, 100, 1, None, 82.5), ["11.2 spacings"]),
     "PDB": ("mda", "nmr_neopetrosiamide.pdb", {"dt": 2}, (24, 392, 2, None, 26.3), ["11.6 spacings"]),
@@ -64,6 +78,8 @@ READ: dict[str, tuple[str, str, dict[str, Any], tuple[int, int, float, Any, floa
     "sphere": ("pyvista", "globe.vtk globe.vtk", {"dt": 1}, (2, 540, 1, None, 1.274e10), []),
 }
 REFUSED = {
+    "triclinic": ("mda", "SiN_tric_namd.psf SiN_tric_namd.dcd", {}, "frame 0: the box is triclinic.*--no-periodic"),
+    "box that changes": ("mda", "cobrotoxin.tpr cobrotoxin.xtc", {}, "frame 1: the periodic box changes.*--rescale"),
     "no times": ("mda", "nmr_neopetrosiamide.pdb", {}, "--dt"),
     "moves by several boxes": ("mda", "lammps/image_vf.lammpstrj", {"dt": 1}, "frame 1: node 2 moves by 3.06 sides"),
     "slab": ("mda", "lammps/additional_columns.lammpstrj", {"dt": 1}, "some directions only.*--no-periodic"),

@@ -19,7 +19,8 @@ from scipy.spatial import cKDTree
 from ...errors import Failure
 from ..checks import RESERVED, check_digits, edge_pairs, neighbour_distances
 from ..graphs import wrap
-from ..trajectories import SPLITS, box_sides
+from ..trajectories import box_sides
+from .periodic import PeriodicFrames
 from .series import Frame, ImportOptions, Series
 
 SAMPLE = 2000  # nodes that measure the order of rows
@@ -60,9 +61,8 @@ def normalized(series: Series, options: ImportOptions, summary: Summary | None =
     summary: of the first pass, whose shift is subtracted.
     """
     first_ids: np.ndarray | None = None
-    previous: np.ndarray | None = None
     count, edges = 0, _Edges()
-    turns: Any = 0.0
+    boxes = PeriodicFrames(options.repeat, options.rescale) if _periodic(series, options) else None
     for t, frame in enumerate(itertools.islice(series.frames(), 0, None, options.stride)):
         where = f"{series.name}, frame {t * options.stride}"
         if t == 0 and np.asarray(frame.position).dtype == np.float32:
@@ -90,21 +90,27 @@ def normalized(series: Series, options: ImportOptions, summary: Summary | None =
                 row = int(np.argwhere(~np.isfinite(value))[0][0])
                 raise Failure(f"{where}: '{key}' of particle {ids[row]:g} is NaN or infinite; correct the source")
         position, velocity = _three(own["position"]), own.get("velocity")
-        box = _box(frame.box, _periodic(series, options), options, where)
-        if _periodic(series, options) and box is not None:
-            if previous is not None and not frame.unwrapped:
-                turns = turns + np.rint((position - previous) / box_sides(box))
-            previous, position = position, position - turns * box_sides(box)
+        velocity = None if velocity is None else _three(velocity)
+        box = _box(frame.box, boxes is not None, options)
         attributes = _attributes(values, options, where)
+        make_edges: Callable[[], np.ndarray] | None = None
+        if frame.edges:
+            make_edges = functools.partial(edges, frame.edges, order, len(position), where)
+        if boxes and box is not None:
+            position, velocity, box = boxes(position, velocity, box, frame.unwrapped, where)
+            attributes = {name: np.concatenate([value] * len(boxes.offsets)) for name, value in attributes.items()}
+            make_edges = make_edges and boxes.repeated(make_edges, where)
         yield Frame(
             position if summary is None else position - summary.shift,
-            None if velocity is None else _three(velocity),
+            velocity,
             attributes,
             time=frame.time,
             box=box if box is None or summary is None else box - summary.shift,
-            edges=frame.edges and functools.partial(edges, frame.edges, order, len(position), where),
+            edges=make_edges,
             reordered=order is not None and bool((np.diff(order) < 0).any()),
-            crossings=int(np.abs(turns).sum()),
+            crossings=0 if boxes is None else int(np.abs(boxes.turns).sum()),
+            turn=0.0 if boxes is None else boxes.largest_turn,
+            notes=boxes.notes() if boxes and box is not None else [],
         )
 
 
@@ -147,17 +153,15 @@ def _three(x: np.ndarray) -> np.ndarray:
     return x if x.shape[1] == 3 else np.concatenate([x, np.zeros((len(x), 1))], 1)
 
 
-def _box(box: np.ndarray | None, periodic: bool, options: ImportOptions, where: str) -> np.ndarray | None:
-    """The box (2, 3) of --box, or of the frame, scaled. A side of a two-dimensional box that is missing has length 1."""
+def _box(box: np.ndarray | None, periodic: bool, options: ImportOptions) -> np.ndarray | None:
+    """The box of --box, or of the frame, scaled; (2, 3), if periodic also (4, 3). The third side of a 2-D box is 1."""
     if options.box is not None:
         return np.reshape(options.box, (2, 3)).astype(float)
     if box is None:
         return None
     box = np.asarray(box, float)
     if box.shape == (4, 3):
-        if periodic:
-            raise Failure(f"{where}: the box is triclinic, which is not supported; --no-periodic omits it")
-        return None
+        return box * options.scale if periodic else None
     if box.shape == (2, 2):
         box = np.concatenate([box, [[-0.5], [0.5]]], 1)
     return box * options.scale
@@ -197,6 +201,7 @@ def measure(series: Series, options: ImportOptions, tick: Callable[[], object] =
     """
     result, first, previous, before = Summary(notes=[*series.notes]), None, None, None
     edges: Any = None
+    about_box: list[str] = []
     times: list[float] = []
     for t, frame in enumerate(normalized(series, options)):
         where, x = f"{series.name}, frame {t * options.stride}", frame.position
@@ -212,19 +217,17 @@ def measure(series: Series, options: ImportOptions, tick: Callable[[], object] =
             result.notes.append(f"its edges (cells, bonds) are not those of frame 0 in {where}: none are imported")
         _check_same(result, frame, where)
         if result.periodic or frame.box is not None:
-            _check_box(result, frame, _periodic(series, options), where)
+            _check_box(result, frame, where)
         result.varying |= {k for k, v in frame.attributes.items() if not np.array_equal(v, first.attributes[k])}
         if previous is not None:
             move = np.linalg.norm(x - previous, axis=1)
             result.largest_move = max(result.largest_move, float(move.max()))
-            if frame.box is not None and _periodic(series, options):
-                _measure_turn(result, (x - previous) / box_sides(frame.box), where)
             if before is not None and t == 2:
                 side = box_sides(frame.box) if frame.box is not None and _periodic(series, options) else None
                 _check_rows(x, previous, before, result.spacing, side, where)
         result.low, result.high = np.minimum(result.low, x.min(0)), np.maximum(result.high, x.max(0))
         result.reordered += frame.reordered
-        result.unwrapped = frame.crossings
+        result.unwrapped, result.largest_turn, about_box = frame.crossings, frame.turn, frame.notes
         times += [] if frame.time is None else [frame.time]
         before, previous, result.frames = previous, x, t + 1
         tick()
@@ -235,6 +238,7 @@ def measure(series: Series, options: ImportOptions, tick: Callable[[], object] =
     result.periodic = _periodic(series, options) and result.box is not None
     if _periodic(series, options) and result.box is None:
         raise Failure(f"{series.name}: --periodic needs a box and the source has none; give it with --box")
+    result.notes += about_box
     result.dim = 2 if result.high[2] == result.low[2] else 3
     result.dt = _time_step(series, times, options)
     _set_shift(result, first.position, options)
@@ -260,24 +264,12 @@ def _check_same(result: Summary, frame: Frame, where: str) -> None:
         raise Failure(f"{where}: some frames have velocities and others have none; write them for all frames or none")
 
 
-def _check_box(result: Summary, frame: Frame, periodic: bool, where: str) -> None:
+def _check_box(result: Summary, frame: Frame, where: str) -> None:
     if frame.box is None or result.box is None:
         raise Failure(f"{where}: some frames have a box and others have none; --no-periodic or --box sets one for all")
     sides = box_sides(frame.box)
     if not np.isfinite(sides).all() or (sides <= 0).any():
         raise Failure(f"{where}: the box {frame.box.tolist()} is no box; correct it with --box")
-    if periodic and np.abs(sides - box_sides(result.box)).max() > 1e-3 * sides.max():
-        text = f"the periodic box changes from {box_sides(result.box)} to {sides}, which is not supported"
-        raise Failure(f"{where}: {text}; --no-periodic imports the positions without it")
-
-
-def _measure_turn(result: Summary, turn: np.ndarray, where: str) -> None:
-    """Moves (N, 3) as shares of the periodic box's sides. Raises Failure above half: the source has unwrapped them itself."""
-    result.largest_turn = max(result.largest_turn, float(np.abs(turn).max()))
-    if result.largest_turn > 0.5 + 1e-6:
-        node = int(np.abs(turn).max(1).argmax())
-        text = f"node {node} moves by {result.largest_turn:.2f} sides of the periodic box in one frame"
-        raise Failure(f"{where}: {text}; at most half a side is supported: keep more frames, or give --no-periodic")
 
 
 def _check_rows(
@@ -343,35 +335,6 @@ def warn(result: Summary) -> None:
         outside = np.maximum(low - result.low, result.high - high).max()
         if outside > 0:
             result.notes.append(f"nodes are up to {outside:.3g} outside the box")
-
-
-def ranges(summary: Summary, series: Series, options: ImportOptions) -> list[tuple[str, int, int]]:
-    """The split, first and last + 1 frame of each trajectory that a single series becomes: split by time."""
-    ends = np.rint(np.cumsum([0.0, *options.splits]) / sum(options.splits) * summary.frames).astype(int).tolist()
-    result = [(split, lo, hi) for split, (lo, hi) in zip(SPLITS, itertools.pairwise(ends), strict=True) if hi > lo]
-    if short := [split for split, lo, hi in result if hi - lo < 2]:
-        raise Failure(f"{series.name}: {summary.frames} frames leave split '{short[0]}' with one frame; change --split")
-    return result
-
-
-def assign_splits(
-    series: list[Series], summaries: list[Summary], options: ImportOptions
-) -> list[tuple[int, str, int, int]]:
-    """For each trajectory to write: number of the series, split, first and last + 1 frame.
-
-    Several series are divided as wholes, in their order, unless the source has splits; a single one by time.
-    """
-    if all(one.split for one in series):
-        return [(k, one.split or "", 0, summaries[k].frames) for k, one in enumerate(series)]
-    if len(series) == 1:
-        return [(0, *span) for span in ranges(summaries[0], series[0], options)]
-    shares = np.array(options.splits) / sum(options.splits)
-    counts = np.floor(shares * len(series) + 1e-9).astype(int)
-    for k in (1, 2):  # validation and test get a trajectory each if there are enough
-        counts[k] = max(counts[k], 1) if shares[k] > 0 and len(series) > k else counts[k]
-    counts[0] = len(series) - counts[1:].sum()
-    names = np.repeat(SPLITS, counts)
-    return [(k, str(name), 0, summaries[k].frames) for k, name in enumerate(names)]
 
 
 def frames_between(series: Series, summary: Summary, options: ImportOptions, lo: int, hi: int) -> Iterator[Frame]:

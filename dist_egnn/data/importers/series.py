@@ -33,6 +33,8 @@ class ImportOptions:
     fixed: tuple[float, ...] = ()  # types that never move
     periodic: bool | None = None  # None: as the source says
     box: tuple[float, ...] | None = None  # low and high corner (6 numbers), in place of the source's
+    repeat: tuple[int, int, int] = (1, 1, 1)  # copies of a periodic box along x, y and z
+    rescale: bool = False  # scale each frame to the periodic box of the first one
     center: bool = False  # move the mean of the first frame to the origin
 
 
@@ -51,6 +53,8 @@ class Frame:
     edges: Callable[[], np.ndarray] | None = (
         None  # makes the edges (E, 2) between rows, such as bonds or edges of cells
     )
+    turn: float = 0.0  # largest move of a node up to here, in sides of the periodic box
+    notes: list[str] = field(default_factory=list)  # what was done to the periodic box up to here
     crossings: int = 0  # boundaries of the periodic box between the source's positions and the unwrapped ones
 
 
