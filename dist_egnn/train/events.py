@@ -94,24 +94,23 @@ class Events:
 
 
 def density(across: np.ndarray, up: np.ndarray, title: str) -> np.ndarray:
-    """A picture (H, W, 3) of points (N,), both axes from 0 to their largest value: darker where there are more.
+    """A picture (H, W, 3) of points (N,), both axes from 0 to the largest value: darker where there are more.
 
     A line marks equal values. Drawn without matplotlib, whose import would cost more than a small run.
     """
     from PIL import Image, ImageDraw
 
-    right, top = (float(values.max()) or 1.0 for values in (across, up))
-    counts, _, _ = np.histogram2d(top - up, across, SIDE // 2, [[0, top], [0, right]])
+    end = float(max(across.max(), up.max())) or 1.0
+    counts, _, _ = np.histogram2d(end - up, across, SIDE // 2, [[0, end], [0, end]])
     shade = np.log1p(counts) / max(np.log1p(counts.max()), 1e-30)
     cells = np.where(counts[..., None] > 0, np.array([190, 215, 240]) * (1 - 0.9 * shade[..., None]), 255)
     image = Image.new("RGB", (SIDE + LEFT + 20, SIDE + 2 * TOP), "white")
     image.paste(Image.fromarray(cells.astype(np.uint8)).resize((SIDE, SIDE), Image.Resampling.NEAREST), (LEFT, TOP))
     draw, bottom = ImageDraw.Draw(image), TOP + SIDE
     draw.rectangle((LEFT, TOP, LEFT + SIDE, bottom), outline="black")
-    end = min(right, top)  # of the line up = across
-    draw.line((LEFT, bottom, LEFT + SIDE * end / right, bottom - SIDE * end / top), fill="gray")
+    draw.line((LEFT, bottom, LEFT + SIDE, TOP), fill="gray")
     draw.text((LEFT + SIDE / 2, TOP / 2), title, fill="black", anchor="mm")
-    for text, place, anchor in ((f"{top:.3g}", (LEFT - 4, TOP), "rm"), ("0", (LEFT - 4, bottom), "rm")):
+    for text, place, anchor in ((f"{end:.3g}", (LEFT - 4, TOP), "rm"), ("0", (LEFT - 4, bottom), "rm")):
         draw.text(place, text, fill="black", anchor=anchor)
-    draw.text((LEFT + SIDE, bottom + 4), f"{right:.3g}", fill="black", anchor="ra")
+    draw.text((LEFT + SIDE, bottom + 4), f"{end:.3g}", fill="black", anchor="ra")
     return np.asarray(image)

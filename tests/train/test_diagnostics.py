@@ -20,7 +20,7 @@ from dist_egnn import config
 from dist_egnn.commands.train import run_training
 from dist_egnn.errors import Failure
 from dist_egnn.train import checkpoint, trainer
-from dist_egnn.train.events import GROUPS
+from dist_egnn.train.events import GROUPS, LEFT, SIDE, TOP, density
 from dist_egnn.train.state import TrainingState
 
 ROOT = Path(__file__).parents[2]
@@ -166,3 +166,11 @@ def test_a_validation_that_is_not_finite(small, tmp_path, monkeypatch):
     with pytest.raises(Failure, match=r"epoch 1, validation: the loss is not finite \(samples 6, 7, 8\)"):
         run_training(settings(small, tmp_path / "run"))
     assert not (tmp_path / "run" / "best.pt").exists()
+
+
+def test_both_axes_of_a_picture_are_equal() -> None:
+    picture = density(np.array([1.0, 0.5]), np.array([0.5, 0.25]), "")
+    inside = picture[TOP + 2 : TOP + SIDE - 1, LEFT + 2 : LEFT + SIDE - 1]
+    rows, columns = (inside.max(2) < 60).nonzero()  # dark cells
+    places = [columns.max(), rows.min(), columns.min(), rows.max()]
+    assert [place / SIDE for place in places] == pytest.approx([1, 0.5, 0.5, 0.75], abs=0.02)
