@@ -99,7 +99,9 @@ def draw_nodes(figure: Any, rollout: Rollout) -> None:
             order = np.argsort(x[:, 2])  # the nearest nodes are drawn last
             dots = axes.scatter(*x[order, :2].T, c=speed[order], s=6, lw=0, cmap="viridis", vmin=0, vmax=6)
             axes.plot([left, left, right, right], [9, floor, floor, 9], color="0.3", lw=1.5)
-            axes.set(aspect="equal", xlim=(left - 0.06, right + 0.06), ylim=(floor - 0.06, 1.5))
+            axes.set(
+                aspect="equal", xlim=(left - 0.06, right + 0.06), ylim=(floor - 0.06, 1.5), yticks=[0, 0.5, 1, 1.5]
+            )
         column[0].set_title(f"step {step}: {step * dt:.2f} s", fontsize=12)
         column[1].set_xlabel("x [m]")
     for axes, name in zip(grid[:, 0], ("true", "predicted"), strict=True):
@@ -124,7 +126,7 @@ def check_output(out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=10, help="passes over the training split (default 10)")
+    parser.add_argument("--epochs", type=int, default=12, help="passes over the training split (default 12)")
     parser.add_argument(
         "--out", type=Path, default=HERE / "runs" / "demo", help="output folder; an earlier demo in it is replaced"
     )
@@ -153,12 +155,11 @@ def main() -> None:
     one_step = run_evaluation(run) | {"ballistic": one_step_ballistic(Store(out / "store"))}
     columns = BASELINES | {demo.model.name: "mse"}
     distances = {name: rms_mm(table[column])[LISTED] for name, column in columns.items()}
-    rows = [[name, f"{3e6 * one_step[name]:.1f}", *(f"{mm:.0f}" for mm in distances[name])] for name in columns]
+    rows = [[name, f"{3e6 * one_step[name]:.1f}", *(f"{mm:.3g}" for mm in distances[name])] for name in columns]
     table_title = f"mean squared distance after one step; root mean square distance after steps from frame {START} on"
     print_table(table_title, ["prediction", "one step [mm²]", *(f"{step} steps [mm]" for step in LISTED)], rows)
-    title = (
-        f"A fluid falls into a box: {STEPS} steps of {demo.model.name} after {options.epochs} epochs on two processes"
-    )
+    trained = f"{options.epochs} epochs on two processes"
+    title = f"A fluid falls into a box: {demo.model.name} predicts {STEPS} steps from frame {START}, after {trained}"
     write_atomically(out / "report.png", picture(file, table, title))
     print(f"\nPicture: {out / 'report.png'}   all output: {out}   {time.perf_counter() - started:.0f} s")
     best = table[list(BASELINES.values())].min(axis=1)
