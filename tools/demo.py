@@ -28,6 +28,7 @@ from dist_egnn.data.store import Store
 from dist_egnn.distributed.comm import SingleProcess
 from dist_egnn.errors import Failure
 from dist_egnn.evaluate.rollout import run_rollout
+from dist_egnn.evaluate.step_errors import BASELINES
 from dist_egnn.evaluate.vtkhdf import Frame, Rollout
 from dist_egnn.train.metrics import mean_squared_error
 from dist_egnn.utils.console import print_table
@@ -39,7 +40,6 @@ RECIPE = HERE / "recipes" / "fluid113k"
 TEST, START, STEPS = 5, 15, 40  # the test trajectory of sample.h5, first frame and steps of the rollout
 LISTED = [5, 10, 20, 40]  # steps in the table
 DRAWN = [5, 15, 25, 40]  # steps in the picture
-BASELINES = {name: f"{name}_mse" for name in ("static", "linear", "ballistic")}  # their columns in a table of errors
 
 
 def settings(out: Path, epochs: int) -> config.Config:
@@ -78,8 +78,8 @@ def picture(path: Path, table: pd.DataFrame, title: str) -> bytes:
     energy.plot(table["step"], table["kinetic_energy"] / 1e3, color="C0", lw=2, label="predicted")
     energy.set(ylabel="kinetic energy [kJ]", ylim=(0, None))
     error.plot(table["step"][1:], rms_mm(table["mse"])[1:], color="C0", lw=2, label="predicted")
-    for (name, column), style in zip(BASELINES.items(), (":", "--", "-."), strict=True):
-        error.plot(table["step"][1:], rms_mm(table[column])[1:], color="0.3", ls=style, label=name)
+    for name, style in zip(BASELINES, (":", "--", "-."), strict=True):
+        error.plot(table["step"][1:], rms_mm(table[f"{name}_mse"])[1:], color="0.3", ls=style, label=name)
     error.set(ylabel="error: rms distance [mm]", yscale="log")
     for axes in (energy, error):
         axes.set_xlabel(f"step of {step_ms:.0f} ms")
@@ -153,7 +153,7 @@ def main() -> None:
 
     print("\n5. Errors on the test trajectory")
     one_step = run_evaluation(run) | {"ballistic": one_step_ballistic(Store(out / "store"))}
-    columns = BASELINES | {demo.model.name: "mse"}
+    columns = {name: f"{name}_mse" for name in BASELINES} | {demo.model.name: "mse"}
     distances = {name: rms_mm(table[column])[LISTED] for name, column in columns.items()}
     rows = [[name, f"{3e6 * one_step[name]:.1f}", *(f"{mm:.3g}" for mm in distances[name])] for name in columns]
     table_title = f"mean squared distance after one step; root mean square distance after steps from frame {START} on"
@@ -162,7 +162,7 @@ def main() -> None:
     title = f"A fluid falls into a box: {demo.model.name} predicts {STEPS} steps from frame {START}, after {trained}"
     write_atomically(out / "report.png", picture(file, table, title))
     print(f"\nPicture: {out / 'report.png'}   all output: {out}   {time.perf_counter() - started:.0f} s")
-    best = table[list(BASELINES.values())].min(axis=1)
+    best = table[[columns[name] for name in BASELINES]].min(axis=1)
     if worse := [step for step in LISTED if not table["mse"][step] < best[step]]:
         raise Failure(
             f"not better than the baselines at steps {worse}; train longer (--epochs) or report this as a bug"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dist_egnn.errors import Failure
-from dist_egnn.evaluate.rollout import error_table
+from dist_egnn.evaluate.step_errors import error_table
 from dist_egnn.evaluate.vtkhdf import RolloutWriter, finish
 
 BOX = np.array([[-1.0, 0.0, -1.0], [1.0, 3.0, 1.0]])
