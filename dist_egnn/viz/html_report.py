@@ -19,12 +19,12 @@ from ..data.store import Store, open_store
 from ..data.trajectories import SPLITS
 from ..distributed.comm import SingleProcess
 from ..errors import Failure
-from ..evaluate import step_errors
+from ..evaluate import rollout_metrics, step_errors
 from ..evaluate.vtkhdf import Rollout
 from ..train import checkpoint, losses, run_dir, trainer
 from ..train.diagnostics import PHASES
 from ..utils.filesystem import sha256
-from . import html_page, plots
+from . import html_page, plots, rollout_plots
 
 
 def node_parts(store: Store, snapshot: int) -> np.ndarray:
@@ -203,6 +203,29 @@ class Report:
             text += " No paths of virtual nodes: the model has none."
         return f"<p>{escape(text)}</p>" + html_page.pictures(*shown)
 
+    def rollouts(self) -> str:
+        """Measures of evaluated rollouts by step: evaluate-rollout.csv, where it belongs to the present best.pt."""
+        command = f"distegnn evaluate {self.run} --rollout STEPS"
+        table = self.read(rollout_metrics.FILE, {*rollout_metrics.COLUMNS, "weights", "data"}, f"written by: {command}")
+        about, best = table.iloc[0], self.run / run_dir.BEST
+        if not best.is_file() or about["weights"] != sha256(best):
+            raise Failure(f"{rollout_metrics.FILE} is of other weights than best.pt; run: {command}")
+        numbers, trained = table["trajectory"].unique(), identity.digest(checkpoint.load(best).get("data"))
+        text = f"Trajector{'ies' if len(numbers) > 1 else 'y'} {', '.join(map(str, numbers))} of {about['path']}"
+        text += ", which are not the data of the training" if trained and about["data"] != trained else ""
+        text += f"; {table['step'].max()} steps from frame {about['frame']:g} on."
+        reached = table.dropna(subset="mse").groupby("trajectory")["step"].max()
+        text += "".join(
+            f" Trajectory {k} stopped after step {n}." for k, n in reached.items() if n < table["step"].max()
+        )
+        if table["outside"].notna().any() and not table[["outside", "true_outside"]].any(axis=None):
+            text += " No node leaves the box."
+        if len(numbers) > 1:
+            text += " Lines are means over trajectories, bands reach from the smallest to the largest value."
+        drawn = rollout_plots.panels(table, self.config.model.name).items()
+        shown = [html_page.figure(caption, rollout_plots.by_step, *given) for caption, given in drawn]
+        return f"<p>{escape(text)}</p>" + html_page.pictures(*shown)
+
     def about(self) -> str:
         path = self.run / "about.yaml"
         if not path.is_file():
@@ -226,6 +249,7 @@ def run_report(run: Path, rollout_file: Path | None, out: Path | None) -> None:
         "Errors": report.errors,
         "Training": report.curves,
         "A sample": report.sample,
+        "Rollouts evaluated": report.rollouts,
         "Rollout": report.rollout,
         "Time of a step by phase": report.timing,
         "Made with": report.about,

@@ -55,7 +55,7 @@ def panel_png(panel: Callable[..., None], *arguments: Any) -> bytes:
     return png(figure)
 
 
-def _axes(figure: Any) -> Any:
+def empty_axes(figure: Any) -> Any:
     axes = figure.add_subplot()
     axes.grid(alpha=0.3, which="both")
     return axes
@@ -75,7 +75,7 @@ def _axes_3d(figure: Any, x: np.ndarray) -> Any:
     return axes
 
 
-def _legend(figure: Any, axes: Any) -> None:
+def draw_legend(figure: Any, axes: Any) -> None:
     """A legend above the axes, where it covers no data."""
     handles, names = axes.get_legend_handles_labels()
     loc = "upper center" if axes.name == "3d" else "outside upper center"
@@ -115,7 +115,7 @@ def draw_virtual_nodes(axes: Any, z: np.ndarray, size: float) -> str:
 
 def curves(figure: Any, x: Values, lines: Lines, levels: Mapping[str, float], xlabel: str, ylabel: str) -> None:
     """Lines over x and horizontal lines at ``levels``, on a logarithmic axis; values that are NaN or ≤ 0 are left out."""
-    axes = _axes(figure)
+    axes = empty_axes(figure)
     for k, (name, values) in enumerate(lines.items()):
         y = np.asarray(values, float)
         if (y > 0).any():
@@ -124,12 +124,12 @@ def curves(figure: Any, x: Values, lines: Lines, levels: Mapping[str, float], xl
         axes.axhline(value, color="0.35", ls=(":", "--")[k % 2], label=name)
     axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    _legend(figure, axes)
+    draw_legend(figure, axes)
 
 
 def displacement(figure: Any, x: np.ndarray, y: np.ndarray, predicted: Mapping[str, np.ndarray]) -> None:
     """Predicted over true displacement of each node. x, y: (N, 3); predicted: model → (N, 3)."""
-    axes = _axes(figure)
+    axes = empty_axes(figure)
     rows = np.random.default_rng(0).permutation(len(x))[:MAX_POINTS]
     true = np.linalg.norm(y - x, axis=1)
     moved = {name: np.linalg.norm(guess - x, axis=1) for name, guess in predicted.items()}
@@ -139,7 +139,7 @@ def displacement(figure: Any, x: np.ndarray, y: np.ndarray, predicted: Mapping[s
         axes.plot([], [], "o", color=f"C{k}", label=name)
     axes.plot([0, top], [0, top], "k--", lw=1, label="exact")
     axes.set(xlabel="true displacement ‖y − x‖", ylabel="predicted displacement", xlim=(0, top), ylim=(0, top))
-    _legend(figure, axes)
+    draw_legend(figure, axes)
 
 
 def parts(figure: Any, x: np.ndarray, part: np.ndarray) -> None:
@@ -151,7 +151,7 @@ def clouds(figure: Any, shown: Mapping[str, np.ndarray]) -> None:
     """Positions (N, 3) by name; seen from above if all have the same z."""
     x = np.concatenate(list(shown.values()))
     flat = np.ptp(x[:, 2]) == 0
-    axes = _axes(figure) if flat else _axes_3d(figure, x)
+    axes = empty_axes(figure) if flat else _axes_3d(figure, x)
     for (name, points), colour in zip(shown.items(), ("0.65", "C0"), strict=False):
         if flat:
             rows = np.random.default_rng(0).permutation(len(points))[: MAX_POINTS // 2]
@@ -159,12 +159,12 @@ def clouds(figure: Any, shown: Mapping[str, np.ndarray]) -> None:
             axes.set(xlabel="x", ylabel="y", aspect="equal")
         else:
             _cloud(axes, points, colour, name, MAX_POINTS // 2)
-    _legend(figure, axes)
+    draw_legend(figure, axes)
 
 
 def degrees(figure: Any, counts: Mapping[str, np.ndarray]) -> None:
     """Histograms of the neighbours of nodes, (N,) by name."""
-    axes = _axes(figure)
+    axes = empty_axes(figure)
     for k, (name, values) in enumerate(counts.items()):
         ends = np.arange(values.max() + 2) if values.max() < MAX_BARS else np.linspace(0, values.max() + 1, MAX_BARS)
         share = 100 * np.histogram(values, ends)[0] / len(values)
@@ -172,7 +172,7 @@ def degrees(figure: Any, counts: Mapping[str, np.ndarray]) -> None:
         axes.axvline(values.mean(), color=f"C{k}", ls=":")
     axes.set(xlabel="neighbours of a node (dotted: mean)", ylabel="nodes [%]", ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    _legend(figure, axes)
+    draw_legend(figure, axes)
 
 
 def positions(figure: Any, y: np.ndarray, predicted: np.ndarray, virtual: np.ndarray) -> None:
@@ -182,7 +182,7 @@ def positions(figure: Any, y: np.ndarray, predicted: np.ndarray, virtual: np.nda
     _cloud(axes, predicted, "C0", "predicted", MAX_POINTS // 2)
     if len(virtual):
         draw_virtual_nodes(axes, virtual, 170)
-    _legend(figure, axes)
+    draw_legend(figure, axes)
 
 
 def virtual_node_paths(figure: Any, x: np.ndarray, virtual: np.ndarray) -> None:
@@ -195,12 +195,12 @@ def virtual_node_paths(figure: Any, x: np.ndarray, virtual: np.ndarray) -> None:
         axes.plot(*path[-1:].T, "*", ms=13, color=colour, mec="black", zorder=9)
     axes.plot([], [], "-o", ms=3, color="0.2", label="virtual node, one dot per step")
     axes.plot([], [], "*", ms=12, color="0.9", mec="black", label="last step")
-    _legend(figure, axes)
+    draw_legend(figure, axes)
 
 
 def timing(figure: Any, epochs: Values, seconds: Lines, step: Values) -> None:
     """Stacked bars: seconds per step of each phase, and the rest of the step on top; means of epochs if they are many."""
-    axes = _axes(figure)
+    axes = empty_axes(figure)
     bars = {name: np.asarray(values, float) for name, values in seconds.items()}
     bars["other (optimiser)"] = np.maximum(np.asarray(step, float) - sum(bars.values()), 0)
     groups = np.array_split(np.asarray(epochs, float), min(len(epochs), MAX_BARS))
@@ -214,7 +214,7 @@ def timing(figure: Any, epochs: Values, seconds: Lines, step: Values) -> None:
     axes.set(xlabel="epoch", ylabel="seconds per step", axisbelow=True)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(False, axis="x")
-    _legend(figure, axes)
+    draw_legend(figure, axes)
 
 
 def sweep(path: Path, key: str, ticks: Sequence[str], curves: Mapping[str, Mapping[str, tuple[float, float]]]) -> None:

@@ -13,6 +13,7 @@ from dist_egnn import Trajectories, Writer, cli, config
 from dist_egnn.distributed import comm
 from dist_egnn.errors import Failure
 from dist_egnn.evaluate import rollout_metrics
+from dist_egnn.evaluate.vtkhdf import Rollout
 from dist_egnn.train import checkpoint, trainer
 
 DT, HORIZON, STEPS, FRAMES = 0.5, 2, 6, 14
@@ -99,6 +100,24 @@ def test_a_rollout_that_stops_has_no_means_beyond(tmp_path: Path, data: Path, mo
     assert [*rows["step"]] == [0, 1, 2, 3, 4, 5]
     assert rows["mse"].notna()[1]
     assert rows["mse"].isna()[5]
+
+
+def test_all_trajectories_of_a_split_are_written(tmp_path: Path, data: Path, monkeypatch, capsys) -> None:
+    """One after the other, also those after one that stops."""
+    for ratio, code in ((1.0, 0), (5.0, 2)):
+        run, out = make_run(tmp_path / f"run-{code}", data, ratio), tmp_path / f"out-{code}"
+        arguments = ["rollout", str(run), "--trajectory", "test", "--steps", "3", "--out", str(out)]
+        monkeypatch.setattr(sys, "argv", ["distegnn", *arguments])
+        if code:
+            with pytest.raises(SystemExit, match="2"):
+                cli.main()
+        else:
+            cli.main()
+        names = sorted(file.name for file in out.iterdir())
+        assert names == [f"trajectory-{k}.{suffix}" for k in (2, 3) for suffix in ("csv", "vtkhdf")]
+        with Rollout(out / "trajectory-3.vtkhdf") as frames:
+            assert (frames.meta["trajectory"], len(frames)) == (3, 2 if code else 4)
+    assert f"error: {out}: 2 of 2 rollouts stopped early" in capsys.readouterr().err
 
 
 def test_wrong_options_are_refused(tmp_path: Path, data: Path, monkeypatch, capsys) -> None:

@@ -21,14 +21,14 @@ from dist_egnn.commands.evaluate import run_evaluation
 from dist_egnn.commands.train import run_training
 from dist_egnn.data.store import Store
 from dist_egnn.errors import Failure
-from dist_egnn.evaluate import rollout
+from dist_egnn.evaluate import rollout, rollout_metrics
 from dist_egnn.train import checkpoint
 from dist_egnn.train.diagnostics import PHASES
 from dist_egnn.viz import html_report
 from dist_egnn.viz.html_report import run_report
 
-TITLES = ["The run in numbers", "Errors", "Training", "A sample", "Rollout", "Time of a step by phase"]
-TITLES += ["Made with", "Settings"]
+TITLES = ["The run in numbers", "Errors", "Training", "A sample", "Rollouts evaluated", "Rollout"]
+TITLES += ["Time of a step by phase", "Made with", "Settings"]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
@@ -39,6 +39,7 @@ def run(small, make_store, tmp_path_factory) -> Path:
     run_training(settings(small, folder, "train.epochs=2"))
     for split in ("test", "valid"):
         run_evaluation(folder, split)
+    rollout_metrics.evaluate_rollouts(folder, 3)
     # one step beyond the end of the data
     rollout.run_rollout(folder, trajectory=3, steps=5, out=folder / "rolled.vtkhdf")
     file = folder / "config.yaml"
@@ -65,17 +66,21 @@ def pictures(text: str) -> list[Image.Image]:
 def test_page_has_every_section(run, capsys):
     content = sections(run)
     assert list(content) == TITLES
-    assert [len(pictures(content[title])) for title in TITLES] == [0, 0, 3, 3, 3, 1, 0, 0]
-    assert f"{run / 'report.html'}: 10 pictures" in capsys.readouterr().out
+    assert [len(pictures(content[title])) for title in TITLES] == [0, 0, 3, 3, 5, 3, 1, 0, 0]
+    assert f"{run / 'report.html'}: 15 pictures" in capsys.readouterr().out
     text = "".join(content.values())
     assert "left-out" not in text
-    assert len(re.findall(r'<img [^>]*alt="[^"]{11,}"', text)) == 10
+    assert len(re.findall(r'<img [^>]*alt="[^"]{11,}"', text)) == 15
     # numbers are the run's own
     table = pd.read_csv(run / "metrics.csv")
     assert f"{table['valid_mse'].min():.4e} (epoch {table['valid_mse'].idxmin() + 1})" in content["The run in numbers"]
     weights = checkpoint.load(run / "best.pt")["model"].values()
     settings = config.load(run / "config.yaml").data
-    known = {"parameters": f"{sum(value.numel() for value in weights):,}", "data": settings.path, "radius": "0.27"}
+    known = {
+        "parameters": f"{sum(value.numel() for value in weights):,}",
+        "data": settings.path,
+        "edges": "radius 0.27",
+    }
     for name, value in {**known, "horizon [frames]": 3}.items():
         assert f"<td>{name}</td><td>{value}</td>" in content["The run in numbers"]
     for row in pd.read_csv(run / "evaluate.csv").itertuples():
@@ -106,13 +111,15 @@ def test_sample_is_the_models_own_prediction(run, monkeypatch):
 MISSING = {
     "metrics.csv": {"The run in numbers": "distegnn train", "Training": "metrics.csv", "Time of a step by phase": ""},
     "evaluate.csv": {"Errors": "distegnn evaluate"},
+    "evaluate-rollout.csv": {"Rollouts evaluated": "distegnn evaluate"},
     "rolled.vtkhdf": {"Rollout": "distegnn rollout"},
     "about.yaml": {"Made with": "older version"},
-    "best.pt": {"A sample": "best.pt"},
+    "best.pt": {"A sample": "best.pt", "Rollouts evaluated": "best.pt"},
 }
 
 
-def test_missing_files_are_one_line_each(copy, capsys):
+def test_missing_files_are_one_line_each(copy, capsys, monkeypatch):
+    monkeypatch.setattr(html_report.plots, "panel_png", lambda *_: b"")  # six reports, of whose pictures none is read
     for name, hints in MISSING.items():
         (copy / name).rename(copy / "elsewhere")
         content, printed = sections(copy), capsys.readouterr().out
@@ -136,6 +143,7 @@ def test_a_run_of_one_process_with_new_weights_and_a_rollout_that_stopped(copy, 
     checkpoint.save(copy / "best.pt", {"model": best["model"], "config": best["config"]})
     content = sections(copy)
     assert "Left out: evaluate.csv is of other weights than best.pt" in content["Errors"]
+    assert "Left out: evaluate-rollout.csv is of other weights than best.pt" in content["Rollouts evaluated"]
     assert "stopped early, at step 6: node 1 left" in content["Rollout"]
     assert len(pictures(content["A sample"])) == 2
     assert "No partition" in content["A sample"]
@@ -203,7 +211,7 @@ def test_in_a_browser(run, tmp_path):
             assert open_page("page.html", width) <= width
             assert (requests, messages) == ([], [])
             sizes = page.evaluate("[...document.images].map(i => [i.complete, i.naturalWidth, i.naturalHeight])")
-            assert sizes == [[True, 896, 640]] * 9
+            assert sizes == [[True, 896, 640]] * 15
             assert page.locator("h2").all_inner_texts() == TITLES
         for image in page.locator("img").all():
             pixels = np.asarray(Image.open(io.BytesIO(image.screenshot())).convert("RGB")).reshape(-1, 3)
