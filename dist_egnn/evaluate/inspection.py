@@ -140,7 +140,12 @@ class Inspection:
     @property
     def limited(self) -> bool:
         """Whether a periodic box limits that radius."""
-        return self.limit <= self.radius[0] < np.inf
+        return bool(not self.thin and self.limit <= self.radius[0] < np.inf)
+
+    @property
+    def thin(self) -> bool:
+        """Whether a periodic box is so thin that no radius below half its side finds neighbours, as around 2-D data."""
+        return bool(self.limit < 1.5 * self.spacing)
 
 
 def inspect(file: Trajectories) -> Inspection:
@@ -156,7 +161,7 @@ def inspect(file: Trajectories) -> Inspection:
         for k in numbers:
             _measure(result, k, starts, tick)
         result.limit = 0.499 * min((file.sides(k, None).min() for k in numbers if file[k].periodic), default=np.inf)
-        result.degrees = _degrees(file, numbers, result.limit)
+        result.degrees = _degrees(file, numbers, np.inf if result.thin else result.limit)
         tick()
     return result
 
@@ -229,7 +234,7 @@ def _degrees(file: Trajectories, numbers: Sequence[int], limit: float) -> list[t
     places = [places[n] for n in np.unique(np.linspace(0, len(places) - 1, count).round().astype(int))]
     asked = list[tuple[KDTree, np.ndarray]]()
     for k, t in places:
-        side = file.sides(k, None) if file[k].periodic else None
+        side = file.sides(k, None) if file[k].periodic and limit < np.inf else None
         x = file.position(k, t).astype(np.float64) if side is None else graphs.wrap(file.position(k, t), side)
         rows = np.random.default_rng(0).permutation(len(x))[:QUERIES]
         asked.append((KDTree(x, boxsize=side, balanced_tree=False, compact_nodes=False), x[rows]))

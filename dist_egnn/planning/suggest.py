@@ -48,8 +48,9 @@ def suggest(found: Inspection) -> list[Line]:
     simulator = not (against := _against_simulator(found, frames))
     lines += _edges(found)
     lines += _simulator(found, frames) if simulator else _one_shot(found, frames - 1 - first, against)
-    if found.file[found.numbers[0]].periodic and all(t.periodic for t in found.file):
-        lines.append(("data.periodic", True, "all boxes are periodic"))
+    if all(t.periodic for t in found.file):
+        thin = "the periodic box is too thin for neighbours within half a side; see distegnn import --repeat"
+        lines.append(("data.periodic", not found.thin, thin if found.thin else "all boxes are periodic"))
     lines += _features(found, simulator)
     lines += _fixed(found, simulator)
     lines += _size(found, lines)

@@ -63,7 +63,7 @@ def test_a_suggested_config_trains(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     position, kind = falling()
     np.savez("a.npz", position=position, particle_type=kind, dt=0.01)
-    texts = {"split": "0.5,0.25,0.25", "attributes": None, "fixed": "1", "box": "0,0,0,1,2,1"}
+    texts = {"split": "0.5,0.25,0.25", "attributes": None, "fixed": "1", "box": "0,0,0,1,2,1", "repeat": None}
     run_import([Path("a.npz")], Path("a.h5"), parse_options(texts, dt=None, scale=1.0))
     run_inspection(Path("a.h5"), Path("a.html"), Path("a.yaml"))
     settings = config.load("a.yaml", ["train.epochs=2", "model.hidden=4", "model.layers=1"])
@@ -119,6 +119,17 @@ def test_coarse_frames_give_a_one_shot_model(tmp_path):
     text = suggest.to_yaml(lines, ["a comment"])
     assert config.parse(text, "text").data.horizon == 5
     assert "'id' numbers the nodes; 'one' is constant" in text
+
+
+@pytest.mark.parametrize(("nodes", "side", "periodic", "neighbours"), [(216, 6, True, 18), (36, 1, False, 12)])
+def test_periodic_boxes(tmp_path, nodes, side, periodic, neighbours):
+    """A lattice in its box, and one layer of it in a box that is too thin for any radius."""
+    order = np.lexsort(LATTICE.T)
+    shake = 1e-3 * np.sin(0.3 * np.arange(30))[:, None, None] * np.random.default_rng(0).normal(size=(nodes, 3))
+    box = np.array([[0.0] * 3, [6.0, 6.0, side]])
+    found = measured(write(tmp_path / "a.h5", LATTICE[order[:nodes]] + shake, box=box, periodic=True))
+    assert {k: v for k, v, _ in suggest.suggest(found)}["data.periodic"] is periodic
+    assert neighbours - 4 < found.radius[1] < neighbours + 4
 
 
 def test_nodes_that_the_data_move_stay_fixed_in_a_simulator(tmp_path):
