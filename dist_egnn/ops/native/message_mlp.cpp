@@ -109,31 +109,22 @@ INLINE V most(V limit, V x) {
 }
 
 // e^x for x clamped to [-87, 87]; NaN stays NaN. x / ln 2 = n + f: n by adding and subtracting 1.5 * 2^23, 2^f by a polynomial.
-template <bool low>
 INLINE vec_t<float> exponential(vec_t<float> x) {
     using ivec = Simd<float>::ivec;
     x = least(broadcast(87.0f), most(broadcast(-87.0f), x));
     const float magic = 12582912.0f, log2e = 1.44269504f;
     const vec_t<float> shifted = x * log2e + magic;
     const vec_t<float> f = x * log2e - (shifted - magic);
-    vec_t<float> p;
-    if constexpr (low) {  // to 1e-4: for products in bfloat16
-        p = f * 5.171758e-2f + 2.4261114e-1f;
-        p = p * f + 6.9326098e-1f;
-        p = p * f + 9.9992807e-1f;
-    } else {
-        p = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
-        p = p * f + 9.618437357674640e-3f;
-        p = p * f + 5.550332471162809e-2f;
-        p = p * f + 2.402264791363012e-1f;
-        p = p * f + 6.931472028550421e-1f;
-        p = p * f + 1.0f;
-    }
+    vec_t<float> p = f * 1.535336188319500e-4f + 1.339887440266574e-3f;
+    p = p * f + 9.618437357674640e-3f;
+    p = p * f + 5.550332471162809e-2f;
+    p = p * f + 2.402264791363012e-1f;
+    p = p * f + 6.931472028550421e-1f;
+    p = p * f + 1.0f;
     const ivec scale = ((ivec)shifted << 23) + 0x3f800000;  // the low bits of `shifted` are n
     return p * (vec_t<float>)scale;
 }
 
-template <bool low>
 INLINE vec_t<double> exponential(vec_t<double> x) {
     using ivec = Simd<double>::ivec;
     x = least(broadcast(700.0), most(broadcast(-700.0), x));
@@ -151,9 +142,19 @@ INLINE vec_t<double> exponential(vec_t<double> x) {
     return p * (vec_t<double>)scale;
 }
 
+// low: to 6e-4 of its value, for products in bfloat16
 template <class T, bool low>
 INLINE vec_t<T> sigmoid(vec_t<T> x) {
-    return T(1) / (T(1) + exponential<low>(-x));
+#if defined(__AVX512BF16__)
+    if constexpr (low && sizeof(T) == 4) {
+        const vec_t<T> scaled = x * -1.44269504f, f = (vec_t<T>)_mm512_reduce_ps((__m512)scaled, 0);
+        vec_t<T> p = f * 5.171758e-2f + 2.4261114e-1f;
+        p = p * f + 6.9326098e-1f;
+        p = p * f + 9.9992807e-1f;
+        return (vec_t<T>)_mm512_rcp14_ps((__m512)(1.0f + (vec_t<T>)_mm512_scalef_ps((__m512)p, (__m512)(scaled - f))));
+    }
+#endif
+    return T(1) / (T(1) + exponential(-x));
 }
 
 // y = SiLU(a) over n values, a multiple of the lanes; y may be a
