@@ -28,13 +28,13 @@ from ..partition import assign
 from ..train import checkpoint, preflight, run_dir, trainer
 from ..utils import part_weights
 from ..utils.console import print_table
-from ..utils.filesystem import lock_output, write_atomically
+from ..utils.filesystem import check_free_space, lock_output, write_atomically
 from ..utils.laps import Laps
 from ..utils.progress import progress_bar
 from .boundary_conditions import BOUNDS, LIMIT, BoundaryConditions, RolloutJob
 from .simulation import Simulation
 from .step_errors import error_table
-from .vtkhdf import RolloutWriter, finish, partial_path
+from .vtkhdf import RolloutWriter, file_bytes, finish, partial_path
 
 
 def load_model(comm: Comm, job: RolloutJob) -> Module:
@@ -197,6 +197,8 @@ def prepare_jobs(
             raise Failure(f"--fixed {fixed}: {configs.FIXED[1]}")
         spec = replace(spec, fixed=fixed)
     check_fixed(file, spec.fixed, "data.fixed=" if fixed is None else "--fixed ")
+    if out is not None:
+        check_free_space(Path(outputs[0]), sum(file_bytes(steps + 1, file[k].nodes) for k in chosen))
     given = steps, repartition, bounds
     jobs = []
     for k, first, output in zip(chosen, starts, outputs, strict=True):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,11 @@ class Frame:
     error: Array | None  # (N, 3) position minus the true one; None after the end of the data
     part: Array  # (N,) the process that computed the node
     virtual: Array | None  # (C, 3) after the last layer; None in the first frame and for models without
+
+
+def file_bytes(frames: int, nodes: int) -> int:
+    """Of the points, their vectors and parts, in float32."""
+    return frames * nodes * 4 * (3 + 3 * len(VECTORS) + 1)
 
 
 class RolloutWriter(ExitStack):
@@ -175,14 +180,19 @@ class Rollout(ExitStack):
 
 
 def finish(path: Path, stopped: str = "") -> int:
-    """Rename PATH.partial to PATH, cut to its complete frames; returns their number. Without any, remove it.
+    """Rename PATH.partial to PATH, cut to its complete frames; returns their number. Without any, or if it was
+    interrupted before the first, remove it.
 
     stopped: why there are no more, kept as meta["stopped"].
     """
-    partial = partial_path(path)
+    partial, frames = partial_path(path), 0
+    with suppress(Failure), Rollout(partial) as source:
+        frames = len(source)
+    if not frames:
+        partial.unlink()
+        return 0
     with Rollout(partial) as source:
-        frames, planned = len(source), len(source.file["VTKHDF/Steps/Values"])
-        if 0 < frames < planned:
+        if frames < len(source.file["VTKHDF/Steps/Values"]):
             # copy them: VTK reads all of Steps, and missing rows would take up space
             short = path.with_name(path.name + ".short")
             size = frames, source.nodes, 0 if source._virtual is None else source._virtual.shape[1]
@@ -193,8 +203,5 @@ def finish(path: Path, stopped: str = "") -> int:
                 for frame in source:
                     out.add(frame.position, frame.velocity, frame.part, frame.error, frame.virtual)
             os.replace(out.path, partial)
-    if frames:
-        os.replace(partial, path)
-    else:
-        partial.unlink()
+    os.replace(partial, path)
     return frames

@@ -53,7 +53,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 def check_free_space(path: Path, needed: int, *, reusable: int = 0) -> None:
     """Raise Failure unless ``needed`` bytes fit on the disk of ``path``, where the new content replaces ``reusable``."""
-    free = shutil.disk_usage(path.parent).free + reusable
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    free = shutil.disk_usage(folder).free + reusable
     if free < needed:
         sizes = f"needs {needed / 1e6:,.2f} MB or more, {free / 1e6:,.2f} MB are free"
         raise Failure(f"{path}: disk full: {sizes}; free disk space or choose another path")

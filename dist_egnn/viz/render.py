@@ -329,8 +329,8 @@ def run_render(path: Path, out: Path | None, fps: float, every: int, colour: str
             write_video(out, camera.pictures(), fps)
         finally:
             plots.pyplot().close(camera.figure)
-    drawn, nodes = len(frames.rows), rollout.nodes
+    drawn, nodes, plural = len(frames.rows), rollout.nodes, "s" * (len(frames) > 1)
     print(
-        f"{out}: {len(frames)} pictures, coloured by {colour}"
+        f"{out}: {len(frames)} picture{plural}, coloured by {colour}"
         + f"; {drawn:,} of {nodes:,} nodes drawn" * (drawn < nodes)
     )

@@ -487,6 +487,8 @@ def test_wrong_options_are_refused_before_any_work(tmp_path: Path, monkeypatch: 
         ({"trajectory": 3}, r"--trajectory 3: .*a\.h5 has trajectories 0 to 2"),
         ({"start": 0}, r"--start 0: .* frames 1 to 11"),
         ({"steps": 0}, r"--steps 0"),
+        ({"steps": 10**11}, r"o\.vtkhdf: disk full: needs"),
+        ({"steps": 10**11, "out": tmp_path / "new" / "o.vtkhdf"}, r"o\.vtkhdf: disk full: needs"),
         ({"repartition": 0}, r"--repartition 0"),
         ({"bounds": "bounce"}, r"--bounds bounce: use one of none, reflect, clamp"),
         ({"bounds": "clamp"}, r"--bounds clamp: .* has no box"),
@@ -513,6 +515,19 @@ def test_wrong_options_are_refused_before_any_work(tmp_path: Path, monkeypatch: 
     with pytest.raises(Failure, match=r"a\.h5: a step .* 0\.1 GB are free; raise --parts"):
         rollout.run_rollout(run, **valid)
     assert names(tmp_path) == ["a.h5", "p.h5", "run", "there.vtkhdf", "uneven"]
+
+
+def test_a_file_without_a_frame_is_removed(tmp_path: Path) -> None:
+    """Whatever its writer had written when it was interrupted; the reason is not hidden by another error."""
+    out = tmp_path / "o.vtkhdf"
+    meta = {"start": 0, "horizon": 1, "dt": 1.0, "true_frames": 1, "velocity": "stored"}
+    for groups in ([], ["VTKHDF/Steps"], ["VTKHDF"], ["VTKHDF", "dist_egnn"]):
+        RolloutWriter(out, (2, 4, 0), meta, {}, None, np.dtype(np.float32)).close()
+        with h5py.File(partial_path(out), "a") as file:
+            for name in groups:
+                del file[name]
+        assert finish(out) == 0
+        assert names(tmp_path) == []
 
 
 def test_two_rollouts_to_one_file(tmp_path: Path) -> None:
