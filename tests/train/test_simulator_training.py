@@ -308,27 +308,38 @@ def test_trains_and_rolls_out_from_the_command_line(file, tmp_path, parts):
         with torch.no_grad():
             error = (model(samples[number])[0] - samples[number].ndata["y"])[20:].square().mean()
         assert table["mse"][1] == pytest.approx(float(error), rel=1e-4)
-        other = trainer.build_model(made, samples.widths, comm.SingleProcess(), (0.1, 0.1))
-        with pytest.raises(Failure, match=r"best\.pt: .*σ_a.*data\.path"):
-            checkpoint.load_weights(other, checkpoint.load(run / "best.pt"), run / "best.pt")
 
 
+@pytest.mark.parametrize("made", ["file", "store"])
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["data.history=14"], r"data\.h5: trajectory 0 has 14 frames.*lower data\.history"),
         (["data.gravity=[0,-1,0]"], r"data\.gravity=.*data\.h5.*leave data\.gravity out"),
         (["data.fixed=wall"], r"data\.h5.*'wall'"),
+        ([], r"data\.walls=box: .*has no box; set data\.walls=none"),
     ],
 )
-def test_wrong_data_is_refused(file, more, message):
-    with pytest.raises(Failure, match=message):
-        open_dataset(settings(file, *more), 0, 1)[0]
+def test_wrong_data_is_refused(file, small, tmp_path, more, message, made):
+    given = settings(small if "no box" in message else file, *more)
+    with pytest.raises(Failure, match=message) as failure:
+        open_dataset(given, 0, 1)[0] if made == "file" else make_store(Path(given.data.path), tmp_path / "store", given)
+    assert "\n" not in str(failure.value)
 
 
-def test_walls_need_a_box(small):
-    with pytest.raises(Failure, match=r"data\.walls=box: .*has no box; set data\.walls=none"):
-        open_dataset(settings(small), 0, 1)[0]
+def test_statistics_of_another_store_are_refused(file, tmp_path):
+    """A checkpoint of a simulator, resumed on a store of other frames."""
+    made, one = settings(file), comm.SingleProcess()
+    stores = [
+        make_store(file, tmp_path / name, settings(file, *more))
+        for name, more in (("a", []), ("b", ["data.first_frame=8"]))
+    ]
+    a, b = (trainer.build_model(made, (1, 1), one, store.statistics()) for store in stores)
+    path = tmp_path / "best.pt"
+    checkpoint.save(path, checkpoint.weights_only(a, made))
+    with pytest.raises(Failure, match=r"best\.pt: .*σ_a.*data\.path") as failure:
+        checkpoint.load_weights(b, checkpoint.load(path), path)
+    assert "\n" not in str(failure.value)
 
 
 @pytest.mark.parametrize("key", ["data.walls=box", "data.pushforward=1", "model.predicts=velocity", "train.noise=1"])
