@@ -82,5 +82,5 @@ def mean_degree(x: Array, rule: EdgeRule, side: Array | None = None, given: Edge
         return len(x) - 1 if rule.complete else min(rule.neighbours, len(x) - 1)
     x = x if side is None else graphs.wrap(x, side)
     sample = x[np.random.default_rng(0).integers(len(x), size=1000)]
-    tree = KDTree(x, boxsize=side, balanced_tree=False, compact_nodes=False)
+    tree = KDTree(x, boxsize=graphs.boxsize(side), balanced_tree=False, compact_nodes=False)
     return float(tree.query_ball_point(sample, rule.radius, return_length=True).mean()) - 1

@@ -133,8 +133,8 @@ def _motion(data: Trajectories, k: int, passes: int) -> Iterator[tuple[str, str]
         first, second = x[1] - x[0], x[2] - x[1]
         side = np.ptp(x[0], 0) if box is None else np.asarray(box[1] - box[0], np.float64)
         for n, move in enumerate((first, second)):
-            jumps = (np.abs(move) > side / 2) & (side > 0)
-            if jumps.any() and not trajectory.periodic:
+            jumps = (np.abs(move) > side / 2) & (side > 0) & ~np.array(trajectory.axes)
+            if jumps.any():
                 wrapped.append((int(t) + n, int(jumps.any(1).argmax())))
         spacing = float(np.median(neighbour_distances(x[0])))
         # nodes in a new order each time: long moves, of which the next takes half back on average

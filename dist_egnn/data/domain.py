@@ -14,7 +14,7 @@ from dgl import DGLGraph
 from torch import Tensor
 
 from ..errors import Failure
-from .trajectories import Trajectories
+from .trajectories import Trajectories, closed
 
 COLUMNS = tuple(f"{name}_{axis}" for name in ("gravity", "low", "high") for axis in "xyz")  # of a store's snapshots.csv
 
@@ -38,10 +38,13 @@ class Domain:
 def make_domain(gravity: np.ndarray, box: np.ndarray | None, side: np.ndarray | None) -> Domain:
     """The domain of one graph.
 
-    gravity: (3,), displacement per step²; box: low and high corner (2, 3) of its walls; side: (3,) of a periodic box.
+    gravity: (3,), displacement per step²; box: low and high corner (2, 3) of its walls; side: (3,) of a periodic box,
+    which has walls on the axes that are not periodic.
     """
-    corners = np.zeros((0, 3)) if box is None else np.repeat(np.asarray(box, np.float64), 3, 0)
-    normals = np.concatenate([np.eye(3), -np.eye(3)])[: len(corners)]
+    axes = np.arange(3) if side is None else np.flatnonzero(~closed(side))
+    axes = axes if box is not None else axes[:0]
+    corners = np.repeat(np.zeros((2, 3)) if box is None else np.asarray(box, np.float64), len(axes), 0)
+    normals = np.concatenate([np.eye(3)[axes], -np.eye(3)[axes]])
     arrays = (
         None if a is None else torch.from_numpy(np.array(a, np.float64))[None]
         for a in (gravity, corners, normals, side)
@@ -50,9 +53,10 @@ def make_domain(gravity: np.ndarray, box: np.ndarray | None, side: np.ndarray | 
 
 
 def read_domain(
-    data: Trajectories, k: int, horizon: int, walls: str, gravity: Sequence[float] | None
+    data: Trajectories, k: int, horizon: int, walls: str, gravity: Sequence[float] | None, periodic: bool
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """The arguments of `make_domain` for a trajectory. walls: data.walls; gravity: data.gravity, length/time² or None.
+    """The arguments of `make_domain` for a trajectory. walls: data.walls; gravity: data.gravity, length/time² or None;
+    periodic: data.periodic.
 
     Raises Failure for walls without a box, and where data.gravity is not the file's gravity.
     """
@@ -61,9 +65,11 @@ def read_domain(
     if stored is not None and gravity is not None and not np.allclose(stored, gravity, rtol=1e-5, atol=1e-12):
         raise Failure(f"data.gravity={list(gravity)}: {where} has gravity {list(stored)}; leave data.gravity out")
     box = data.box(k) if walls == "box" else None
-    if walls == "box" and (box is None or trajectory.periodic):
+    if walls == "box" and (box is None or all(trajectory.axes)):
         why = "has no box" if box is None else "is periodic"
         raise Failure(f"data.walls=box: {where} {why}; set data.walls=none")
+    if walls == "box" and trajectory.periodic and not periodic:
+        raise Failure(f"data.walls=box: {where} is periodic in some directions; set data.periodic=true")
     acceleration = gravity if stored is None else stored
     vector = np.zeros(3) if acceleration is None else np.asarray(acceleration, np.float64)
     return vector * (horizon * trajectory.dt) ** 2, box

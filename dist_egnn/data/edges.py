@@ -96,8 +96,8 @@ def knn_edges(x: np.ndarray, k: int, side: Side = None, nodes: np.ndarray | None
     nodes, count = np.arange(len(x)) if nodes is None else nodes, min(k, len(x) - 1)
     if count < 1 or not len(nodes):
         return np.zeros(0, np.int64), np.zeros(0, np.int64)
-    tree = KDTree(x, boxsize=side)
-    rounding = 1e-12 * (np.abs(x).max() if side is None else side.max())
+    tree = KDTree(x, boxsize=graphs.boxsize(side))
+    rounding = 1e-12 * max(np.abs(x).max(), 0 if side is None else graphs.boxsize(side).max())  # type: ignore[union-attr]
     blocks = []
     for lo in range(0, len(nodes), BLOCK):
         block = nodes[lo : lo + BLOCK]

@@ -1,6 +1,7 @@
 """Build graphs from positions: radius graph, complete graph, edge dropping, edge fields, orders of nodes and edges.
 
-In every function ``side`` (3,) holds the sides of a periodic box; edges then lead to the nearest image of their source.
+In every function ``side`` (3,) holds the sides of a periodic box, `trajectories.OPEN` on axes that are not periodic; edges
+then lead to the nearest image of their source.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from scipy.spatial import KDTree
 from torch import Tensor
 
 from ..errors import Failure
+from .trajectories import closed
 
 Edges = tuple[np.ndarray, np.ndarray]  # source and destination, (E,)
 Side = np.ndarray | None
@@ -38,7 +40,7 @@ def radius_edges(x: np.ndarray, radius: float, side: Side = None) -> Edges:
         x = wrap(x, side)
     if math.isinf(radius):
         return complete_edges(x)
-    i, j = KDTree(x, boxsize=side).query_pairs(radius, output_type="ndarray").astype(np.int64).T
+    i, j = KDTree(x, boxsize=boxsize(side)).query_pairs(radius, output_type="ndarray").astype(np.int64).T
     pairs = csr_array((np.ones(2 * len(i), np.int8), (np.r_[j, i], np.r_[i, j])), shape=(n, n))
     pairs.sort_indices()
     return pairs.indices.astype(np.int64), np.repeat(np.arange(n), np.diff(pairs.indptr))
@@ -66,9 +68,16 @@ def check_side(radius: float, side: np.ndarray, where: str = "") -> None:
 
 
 def wrap(x: np.ndarray, side: np.ndarray) -> np.ndarray:
-    """The image of each position (N, 3) in [0, side), float64."""
-    x = np.mod(np.asarray(x, dtype=np.float64), side)
-    return np.where(x < side, x, 0.0)  # mod(−1e−20, side) rounds up to the side itself
+    """The image of each position (N, 3) in [0, side), float64; positions on axes that are not periodic (OPEN) stay."""
+    x = np.asarray(x, dtype=np.float64)
+    inside = np.mod(x, side)
+    inside = np.where(inside < side, inside, 0.0)  # mod(−1e−20, side) rounds up to the side itself
+    return np.where(closed(side), inside, x)
+
+
+def boxsize(side: Side) -> Side:
+    """The sides as SciPy's trees take them: 0 on axes that are not periodic."""
+    return None if side is None else np.where(closed(side), side, 0.0)
 
 
 def drop_longest(x: np.ndarray, src: np.ndarray, dst: np.ndarray, p: float, side: Side = None) -> Edges:

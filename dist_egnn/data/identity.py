@@ -27,7 +27,7 @@ from ..config import Data
 from ..errors import Failure
 from ..utils.filesystem import replace_file
 from .store import open_store
-from .trajectories import SPLITS, Trajectories
+from .trajectories import SPLITS, Trajectories, Trajectory
 
 Identity = dict[str, Any]
 
@@ -36,12 +36,16 @@ CACHED_BYTES = 1 << 24  # files of this size or more are hashed once per user: a
 WORDS = {"position": "positions", "velocity": "velocities"}
 
 
+def _periodic(trajectory: Trajectory) -> bool | list[bool]:
+    return list(trajectory.axes) if len({*trajectory.axes}) > 1 else trajectory.periodic
+
+
 def of_file(data: Trajectories) -> Identity:
     """The identity of a trajectories file; reads all of it, in blocks."""
     hashes: dict[str, dict[str, Any]] = {}
     for k, trajectory in enumerate(data):
         split = hashes.setdefault(trajectory.split, {})
-        plain = {"dt": trajectory.dt, "periodic": trajectory.periodic, "gravity": trajectory.gravity}
+        plain = {"dt": trajectory.dt, "periodic": _periodic(trajectory), "gravity": trajectory.gravity}
         box = data.box(k)
         plain["box"] = None if box is None else box.tolist()
         keys = ["position", *["velocity"] * trajectory.velocity, *(f"attributes/{a}" for a in trajectory.attributes)]

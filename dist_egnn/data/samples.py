@@ -243,7 +243,7 @@ def given_edges(data: Trajectories, k: int, rule: EdgeRule) -> Edges | None:
 
 def surroundings(data: Trajectories, k: int, spec: SampleSpec) -> tuple[np.ndarray, np.ndarray | None] | None:
     """Gravity per step² (3,) and box (2, 3) of a trajectory; None without a simulator."""
-    return domain.read_domain(data, k, spec.horizon, spec.walls, spec.gravity) if spec.past else None
+    return domain.read_domain(data, k, spec.horizon, spec.walls, spec.gravity, spec.periodic) if spec.past else None
 
 
 def snapshot_squares(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> tuple[float, float, int]:

@@ -22,6 +22,7 @@ from . import checks
 FORMAT, VERSION = "dist_egnn.trajectories", 1
 SPLITS = ("train", "valid", "test")
 AGAIN = "make it again (a recipe's prepare.py, `distegnn import` or dist_egnn.Writer)"
+OPEN = 2.0**100  # the side of an axis that is not periodic: no difference of positions is half as long
 BLOCK = 1 << 22  # numbers that `Trajectories.blocks` reads at once
 
 
@@ -64,18 +65,18 @@ class Writer:
         velocity: np.ndarray | None = None,
         attributes: Mapping[str, np.ndarray] | None = None,
         box: np.ndarray | None = None,
-        periodic: bool = False,
+        periodic: bool | Sequence[bool] = False,
         gravity: Sequence[float] | None = None,
         edges: np.ndarray | None = None,
         shift: Sequence[float] | None = None,
     ) -> None:
         """Append a trajectory. Raises Failure for invalid arrays, an unknown split, or a full disk, and appends nothing.
 
-        position, velocity: (T, N, 3); attributes: name → (N,) or (N, k), over time (T, N) or (T, N, k); box: (2, 3) low
-        and high corner; dt: time between frames; periodic: nodes that leave the box enter on the other side; their
-        positions must be unwrapped, see ``unwrap``; gravity: (3,) acceleration, length/time²; edges: (E, 2) pairs of nodes
-        that data.edges=given joins, in both directions; shift: (3,), was subtracted from the source's positions, and rollouts
-        add it again.
+        position, velocity: (T, N, 3); attributes: name → (N,) or (N, k), over time (T, N) or (T, N, k); box: (2, 3) low and
+        high corner; dt: time between frames; periodic: nodes that leave the box enter on the other side (three values: by
+        axis); their positions must be unwrapped, see ``unwrap``; gravity: (3,) acceleration, length/time²; edges: (E, 2)
+        pairs of nodes that data.edges=given joins, in both directions; shift: (3,), was subtracted from the source's
+        positions, and rollouts add it again.
         """
         about: dict[str, Any] = {
             "split": split,
@@ -111,7 +112,7 @@ class Writer:
         source: str,
         attributes: Mapping[str, np.ndarray] | None = None,
         box: np.ndarray | None = None,
-        periodic: bool = False,
+        periodic: bool | Sequence[bool] = False,
         gravity: Sequence[float] | None = None,
         edges: np.ndarray | None = None,
         shift: Sequence[float] | None = None,
@@ -124,15 +125,16 @@ class Writer:
         where = f"{self.path}: trajectory {name}"
         if split not in SPLITS:
             raise Failure(f"{where}: split '{split}' is none of {', '.join(SPLITS)}")
+        axes = periodic_axes(periodic, where)
         about = {
             "split": str(split),
             "dt": checks.time_step(dt, where),
             "source": str(source),
-            "periodic": bool(periodic),
+            "periodic": axes[0] if len({*axes}) == 1 else list(axes),
         }
         if box is not None:
             checks.check_box(box := checks.numbers(box, f"{where}: box", (2, 3)), where)
-        if periodic and box is None:
+        if any(axes) and box is None:
             raise Failure(f"{where}: periodic, but there is no box; pass box=")
         group = self.group.create_group(name)
         group.attrs.update(about)
@@ -250,11 +252,11 @@ class FrameWriter:
             else:
                 value = self._checked(key, array, (2, 3) if key == "box" else shape)
             self.group.create_dataset(key, data=value)
-        if self.group.attrs["periodic"]:
+        if any(axes := periodic_axes(self.group.attrs["periodic"], self.where)):
             for t, current in enumerate(position, self.frames):
                 if self.last is not None:
                     where = f"{self.where}, frame {t - 1}"
-                    check_displacement(self.last, current, box_sides(self.constant["box"]), where)
+                    check_displacement(self.last, current, box_sides(self.constant["box"], axes), where)
                 self.last = current
         self.frames += frames
         self.sink.check()
@@ -334,10 +336,22 @@ def both_directions(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return src[order], dst[order]
 
 
-def box_sides(box: np.ndarray) -> np.ndarray:
-    """The sides (3,) float64 of a box given by its low and high corner (2, 3)."""
+def box_sides(box: np.ndarray, axes: Sequence[bool] = (True, True, True)) -> np.ndarray:
+    """The sides (3,) float64 of a box given by its low and high corner (2, 3); OPEN on axes that are not periodic."""
     low, high = np.asarray(box, dtype=np.float64)
-    return high - low
+    return np.where(axes, high - low, OPEN)
+
+
+def closed(side: np.ndarray) -> np.ndarray:
+    """Which axes (3,) of these sides are periodic."""
+    return side < OPEN / 2
+
+
+def periodic_axes(periodic: Any, where: str) -> tuple[bool, ...]:
+    """Whether each of the three axes is periodic, from one value or three. Raises Failure for another number of values."""
+    if np.shape(periodic) not in ((), (3,)):
+        raise Failure(f"{where}: periodic has shape {np.shape(periodic)}, expected one value or three; {AGAIN}")
+    return tuple(map(bool, np.broadcast_to(periodic, 3)))
 
 
 def unwrap(position: np.ndarray, side: np.ndarray) -> None:
@@ -371,12 +385,17 @@ class Trajectory:
     source: str
     velocity: bool
     attributes: tuple[str, ...]
-    periodic: bool
+    axes: tuple[bool, ...]  # which are periodic
     widths: dict[str, int] = field(default_factory=dict)  # columns of each attribute
     varying: tuple[str, ...] = ()  # attributes that vary over time
     gravity: tuple[float, ...] | None = None  # acceleration, length/time²
     edges: bool = False  # whether the source gives them
     shift: tuple[float, ...] | None = None  # what was subtracted from the source's positions
+
+    @property
+    def periodic(self) -> bool:
+        """Whether it is periodic in any direction."""
+        return any(self.axes)
 
 
 class Trajectories(Sequence[Trajectory]):
@@ -435,7 +454,7 @@ class Trajectories(Sequence[Trajectory]):
             _text(attrs["source"]),
             "velocity" in group,
             tuple(widths),
-            bool(attrs["periodic"]),
+            periodic_axes(attrs["periodic"], where),
         )
         for key in widths:
             checks.check_name(key, where)
@@ -530,7 +549,7 @@ class Trajectories(Sequence[Trajectory]):
         if box is None or not self._all[k].periodic:
             actual = "has no box" if box is None else "has a box with walls"
             raise Failure(f"{where} {actual}, and data.periodic needs a periodic one; set data.periodic=false")
-        side = box_sides(box)
+        side = box_sides(box, self._all[k].axes)
         if longest is not None:
             graphs.check_side(longest, side, f"{where}: ")
         return side

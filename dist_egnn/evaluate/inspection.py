@@ -237,7 +237,7 @@ def _degrees(file: Trajectories, numbers: Sequence[int], limit: float) -> list[t
         side = file.sides(k, None) if file[k].periodic and limit < np.inf else None
         x = file.position(k, t).astype(np.float64) if side is None else graphs.wrap(file.position(k, t), side)
         rows = np.random.default_rng(0).permutation(len(x))[:QUERIES]
-        asked.append((KDTree(x, boxsize=side, balanced_tree=False, compact_nodes=False), x[rows]))
+        asked.append((KDTree(x, boxsize=graphs.boxsize(side), balanced_tree=False, compact_nodes=False), x[rows]))
     most = min(2 * NEIGHBOURS[-1], nodes - 1)
     distances = np.sort(np.concatenate([tree.query(x, most + 1)[0][:, 1:].ravel() for tree, x in asked]))
     queries, result = sum(len(x) for _, x in asked), []

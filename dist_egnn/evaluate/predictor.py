@@ -91,8 +91,8 @@ class Predictor:
         positions, velocities: (N, 3) in the data's units; arrays, or tensors for tensors on their device. features:
         attributes (N,) or (N, k) by name, or the run's features (N, F). node_attributes: the same, (N, K), if
         ``features`` lacks them.
-        box: low and high corner (2, 3) of periodic data; edges: pairs of nodes (E, 2) for data.edges=given. Raises Failure
-        for wrong shapes and names, NaN and infinity.
+        box: low and high corner (2, 3) of data that are periodic in all directions; edges: pairs of nodes (E, 2) for
+        data.edges=given. Raises Failure for wrong shapes and names, NaN and infinity.
         """
         x, shift = _near_zero(positions)
         v = _numbers(velocities, "velocities", (len(x), 3)) * np.float32(self.spec.velocity_scale)

@@ -78,7 +78,7 @@ def _writer(conditions: BoundaryConditions, virtual: int) -> RolloutWriter:
     meta |= {"fixed": job.spec.fixed, "model": job.config.model.name, "horizon": job.spec.horizon, "dt": trajectory.dt}
     if conditions.around:
         meta["gravity"] = conditions.around[0].tolist()
-    meta |= {"true_frames": trajectory.frames, "velocity": conditions.velocity}
+    meta |= {"periodic": list(trajectory.axes), "true_frames": trajectory.frames, "velocity": conditions.velocity}
     size = job.steps + 1, trajectory.nodes, virtual
     box, dtype = conditions.box, conditions.dtype
     if trajectory.shift is not None:  # the file is in the source's coordinates, of which float32 would lose digits

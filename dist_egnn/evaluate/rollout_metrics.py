@@ -66,7 +66,7 @@ class Measures:
     def _tree(self, x: np.ndarray) -> tuple[KDTree, np.ndarray]:
         side = self.simulation.conditions.side
         x = x if side is None else graphs.wrap(x, side)
-        return KDTree(x, boxsize=side, balanced_tree=False, compact_nodes=False), x
+        return KDTree(x, boxsize=graphs.boxsize(side), balanced_tree=False, compact_nodes=False), x
 
     def _spacing(self) -> float:
         """The mean distance of a node to the nearest one, in the first frame."""

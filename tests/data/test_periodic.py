@@ -22,16 +22,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dist_egnn import cli, config
-from dist_egnn.data import dataset, fields, graphs
+from dist_egnn.data import dataset, domain, fields, graphs
 from dist_egnn.data.edges import EdgeRule, edges_of
 from dist_egnn.data.graphs import radius_edges
 from dist_egnn.data.samples import SampleSpec, Snapshot, build_sample, read_sample
 from dist_egnn.data.store import Store
 from dist_egnn.data.store_inputs import check_settings
 from dist_egnn.data.trajectories import Trajectories, Writer, unwrap
+from dist_egnn.distributed.comm import SingleProcess
 from dist_egnn.errors import Failure
-from dist_egnn.evaluate import parallel_check
+from dist_egnn.evaluate import parallel_check, rollout
 from dist_egnn.models import network
+from dist_egnn.train import checkpoint, trainer
 from dist_egnn.utils import filesystem
 
 NETWORKS = [name for name, model in network.MODELS.items() if issubclass(model, network.Network)]
@@ -281,3 +283,61 @@ def test_wrapped_positions_are_refused_and_can_be_unwrapped(tmp_path):
     for frame in jumps:
         with pytest.raises(Failure, match=f"^{path}: trajectory 0, frame {frame}: .*unwrap"):
             read_sample(Trajectories(path), Snapshot("train", 0, frame), spec)
+
+
+def test_walls_stand_on_the_axes_that_are_not_periodic(tmp_path):
+    """A channel: periodic along x and z, walls at y = −1 and 1, through a file and a store."""
+    rng, box, g = np.random.default_rng(0), np.array([[0, -1, 0], [2, 1, 1.5]]), [0.01, -0.02, 0]
+    x = rng.uniform(*box, (90, 3)) + rng.uniform(-0.05, 0.2, (90, 3)) * np.arange(4)[:, None, None] * [1, 0.2, 1]
+    with Writer(tmp_path / "a.h5", {}) as out:
+        for split in ("train", "valid", "test"):
+            out.add(x, split=split, dt=1.0, source="", box=box, periodic=(True, False, True), gravity=g)
+    data = Trajectories(tmp_path / "a.h5")
+    assert (data[0].periodic, data[0].axes) == (True, (True, False, True))
+    side = data.sides(0, 0.4)
+    shifts = np.array(list(itertools.product([-2, 0, 2], [0], [-1.5, 0, 1.5])))
+    images = np.linalg.norm(x[2][:, None, None] - x[2][None, :, None] - shifts, axis=3).min(2) <= 0.4
+    expected = {*zip(*(images & ~np.eye(90, dtype=bool)).nonzero(), strict=True)}
+    src, dst = graphs.radius_edges(x[2], 0.4, side)
+    assert {*zip(dst.tolist(), src.tolist(), strict=True)} == expected
+    assert (images.sum(1) > (np.linalg.norm(x[2][:, None] - x[2], axis=2) <= 0.4).sum(1)).any()  # across the boundary
+
+    keys = [f"data.path={tmp_path / 'a.h5'}", "data.radius=0.4", "data.horizon=1", "data.history=2", "data.walls=box"]
+    keys += ["data.periodic=true", "data.features=[]", "model.name=EGNN", "model.hidden=8", "model.layers=2"]
+    made = config.load(None, [*keys, "data.velocity_scale=1"])
+    inputs = store_writer.build_inputs(data, parts=2, method="metis", settings=made.data)
+    store_writer.write_store(data, tmp_path / "store", inputs, lambda *_: None)
+    samples, store = dataset.open_dataset(made, 0, 1), Store(tmp_path / "store")
+    verify_store(store, lambda *_: None)
+    sample, stored = samples[0], store.whole(0, exchange=True)
+    for graph in (sample, stored):
+        around = domain.get(graph)
+        assert around.normals[0].tolist() == [[0, 1, 0], [0, -1, 0]]
+        assert around.points[0, :, 1].tolist() == [-1, 1]
+        assert np.allclose(around.sides[0, [0, 2]], [2, 1.5])
+    torch.manual_seed(0)
+    model = trainer.build_model(made, samples.widths, SingleProcess(), samples.statistics()).double()
+    outputs = {}
+    for name, shift in {"given": [0, 0, 0], "image": [2, 0, -3], "moved": [0, 2, 0]}.items():
+        fields = {
+            key: value.double().clone() for key, value in sample.ndata.items() if key in ("x", "v", "past", "f", "a")
+        }
+        fields["x"][7] += torch.tensor(shift)
+        moved = graphs.build_graph(*(end.long().numpy() for end in sample.edges()), fields, side)
+        with torch.no_grad():
+            outputs[name] = model(domain.attach(moved, domain.get(sample)))[0] - fields["x"]
+    assert torch.allclose(outputs["image"], outputs["given"], atol=1e-9)
+    assert not torch.allclose(outputs["moved"], outputs["given"], atol=1e-9)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(config.to_yaml(made))
+    checkpoint.save(run / "best.pt", checkpoint.weights_only(model.float(), made))
+    table = rollout.run_rollout(run, trajectory=0, start=2, steps=1, out=tmp_path / "out.vtkhdf")
+    with torch.no_grad():
+        error = model(sample)[0] - sample.ndata["y"]
+    assert table["mse"][1] == pytest.approx(float(error.square().mean()), rel=1e-4)
+    flight = 2 * x[2] - x[1] + g
+    flight[:, 1] = flight[:, 1].clip(-1, 1)  # ends at the walls only
+    assert table["ballistic_mse"][1] == pytest.approx(np.square(flight - x[3]).mean(), rel=1e-4)
+    with pytest.raises(Failure, match=r"data\.walls=box: .*some directions; set data\.periodic=true"):
+        dataset.open_dataset(config.load(None, [*keys, "data.periodic=false"]), 0, 1)[0]

@@ -47,9 +47,9 @@ def test_round_trip_is_exact(tmp_path):
     assert data.meta == meta
     assert len(data) == len(other) == 1
     assert data[0] == Trajectory(
-        "000000", "valid", 7, 4, 0.02, "an engine", True, ("charge", "mass"), True, {"charge": 1, "mass": 1}
+        "000000", "valid", 7, 4, 0.02, "an engine", True, ("charge", "mass"), (True,) * 3, {"charge": 1, "mass": 1}
     )
-    assert other[0] == Trajectory("000000", "test", 5, 9, DT, "other", False, (), False)
+    assert other[0] == Trajectory("000000", "test", 5, 9, DT, "other", False, (), (False,) * 3)
     for t in range(7):
         np.testing.assert_array_equal(data.position(0, t), position[t])
         np.testing.assert_array_equal(data.velocity(0, t), velocity[t])
@@ -248,7 +248,7 @@ def test_a_frame_written_alone_equals_a_whole_trajectory(tmp_path):
             trajectory.add_frame(frame)
     for path in (tmp_path / "t.h5", write(tmp_path / "whole.h5", position)):
         data = Trajectories(path)
-        assert data[0] == Trajectory("000000", "train", 11, 5, 0.5, "test", False, (), False)
+        assert data[0] == Trajectory("000000", "train", 11, 5, 0.5, "test", False, (), (False,) * 3)
         np.testing.assert_array_equal([data.position(0, t) for t in range(11)], position)
 
 
