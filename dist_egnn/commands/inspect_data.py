@@ -58,8 +58,14 @@ def run_inspection(path: Path, out: Path | None, suggestion: Path | None) -> Non
 
 
 def _print(tables: Sequence[Table]) -> None:
-    for table in tables:
-        print_table(*table)
+    for title, header, rows in tables:
+        if header[1:] == [""]:  # names and values
+            print_line(title)
+            width = max(len(name) for name, _ in rows)
+            for name, value in rows:
+                print_line(f"  {name.ljust(width)}  {value}", indent=width + 4)
+        else:
+            print_table(title, header, rows)
 
 
 def open_trajectories(path: Path) -> Trajectories:
@@ -183,20 +189,27 @@ def store_tables(store: Store) -> list[Table]:
 
 def run_tables(run: Path) -> list[Table]:
     """What a run is: model, data, epochs, best validation error, errors that `distegnn evaluate` found, files."""
-    config = run_dir.load_config(run)
-    data = config.data
-    about: dict[str, Any] = {"folder": run.absolute(), "model": config.model.name}
+    from ..viz.html_report import Report  # here: it imports torch
+
+    report = Report(run, run_dir.load_config(run), None)
+    data = report.config.data
+    about: dict[str, Any] = {"folder": run.absolute(), "model": report.config.model.name}
     about["data"] = f"{data.path}{'' if Path(data.path).exists() else ' (missing)'}"
     about |= {f"data.{key}": getattr(data, key) for key in ("radius", "horizon", "history")}
-    if (run / run_dir.METRICS).is_file():
-        table = pd.read_csv(run / run_dir.METRICS)
-        about["epochs"] = f"{len(table)} of {config.train.epochs}"
+    tables: list[Table] = []
+    try:
+        table = report.metrics()
+        about["epochs"] = f"{len(table)} of {report.config.train.epochs}"
         if len(known := table["valid_mse"].dropna()):
             about["best validation MSE"] = f"{known.min():.4e} (epoch {table.loc[known.idxmin(), 'epoch']:g})"
-    tables: list[Table] = [(str(run), ["run", ""], [*map(list, about.items())])]
-    if (run / "evaluate.csv").is_file():
-        scores = pd.read_csv(run / "evaluate.csv")[["split", "prediction", "mse"]].values.tolist()
-        rows = [[split, name, f"{mse:.4e}"] for split, name, mse in scores]
-        tables.append(("errors by `distegnn evaluate`", ["split", "prediction", "MSE"], rows))
+    except Failure as failure:
+        about["epochs"] = failure
+    try:
+        scores = report.scores()
+        rows = [[split, name, f"{mse:.4e}"] for split, errors in scores.items() for name, mse in errors.items()]
+        tables.append(("errors of the best checkpoint", ["split", "prediction", "MSE"], rows))
+    except Failure as failure:
+        about["errors"] = failure
     files = sorted(file for file in run.iterdir() if file.is_file())
-    return [*tables, ("", ["file", "MB"], [[file.name, f"{file.stat().st_size / 1e6:.2f}"] for file in files])]
+    tables.append(("", ["file", "MB"], [[file.name, f"{file.stat().st_size / 1e6:.2f}"] for file in files]))
+    return [(str(run), ["run", ""], [*map(list, about.items())]), *tables]

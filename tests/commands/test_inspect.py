@@ -79,6 +79,7 @@ def test_a_suggested_config_trains(tmp_path, monkeypatch, capsys):
     run_inspection(Path("runs/a"), None, None)
     shown = capsys.readouterr().out
     assert "2 of 2" in shown
+    assert "distegnn evaluate runs/a" in shown
     assert str(tmp_path / "a.h5") in shown
     for given, match in (
         ({"out": Path("b.html")}, "distegnn report"),
