@@ -68,6 +68,8 @@ def build_inputs(
     """
     if trainers < 1:
         raise Failure(f"trainers={trainers}: must be at least 1")
+    if shard_nodes < 0 or not 0 <= method_seed < 1 << 32:
+        raise Failure(f"shard_nodes={shard_nodes}, seed={method_seed}: must be at least 0, and the seed below 2^32")
     weights = part_weights.validate(weights, parts * trainers)
     assign.check_method(method, parts, weights)
     values = {name: value for name, value in vars(settings).items() if name in Inputs.__dataclass_fields__}

@@ -196,6 +196,8 @@ def lock_output(path: Path, busy: str = BUSY, *, wait_s: float = 0.0) -> Iterato
 
     Raises Failure(busy) if it stays locked for wait_s seconds.
     """
+    if path.is_symlink() and not path.exists():  # the rename at the end would fail, or replace the link
+        raise Failure(f"{path}: a link to {path.readlink()}, which does not exist; create that, or remove the link")
     until = time.monotonic() + wait_s
     with ExitStack() as stack:
         while True:

@@ -354,12 +354,19 @@ def test_verify_finds_a_missing_row_and_an_extra_file(copy):
         ({"parts": 41, "trainers": 5}, "trajectory 0 has 200 nodes, fewer than 41 parts of 5 trainers"),
         ({"parts": 40, "trainers": 5, "method": "kmeans"}, r"part \d+ of 40 has [1-4] nodes, .* --trainers"),
         ({"parts": 2, "trainers": 0}, "trainers=0: must be at least 1"),
+        ({"parts": 2, "shard_nodes": -1}, "shard_nodes=-1, seed=0: must be at least 0"),
     ],
 )
 def test_fewer_nodes_than_processes(small, make_inputs, tmp_path, arguments, message):
     with pytest.raises(Failure, match=message):
         store_writer.write_store(Trajectories(small), tmp_path / "store", make_inputs(**arguments), silent)
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("seed", [-1, 1 << 32])
+def test_seeds_that_the_methods_do_not_take(small, seed):
+    with pytest.raises(Failure, match=f"seed={seed}: must be at least 0, and the seed below"):
+        store_writer.build_inputs(Trajectories(small), parts=2, method="kmeans", method_seed=seed, settings=Data())
 
 
 @pytest.mark.parametrize("parts", [1, 6])

@@ -49,6 +49,16 @@ def test_a_dead_owner_holds_nothing_on_a_file_system_without_locks(tmp_path, mon
         pass
 
 
+def test_a_link_to_nowhere_is_no_output(tmp_path):
+    """The rename at the end would fail after all work; a link to something is written as before."""
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(Failure, match=r"link: a link to nowhere, which does not exist"), lock_output(tmp_path / "link"):
+        pass
+    (tmp_path / "nowhere").touch()
+    with lock_output(tmp_path / "link"):
+        assert (tmp_path / "link.lock").exists()
+
+
 def test_a_lock_file_that_was_removed_is_not_a_lock(tmp_path, monkeypatch):
     """The former holder removes it between this process's opening and locking it."""
     lock, plain, count = tmp_path / "out.lock", fcntl.flock, 0
