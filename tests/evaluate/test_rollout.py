@@ -470,7 +470,7 @@ def test_from_the_command_line(tmp_path: Path, distegnn: CommandLine) -> None:
     assert [line.split()[0] for line in lines[3:]] == ["1", "2", "3", "4"]
     fixed, start = file.attribute(2, "kind") == 2, file.position(2, 0)
     with Rollout(tmp_path / "new" / "out.vtkhdf") as frames:
-        assert (frames.meta["trajectory"], frames.meta["fixed"]) == (2, "kind=2")
+        assert [frames.meta[key] for key in ("trajectory", "fixed", "repartition")] == [2, "kind=2", 1]
         np.testing.assert_array_equal(frames.box, BOX)
         np.testing.assert_array_equal(frames.attributes["mass"], file.attribute(2, "mass"))
         assert {len(np.unique(frame.part)) for frame in frames} == {2}  # as many processes as the store has parts

@@ -289,6 +289,7 @@ def test_trains_and_rolls_out_from_the_command_line(file, tmp_path, parts):
     assert len(table) == 7
     assert table["ballistic_mse"].notna().all()
     with Rollout(tmp_path / "r.vtkhdf") as frames:
+        assert frames.meta["repartition"] == 10
         for frame in frames:
             true = Trajectories(file).position(3, frame.frame)
             np.testing.assert_array_equal(frame.position[:20], true[:20])
