@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import h5py
 import numpy as np
 
-from dist_egnn.data.trajectories import SPLITS, box_sides, unwrap
+from dist_egnn.data.trajectories import SPLITS, box_sides, periodic_axes, unwrap
 from dist_egnn.errors import Failure
 from dist_egnn.utils import hdf5, progress
 
@@ -70,10 +70,10 @@ class Trajectories:
         kind, position = (
             from_group(location) if location.group else from_record(location, self.metadata["sequence_length"] + 1)
         )
-        box, periodic = np.array(self.metadata["bounds"]).T, all(self.metadata.get(PERIODIC, [False]))
-        if periodic:
+        box, periodic = np.array(self.metadata["bounds"]).T, periodic_axes(self.metadata.get(PERIODIC, False), PERIODIC)
+        if any(periodic):
             position = np.array(position)
-            unwrap(position, box_sides(box))
+            unwrap(position, box_sides(box, periodic))
         yield {
             "position": position,
             "split": location.split,
@@ -135,10 +135,7 @@ def read_metadata(path: Path, keys: Mapping[str, str]) -> dict[str, Any]:
         raise Failure(
             f"{path}: key 'bounds' has shape {np.shape(content['bounds'])}, expected (3, 2); only 3-D datasets are supported"
         )
-    if len(set(content.get(PERIODIC, [False]))) != 1:
-        raise Failure(
-            f"{path}: key '{PERIODIC}' differs between axes; only boxes that are periodic on all are supported"
-        )
+    periodic_axes(content.get(PERIODIC, False), f"{path}: key '{PERIODIC}'")
     return {key: content[key] for key in (*keys, PERIODIC, EVERY) if key in content}
 
 

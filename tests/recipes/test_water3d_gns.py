@@ -59,7 +59,8 @@ def test_hdf5_form_is_read_as_written(hdf5_folder, water3d, tmp_path):
     check_content(tmp_path / "a.h5", (5, 2, 1))
 
 
-def test_lagrangebench_metadata_sets_the_time_step_and_unwraps(hdf5_folder, water3d, tmp_path):
+@pytest.mark.parametrize("axes", [(True, True, True), (True, False, False)])
+def test_lagrangebench_metadata_sets_the_time_step_and_unwraps(hdf5_folder, water3d, tmp_path, axes):
     """A particle crosses the low wall of the box in x; LagrangeBench stores every 4th step and wraps positions."""
     low, high = METADATA["bounds"][0]
     unwrapped = np.full((6, 2, 3), 0.5)
@@ -70,11 +71,11 @@ def test_lagrangebench_metadata_sets_the_time_step_and_unwraps(hdf5_folder, wate
     for split in SPLITS:
         with h5py.File(hdf5_folder / f"{split}.h5", "w") as file:
             file["00000/particle_type"], file["00000/position"] = np.full(2, 5), wrapped.astype("f4")
-    keys = {"write_every": 4, "periodic_boundary_conditions": [True] * 3}
+    keys = {"write_every": 4, "periodic_boundary_conditions": axes}
     (hdf5_folder / "metadata.json").write_text(json.dumps(METADATA | keys))
     water3d.run(["--source", str(hdf5_folder), "--scale", "full", "--out", str(tmp_path / "a.h5")])
     data = Trajectories(tmp_path / "a.h5")
-    assert data[0].periodic
+    assert data[0].axes == axes
     assert data[0].dt == pytest.approx(4 * METADATA["dt"])
     read = np.stack([data.position(0, t) for t in range(6)])
     np.testing.assert_allclose(read, unwrapped, atol=1e-6)
