@@ -201,6 +201,8 @@ def _size(found: Inspection, lines: list[Line]) -> Iterator[Line]:
     if total > free:
         text += ": too much, see train.kept and `distegnn launch`"
     yield "partition.parts", parts, text
+    if parts > 1 and given.get("model.name") == "EGNN":
+        yield "partition.halo", "exchange", "without virtual nodes, parts need the edges between them"
 
 
 def to_yaml(lines: list[Line], header: list[str]) -> str:

@@ -164,13 +164,16 @@ def test_data_that_no_run_can_learn_from(tmp_path, position, splits, match):
 
 def test_large_files_are_sampled_and_edges_of_a_mesh_are_used(tmp_path, monkeypatch):
     monkeypatch.setattr(inspection, "POSITIONS", 3000)
-    position = LATTICE + 0.1 * np.sin(np.arange(60))[:, None, None] * STEP
+    monkeypatch.setattr(suggest, "NODES", 100)
+    monkeypatch.setattr(suggest.resources, "available_cores", lambda: 4.0)
+    position = LATTICE + np.sin(0.1 * np.arange(60))[:, None, None] * STEP
     pairs = np.concatenate([np.stack([np.arange(216 - d), np.arange(d, 216)], 1) for d in (1, 6, 36)])
     found = measured(write(tmp_path / "a.h5", position, ["train"] * 20 + ["valid"], edges=pairs))
     assert len(found.numbers) == 1
     assert len(found.places) == 2
     given = {key: value for key, value, _ in suggest.suggest(found)}
     assert given["data.edges"] == "given"
+    assert (given["partition.parts"], given["partition.halo"]) == (2, "exchange")
 
 
 def test_stores(make_store, tmp_path, capsys):
