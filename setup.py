@@ -21,7 +21,8 @@ TFRECORDS = ["google-crc32c>=1.5,<2", "protobuf>=4.25,<8"]
 NUMBA = ["numba>=0.61,<1"]
 RECORDS = ["msgpack>=1.0,<2", "msgpack-numpy>=0.4.8,<0.5", "zstandard>=0.22,<1"]
 
-IMPORT = ["MDAnalysis>=2.7,<3", "ase>=3.22,<4", "pyvista>=0.44,<1", "pyarrow>=15"]  # readers of `distegnn import`
+# readers of `distegnn import`
+IMPORT = ["MDAnalysis>=2.7,<3", "ase>=3.22,<4", "pyvista>=0.44,<1", "pyarrow>=15", *TFRECORDS]
 
 NATIVE = Path("dist_egnn/ops/native")
 
@@ -93,7 +94,6 @@ setup(
             *METIS,
             *NUMBA,
             *RECORDS,
-            *TFRECORDS,
             *IMPORT,
             "pytest>=8,<10",
             "pytest-xdist>=3.7,<4",  # --no-loadscope-reorder

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -104,9 +106,10 @@ def _make(
     summaries: Sequence[Summary],
     jobs: Sequence[tuple[int, str, int, int]],
     options: ImportOptions,
+    written: Counter[int],
     number: int,
 ) -> Iterator[dict[str, Any]]:
-    """The trajectory of a job as arguments of ``Writer.begin`` and its frames."""
+    """The trajectory of a job as arguments of ``Writer.begin`` and its frames. written: frames of each job, counted."""
     k, split, lo, hi = jobs[number]
     one, summary = series[k], summaries[k]
     frames = frames_between(one, summary, options, lo, hi)
@@ -114,8 +117,8 @@ def _make(
     constant = {name: value for name, value in first.attributes.items() if name not in summary.varying}
 
     def arguments() -> Iterator[dict[str, Any]]:
-        yield _frame_arguments(first, summary)
-        for frame in frames:
+        for frame in itertools.chain([first], frames):
+            written[number] += 1
             yield _frame_arguments(frame, summary)
 
     source = f"{one.name}, frames {lo * options.stride} to {(hi - 1) * options.stride}"
@@ -163,5 +166,7 @@ def run_import(paths: Sequence[Path], out: Path, options: ImportOptions) -> None
         "options": {key: value for key, value in vars(options).items() if value not in (None, ())},
         "dim": max(summary.dim for summary in summaries),
     }
-    make = functools.partial(_make, series, summaries, jobs, options)
-    prepare.write(out, make, len(jobs), settings=settings, workers=1, threads=True, unit="trajectory")
+    written = Counter[int]()
+    make = functools.partial(_make, series, summaries, jobs, options, written)
+    steps = prepare.Steps("frames", [hi - lo for *_, lo, hi in jobs], written.__getitem__)
+    prepare.write(out, make, len(jobs), settings=settings, workers=1, threads=True, unit="trajectory", steps=steps)

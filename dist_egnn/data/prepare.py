@@ -101,10 +101,10 @@ def _write_part(make: Callable[[int], Iterable[dict[str, Any]]], folder: Path, n
 
 @dataclass(frozen=True)
 class Steps:
-    """Progress within parts: each has ``size`` steps, of which reached(k) are done for part k while it is made."""
+    """Progress within parts: part k has sizes[k] steps, of which reached(k) are done while it is made."""
 
     unit: str
-    size: int
+    sizes: Sequence[int]
     reached: Callable[[int], int]
 
 
@@ -169,18 +169,17 @@ def _make_missing(
 ) -> None:
     """Make the parts that do not exist yet, with a progress bar."""
     missing = [k for k, path in enumerate(paths) if not path.exists()]
-    size, title = (steps.size, f"{name} ({steps.unit})") if steps else (1, name)
-    complete, shown, note = len(paths) - len(missing), 0, ""
-    with progress.progress_bar(title, len(paths) * size, initial=complete * size) as tick:
+    sizes, title = (steps.sizes, f"{name} ({steps.unit})") if steps else ([1] * len(paths), name)
+    complete, shown, note = sum(sizes) - sum(sizes[k] for k in missing), 0, ""
+    with progress.progress_bar(title, sum(sizes), initial=complete) as tick:
         try:
             futures = {pool.submit(make, k): k for k in missing}
             while futures:
                 for future in wait(futures, POLL_S if steps else None, FIRST_COMPLETED).done:
-                    del futures[future]
-                    note, complete = f"{unit} {future.result()}", complete + 1
+                    note, complete = f"{unit} {future.result()}", complete + sizes[futures.pop(future)]
                 reached = sum(steps.reached(k) for future, k in futures.items() if future.running()) if steps else 0
                 # a part's own count disappears a little before the part is complete
-                shown = max(shown, complete * size + reached)
+                shown = max(shown, complete + reached)
                 tick(note, completed=shown)
         finally:
             pool.shutdown(cancel_futures=True)

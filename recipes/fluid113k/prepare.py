@@ -271,7 +271,9 @@ def prepare(options: argparse.Namespace) -> None:
             len(options.splits),
             settings=settings,
             steps=preparation.Steps(
-                "frames", options.frames, lambda k: preparation.read_count(engine_folder(options, k) / "frames")
+                "frames",
+                [options.frames] * len(options.splits),
+                lambda k: preparation.read_count(engine_folder(options, k) / "frames"),
             ),
         )
     finally:

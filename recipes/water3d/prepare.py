@@ -143,7 +143,7 @@ def run(arguments: Sequence[str] | None = None) -> None:
         splits = [split for split, count in zip(SPLITS, limits, strict=True) for _ in range(count)]
         scratch = options.out.with_name(options.out.name + ".parts")
         make = Simulations(options.seed, splits, *SIMULATED[options.scale], scratch)
-        steps = preparation.Steps("frames", make.frames, make.reached)
+        steps = preparation.Steps("frames", [make.frames] * len(splits), make.reached)
         count, packages = len(splits), ["pysplishsplash"]
         settings |= {"source": source, "gravity": GRAVITY}
     else:

@@ -16,6 +16,8 @@ import pytest
 from gns_files import METADATA, RECIPE, command, framed, needs_records, record, run, trajectories
 
 from dist_egnn import config
+from dist_egnn.commands.import_data import run_import
+from dist_egnn.data.importers.series import ImportOptions
 from dist_egnn.data.samples import SampleSpec, Snapshot, node_fields
 from dist_egnn.data.trajectories import SPLITS, Trajectories
 from dist_egnn.errors import Failure
@@ -79,6 +81,25 @@ def test_lagrangebench_metadata_sets_the_time_step_and_unwraps(hdf5_folder, wate
     assert data[0].dt == pytest.approx(4 * METADATA["dt"])
     read = np.stack([data.position(0, t) for t in range(6)])
     np.testing.assert_allclose(read, unwrapped, atol=1e-6)
+
+
+@needs_records
+def test_import_reads_the_folder(gns_folder, tmp_path):
+    """`distegnn import`: the same trajectories in the same splits; a damaged or truncated record is one line."""
+    run_import([gns_folder], tmp_path / "a.h5", ImportOptions())
+    data = Trajectories(tmp_path / "a.h5")
+    expected = [(split, *arrays) for split, all_ in trajectories().items() for arrays in all_]
+    assert [trajectory.split for trajectory in data] == [split for split, *_ in expected]
+    for k, (_, kind, position) in enumerate(expected):
+        assert (data[k].dt, data[k].periodic) == (METADATA["dt"], False)
+        np.testing.assert_array_equal([data.position(k, t) for t in range(data[k].frames)], position)
+        np.testing.assert_array_equal(data.attribute(k, "type"), kind)
+        np.testing.assert_array_equal(data.box(k), np.array(METADATA["bounds"], "f4").T)
+    flip(gns_folder / "test.tfrecord", 300)
+    os.truncate(valid := gns_folder / "valid.tfrecord", valid.stat().st_size - 3)
+    for name, message in (("test", "record 0: wrong checksum"), ("valid", "truncated within record 1")):
+        with pytest.raises(Failure, match=f"{name}.tfrecord: {message}"):
+            run_import([gns_folder / f"{name}.tfrecord"], tmp_path / "b.h5", ImportOptions())
 
 
 @needs_records
