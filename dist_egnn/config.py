@@ -18,6 +18,7 @@ from .errors import Failure
 from .utils import devices, typed_yaml
 
 KERNELS = ("laplacian", "gaussian")  # of the MMD
+SELECT = ("one_step", "rollout")
 SCHEDULES = ("constant", "cosine", "plateau")
 HALOS = ("bridge", "exchange")
 WALLS = ("none", "box")
@@ -26,7 +27,7 @@ PREDICTS = ("position", "velocity", "acceleration")
 DIFFERENCES = ("backward", "forward")
 # what keys stood for before they existed: the published convention
 PUBLISHED = {"data": {"velocity": "forward", "velocity_scale": "1"}}
-PATHS = ("data.path", "run.dir", "train.kept")  # in these ~ is the home folder
+PATHS = ("data.path", "run.dir", "train.kept", "train.select_data")  # in these ~ is the home folder
 
 
 # whether a key accepts a value, and the text of the error for a value that it does not accept
@@ -166,6 +167,11 @@ class Train:
     weight_decay: float = _key(1e-12, "weight decay of Adam", _least(0))
     clip: float = _key(0.0, "maximum norm of the gradient; 0: no clipping", _least(0))
     patience: int = _key(0, "epochs without a better validation MSE before training stops; 0: never", _least(0))
+    select: str = _key(
+        "one_step", "error that chooses best.pt: one_step, or rollout, of validation trajectories", _choice(*SELECT)
+    )
+    select_steps: int = _key(20, "steps of these rollouts", _least(1))
+    select_data: str = _key("", "their trajectories.h5; empty: data.path, or the file beside the store made from it")
     noise: float = _key(
         0.0, "simulator: random walk in an input's velocities, rms of the newest, length/step", _least(0)
     )

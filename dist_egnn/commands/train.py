@@ -18,6 +18,7 @@ def run_training(config: Config, resume: bool = False) -> dict[str, float]:
     """
     from ..data import dataset, identity
     from ..distributed import spawn
+    from ..evaluate import selection
     from ..models import network
     from ..ops import activation_offload
     from ..partition import store_writer
@@ -30,6 +31,8 @@ def run_training(config: Config, resume: bool = False) -> dict[str, float]:
     config.data.path = config.data.path and str(Path(config.data.path).absolute())  # the run is evaluated from anywhere
     check = checkpoint.check_resume if resume else run_dir.check_new_run
     check(config)  # before the folder is made
+    if config.train.select == "rollout":  # before a partition replaces data.path
+        config.train.select_data = selection.trajectories_file(config)
     parts, processes = dataset.part_count(config), dataset.process_count(config)
     activation_offload.check_folder(config.train.kept, "train.kept=")
     preflight.check_training(config, parts)
@@ -43,7 +46,7 @@ def run_training(config: Config, resume: bool = False) -> dict[str, float]:
             run_partition(config, folder / (f"store-{parts}" if resume else "store"), opened)
         about = identity.of_data(config.data.path)
         with signals.catch_stop_signals():
-            given = config, resume, about
+            given = config, resume, about, selection.rollout_error
             result = spawn.run_ranks(trainer.train, processes, *given, timeout_s=config.train.timeout_s)[0]
     report_result(folder, result, processes, "train")
     return result
@@ -58,7 +61,8 @@ def report_result(folder: Path, result: Mapping[str, float], processes: int, com
     time = "; all epochs were done before; for more, set train.epochs to a larger total"
     if "step_s" in result:
         time = f", {result['step_s']:.3f} s a step on {processes} process{'es' * (processes > 1)}"
-    print(f"{folder}: best validation MSE {result['best_valid_mse']:.4e}{time}")
+    of, best = next((name, value) for name, value in result.items() if name.startswith("best_valid"))
+    print(f"{folder}: best validation MSE {'of rollouts ' * ('rollout' in of)}{best:.4e}{time}")
 
 
 def resumed_config(run: Path, overrides: Sequence[str]) -> Config:

@@ -104,7 +104,7 @@ def _check_new(out: Path) -> None:
         raise Failure(f"{existing[0]}: exists; remove it or choose another --out")
 
 
-def _first_frame(data: configs.Data, file: Trajectories, k: int, start: int | None) -> int:
+def first_frame(data: configs.Data, file: Trajectories, k: int, start: int | None) -> int:
     """The frame that a rollout starts at; start: the one asked for. Raises Failure if it lacks the velocities of an input."""
     past = data.history * data.horizon
     earliest = past or first_input(file[k], data.velocity)
@@ -174,7 +174,7 @@ def prepare_jobs(
         checkpoint.compare_data(trained, identity.of_data(file.path), config.data, run)
     elif trained:
         identity.check_fits(trained, identity.describe(file, chosen), config.data, str(file.path), run)
-    starts = [_first_frame(config.data, file, k, start) for k in chosen]
+    starts = [first_frame(config.data, file, k, start) for k in chosen]
     if repartition is None:  # particles of a simulator hardly move in a step
         repartition = 10 if config.data.history else 1
     if min(steps, repartition) < 1:

@@ -122,6 +122,7 @@ def run(
     if not config.data.path:
         raise Failure("data.path is not set: name a store made with `distegnn partition --shard-nodes 0`")
     config.data.path = str(Path(config.data.path).absolute())
+    config.train.select_data = config.train.select_data and str(Path(config.train.select_data).absolute())
     if plan:
         show_plan(config, hosts, resume=resume, port=port, max_restarts=max_restarts)
         return {}

@@ -14,6 +14,7 @@ from ..config import Config
 from ..data import graph_server, identity
 from ..distributed.comm import join_hosts
 from ..errors import Failure
+from ..evaluate import selection
 from ..train import checkpoint, run_dir, trainer
 from ..utils import console, filesystem, progress, signals
 
@@ -21,6 +22,8 @@ from ..utils import console, filesystem, progress, signals
 def train(config: Config, resume: bool, peers: dict[str, Any]) -> dict[str, float]:
     """Connect to the servers and the other trainers, and train. Rank 0 locks and checks the folder of the run."""
     check = checkpoint.check_resume if resume else run_dir.check_new_run
+    if config.train.select == "rollout":
+        config.train.select_data = selection.trajectories_file(config)
     with ExitStack() as stack:
         if peers["rank"] == 0:
             check(config)
@@ -36,7 +39,7 @@ def train(config: Config, resume: bool, peers: dict[str, Any]) -> dict[str, floa
             raise ConnectionError(str(failure)) from failure
         if comm.size == 1:  # with several processes, `trainer.train` handles the signals
             stack.enter_context(signals.catch_stop_signals())
-        return trainer.train(comm, config, resume, identity.of_data(path))
+        return trainer.train(comm, config, resume, identity.of_data(path), selection.rollout_error)
 
 
 def main() -> None:

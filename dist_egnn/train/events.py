@@ -18,6 +18,7 @@ from ..config import Config, keys
 from ..errors import Failure
 
 GROUPS = {"train_loss": "loss/train", "train_mse": "loss/train_mse", "valid_mse": "loss/valid_mse"}
+GROUPS["valid_rollout_mse"] = "loss/valid_rollout_mse"
 GROUPS |= {"lr": "model/lr", "grad_norm": "model/grad_norm", "peak_gb": "memory/peak_gb"}  # others are seconds
 ABOUT_LOSS = (
     "loss/train and loss/train_step are MSE + loss.mmd · MMD. The MMD is computed without its constant term, the mean "

@@ -34,6 +34,8 @@ from . import augmentation, checkpoint, diagnostics, input_scale, losses, metric
 from .run_writer import RunWriter, Shown
 from .state import TrainingState
 
+# the error of train.select=rollout (evaluate/selection.py), from the group, the config, the model and its features
+RolloutError = Callable[[Comm, Config, Module, Sequence[str]], float]
 _drawing = threading.Lock()  # torch's generator belongs to all threads
 
 
@@ -167,6 +169,7 @@ class Trainer:
     state: TrainingState = field(default_factory=TrainingState)
     fingerprint: dict[str, Any] = field(default_factory=dict)  # of the samples, see checkpoint.py
     identity: Identity | None = None  # of the data
+    rollout_error: RolloutError | None = None  # chooses the best checkpoint, in place of the validation MSE
     last_step: dict[str, float] = field(default_factory=dict)  # means of the last step's batches
 
     def steps_of_an_epoch(self) -> int:
@@ -202,20 +205,26 @@ class Trainer:
                 values[world.rank] = metrics.peak_memory_gb(next(self.model.parameters()).device)
                 values[-1] = float(signals.stop_requested())
                 *memory, stop = world.sum(values).tolist()
-                state.sums["epoch_s"] = time.perf_counter() - started
                 means = {name: state.sums[name] / count for name in ("step_s", *diagnostics.PHASES, "grad_norm")}
                 row = {f"train_{name}": state.sums[name] / state.sums["batches"] for name in ("loss", "mse")}
                 row |= {"lr": self.optimizer.param_groups[0]["lr"], **means, "valid_mse": valid}
+                if self.rollout_error:
+                    about = self.comm, self.config, self.model, self.samples.names[0]
+                    row["valid_rollout_mse"] = self.rollout_error(*about)
+                state.sums["epoch_s"] = time.perf_counter() - started
                 row |= {"peak_gb": max(memory), "epoch_s": state.sums["epoch_s"]}
-                improved = state.end_epoch(valid, settings)
+                improved = state.end_epoch(row.get("valid_rollout_mse", valid), settings)
                 if writer:
                     writer.end_epoch(row, memory, shown, improved)
                 if stop:
                     return self._stopped()
         if writer and row:
-            final = {name: row[name] for name in ("train_mse", "valid_mse")} | {"best_valid_mse": state.best}
+            final = {name: row[name] for name in ("train_mse", "valid_mse")} | self._best()
             writer.events.finish(self.steps_done(), final)
-        return {**row, "best_valid_mse": state.best}
+        return {**row, **self._best()}
+
+    def _best(self) -> dict[str, float]:
+        return {"best_valid_rollout_mse" if self.rollout_error else "best_valid_mse": self.state.best}
 
     def steps(self) -> Iterator[bool]:
         """The remaining optimizer steps of the epoch; yields after each whether any rank received a signal to stop.
@@ -275,7 +284,7 @@ class Trainer:
 
     def _stopped(self) -> dict[str, float]:
         return {
-            "best_valid_mse": self.state.best,
+            **self._best(),
             "stopped": 1.0,
             "epoch": self.state.epoch + 1,
             "step": self.state.step,
@@ -308,11 +317,18 @@ def _warn_without_edges(comm: Comm, config: Config, samples: Dataset) -> None:
         print(f"warning: {where}{more}", file=sys.stderr)
 
 
-def train(world: Comm, config: Config, resume: bool = False, identity: Identity | None = None) -> dict[str, float]:
-    """Train a model, or resume the run in run.dir; returns the last row of metrics.csv and `best_valid_mse`.
+def train(
+    world: Comm,
+    config: Config,
+    resume: bool = False,
+    identity: Identity | None = None,
+    rollout_error: RolloutError | None = None,
+) -> dict[str, float]:
+    """Train a model, or resume the run in run.dir; returns the last row of metrics.csv and `best_valid_mse`, with
+    train.select=rollout `best_valid_rollout_mse`.
 
     A run that a signal stops returns `stopped`, `epoch` (from 1) and `step` (done) instead of the row. Graphs stay on the CPU.
-    identity: of the data, for checkpoints.
+    identity: of the data, for checkpoints. rollout_error: used with train.select=rollout.
     world: `train.replicas` groups, each of as many ranks as a graph has parts; the groups share the batches.
     """
     device, comm, samples = _open(world, config, "train", "valid")
@@ -325,6 +341,7 @@ def train(world: Comm, config: Config, resume: bool = False, identity: Identity 
     optimizer = torch.optim.Adam(model.parameters(), lr=config.train.lr, weight_decay=config.train.weight_decay)
     fingerprint = checkpoint.fingerprint(samples, comm)
     trainer = Trainer(comm, config, model, optimizer, samples, fingerprint=fingerprint, identity=identity)
+    trainer.rollout_error = rollout_error if config.train.select == "rollout" else None
     _warn_without_edges(comm, config, samples)
     damage = checkpoint.restore(trainer) if resume else ""
     if world.rank == 0 and not resume:

@@ -81,12 +81,14 @@ class Report:
 
     def numbers(self) -> str:
         table = self.metrics()
-        known, last = table["valid_mse"].dropna(), table.iloc[-1]  # NaN: a validation split without samples
+        chosen = "valid_rollout_mse" if "valid_rollout_mse" in table else "valid_mse"
+        known, last = table[chosen].dropna(), table.iloc[-1]  # NaN: a validation split without samples
         best = f"{known.min():.4e} (epoch {int(table.loc[known.idxmin(), 'epoch'])})" if len(known) else "none"
         data, parts = self.config.data, self.config.partition.parts
         rows: list[tuple[str, object]] = [("model", self.config.model.name), ("parameters", self.parameters())]
         rows += [("data", data.path), ("parts", parts or "those of the store"), ("edges", EdgeRule.of(data))]
-        rows += [("horizon [frames]", data.horizon), ("epochs", len(table)), ("best validation MSE", best)]
+        of = " of rollouts" if chosen == "valid_rollout_mse" else ""
+        rows += [("horizon [frames]", data.horizon), ("epochs", len(table)), (f"best validation MSE{of}", best)]
         loss = "last training loss (MSE + MMD without its constant term, so it can be negative)"
         for name, column, values, form in (
             ("last validation MSE", "valid_mse", last, ".4e"),

@@ -12,7 +12,7 @@ import pytest
 from dist_egnn import Trajectories, Writer, cli, config
 from dist_egnn.distributed import comm
 from dist_egnn.errors import Failure
-from dist_egnn.evaluate import rollout_metrics
+from dist_egnn.evaluate import rollout_metrics, selection
 from dist_egnn.evaluate.vtkhdf import Rollout
 from dist_egnn.train import checkpoint, trainer
 
@@ -86,6 +86,23 @@ def test_errors_in_closed_form(tmp_path: Path, data: Path, ratio: float) -> None
     assert summary["rms"][5] == pytest.approx(off[5] * lengths.mean(), rel=1e-4, abs=1e-6)
     assert summary["static_std"][5] == pytest.approx(5 * tau * lengths.std(ddof=1), rel=1e-4)
     assert summary["mse"][5] == pytest.approx((off[1:6] ** 2).mean() * (lengths**2).mean() / 3, rel=1e-4, abs=1e-12)
+
+
+@pytest.mark.parametrize("ratio", [1.0, 1.1, 40.0])
+def test_the_error_that_chooses_a_checkpoint(tmp_path: Path, data: Path, ratio: float) -> None:
+    """Two rollouts of three steps cover the validation trajectory; one that must stop counts with its limit."""
+    run = make_run(tmp_path / "run", data, ratio)
+    made = config.load(run / "config.yaml", ["train.select=rollout", "train.select_steps=3"])
+    assert list(selection._windows(made, Trajectories(data))) == [(1, 0), (1, 7)]
+    made.train.select_data = selection.trajectories_file(made)
+    model = trainer.build_model(made, (0, 0), comm.SingleProcess())
+    checkpoint.load_weights(model, checkpoint.load(run / "best.pt"), run / "best.pt")
+    off = HORIZON * DT * (np.cumsum(ratio ** np.arange(4.0)) - np.arange(4) - 1)
+    squares = off**2 * (U[2] @ U[2]) / 3
+    if ratio == 40:
+        squares[2:] = (10 * 18) ** 2  # ten sides of the box
+    error = selection.rollout_error(comm.SingleProcess(), made, model, [])
+    assert error == pytest.approx(squares[1:].mean(), rel=1e-4, abs=1e-10)
 
 
 def test_a_rollout_that_stops_has_no_means_beyond(tmp_path: Path, data: Path, monkeypatch, capsys) -> None:

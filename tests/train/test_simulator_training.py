@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from dist_egnn.data.store import Store
 from dist_egnn.data.store_inputs import node_floats
 from dist_egnn.distributed import comm, spawn
 from dist_egnn.errors import Failure
-from dist_egnn.evaluate import parallel_check, rollout, rollout_metrics
+from dist_egnn.evaluate import parallel_check, rollout, rollout_metrics, selection
 from dist_egnn.evaluate.vtkhdf import Rollout
 from dist_egnn.train import augmentation, checkpoint, trainer
 
@@ -277,14 +278,61 @@ def test_own_steps_rise_over_the_epochs():
     assert drawn[99].count(0) == pytest.approx(150, abs=40)
 
 
+def _rollout_error(group: comm.Comm, made: config.Config) -> float:
+    model = trainer.build_model(made, (1, 1), group, (0.05, 0.01))
+    parallel_check.randomize_output_weights(model)
+    return selection.rollout_error(group, made, model.eval(), ["mass"])
+
+
+def test_many_processes_select_as_one(file):
+    keys = ["data.velocity_scale=1", "train.select_steps=5", f"train.select_data={file}", "partition.halo=exchange"]
+    made = settings(file, *keys)
+    one, (first, second) = _rollout_error(comm.SingleProcess(), made), spawn.run_ranks(_rollout_error, 2, made)
+    assert first == second == pytest.approx(one, rel=1e-3)
+
+
+def test_rollouts_choose_the_best_checkpoint(file, tmp_path, monkeypatch, capsys):
+    from dist_egnn.commands.train import resumed_config, run_training
+
+    errors = iter([3.0, 1.0, 2.0, 0.5])
+    monkeypatch.setattr(selection, "rollout_error", lambda *_: next(errors))
+    keys = ["train.select=rollout", "train.select_steps=4", f"run.dir={tmp_path / 'run'}"]
+    run_training(settings(file, *keys, "train.epochs=3"))
+    assert "best validation MSE of rollouts 1.0000e+00" in capsys.readouterr().out
+    best = checkpoint.load(tmp_path / "run" / "best.pt")
+    assert (best["epoch"], best["best"], config.parse(best["config"], "").train.select) == (2, 1.0, "rollout")
+    run_training(resumed_config(tmp_path / "run", ["train.epochs=4"]), resume=True)
+    assert pd.read_csv(tmp_path / "run" / "metrics.csv")["valid_rollout_mse"].tolist() == [3.0, 1.0, 2.0, 0.5]
+    assert checkpoint.load(tmp_path / "run" / "best.pt")["epoch"] == 4
+
+
+def test_selection_by_rollouts_needs_the_trajectories(file, small, tmp_path):
+    made = settings(file, "train.select=rollout", "train.select_steps=4")
+    store = make_store(file, tmp_path / "store", made)
+    made.data.path = str(store.path)
+    with pytest.raises(Failure, match=r"needs trajectories, and .*data\.h5 is no file; set train\.select_data"):
+        selection.trajectories_file(made)
+    (tmp_path / "data.h5").symlink_to(file)  # where the store names it
+    assert selection.trajectories_file(made) == str(tmp_path / "data.h5")
+    for key, value, message in (
+        ("select_data", str(small), r"small\.h5: other validation data than .*store: positions"),
+        ("select_steps", 12, r"train\.select_steps=12: trajectory 2 of .* ends 11 steps after frame 2; use at most 11"),
+    ):
+        with pytest.raises(Failure, match=message):
+            selection.trajectories_file(replace(made, train=replace(made.train, **{key: value})))
+
+
 @pytest.mark.parametrize("parts", [1, 2])
 def test_trains_and_rolls_out_from_the_command_line(file, tmp_path, parts):
     from dist_egnn.commands.train import run_training
 
     run = tmp_path / "run"
-    keys = ("train.epochs=3", "train.pushforward_start=0", "data.fixed=body")
+    keys = ("train.epochs=3", "train.pushforward_start=0", "data.fixed=body", "train.select=rollout")
+    keys += ("train.select_steps=4",)
     made = settings(file, *keys, f"partition.parts={parts}", f"run.dir={run}")
     run_training(made)
+    chosen = pd.read_csv(run / "metrics.csv")["valid_rollout_mse"]
+    assert checkpoint.load(run / "best.pt")["epoch"] == chosen.argmin() + 1
     table = rollout.run_rollout(run, trajectory=3, start=4, steps=6, out=tmp_path / "r.vtkhdf", data=file)
     assert len(table) == 7
     assert table["ballistic_mse"].notna().all()
