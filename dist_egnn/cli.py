@@ -63,7 +63,9 @@ def data_config(
     """The config of a command that needs a data section: --config, then --radius and the overrides. Raises Failure."""
     words = [*([] if radius is None else [f"data.radius={radius}"]), *(overrides or ())]
     if config is None and not any(word.startswith(("data.radius=", "data.edges=")) for word in words):
-        raise Failure("--radius is missing: set it (inf joins every pair of nodes), or name a config with --config")
+        raise Failure(
+            "--radius is missing: set it (inf joins every pair of nodes), or data.edges, or name a config with --config"
+        )
     return configs.load(config, words, published=published)
 
 

@@ -528,7 +528,9 @@ class Trajectories(Sequence[Trajectory]):
         source. Raises Failure if there are none, or invalid ones."""
         name, where = self._all[k].name, f"{self.path}: trajectory {k}"
         if not self._all[k].edges:
-            raise Failure(f"{where} has no edges, which data.edges=given needs; set data.edges=radius or knn")
+            raise Failure(
+                f"{where} has no edges, which data.edges=given needs: write them (Writer, edges=), or set data.edges=knn"
+            )
         if k not in self._edges:
             pairs = self.file["trajectories"][name]["edges"][()]
             self._edges = {k: both_directions(checks.edge_pairs(pairs, f"{where}: edges", self._all[k].nodes))}

@@ -29,14 +29,13 @@ class Stability:
         self.start["kinetic energy"] = max(self.start["kinetic energy"], *energies)
 
     def _measure(self, x: np.ndarray, v: np.ndarray) -> dict[str, float]:
-        """Mean neighbours within the radius and mean distance to the nearest one, both of sampled nodes; energy."""
+        """Mean neighbours within the radius (all nodes if edges have none), mean distance to the nearest; of a sample. Energy."""
         x = np.asarray(x, np.float64) if self.side is None else graphs.wrap(x, self.side)
         sample = x[np.random.default_rng(0).permutation(len(x))[:SAMPLED]]
-        tree, radius = (
-            KDTree(x, boxsize=graphs.boxsize(self.side), balanced_tree=False, compact_nodes=False),
-            self.job.spec.radius,
-        )
-        near = len(x) if np.isinf(radius) else tree.query_ball_point(sample, radius, return_length=True).mean()
+        rule, near = self.job.spec.rule, float(len(x))
+        tree = KDTree(x, boxsize=graphs.boxsize(self.side), balanced_tree=False, compact_nodes=False)
+        if rule.edges == "radius" and not rule.complete:
+            near = tree.query_ball_point(sample, rule.radius, return_length=True).mean()
         spacing = tree.query(sample, k=2)[0][:, 1].mean() if len(x) > 1 else 1.0
         return {"neighbours of a node": float(near) - 1, "spacing": float(spacing), "kinetic energy": _energy(v)}
 

@@ -110,13 +110,14 @@ def test_a_file_without_edges(tmp_path):
     settings = config.Data(edges="given", horizon=1, features=[])
     data = Trajectories(write(tmp_path / "a.h5", None))
     inputs = store_writer.build_inputs(data, parts=2, method="bisection", settings=settings)
-    with pytest.raises(Failure, match=r"a\.h5: trajectory 0 has no edges.*; set data\.edges="):
+    with pytest.raises(Failure, match=r"a\.h5: trajectory 0 has no edges.*Writer.*or set data\.edges="):
         store_writer.write_store(data, tmp_path / "store", inputs, lambda *_: None)
 
 
-@pytest.mark.parametrize("edges", EDGES)
-@pytest.mark.parametrize("method", ["metis", "bisection"])
-@pytest.mark.parametrize("drop", [0.0, 0.4])
+LAYOUTS = [("knn", "bisection", 0.0), ("knn", "metis", 0.4), ("given", "metis", 0.0), ("given", "bisection", 0.4)]
+
+
+@pytest.mark.parametrize(("edges", "method", "drop"), [*LAYOUTS, ("complete", "metis", 0.4)])
 def test_a_store_has_the_edges_of_the_samples(make_store, make_inputs, small, edges, method, drop):
     more = {**EDGES[edges], "edge_drop": drop, "frames": 1}
     store = Store(make_store(3, method, **more))
