@@ -20,10 +20,10 @@ from dist_egnn.data.graphs import squared_lengths, wrap
 from dist_egnn.data.samples import Snapshot, read_sample
 from dist_egnn.data.store import Store
 from dist_egnn.data.store_inputs import check_settings
-from dist_egnn.data.trajectories import Trajectories, Writer, both_directions
+from dist_egnn.data.trajectories import OPEN, Trajectories, Writer, both_directions
 from dist_egnn.errors import Failure
 
-sides = st.sampled_from([None, (1.0, 1.0, 1.0), (0.3, 2.0, 7.5)])
+sides = st.sampled_from([None, (1.0, 1.0, 1.0), (0.3, 2.0, 7.5), (1.0, OPEN, 0.7)])
 
 
 def points(kind: str, n: int, seed: int) -> np.ndarray:
