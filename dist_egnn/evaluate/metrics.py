@@ -6,7 +6,7 @@ float64. With ``comm`` a collective call: every process passes the rows that it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -80,6 +80,11 @@ def ballistic(x: Any, v: Any, gravity: Any, box: np.ndarray | None) -> Iterator[
         after = position + velocity + to_float64(gravity)
         after = after if box is None else np.clip(after, *to_float64(box))
         position, velocity = after, after - position
+
+
+def walls(box: np.ndarray | None, periodic: Sequence[bool]) -> np.ndarray | None:
+    """The box (2, 3), infinite along its periodic axes; None without any wall."""
+    return None if box is None or all(periodic) else np.where(periodic, [[-np.inf], [np.inf]], box)
 
 
 def kinetic_energy(v: Any, mass: Any = None, comm: Comm | None = None) -> float:

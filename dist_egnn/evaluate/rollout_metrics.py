@@ -22,7 +22,7 @@ from ..ops import tiled_layer
 from ..train import run_dir
 from ..utils.filesystem import replace_file, sha256
 from ..utils.progress import progress_bar
-from . import rollout, sinkhorn
+from . import metrics, rollout, sinkhorn
 from .boundary_conditions import RolloutJob
 from .simulation import Simulation, State
 from .step_errors import BASELINES, StepErrors
@@ -39,7 +39,7 @@ class Measures:
         self.simulation, self.job = simulation, simulation.job
         conditions = simulation.conditions
         self.errors: StepErrors | None = None
-        self.box = None if conditions.trajectory.periodic else conditions.box
+        self.box = metrics.walls(conditions.box, conditions.trajectory.axes)
         self.gravity = None if conditions.around is None else conditions.around[0]
         fifths = np.linspace(0, self.job.steps, 6).round().astype(int).tolist()
         self.sinkhorn_steps = {*MARKS, *fifths[1:]}

@@ -70,7 +70,8 @@ def error_table(path: Path) -> pd.DataFrame:
         for frame in rollout:
             x, v = frame.position.astype(np.float64), frame.velocity.astype(np.float64) * per_time
             if errors is None:
-                about = meta["horizon"] * meta["dt"], mass, meta.get("gravity"), _walls(rollout)
+                box = metrics.walls(rollout.box, meta.get("periodic", [False] * 3))
+                about = meta["horizon"] * meta["dt"], mass, meta.get("gravity"), box
                 errors = StepErrors(x, v, rollout.moving, *about)
             y, at, mass = None if frame.error is None else x - frame.error, errors.moving, errors.mass
             row = {"step": frame.step, "frame": frame.frame, "time": frame.time, **errors.row(frame.step, x, v, y)}
@@ -83,9 +84,3 @@ def error_table(path: Path) -> pd.DataFrame:
     names = ["step", "frame", "time", "mse", "mae", "displacement", *(f"{name}_mse" for name in BASELINES), "rmsd"]
     names += [f"{true}{name}" for name in ("kinetic_energy", "radius_of_gyration") for true in ("", "true_")]
     return pd.DataFrame(rows, columns=names)
-
-
-def _walls(rollout: Rollout) -> np.ndarray | None:
-    """The box (2, 3) of a rollout, without end in the directions in which it is periodic."""
-    periodic = rollout.meta.get("periodic", [False] * 3)
-    return None if rollout.box is None else np.where(periodic, [[-np.inf], [np.inf]], rollout.box)

@@ -31,7 +31,7 @@ from dist_egnn.data.store_inputs import check_settings
 from dist_egnn.data.trajectories import Trajectories, Writer, unwrap
 from dist_egnn.distributed.comm import SingleProcess
 from dist_egnn.errors import Failure
-from dist_egnn.evaluate import parallel_check, rollout
+from dist_egnn.evaluate import parallel_check, rollout, rollout_metrics
 from dist_egnn.models import network
 from dist_egnn.train import checkpoint, trainer
 from dist_egnn.utils import filesystem
@@ -339,5 +339,7 @@ def test_walls_stand_on_the_axes_that_are_not_periodic(tmp_path):
     flight = 2 * x[2] - x[1] + g
     flight[:, 1] = flight[:, 1].clip(-1, 1)  # ends at the walls only
     assert table["ballistic_mse"][1] == pytest.approx(np.square(flight - x[3]).mean(), rel=1e-4)
+    measured, _ = rollout_metrics.evaluate_rollouts(run, 1, data=data.path, start=2)
+    assert measured["ballistic_mse"].iloc[-1] == pytest.approx(table["ballistic_mse"][1], rel=1e-5)
     with pytest.raises(Failure, match=r"data\.walls=box: .*some directions; set data\.periodic=true"):
         dataset.open_dataset(config.load(None, [*keys, "data.periodic=false"]), 0, 1)[0]
