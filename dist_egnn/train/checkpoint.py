@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import math
+import textwrap
 from collections import defaultdict
 from collections.abc import Collection
 from pathlib import Path
@@ -84,8 +85,9 @@ def load_weights(model: Module, checkpoint: Checkpoint, path: Path) -> None:
     try:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
-        reason = str(error).splitlines()[:2][-1].strip()
-        raise Failure(f"{path}: its weights do not fit this model: {reason}") from error
+        reason = textwrap.shorten(str(error).splitlines()[:2][-1], 150, placeholder=" …")
+        remedy = "put back the files of one run: its checkpoint and its config.yaml"
+        raise Failure(f"{path}: its weights do not fit this model: {reason}; {remedy}") from error
 
 
 def _check_statistics(present: list[float], stored: list[float], path: Path) -> None:

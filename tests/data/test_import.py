@@ -295,6 +295,11 @@ def test_particles_that_come_and_go(tmp_path: Path) -> None:
         convert([tmp_path / "a.csv"], tmp_path / "o.h5")
 
 
+def test_a_trajectories_file_needs_no_import(small: Path, tmp_path: Path) -> None:
+    with pytest.raises(Failure, match=rf"{small}: is a trajectories\.h5 already; .* data\.path={small}"):
+        convert([small], tmp_path / "o.h5")
+
+
 def test_missing_frame(tmp_path: Path) -> None:
     rows = table()
     rows[rows["frame"] != 5].to_csv(tmp_path / "a.csv", index=False)

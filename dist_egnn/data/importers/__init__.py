@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ...errors import Failure
+from ..trajectories import Trajectories
 from .series import ImportOptions, Series, open_bytes, reading
 
 IMPORTERS = ("arrays", "lagrangebench", "vtk", "lammps", "ase", "mdanalysis", "table")
@@ -22,6 +23,14 @@ HEAD = 4096  # bytes of a file that detection may read
 
 def _load(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.read_{name}")
+
+
+def _is_trajectories(path: Path) -> bool:
+    try:
+        Trajectories(path).close()
+    except Failure:
+        return False
+    return True
 
 
 def find_importer(paths: Sequence[Path], name: str | None) -> ModuleType:
@@ -39,6 +48,8 @@ def find_importer(paths: Sequence[Path], name: str | None) -> ModuleType:
             head = file.read(HEAD)
     modules = [_load(each) for each in ((name,) if name else IMPORTERS)]
     importer = next((module for module in modules if name or module.detect(paths, head)), None)
+    if importer is None and _is_trajectories(paths[0]):
+        raise Failure(f"{paths[0]}: is a trajectories.h5 already; use it without an import: data.path={paths[0]}")
     if importer is None:
         known = "; ".join(f"{module.NAME}: {module.TEXT}" for module in modules)
         raise Failure(f"{paths[0]}: the format is not recognized; --format names one ({known})")
