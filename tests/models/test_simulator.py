@@ -82,8 +82,10 @@ def test_a_batch_equals_its_graphs_and_every_parameter_learns(name):
     assert all(g is not None and g.abs().max() > 0 for g in gradients)
 
 
-def test_inputs_are_those_of_the_formulas(monkeypatch):
-    graph, model = sample(50, 5), simulator("EGNN")
+@pytest.mark.parametrize("by_radius", [True, False])
+def test_inputs_are_those_of_the_formulas(monkeypatch, by_radius):
+    """Also with edges that are not those within a radius: their weight is 1."""
+    graph, model = sample(50, 5), simulator("EGNN", by_radius=by_radius)
     seen: dict[str, DGLGraph] = {}
 
     def record(self: network.Network, given: DGLGraph) -> tuple[Tensor, Tensor]:
@@ -103,7 +105,7 @@ def test_inputs_are_those_of_the_formulas(monkeypatch):
     columns += [((w[i] - w[j]) * unit).sum(1) for w in (v_0, v_1)] + [(w[i] - w[j]).norm(dim=1) for w in (v_0, v_1)]
     columns += [(v_0[i] * unit).sum(1), (v_0[j] * unit).sum(1)]
     assert torch.allclose(given.edata["e"], torch.stack(columns, 1), rtol=2e-3, atol=1e-3)  # û has a small constant
-    weight = (1 - r.norm(dim=1) / RADIUS).unsqueeze(1) * (v_0[i] - v_0[j])
+    weight = (1 - r.norm(dim=1) / RADIUS * by_radius).unsqueeze(1) * (v_0[i] - v_0[j])
     vectors = given.ndata["v"].view(50, -1, 3)
     assert vectors.shape[1] == 2 + 2 + WALL_VECTORS
     assert torch.allclose(vectors[:, 0], v_0)

@@ -169,6 +169,7 @@ def test_without_a_radius_lengths_are_in_units_of_the_mean_edge(file, tmp_path):
     assert store.rule.radius == samples.radius
     stored = open_dataset(settings(store.path, *edge_keys("given")), 0, 2)
     assert stored.complete(made).data.radius == samples.radius
+    assert config.differences(samples.complete(made), made) == []  # a resume and a sweep take it for the same
     assert settings(file, *edge_keys("given"), "data.radius=0.4").data.radius == 0.4
     with pytest.raises(Failure, match=r"data\.radius=0\.4 in the config, .*; set it"):
         open_dataset(settings(store.path, *edge_keys("given"), "data.radius=0.4"), 0, 2)
