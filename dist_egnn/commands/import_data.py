@@ -69,7 +69,8 @@ def table_rows(names: Sequence[str], summaries: Sequence[Summary]) -> list[list[
     for name, summary in zip(names, summaries, strict=True):
         size = " x ".join(f"{side:.4g}" for side in summary.high - summary.low)
         box = "-" if summary.box is None else " x ".join(f"{side:.4g}" for side in np.diff(summary.box, axis=0)[0])
-        box += " periodic" * summary.periodic
+        named = "" if all(summary.axes) else f" {''.join(itertools.compress('xyz', summary.axes))}"
+        box += f" periodic{named}" * summary.periodic
         fields = [f"{k} ({w})" * (w > 1) or k for k, w in summary.widths.items()]
         known = ", ".join(["velocity"] * summary.velocity + [n + "(t)" * (n in summary.varying) for n in fields]) or "-"
         rows.append([name, f"{summary.frames:,}", f"{summary.nodes:,}", summary.dim, f"{summary.dt:.4g}", size, box])
@@ -132,7 +133,7 @@ def _make(
             "attributes": constant,
             "box": first.box,
         },
-        **{"periodic": summary.periodic, "frames": arguments()},
+        **{"periodic": summary.axes, "frames": arguments()},
         "edges": first.edges() if summary.edges and first.edges else None,
     }
 

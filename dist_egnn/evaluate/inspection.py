@@ -172,7 +172,7 @@ def _measure(result: Inspection, k: int, starts: int, tick: Callable[[], None]) 
     first = file.position(k, 0).astype(np.float64)
     summary = Summary(trajectory.frames, trajectory.nodes, 3, trajectory.dt, trajectory.velocity)
     summary.widths, summary.varying = trajectory.widths, set(trajectory.varying)
-    summary.box, summary.periodic = file.box(k), trajectory.periodic
+    summary.box, summary.axes = file.box(k), trajectory.axes
     summary.spacing, summary.duplicates = measure_spacing(first)
     summary.edges = len(file.edges(k)[0]) // 2 if trajectory.edges else 0
     low, high = first.astype(np.float32), first.astype(np.float32)  # of each node (N, 3)

@@ -82,7 +82,6 @@ REFUSED = {
     "box that changes": ("mda", "cobrotoxin.tpr cobrotoxin.xtc", {}, "frame 1: the periodic box changes.*--rescale"),
     "no times": ("mda", "nmr_neopetrosiamide.pdb", {}, "--dt"),
     "moves by several boxes": ("mda", "lammps/image_vf.lammpstrj", {"dt": 1}, "frame 1: node 2 moves by 3.06 sides"),
-    "slab": ("mda", "lammps/additional_columns.lammpstrj", {"dt": 1}, "some directions only.*--no-periodic"),
     "beads": ("mda", "mini.xyz", {"dt": 1}, "KeyError 'A'.*--format"),
     "one frame": ("mda", "lammps/mass_q_elem.lammpstrj", {"dt": 1}, "1 frame"),
     "no trajectory": ("mda", "adk_oplsaa_dihedral_list.npy", {"dt": 1}, r"shape \(10, 2\)"),

@@ -122,3 +122,25 @@ def test_a_box_without_an_orthorhombic_supercell(tmp_path: Path) -> None:
     _, wrapped = trajectory(cell)
     with pytest.raises(Failure, match=r"frame 0: the box is triclinic.*8 copies.*--no-periodic"):
         convert(write_dump(tmp_path / "a.dump", wrapped, [cell] * T), tmp_path / "o.h5", dt=1)
+
+
+@pytest.mark.parametrize("kind", ["lammps", "ase"])
+def test_a_slab(kind: str, tmp_path: Path) -> None:
+    """Unwrapped and repeated along the periodic axes only; the side of the open one may change."""
+    unwrapped = trajectory(np.eye(3))[0] + [0, 0, 1]
+    slab = unwrapped % [1, 1, 1e9]
+    if kind == "lammps":
+        (path,) = write_dump(tmp_path / "a.dump", slab, [np.diag([1, 1, 3 + 0.1 * t]) for t in range(T)])
+        path.write_text(path.read_text().replace("xy xz yz pp pp pp", "xy xz yz pp pp ff"))
+    else:
+        ase, io = pytest.importorskip("ase"), pytest.importorskip("ase.io")
+        path = tmp_path / "a.extxyz"
+        io.write(path, [ase.Atoms(f"H{N}", x, cell=[1, 1, 3 + 0.1 * t], pbc=[1, 1, 0]) for t, x in enumerate(slab)])
+    data = convert([path], tmp_path / "o.h5", dt=1, split="1,0,0", repeat="2,1,1")
+    assert (data[0].axes, data[0].nodes) == ((True, True, False), 2 * N)
+    np.testing.assert_allclose(data.box(0), [[0, 0, 0], [2, 1, 3]], atol=1e-6)
+    for t in range(T):
+        moved = data.position(0, t) - data.position(0, 0)
+        np.testing.assert_allclose(moved, np.tile(unwrapped[t] - unwrapped[0], (2, 1)), atol=1e-6)
+    with pytest.raises(Failure, match=r"--repeat.*not periodic along every axis"):
+        convert([path], tmp_path / "p.h5", dt=1, repeat="1,1,2")

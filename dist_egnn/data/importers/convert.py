@@ -18,8 +18,8 @@ from scipy.spatial import cKDTree
 
 from ...errors import Failure
 from ..checks import RESERVED, check_digits, edge_pairs, neighbour_distances
-from ..graphs import wrap
-from ..trajectories import box_sides
+from ..graphs import boxsize, wrap
+from ..trajectories import box_sides, periodic_axes
 from .periodic import PeriodicFrames
 from .series import Frame, ImportOptions, Series
 
@@ -41,7 +41,7 @@ class Summary:
     widths: dict[str, int] = field(default_factory=dict)  # columns of each attribute
     varying: set[str] = field(default_factory=set)  # attributes that vary over time
     box: np.ndarray | None = None
-    periodic: bool = False
+    axes: tuple[bool, ...] = (False, False, False)  # which are periodic
     low: np.ndarray = field(default_factory=lambda: np.full(3, np.inf))
     high: np.ndarray = field(default_factory=lambda: np.full(3, -np.inf))
     spacing: float = np.nan  # median distance to the nearest neighbour in the first frame
@@ -54,6 +54,10 @@ class Summary:
     shift: np.ndarray = field(default_factory=lambda: np.zeros(3))  # subtracted from all positions
     notes: list[str] = field(default_factory=list)  # what was assumed or looks wrong
 
+    @property
+    def periodic(self) -> bool:
+        return any(self.axes)
+
 
 def normalized(series: Series, options: ImportOptions, summary: Summary | None = None) -> Iterator[Frame]:
     """Every stride-th frame: sorted by id, three-dimensional, scaled, with the chosen attributes, unwrapped if periodic.
@@ -62,7 +66,8 @@ def normalized(series: Series, options: ImportOptions, summary: Summary | None =
     """
     first_ids: np.ndarray | None = None
     count, edges = 0, _Edges()
-    boxes = PeriodicFrames(options.repeat, options.rescale) if _periodic(series, options) else None
+    axes = _axes(series, options)
+    boxes = PeriodicFrames(axes, options.repeat, options.rescale) if any(axes) else None
     for t, frame in enumerate(itertools.islice(series.frames(), 0, None, options.stride)):
         where = f"{series.name}, frame {t * options.stride}"
         if t == 0 and np.asarray(frame.position).dtype == np.float32:
@@ -167,8 +172,9 @@ def _box(box: np.ndarray | None, periodic: bool, options: ImportOptions) -> np.n
     return box * options.scale
 
 
-def _periodic(series: Series, options: ImportOptions) -> bool:
-    return series.periodic if options.periodic is None else options.periodic
+def _axes(series: Series, options: ImportOptions) -> tuple[bool, ...]:
+    """Which axes are periodic."""
+    return periodic_axes(series.periodic if options.periodic is None else options.periodic, series.name)
 
 
 def _attributes(values: dict[str, np.ndarray], options: ImportOptions, where: str) -> dict[str, np.ndarray]:
@@ -223,7 +229,8 @@ def measure(series: Series, options: ImportOptions, tick: Callable[[], object] =
             move = np.linalg.norm(x - previous, axis=1)
             result.largest_move = max(result.largest_move, float(move.max()))
             if before is not None and t == 2:
-                side = box_sides(frame.box) if frame.box is not None and _periodic(series, options) else None
+                axes = _axes(series, options)
+                side = None if frame.box is None else box_sides(frame.box, axes)
                 _check_rows(x, previous, before, result.spacing, side, where)
         result.low, result.high = np.minimum(result.low, x.min(0)), np.maximum(result.high, x.max(0))
         result.reordered += frame.reordered
@@ -235,8 +242,8 @@ def measure(series: Series, options: ImportOptions, tick: Callable[[], object] =
         raise Failure(f"{series.name}: holds no frame")
     if result.frames < 2:
         raise Failure(f"{series.name}: has {result.frames} frame; a trajectory needs 2 or more, --stride may be lower")
-    result.periodic = _periodic(series, options) and result.box is not None
-    if _periodic(series, options) and result.box is None:
+    result.axes = _axes(series, options)
+    if result.periodic and result.box is None:
         raise Failure(f"{series.name}: --periodic needs a box and the source has none; give it with --box")
     result.notes += about_box
     result.dim = 2 if result.high[2] == result.low[2] else 3
@@ -282,7 +289,7 @@ def _check_rows(
     move, turn = (np.median(np.linalg.norm(d, axis=1)) for d in (x - previous, x - 2 * previous + before))
     if move > 2 * spacing and turn > move:
         places, taken = (a if side is None else wrap(a, side) for a in (previous, x[:: max(1, len(x) // SAMPLE)]))
-        nearest = np.median(cKDTree(places, boxsize=side).query(taken)[0])
+        nearest = np.median(cKDTree(places, boxsize=boxsize(side)).query(taken)[0])
         if nearest < 0.25 * spacing:
             text = "particles are in another order in each frame"
             raise Failure(f"{where}: {text}; name the field that identifies them with --ids, or sort the source")
@@ -330,9 +337,9 @@ def warn(result: Summary) -> None:
     if result.largest_turn > UNCERTAIN:
         text = f"a node moves by {result.largest_turn:.2f} sides of the periodic box in one frame"
         result.notes.append(f"{text}: which image it moved to is uncertain; keep more frames")
-    if result.box is not None and not result.periodic:
+    if result.box is not None and not all(result.axes):
         low, high = result.box
-        outside = np.maximum(low - result.low, result.high - high).max()
+        outside = np.maximum(low - result.low, result.high - high)[~np.array(result.axes)].max()
         if outside > 0:
             result.notes.append(f"nodes are up to {outside:.3g} outside the box")
 

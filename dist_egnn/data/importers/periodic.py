@@ -24,8 +24,11 @@ HALF = 0.5 + 1e-6
 class PeriodicFrames:
     """Takes the frames of a series one after the other."""
 
-    def __init__(self, repeat: tuple[int, int, int], rescale: bool) -> None:
-        self.repeat, self.rescale = repeat, rescale
+    def __init__(self, axes: tuple[bool, ...], repeat: tuple[int, int, int], rescale: bool) -> None:
+        """axes: which are periodic; all, unless the box is orthorhombic."""
+        self.axes, self.repeat, self.rescale = np.array(axes), repeat, rescale
+        if (np.array(repeat)[~self.axes] > 1).any():
+            raise Failure(f"--repeat {repeat}: the box is not periodic along every axis that is repeated")
         self.previous: np.ndarray | None = None  # (N, 3), as in the source
         self.turns = np.zeros(3)  # (N, 3), sides between a node's position in the source and its unwrapped one
         self.largest_turn = 0.0  # of a node between two frames, in sides
@@ -40,8 +43,13 @@ class PeriodicFrames:
         unless rescale, and for nodes that move by more than half a side.
         """
         corner, cell = box[0], (box[1:] if len(box) == 4 else np.diag(box[1] - box[0]))
+        if len(box) == 4 and not self.axes.all():
+            text = "the box is triclinic and periodic in some directions only, which is not supported"
+            raise Failure(f"{where}: {text}; --no-periodic omits the box")
         if self.previous is None:
             self._set_cell(corner, cell, where)
+        corner = np.where(self.axes, corner, self.corner)  # walls may move
+        cell = np.where(self.axes[:, None], cell, self.cell)
         change = float(np.abs(cell - self.cell).max() / np.abs(self.cell).max())
         if change > EQUAL:
             if not self.rescale:
@@ -54,10 +62,12 @@ class PeriodicFrames:
             position = self.corner + (position - corner) @ factor
             velocity = None if velocity is None else velocity @ factor
         if self.previous is not None:
-            moved = (position - self.previous) @ np.linalg.inv(self.cell)
+            moved = ((position - self.previous) @ np.linalg.inv(self.cell))[:, self.axes]
             if not unwrapped:
-                self.turns = self.turns + np.rint(moved)
-                moved -= np.rint(moved)
+                crossed = np.rint(moved)
+                self.turns = self.turns + np.zeros_like(position)
+                self.turns[:, self.axes] += crossed
+                moved -= crossed
             if (largest := float(np.abs(moved).max())) > HALF:
                 node = int(np.abs(moved).max(1).argmax())
                 text = f"node {node} moves by {largest:.2f} sides of the periodic box in one frame"
@@ -88,7 +98,7 @@ class PeriodicFrames:
 
     def _repeat_edges(self, make: Callable[[], np.ndarray], position: np.ndarray, where: str) -> np.ndarray:
         (i, j), n = make().T, len(position)
-        image = np.rint((position[i] - position[j]) @ np.linalg.inv(self.cell))
+        image = np.rint((position[i] - position[j]) @ np.linalg.inv(self.cell)) * self.axes
         copies = []
         for copy, offset in enumerate(self.offsets):
             place = (offset + image)[:, None] - self.offsets  # (E, S, 3): a multiple of the supercell for one copy

@@ -22,6 +22,8 @@ def open_series(paths: list[Path], options: ImportOptions) -> list[Series]:
     """One trajectory per file."""
     from ase import io, units
 
+    axes: dict[Path, tuple[bool, ...]] = {}  # which are periodic
+
     def read(path: Path) -> Iterator[Frame]:
         with reading(path):
             images = iter(io.iread(str(path), index=":"))
@@ -41,12 +43,8 @@ def open_series(paths: list[Path], options: ImportOptions) -> list[Series]:
                     frame.attributes["mass"] = atoms.get_masses()
                 some = [key for key in ("time", "Time") if key in atoms.info]
                 frame.time = float(atoms.info[some[0]]) if some else None
-                if atoms.pbc.any() and not atoms.pbc.all() and options.periodic is None:
-                    raise Failure(
-                        f"{where}: periodic in some directions only, which is not supported; use --no-periodic"
-                    )
-                cell = np.asarray(atoms.cell)
-                boxed = options.periodic is not False and atoms.pbc.all() and cell.any()
+                cell, axes[path] = np.asarray(atoms.cell), tuple(atoms.pbc.tolist())
+                boxed = options.periodic is not False and atoms.pbc.any() and cell.any()
                 frame.box = cell_box(np.zeros(3), cell) if boxed else None
             yield frame
 
@@ -55,5 +53,5 @@ def open_series(paths: list[Path], options: ImportOptions) -> list[Series]:
         first = next(read(path), None)
         if first is None:
             raise Failure(f"{path}: holds no frame")
-        result.append(Series(path.name, lambda path=path: read(path), periodic=first.box is not None))  # type: ignore[misc]
+        result.append(Series(path.name, lambda path=path: read(path), periodic=first.box is not None and axes[path]))  # type: ignore[misc]
     return result

@@ -83,18 +83,17 @@ def open_series(paths: list[Path], options: ImportOptions) -> list[Series]:
     if not paths:
         raise Failure(f"{folder}: has no train, valid or test as .h5 or .tfrecord")
     records = any(path.suffix == ".tfrecord" for path in paths)
-    metadata = read_metadata(file := folder / "metadata.json", records)
-    directions = list(metadata.get(PERIODIC, [False]))
-    if len(set(directions)) > 1 and options.periodic is None:
-        remedy = "--no-periodic imports the positions as they are"
-        raise Failure(f"{file}: periodic in some directions only ({directions}), which is not supported; {remedy}")
+    metadata = read_metadata(folder / "metadata.json", records)
     return [one for path in paths for one in _series(path, metadata)]
 
 
 def _series(path: Path, metadata: dict[str, Any]) -> Iterator[Series]:
     box, dt = np.array(metadata["bounds"], float).T, float(metadata["dt"]) * float(metadata.get(EVERY, 1))
     about: dict[str, Any] = {"split": path.stem if path.stem in SPLITS else None, "dt": dt}
-    about["periodic"] = all(metadata.get(PERIODIC, [False]))
+    directions = tuple(
+        metadata.get(PERIODIC, (False,) * 3)
+    )  # z of a two-dimensional box is a wall that nothing reaches
+    about["periodic"] = (*directions, all(directions))[:3]
     if path.suffix == ".tfrecord":
         found, end = tfrecord.scan(path, 2**62)
         if end < path.stat().st_size:

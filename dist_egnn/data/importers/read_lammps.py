@@ -50,15 +50,13 @@ def _positions(columns: dict[str, np.ndarray], box: np.ndarray, where: str) -> t
     return position, "u" in suffix
 
 
-def _box(file: IO[str], words: list[str], where: str, options: ImportOptions) -> tuple[np.ndarray, bool]:
-    """The box, and whether it is periodic. https://docs.lammps.org/Howto_triclinic.html"""
+def _box(file: IO[str], words: list[str], where: str) -> tuple[np.ndarray, tuple[bool, ...]]:
+    """The box, and which axes are periodic. https://docs.lammps.org/Howto_triclinic.html"""
     rows = [[float(word) for word in file.readline().split()] for _ in range(3)]
     if any(len(row) != len(rows[0]) or len(row) not in (2, 3) for row in rows):
         raise Failure(f"{where}: BOX BOUNDS {' '.join(words)} is not supported; write low and high bounds (and tilts)")
     flags = words[-3:]
-    if "pp" in flags and set(flags) != {"pp"} and options.periodic is None:
-        raise Failure(f"{where}: periodic in some directions only, which is not supported; use --no-periodic")
-    periodic = flags == ["pp"] * 3
+    periodic = tuple(flag == "pp" for flag in flags) if len(flags) == 3 else (False,) * 3
     low, high, *tilts = np.array(rows).T
     if not tilts:
         return np.stack([low, high]), periodic
@@ -68,9 +66,10 @@ def _box(file: IO[str], words: list[str], where: str, options: ImportOptions) ->
     return cell_box(low, np.diag(high - low) + np.array([[0, 0, 0], [xy, 0, 0], [xz, yz, 0]])), periodic
 
 
-def _frame(file: IO[str], k: int, path: Path, options: ImportOptions) -> tuple[Frame, bool] | None:
-    """The next frame and whether its box is periodic; None at the end of the file."""
-    where, box, periodic, count, time = f"{path}: frame {k}", np.zeros((2, 3)), False, 0, None
+def _frame(file: IO[str], k: int, path: Path, options: ImportOptions) -> tuple[Frame, tuple[bool, ...]] | None:
+    """The next frame and which axes of its box are periodic; None at the end of the file."""
+    where, box, count, time = f"{path}: frame {k}", np.zeros((2, 3)), 0, None
+    periodic: tuple[bool, ...] = (False,) * 3
     if not (line := file.readline()):
         return None
     while True:
@@ -81,7 +80,7 @@ def _frame(file: IO[str], k: int, path: Path, options: ImportOptions) -> tuple[F
         elif name == "NUMBER OF ATOMS":
             count = int(file.readline())
         elif name == "BOX BOUNDS":
-            box, periodic = _box(file, words, where, options)
+            box, periodic = _box(file, words, where)
         elif name == "ATOMS":
             columns = _columns([file.readline().split() for _ in range(count)], words, where)
             position, unwrapped = _positions(columns, box, where)

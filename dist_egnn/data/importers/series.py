@@ -67,7 +67,7 @@ class Series:
     count: int | None = None  # frames, if known
     split: str | None = None  # if the source has splits of its own
     dt: float | None = None  # time between frames, if the source has one for all
-    periodic: bool = False
+    periodic: bool | tuple[bool, ...] = False  # in all directions, or by axis
     notes: list[str] = field(default_factory=list)  # what looks wrong in the file
 
 
