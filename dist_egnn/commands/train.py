@@ -18,7 +18,6 @@ def run_training(config: Config, resume: bool = False) -> dict[str, float]:
     """
     from ..data import dataset, identity
     from ..distributed import spawn
-    from ..evaluate import selection
     from ..models import network
     from ..ops import activation_offload
     from ..partition import store_writer
@@ -31,8 +30,11 @@ def run_training(config: Config, resume: bool = False) -> dict[str, float]:
     config.data.path = config.data.path and str(Path(config.data.path).absolute())  # the run is evaluated from anywhere
     check = checkpoint.check_resume if resume else run_dir.check_new_run
     check(config)  # before the folder is made
+    rollout_error = None
     if config.train.select == "rollout":  # before a partition replaces data.path
-        config.train.select_data = selection.trajectories_file(config)
+        from ..evaluate import selection
+
+        config.train.select_data, rollout_error = selection.trajectories_file(config), selection.rollout_error
     parts, processes = dataset.part_count(config), dataset.process_count(config)
     activation_offload.check_folder(config.train.kept, "train.kept=")
     preflight.check_training(config, parts)
@@ -46,7 +48,7 @@ def run_training(config: Config, resume: bool = False) -> dict[str, float]:
             run_partition(config, folder / (f"store-{parts}" if resume else "store"), opened)
         about = identity.of_data(config.data.path)
         with signals.catch_stop_signals():
-            given = config, resume, about, selection.rollout_error
+            given = config, resume, about, rollout_error
             result = spawn.run_ranks(trainer.train, processes, *given, timeout_s=config.train.timeout_s)[0]
     report_result(folder, result, processes, "train")
     return result

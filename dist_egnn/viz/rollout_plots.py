@@ -11,14 +11,16 @@ import pandas as pd
 from ..evaluate.step_errors import BASELINES
 from .plots import draw_legend, empty_axes
 
+MOST = 3.0
 STYLES: dict[str, dict[str, Any]] = {"truth": {"color": "black", "ls": "--", "lw": 1.2}}
 STYLES |= {name: {"color": f"C{k}", "ls": ":", "lw": 1.8} for k, name in enumerate(BASELINES, 1)}
 
 
 def by_step(figure: Any, lines: Mapping[str, pd.DataFrame], ylabel: str, log: bool = False) -> None:
-    """Means over trajectories, with a band from the smallest to the largest.
+    """Means over trajectories, those of model and truth with a band from the smallest to the largest.
 
-    lines: label → values by step (rows) and trajectory; steps that not all trajectories have are left out.
+    lines: label → values by step (rows) and trajectory; steps that not all trajectories have are left out. A linear axis
+    ends at MOST times the truth, so that an explosion does not hide the steps before it.
     """
     axes = empty_axes(figure)
     for name, values in lines.items():
@@ -26,8 +28,12 @@ def by_step(figure: Any, lines: Mapping[str, pd.DataFrame], ylabel: str, log: bo
         values = values.dropna()
         style = STYLES.get(name, {"color": "C0", "marker": "o", "ms": 3})
         axes.plot(values.index, values.mean(axis=1), label=name, **style)
-        axes.fill_between(values.index, values.min(axis=1), values.max(axis=1), color=style["color"], alpha=0.15, lw=0)
+        if name not in BASELINES:
+            low, high = values.min(axis=1), values.max(axis=1)
+            axes.fill_between(values.index, low, high, color=style["color"], alpha=0.15, lw=0)
     axes.set(xlabel="step", ylabel=ylabel, yscale="log" if log else "linear")
+    if "truth" in lines and 0 < (most := MOST * np.nanmax(lines["truth"])) < axes.get_ylim()[1]:
+        axes.set_ylim(top=most)
     axes.xaxis.get_major_locator().set_params(integer=True)
     draw_legend(figure, axes)
 

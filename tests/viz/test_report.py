@@ -24,7 +24,7 @@ from dist_egnn.errors import Failure
 from dist_egnn.evaluate import rollout, rollout_metrics
 from dist_egnn.train import checkpoint
 from dist_egnn.train.diagnostics import PHASES
-from dist_egnn.viz import html_report
+from dist_egnn.viz import html_report, rollout_plots
 from dist_egnn.viz.html_report import run_report
 
 TITLES = ["The run in numbers", "Errors", "Training", "A sample", "Rollouts evaluated", "Rollout"]
@@ -150,6 +150,18 @@ def test_a_run_of_one_process_with_new_weights_and_a_rollout_that_stopped(copy, 
     page = (copy / "report.html").read_text()
     assert "&lt;b&gt;&amp;" in page
     assert "<b>" not in page
+
+
+def test_measures_of_rollouts_are_means_of_complete_steps():
+    """The second trajectory stops after step 2, where it explodes: the axis ends at three times the truth."""
+    model = pd.DataFrame({0: [1.0, 2, 3, 4], 1: [3.0, 4, 500, np.nan]})
+    figure = html_report.plots.pyplot().figure()
+    rollout_plots.by_step(figure, {"EGNN": model, "truth": pd.DataFrame({0: [1.0, 2, 3, 4], 1: [3.0, 3, 3, 3]})}, "")
+    line, truth = figure.axes[0].lines
+    np.testing.assert_array_equal(line.get_xydata(), [[0, 2], [1, 3], [2, 251.5]])
+    np.testing.assert_array_equal(truth.get_ydata(), [2, 2.5, 3, 3.5])
+    assert figure.axes[0].get_ylim()[1] == 12
+    html_report.plots.pyplot().close(figure)
 
 
 def test_older_and_damaged_files(copy):
