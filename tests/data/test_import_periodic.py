@@ -8,11 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_import import convert
 
-from dist_egnn import Failure, Trajectories
+from dist_egnn import Failure, Trajectories, config
 from dist_egnn.data.edges import EdgeRule, edges_of
+from dist_egnn.data.samples import SampleSpec, Snapshot, read_sample
 from dist_egnn.data.trajectories import box_sides
+from dist_egnn.distributed.comm import SingleProcess
+from dist_egnn.train import trainer
 
 N, T = 12, 4
 CELLS = {
@@ -144,3 +148,34 @@ def test_a_slab(kind: str, tmp_path: Path) -> None:
         np.testing.assert_allclose(moved, np.tile(unwrapped[t] - unwrapped[0], (2, 1)), atol=1e-6)
     with pytest.raises(Failure, match=r"--repeat.*not periodic along every axis"):
         convert([path], tmp_path / "p.h5", dt=1, repeat="1,1,2")
+
+
+def test_image_flags_of_lammps(tmp_path: Path) -> None:
+    """x y z with ix iy iz are unwrapped by these, not by the shortest way."""
+    unwrapped = np.array([[0.5, 0.5, 0.5], [0.9, 0.5, 0.5]]) + np.array([0.4, 0, 0]) * np.arange(T)[:, None, None]
+    text = ""
+    for t, x in enumerate(unwrapped):
+        text += f"ITEM: TIMESTEP\n{t}\nITEM: NUMBER OF ATOMS\n2\nITEM: BOX BOUNDS pp pp pp\n" + "0 1\n" * 3
+        text += "ITEM: ATOMS id x y z ix iy iz\n"
+        for i, row in enumerate(x):
+            text += f"{i} {row[0] % 1:.9f} 0.5 0.5 {int(row[0] // 1) + 7} 0 0\n"
+    (tmp_path / "a.dump").write_text(text)
+    data = convert([tmp_path / "a.dump"], tmp_path / "o.h5", dt=1, split="1,0,0")
+    for t, x in enumerate(unwrapped):
+        np.testing.assert_allclose(data.position(0, t) - [7, 0, 0], x, atol=1e-6)
+
+
+def test_a_model_predicts_the_same_for_all_copies(tmp_path: Path) -> None:
+    """Without virtual nodes."""
+    _, wrapped = trajectory(CELLS["dodecahedron"])
+    paths = write_dump(tmp_path / "a.dump", wrapped, [CELLS["dodecahedron"]] * T)
+    data = convert(paths, tmp_path / "o.h5", dt=1, split="1,0,0", repeat="2,2,1")
+    spec = SampleSpec(radius=0.7, horizon=1, features=("mass", "speed"), periodic=True)
+    sample = read_sample(data, Snapshot("train", 0, 1), spec)
+    words = ["data.path=x", "run.dir=x", "data.radius=0.7", "data.horizon=1", "model.name=EGNN", "model.hidden=8"]
+    model = trainer.build_model(config.load(None, words), (2, 0), SingleProcess())
+    with torch.no_grad():
+        moved = model(sample)[0] - sample.ndata["x"]
+    copies = moved.view(-1, N, 3)
+    assert (len(copies), bool(moved.any())) == (8, True)
+    np.testing.assert_allclose(copies, copies[:1].expand_as(copies), atol=1e-6)
