@@ -352,12 +352,29 @@ def report(
 @command("render runs/fluid/rollout.vtkhdf --out runs/fluid/rollout.gif --fps 4")
 def render(
     rollout: Annotated[Path, Argument(help="file that `distegnn rollout` wrote")],
-    out: Annotated[Path | None, Option(help=".mp4 (needs ffmpeg), .gif, or folder of PNG; else ROLLOUT.mp4")] = None,
+    out: Annotated[
+        Path | None, Option(help=".mp4 (needs ffmpeg), .gif, folder of PNG, or .png: one picture; else ROLLOUT.mp4")
+    ] = None,
     fps: Annotated[float, Option(help="frames per second")] = 5.0,
     every: Annotated[int, Option(help="draw every n-th frame")] = 1,
     colour: Annotated[str, Option(help="colour of the nodes: speed, error (with ground truth) or part")] = "speed",
+    steps: Annotated[str, Option(help="steps in one picture (.png), as 5,15,25,40", show_default="four")] = "",
+    title: Annotated[str, Option(help="of one picture (.png)", show_default="name of the file")] = "",
+    units: Annotated[
+        str, Option(help="of length, time, energy in one picture (.png), as m,s,J", show_default="none")
+    ] = "",
 ) -> None:
-    """Render a rollout as a video. Draws the predicted nodes beside the true ones, where the data contain them."""
+    """Render a rollout as a video, or as one picture of a few steps with the energy and the error over time.
+
+    Draws the predicted nodes beside the true ones, where the data contain them.
+    """
+    if out and out.suffix == ".png":
+        from .viz.rollout_figure import run_figure
+
+        return run_figure(rollout, out, steps, title, units)
+    for name, value in (("--steps", steps), ("--title", title), ("--units", units)):
+        if value:
+            raise Failure(f"{name}: is for one picture; use --out PICTURE.png")
     from .viz.render import run_render
 
     run_render(rollout, out, fps, every, colour)

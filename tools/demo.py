@@ -11,7 +11,6 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread per process; must be set before torch is imported
 
@@ -29,11 +28,11 @@ from dist_egnn.distributed.comm import SingleProcess
 from dist_egnn.errors import Failure
 from dist_egnn.evaluate.rollout import run_rollout
 from dist_egnn.evaluate.step_errors import BASELINES
-from dist_egnn.evaluate.vtkhdf import Frame, Rollout
+from dist_egnn.evaluate.vtkhdf import Rollout
 from dist_egnn.train.metrics import mean_squared_error
 from dist_egnn.utils.console import print_table
 from dist_egnn.utils.filesystem import write_atomically
-from dist_egnn.viz import plots
+from dist_egnn.viz import rollout_figure
 
 HERE = Path(__file__).resolve().parent.parent
 RECIPE = HERE / "recipes" / "fluid113k"
@@ -63,56 +62,6 @@ def one_step_ballistic(store: Store) -> float:
         ahead = graph.ndata["x"] + graph.ndata["v"] + around.gravity
         pairs.append((ahead.clamp(low, high), graph.ndata["y"]))
     return mean_squared_error(pairs, SingleProcess())
-
-
-def picture(path: Path, table: pd.DataFrame, title: str) -> bytes:
-    """PNG of a rollout and its table of errors: nodes from the side at four times, energy and error over time."""
-    figure = plots.pyplot().figure(figsize=(11.2, 9), dpi=plots.DPI, layout="constrained")
-    figure.suptitle(title, fontsize=14)
-    above, below = figure.subfigures(2, 1, height_ratios=(1.9, 1), hspace=0.03)
-    with Rollout(path) as rollout:
-        draw_nodes(above, rollout)
-        step_ms = 1e3 * rollout.meta["dt"]
-    energy, error = below.subplots(1, 2)
-    energy.plot(table["step"], table["true_kinetic_energy"] / 1e3, color="0.3", label="true")
-    energy.plot(table["step"], table["kinetic_energy"] / 1e3, color="C0", lw=2, label="predicted")
-    energy.set(ylabel="kinetic energy [kJ]", ylim=(0, None))
-    error.plot(table["step"][1:], rms_mm(table["mse"])[1:], color="C0", lw=2, label="predicted")
-    for name, style in zip(BASELINES, (":", "--", "-."), strict=True):
-        error.plot(table["step"][1:], rms_mm(table[f"{name}_mse"])[1:], color="0.3", ls=style, label=name)
-    error.set(ylabel="error: rms distance [mm]", yscale="log")
-    for axes in (energy, error):
-        axes.set_xlabel(f"step of {step_ms:.0f} ms")
-        axes.grid(alpha=0.3)
-        axes.legend()
-    return plots.png(figure)
-
-
-def draw_nodes(figure: Any, rollout: Rollout) -> None:
-    """True nodes above, predicted ones below, at the steps DRAWN; y over x, coloured by speed; the box, open above."""
-    (left, floor, _), (right, _, _) = np.asarray(rollout.box)
-    dt, grid = rollout.meta["dt"], figure.subplots(2, len(DRAWN), sharex=True, sharey=True)
-    for column, step in zip(grid.T, DRAWN, strict=True):
-        now, before = (true_and_predicted(rollout[k]) for k in (step, step - 1))
-        for axes, x, previous in zip(column, now, before, strict=True):
-            speed = np.linalg.norm(x - previous, axis=1) / dt
-            order = np.argsort(x[:, 2])  # the nearest nodes are drawn last
-            dots = axes.scatter(*x[order, :2].T, c=speed[order], s=6, lw=0, cmap="viridis", vmin=0, vmax=6)
-            axes.plot([left, left, right, right], [9, floor, floor, 9], color="0.3", lw=1.5)
-            axes.set(
-                aspect="equal", xlim=(left - 0.06, right + 0.06), ylim=(floor - 0.06, 1.5), yticks=[0, 0.5, 1, 1.5]
-            )
-        column[0].set_title(f"step {step}: {step * dt:.2f} s", fontsize=12)
-        column[1].set_xlabel("x [m]")
-    for axes, name in zip(grid[:, 0], ("true", "predicted"), strict=True):
-        axes.set_ylabel(f"{name}\n\ny [m]", fontsize=12)
-    figure.colorbar(dots, ax=grid, label="speed [m/s]", extend="max", shrink=0.7, aspect=30)
-
-
-def true_and_predicted(frame: Frame) -> tuple[np.ndarray, np.ndarray]:
-    """Positions (N, 3) of a frame that the data contain."""
-    assert frame.error is not None
-    return frame.position - frame.error, frame.position
 
 
 def check_output(out: Path) -> None:
@@ -160,7 +109,9 @@ def main() -> None:
     print_table(table_title, ["prediction", "one step [mm²]", *(f"{step} steps [mm]" for step in LISTED)], rows)
     trained = f"{options.epochs} epochs on two processes"
     title = f"A fluid falls into a box: {demo.model.name} predicts {STEPS} steps from frame {START}, after {trained}"
-    write_atomically(out / "report.png", picture(file, table, title))
+    with Rollout(file) as rollout:
+        drawn = rollout_figure.picture(rollout, table, DRAWN, title, rollout_figure.Units("m", "s", "J"))
+    write_atomically(out / "report.png", drawn)
     print(f"\nPicture: {out / 'report.png'}   all output: {out}   {time.perf_counter() - started:.0f} s")
     best = table[[columns[name] for name in BASELINES]].min(axis=1)
     if worse := [step for step in LISTED if not table["mse"][step] < best[step]]:

@@ -16,6 +16,7 @@ from dist_egnn.errors import Failure
 from dist_egnn.evaluate.vtkhdf import Frame, Rollout, RolloutWriter, finish
 from dist_egnn.viz import plots, render
 from dist_egnn.viz.render import DrawnFrames, run_render, shared_limits
+from dist_egnn.viz.rollout_figure import run_figure
 
 needs_ffmpeg = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg")
 BLACK = np.zeros((4, 6, 3), np.uint8)
@@ -224,3 +225,47 @@ def test_an_interruption_leaves_nothing(rolled, monkeypatch, out):
     with pytest.raises(KeyboardInterrupt):
         video(rolled, out)
     assert names(rolled.parent) == {"a.vtkhdf"}
+
+
+def test_one_picture_of_a_few_steps(rolled, tmp_path):
+    """It shows steps, energy and errors; it needs true frames, and steps within them."""
+    out = tmp_path / "a.png"
+    run_figure(rolled, out, "1,3", title="two steps", units="m,s,J")
+    assert coloured(read(out)) > 500
+    for steps in ("0", "4", "1,x", "1,"):
+        with pytest.raises(Failure, match=r"--steps .* 1 to 3"):
+            run_figure(rolled, out, steps)
+    with pytest.raises(Failure, match=r"--units m,s: .*m,s,J"):
+        run_figure(rolled, out, units="m,s")
+    with pytest.raises(Failure, match=r"no true frame.*--out"):
+        run_figure(write(tmp_path / "b.vtkhdf", known=1), tmp_path / "b.png")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "a.vtkhdf", "b.vtkhdf"]
+
+
+def test_what_the_picture_shows(tmp_path, monkeypatch):
+    """Nodes at 1 m/s along x, predicted 5 mm away from step 1 on."""
+    path, dt, frames, error = tmp_path / "rollout.vtkhdf", 0.01, 11, np.array([3e-3, 4e-3, 0.0])
+    meta = {"start": 0, "horizon": 1, "dt": dt, "true_frames": frames, "velocity": "backward differences"}
+    start = np.random.default_rng(0).uniform(0, 0.5, (7, 3))
+    true = start + np.arange(frames)[:, None, None] * dt * np.array([1.0, 0.0, 0.0])
+    with RolloutWriter(path, (frames, 7, 0), meta | {"gravity": [0, 0, 0]}, {}, BOX, np.dtype(np.float64)) as out:
+        for step, x in enumerate(true):
+            out.add(
+                x + error * (step > 0),
+                np.tile([1.0, 0, 0], (7, 1)),
+                np.zeros(7),
+                np.tile(error * (step > 0), (7, 1)),
+                None,
+            )
+    finish(path)
+    figures: list = []
+    monkeypatch.setattr(plots, "png", lambda figure: figures.append(figure) or b"")
+    run_figure(path, tmp_path / "a.png", "2,10")
+    drawn = [axes.collections[0] for axes in figures[0].axes if axes.collections]
+    lines = {line.get_label(): line.get_ydata() for line in figures[0].axes[-1].lines}
+    assert lines["predicted"] == pytest.approx(5e-3)
+    for row, offset in enumerate((0, error)):
+        for column, step in enumerate((2, 10)):
+            dots, order = drawn[row * 2 + column], np.argsort(true[step, :, 2])
+            assert np.allclose(dots.get_offsets(), (true[step] + offset)[order, :2])
+            assert np.allclose(dots.get_array(), 1.0)  # m/s
