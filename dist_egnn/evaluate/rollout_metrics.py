@@ -6,6 +6,7 @@ share of nodes outside the box are those of fluids.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ..distributed.comm import Comm
 from ..errors import Failure
 from ..ops import tiled_layer
 from ..train import run_dir
-from ..utils.filesystem import replace_file, sha256
+from ..utils.filesystem import lock_output, sha256, write_atomically
 from ..utils.progress import progress_bar
 from . import metrics, rollout, sinkhorn
 from .boundary_conditions import RolloutJob
@@ -160,7 +161,11 @@ def evaluate_rollouts(
     table = pd.DataFrame(rows, columns=COLUMNS)
     every = [(job.trajectory, step) for job in jobs for step in range(steps + 1)]
     table = table.set_index(["trajectory", "step"]).reindex(every).reset_index().assign(**about)
-    replace_file(run / FILE, table.to_csv(index=False).encode())
+    try:
+        with lock_output(run / FILE, wait_s=10):
+            write_atomically(run / FILE, table.to_csv(index=False).encode())
+    except Failure as failure:  # a read-only run can be evaluated all the same
+        print(f"warning: {str(failure).partition(';')[0]}; the measures are not written", file=sys.stderr)
     return table, stopped
 
 

@@ -147,6 +147,10 @@ def test_wrong_options_are_refused(tmp_path: Path, data: Path, monkeypatch, caps
     ):
         with pytest.raises(Failure, match=message):
             rollout_metrics.evaluate_rollouts(run, **options)
+    (run / rollout_metrics.FILE).mkdir()
+    table, _ = rollout_metrics.evaluate_rollouts(run, 1, trajectory=2)  # the measures are returned all the same
+    assert len(table) == 2
+    assert f"warning: {run / rollout_metrics.FILE}" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["distegnn", "evaluate", str(run), "--start", "1"])
     with pytest.raises(SystemExit):
         cli.main()
