@@ -218,12 +218,12 @@ def test_run_py_from_source_to_table(nbody, tmp_path, check_run_py):
 def test_every_recipe_has_valid_scales():
     """Each scale overrides only existing config keys."""
     recipes = sorted((RECIPE.parent).glob("*/run.py"))
-    assert {file.parent.name for file in recipes} == {"fluid113k", "nbody", "protein", "water3d"}
+    assert {file.parent.name for file in recipes} == {"fluid113k", "lagrangebench", "nbody", "protein", "water3d"}
     for file in recipes:
-        scales = runpy.run_path(str(file))["SCALES"]
-        assert set(scales) == {"tiny", "small", "full"}
-        for keys in scales.values():
-            config.load(file.with_name("config.yaml"), keys)
+        script = runpy.run_path(str(file))
+        assert set(script["SCALES"]) == {"tiny", "small", "full"}
+        for keys in script["SCALES"].values():
+            config.load(file.with_name(script.get("SETTINGS", {}).get("config", "config.yaml")), keys)
 
 
 def test_recipe(data, tmp_path, capsys):
