@@ -226,6 +226,14 @@ def test_every_recipe_has_valid_scales():
             config.load(file.with_name(script.get("SETTINGS", {}).get("config", "config.yaml")), keys)
 
 
+@pytest.mark.parametrize("file", sorted(RECIPE.parent.glob("*/simulator.yaml")), ids=lambda file: file.parent.name)
+def test_simulators_of_recipes(file):
+    """They predict one frame ahead, and know a box: as walls, or as periodic."""
+    settings = config.load(file)
+    assert (settings.data.horizon, settings.data.history, settings.model.predicts) == (1, 2, "acceleration")
+    assert (settings.data.walls == "box") != settings.data.periodic
+
+
 def test_recipe(data, tmp_path, capsys):
     out = tmp_path / "run"
     out.mkdir()
