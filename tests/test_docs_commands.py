@@ -1,6 +1,7 @@
 """The commands of README.md and docs/ run as they stand, in the order of their page, and print what the page shows.
 
-Blocks marked `sh` run; `# not run: REASON` in the first line leaves one out. A block with a file name is saved as it.
+Blocks marked `sh` run, except those that begin with `# not run: REASON`: what they take, need or depend on. All are
+parsed in test_docs_parse.py. A block with a file name is saved as it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FENCE = re.compile(r"^```(\w*) ?([\w.]*)\n(.*?)^```$", re.M | re.S)
-SKIPPED = re.compile(r"# not run: \w+")
+SKIPPED = re.compile(r"# not run: (takes|needs|depends on) \w+")
 SHELL = re.compile(r"^ {4}(?:distegnn|python|make|pytest) ", re.M)
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?%?")
@@ -52,6 +53,12 @@ def differences(shown: str, printed: str) -> list[str]:
     return wrong
 
 
+def link_folders(folder: Path) -> None:
+    """The parts of a checkout that the pages' commands read."""
+    for name in ("recipes", "tools"):
+        (folder / name).symlink_to(ROOT / name)
+
+
 def test_every_command_is_marked():
     """A block of commands without mark, or indented, would not run."""
     for page in PAGES:
@@ -77,8 +84,7 @@ RUN = [page for page in PAGES if any(runs(language, content) for language, _, co
 @pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_runs_as_typed(page: Path, tmp_path: Path) -> None:
     (tmp_path / "bin").mkdir()
-    for folder in ("recipes", "tools"):
-        (tmp_path / folder).symlink_to(ROOT / folder)
+    link_folders(tmp_path)
     for name, words in {"distegnn": "-P -m dist_egnn.cli", "python": ""}.items():
         (tmp_path / "bin" / name).write_text(f'#!/bin/sh\nexec {sys.executable} {words} "$@"\n')
         (tmp_path / "bin" / name).chmod(0o755)
