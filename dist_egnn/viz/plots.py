@@ -18,6 +18,7 @@ from ..utils.filesystem import write_atomically
 SIZE, DPI = (5.6, 4.0), 160  # of one panel: inches, pixels per inch
 MAX_POINTS = 6000  # of a point cloud
 MAX_BARS = 60
+FLAT = 0.11  # depth of a view, of its longest side, up to which it is seen from the front
 Values = Sequence[float]
 Lines = Mapping[str, Values]  # by name
 
@@ -40,12 +41,23 @@ def png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
+def is_flat(low: np.ndarray, high: np.ndarray) -> bool:
+    """Whether a view from corner low (3,) to high (3,) shows two-dimensional data."""
+    return bool(high[2] - low[2] <= FLAT * (high - low).max())
+
+
 def view(axes: Any, low: np.ndarray, high: np.ndarray, zoom: float = 1.0) -> None:
-    """Show the box from corner low (3,) to high (3,) in equal scales, y up: (x, y, z) are drawn at (x, z, y)."""
+    """Show the box from corner low (3,) to high (3,) in equal scales, y up: (x, y, z) are drawn at (x, z, y).
+
+    A box without depth, of two-dimensional data, is seen from the front.
+    """
     axes.set(xlim=(low[0], high[0]), ylim=(low[2], high[2]), zlim=(low[1], high[1]), xlabel="x", ylabel="z", zlabel="y")
     axes.set_box_aspect((high - low)[[0, 2, 1]], zoom=zoom)
     axes.tick_params(labelsize=6, pad=-2)
     axes.view_init(elev=18, azim=-60)
+    if is_flat(low, high):
+        axes.view_init(elev=0, azim=-90)
+        axes.set(yticks=[], ylabel="")
 
 
 def panel_png(panel: Callable[..., None], *arguments: Any) -> bytes:

@@ -100,6 +100,8 @@ def shared_limits(frames: DrawnFrames, box: np.ndarray | None) -> tuple[np.ndarr
                 if values is not None and np.isfinite(values).any():
                     top = max(top, float(np.nanpercentile(values, 99)))
             tick()
+    if box is not None and low[2] == high[2]:  # in two dimensions the box's depth means nothing
+        box = np.column_stack([box[:, :2], low[[2, 2]]])
     if box is None:
         low, high = low - 0.04 * (high - low), high + 0.04 * (high - low)
     else:
@@ -229,7 +231,7 @@ class Camera:
         axes.computed_zorder = False
         plots.view(axes, self.low, self.high, zoom=self.zoom)
         axes.locator_params(nbins=4)
-        axes.tick_params(labelsize=7, pad=-2)
+        axes.tick_params(labelsize=7, pad=2 if plots.is_flat(self.low, self.high) else -2)
         axes.xaxis.labelpad = axes.yaxis.labelpad = 6
         for ends in self.edges:
             axes.plot(*ends[:, [0, 2, 1]].T, color="0.4", lw=0.8, zorder=0.5)

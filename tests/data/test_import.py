@@ -17,6 +17,7 @@ import pytest
 
 from dist_egnn import Trajectories
 from dist_egnn.commands.import_data import parse_options, run_import
+from dist_egnn.data.graphs import radius_edges
 from dist_egnn.errors import Failure
 
 N, T = 60, 12
@@ -175,6 +176,21 @@ def test_types_units_and_dimensions(tmp_path: Path) -> None:
     np.testing.assert_allclose(data.position(0, 1), np.pad(X[2, :, :2] * 1e3, ((0, 0), (0, 1))), rtol=1e-6)
     np.testing.assert_array_equal(data.attribute(0, "fixed"), KIND)
     assert data.meta["dim"] == 2
+
+
+def test_a_flat_box_is_open_along_z(tmp_path: Path) -> None:
+    """Nothing has an image along z in two dimensions, so that the radius may exceed half the depth of the box."""
+    position = np.random.default_rng(0).uniform(0, 4, (1, 60, 2)) + 0.01 * np.arange(3)[:, None, None]
+    np.savez(tmp_path / "a.npz", position=position, box=[[0, 0], [4, 4]], dt=1.0)
+    data = convert([tmp_path / "a.npz"], tmp_path / "o.h5", periodic=True, split="1,0,0")
+    assert data[0].axes == (True, True, False)
+    side = data.sides(0, 1.5)
+    src, dst = radius_edges(data.position(0, 0), 1.5, side)
+    difference = np.abs(position[0][:, None] - position[0])
+    near = np.linalg.norm(np.minimum(difference, 4 - difference), axis=2) < 1.5
+    assert {*zip(src.tolist(), dst.tolist(), strict=True)} == {
+        *zip(*np.nonzero(near & ~np.eye(60, dtype=bool)), strict=True)
+    }
 
 
 def test_offset_is_shifted(tmp_path: Path) -> None:

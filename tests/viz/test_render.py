@@ -269,3 +269,20 @@ def test_what_the_picture_shows(tmp_path, monkeypatch):
             dots, order = drawn[row * 2 + column], np.argsort(true[step, :, 2])
             assert np.allclose(dots.get_offsets(), (true[step] + offset)[order, :2])
             assert np.allclose(dots.get_array(), 1.0)  # m/s
+
+
+def test_two_dimensions_are_seen_from_the_front(tmp_path):
+    """The depth of the box means nothing: the view has none."""
+    path, x = tmp_path / "flat.vtkhdf", np.random.default_rng(0).uniform(-0.9, 0.9, (20, 3)) * [1, 1, 0]
+    meta = {"start": 0, "horizon": 1, "dt": 1.0, "true_frames": 2, "velocity": "stored"}
+    with RolloutWriter(path, (2, 20, 0), meta, {}, BOX, np.dtype(np.float64)) as out:
+        for _ in range(2):
+            out.add(x, 0 * x, np.zeros(20, int), 0 * x, None)
+    finish(path)
+    with Rollout(path) as rollout:
+        low, high, _ = shared_limits(DrawnFrames(rollout, 1, "speed"), rollout.box)
+    assert plots.is_flat(low, high)
+    axes = plots.pyplot().figure().add_subplot(projection="3d")
+    plots.view(axes, low, high)
+    assert (axes.elev, axes.azim) == (0, -90)
+    plots.pyplot().close("all")

@@ -26,6 +26,7 @@ from .series import Frame, ImportOptions, Series
 SAMPLE = 2000  # nodes that measure the order of rows
 ROUNDING = 1e-3  # float32 may round positions by this share of the spacing, else they are shifted
 UNCERTAIN = 0.4  # of a side: a longer move may have been one in the other direction
+THIN = 0.1  # of the longest side: such a box around nodes of one z is two-dimensional
 IRREGULAR = 1e-3  # relative deviation of a time step
 
 
@@ -66,12 +67,15 @@ def normalized(series: Series, options: ImportOptions, summary: Summary | None =
     """
     first_ids: np.ndarray | None = None
     count, edges = 0, _Edges()
-    axes = _axes(series, options)
-    boxes = PeriodicFrames(axes, options.repeat, options.rescale) if any(axes) else None
+    boxes: PeriodicFrames | None = None
     for t, frame in enumerate(itertools.islice(series.frames(), 0, None, options.stride)):
         where = f"{series.name}, frame {t * options.stride}"
-        if t == 0 and np.asarray(frame.position).dtype == np.float32:
-            check_digits(frame.position, where)
+        if t == 0:
+            series.flat = _is_flat(np.asarray(frame.position), frame.box)
+            axes = _axes(series, options)
+            boxes = PeriodicFrames(axes, options.repeat, options.rescale) if any(axes) else None
+            if np.asarray(frame.position).dtype == np.float32:
+                check_digits(frame.position, where)
         position = np.asarray(frame.position, np.float64) * options.scale
         own = {"position": position}
         if frame.velocity is not None:
@@ -172,9 +176,18 @@ def _box(box: np.ndarray | None, periodic: bool, options: ImportOptions) -> np.n
     return box * options.scale
 
 
+def _is_flat(x: np.ndarray, box: np.ndarray | None) -> bool:
+    """Whether positions have two columns, or the same z in an orthorhombic box that is thin along z."""
+    if x.shape[1] == 2 or box is None or np.shape(box) != (2, 3):
+        return x.shape[1] == 2
+    sides = np.ptp(box, 0)
+    return len(x) > 1 and np.ptp(x[:, 2]) == 0 and bool(sides[2] <= THIN * sides[:2].max())
+
+
 def _axes(series: Series, options: ImportOptions) -> tuple[bool, ...]:
-    """Which axes are periodic."""
-    return periodic_axes(series.periodic if options.periodic is None else options.periodic, series.name)
+    """Which axes are periodic; never z in two dimensions, where images along z would be neighbours."""
+    axes = periodic_axes(series.periodic if options.periodic is None else options.periodic, series.name)
+    return (*axes[:2], axes[2] and not series.flat)
 
 
 def _attributes(values: dict[str, np.ndarray], options: ImportOptions, where: str) -> dict[str, np.ndarray]:

@@ -68,6 +68,7 @@ class Series:
     split: str | None = None  # if the source has splits of its own
     dt: float | None = None  # time between frames, if the source has one for all
     periodic: bool | tuple[bool, ...] = False  # in all directions, or by axis
+    flat: bool = False  # two-dimensional, by its first frame: z is not periodic
     notes: list[str] = field(default_factory=list)  # what looks wrong in the file
 
 
