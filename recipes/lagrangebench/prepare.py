@@ -1,4 +1,4 @@
-"""Convert a dataset of LagrangeBench, or a stand-in for its 2D TGV, into a trajectories.h5."""
+"""Convert a dataset of LagrangeBench, or a stand-in for its 2D TGV or dam break, into a trajectories.h5."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import dam
+import h5py
+import numpy as np
 import vortex
 
 from dist_egnn.commands.import_data import run_import
@@ -17,14 +21,39 @@ from dist_egnn.data.trajectories import SPLITS, Trajectories
 from dist_egnn.errors import Failure
 
 WALLS = (1.0, 2.0)  # types of particles: solid and moving wall
-# of the stand-in: trajectories of train, valid and test, particles along a side, frames
-SIZES = {"tiny": ((4, 1, 1), 20, 41), "small": ((10, 2, 2), 50, 126), "full": ((100, 50, 50), 50, 126)}
+FLOWS = {"tgv": vortex, "dam": dam}
+# of the stand-ins: trajectories of train, valid and test; by flow particles per unit of length, and frames
+COUNTS = {"tiny": (4, 1, 1), "small": (10, 2, 2), "full": (100, 50, 50)}
+SIZES: dict[str, dict[str, tuple[float, int]]] = {
+    "tgv": {"tiny": (20, 41), "small": (50, 126), "full": (50, 126)},
+    "dam": {"tiny": (12.5, 81), "small": (25, 201), "full": (50, 401)},
+}
 SCALES = {
-    "tiny": "stand-in: 4 + 1 + 1 trajectories of 400 particles, 41 frames: 1 s of a core",
-    "small": "stand-in: 10 + 2 + 2 of 2,500 particles, 126 frames: 10 s",
-    "full": "the whole dataset; stand-in: 100 + 50 + 50, as published",
+    "tiny": "stand-ins: 4 + 1 + 1 trajectories, tgv 400 particles, 41 frames, dam about 500, 81: 2 s of a core",
+    "small": "10 + 2 + 2, tgv 2,500 particles, 126 frames: 20 s; dam about 1,600, 201: 1 minute",
+    "full": "the whole dataset; stand-ins: 100 + 50 + 50, tgv 2,500 particles, dam about 5,700, as published",
 }
 EXAMPLE = "python recipes/lagrangebench/prepare.py --source data/2D_TGV_2500_10kevery100 --out data/tgv2d.h5"
+
+
+def write_dataset(folder: Path, flow: ModuleType, scale: str, size: tuple[float, int], seed: int) -> None:
+    """Write metadata.json and a file for each split in LagrangeBench's layout. size: as in SIZES."""
+    (cells, frames), number, most = size, 0, 0
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, count in zip(SPLITS, COUNTS[scale], strict=True):
+        with h5py.File(folder / f"{split}.h5", "w") as file:
+            for k in range(count):
+                position, kind = flow.trajectory(seed, number, cells, frames)
+                position = position % np.ptp(flow.metadata(cells)["bounds"], axis=1)
+                file.create_dataset(f"{k:05d}/position", data=position, dtype=np.float32, compression="gzip")
+                file[f"{k:05d}/particle_type"] = kind
+                number, most = number + 1, max(most, len(kind))
+    radius = float(f"{1.45 / cells:.2g}")  # two digits, as published
+    metadata = flow.metadata(cells) | {"dim": 2, "dx": 1 / cells, "default_connectivity_radius": radius}
+    metadata |= {"periodic_boundary_conditions": [True, True], "num_particles_max": most}
+    for name, count in (("train", COUNTS[scale][0]), ("test", COUNTS[scale][2])):
+        metadata |= {f"sequence_length_{name}": frames - 1, f"num_trajs_{name}": count}
+    (folder / "metadata.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
 
 
 def config_keys(folder: Path, data: Trajectories) -> list[str]:
@@ -42,20 +71,18 @@ def config_keys(folder: Path, data: Trajectories) -> list[str]:
 def run(arguments: Sequence[str] | None = None) -> None:
     """Convert the dataset, or write the stand-in and convert it."""
     parser = preparation.parser(__doc__ or "", SCALES, EXAMPLE)
-    text = "folder with train.h5, valid.h5, test.h5 and metadata.json; tgv: a stand-in (default at scale tiny)"
+    text = "folder with train.h5, valid.h5, test.h5 and metadata.json; tgv, dam: stand-ins (tgv at scale tiny)"
     parser.add_argument("--source", metavar="DIR", help=text)
     options = preparation.parse(parser, arguments)
     source = "tgv" if (options.source, options.scale) == (None, "tiny") else options.source
     if source is None:
         raise Failure(
-            f"--scale {options.scale}: give LagrangeBench's folder, --source DIR, or --source tgv; see --help"
+            f"--scale {options.scale}: give LagrangeBench's folder, --source DIR, or --source tgv or dam; see --help"
         )
     folder = Path(source)
-    if source == "tgv":
-        counts, side, frames = SIZES[options.scale]
+    if source in FLOWS:
         folder = options.out.with_name(f"{options.out.stem}-stand-in")
-        folder.mkdir(parents=True, exist_ok=True)
-        vortex.write(folder, dict(zip(SPLITS, counts, strict=True)), options.seed, side, frames)
+        write_dataset(folder, FLOWS[source], options.scale, SIZES[source][options.scale], options.seed)
     run_import([folder], options.out, ImportOptions(format="lagrangebench", fixed=WALLS))
     print(
         f"keys of this dataset for recipes/lagrangebench/simulator.yaml: {' '.join(config_keys(folder, Trajectories(options.out)))}"

@@ -7,10 +7,8 @@ mean only.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+from typing import Any
 
-import h5py
 import numpy as np
 
 VISCOSITY, WAVE = 0.01, 2 * np.pi  # Re = 100 for speed and side 1, as published; wave number k
@@ -24,11 +22,11 @@ def velocity(x: np.ndarray, time: float) -> np.ndarray:
     return np.exp(-2 * VISCOSITY * WAVE**2 * time) * np.stack([-cx * sy, sx * cy], axis=1)
 
 
-def trajectory(seed: int, number: int, side: int, frames: int) -> np.ndarray:
-    """Positions (frames, side², 2), not wrapped, from uniformly random ones in the cells of a lattice."""
-    rng = np.random.default_rng([seed, number])
-    cells = np.stack(np.meshgrid(*[np.arange(side)] * 2, indexing="ij"), axis=-1).reshape(-1, 2)
-    return advect((cells + rng.uniform(size=cells.shape)) / side, frames)
+def trajectory(seed: int, number: int, cells: float, frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions (frames, cells², 2), not wrapped, and types 0 (cells²,); uniformly random in the cells of a lattice at first."""
+    corner = np.stack(np.meshgrid(*[np.arange(cells)] * 2, indexing="ij"), axis=-1).reshape(-1, 2)
+    first = (corner + np.random.default_rng([seed, number]).uniform(size=corner.shape)) / cells
+    return advect(first, frames), np.zeros(len(first), np.int64)
 
 
 def advect(x: np.ndarray, frames: int) -> np.ndarray:
@@ -45,32 +43,8 @@ def advect(x: np.ndarray, frames: int) -> np.ndarray:
     return np.stack(result)
 
 
-def write(folder: Path, counts: dict[str, int], seed: int, side: int, frames: int) -> None:
-    """Write metadata.json and a file for each split; counts: their trajectories."""
-    number = 0
-    for split, count in counts.items():
-        with h5py.File(folder / f"{split}.h5", "w") as file:
-            for k in range(count):
-                position = trajectory(seed, number, side, frames) % 1.0
-                options = {"dtype": np.float32, "compression": "gzip"}
-                file.create_dataset(f"{k:05d}/position", data=position, **options)
-                file[f"{k:05d}/particle_type"] = np.zeros(side**2, np.int64)
-                number += 1
-    metadata = {
-        "case": "TGV",
-        "solver": "stand-in: tracers in the exact velocity field, no SPH",
-        "dim": 2,
-        "dx": 1 / side,
-        "dt": STEP,
-        "write_every": EVERY,
-        "viscosity": VISCOSITY,
-        "bounds": [[0.0, 1.0], [0.0, 1.0]],
-        "periodic_boundary_conditions": [True, True],
-        "default_connectivity_radius": float(f"{1.45 / side:.2g}"),  # two digits, as published
-        "sequence_length_train": frames - 1,
-        "sequence_length_test": frames - 1,
-        "num_trajs_train": counts["train"],
-        "num_trajs_test": counts["test"],
-        "num_particles_max": side**2,
-    }
-    (folder / "metadata.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
+def metadata(cells: float) -> dict[str, Any]:
+    """The part of metadata.json that is the flow's own."""
+    solver = "stand-in: tracers in the exact velocity field, no SPH"
+    about = {"case": "TGV", "solver": solver, "dt": STEP, "write_every": EVERY}
+    return about | {"viscosity": VISCOSITY, "g_ext_magnitude": 0.0, "bounds": [[0.0, 1.0], [0.0, 1.0]]}

@@ -1,7 +1,8 @@
 """Simulate one block of water in SPlisHSPlasH and save its frames: ``python engine.py DIR``.
 
 Reads DIR/job.json: box and block (2, 3) low and high corner, velocity and gravity (3,), radius, dt, steps (engine steps a
-frame), frames. Writes DIR/position.npy (frames, N, 3) float32 at the end and the number of finished frames to DIR/frames.
+frame), frames, plane (optional: two-dimensional, at z = 0). Writes DIR/position.npy (frames, N, 3) float32 at the end and the
+number of finished frames to DIR/frames.
 prepare.py starts one process for each trajectory, because the engine has global state and a crash in it ends its process.
 """
 
@@ -42,6 +43,7 @@ def write_scene(directory: Path, job: dict[str, Any]) -> None:
         "Configuration": {
             "particleRadius": job["radius"],
             "simulationMethod": 4,  # DFSPH
+            "sim2D": job.get("plane", False),
             "boundaryHandlingMethod": 0,  # walls of particles (Akinci et al. 2012)
             "gravitation": job["gravity"],
             "cflMethod": 0,  # steps of constant length, so that frames fall on steps
