@@ -13,7 +13,7 @@ setup:
 demo: setup
 	@$(BIN)/python tools/demo.py
 
-# a file after the other in each of three processes, tests/distributed first, which mostly wait
+# a file after the other in each of three processes, the longest first
 test: setup
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 

@@ -7,10 +7,11 @@ import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import command_server
 import hypothesis
 import pytest
 from small_data import DATA, falling_swirl, random_pairs
@@ -20,6 +21,25 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # shells ignore it for ba
 
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
+
+LONGEST = [
+    "many_machines",
+    "resume",
+    "served",
+    "examples",
+    "bench",
+    "sweep",
+    "docs_commands",
+    "hosts",
+    "import",
+    "exact",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the files that take longest first: `make test` gives whole files to its processes, and none may wait alone."""
+    ranks = {f"test_{name}": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 
 @pytest.fixture(scope="session")
@@ -34,6 +54,14 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
             given = {"velocity": velocity, "attributes": attributes, "edges": random_pairs(nodes, seed)}
             out.add(position, split=split, dt=1.0, source="test", **given)
     return path
+
+
+@pytest.fixture(scope="session")
+def distegnn(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The program `distegnn`, alone in a folder; commands share the imports of torch and DGL (tests/command_server.py)."""
+    server, program = command_server.start(tmp_path_factory.mktemp("bin"))
+    yield program
+    server.communicate()
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Small data, configs and weights under the names that the examples use."""
     here = tmp_path_factory.mktemp("examples")
     fluid, nbody = here / "recipes" / "fluid113k", here / "recipes" / "nbody"
-    for made in (fluid, nbody, here / "bin"):
+    for made in (fluid, nbody):
         made.mkdir(parents=True)
     with Writer(fluid / "sample.h5", {}) as out:
         for seed, split in enumerate(["train"] * 3 + ["valid"] + ["test"] * 2):
@@ -67,18 +66,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "grids: [{keys: {model.name: [EGNN], data.edge_drop: [0, 1]}}]\nseeds: [0]\nplot: {x: data.edge_drop}\n"
     )
     torch.save({k: value.float() for k, value in published(node=2, gravity=GRAVITY).items()}, here / "best.pth")
-    # the installed program does not look for modules in the working folder (-P), and nothing that it starts may
-    (here / "bin" / "distegnn").write_text(f'#!/bin/sh\nexec {sys.executable} -P -m dist_egnn.cli "$@"\n')
+    # the installed program does not look for modules in the working folder, and nothing that it starts may
     (here / "dgl.py").write_text("raise SystemExit('a file of the user, not DGL')\n")
-    (here / "bin" / "distegnn").chmod(0o755)
     return here
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_example(folder: Path, command: str) -> None:
+def test_example(folder: Path, distegnn: Path, command: str) -> None:
     line = example_of(command)
     assert line.startswith(f"distegnn {command}")
-    path = os.pathsep.join([str(folder / "bin"), os.environ["PATH"]])
+    path = os.pathsep.join([str(distegnn.parent), os.environ["PATH"]])
     env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     if command == "launch":
         store = example_of("partition").replace("--parts 2", "--parts 1 --trainers 2 --shard-nodes 0")

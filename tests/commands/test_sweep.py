@@ -158,11 +158,12 @@ def test_without_time_or_lock_or_with_other_settings_nothing_starts(write):
         sweep_config.load(write(grids=[EGNN], set={"train.epochs": 3}))
 
 
-def test_a_sweep_of_real_runs(write):
+def test_a_sweep_of_real_runs(write, distegnn):
     """Two processes for two parts, one store for both seeds; a run that fails stops no other; nothing runs twice."""
     good = {"keys": {"model.name": ["FastEGNN"]}, "partition": {"parts": 2, "method": "random"}}
     file = write(grids=[good, {"keys": {"data.features": [["absent"]]}}], seeds=[0, 1], set={"train.epochs": 2})
-    ran = subprocess.run([*SWEEP, "--jobs", "2", "--minutes", "60"], capture_output=True, text=True, timeout=400)
+    command = [distegnn, "sweep", "sweep.yaml", "--jobs", "2", "--minutes", "60"]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=400)
     assert ran.returncode == 1, ran.stderr
     assert "out: 2 of 4 runs are missing; repeat the command to do them\n" in ran.stdout
     assert len(re.findall(r"^failed: (?=.*features=).*'absent'", ran.stderr, re.M)) == 2

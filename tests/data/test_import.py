@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -336,10 +335,9 @@ def test_gns_file_with_code_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
-def test_command_to_rollout(tmp_path: Path) -> None:
+def test_command_to_rollout(tmp_path: Path, distegnn: Path) -> None:
     """The three commands of the README on imported data, and a second import over the first."""
     write_csv(tmp_path)
-    command = [str(Path(sys.executable).with_name("distegnn"))]
     text = (
         "{path: store, radius: 0.4, horizon: 1}\nmodel: {hidden: 8, layers: 1}\ntrain: {epochs: 2}\nrun: {dir: run}\n"
     )
@@ -352,6 +350,6 @@ def test_command_to_rollout(tmp_path: Path) -> None:
         ["train", "my.yaml"],
         ["rollout", "run", "--data", "m.h5", "--trajectory", "2", "--steps", "2", "--out", "o.vtkhdf"],
     ):
-        done = subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        done = subprocess.run([distegnn, *words], cwd=tmp_path, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, (words, done.stderr)
     assert (tmp_path / "o.vtkhdf").exists()

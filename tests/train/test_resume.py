@@ -31,7 +31,7 @@ from dist_egnn.errors import Failure
 from dist_egnn.train import checkpoint, run_dir, run_writer, trainer
 from dist_egnn.utils import signals
 
-LONG, SHORT = "train.epochs=20", "train.epochs=4"  # 60 steps, 12 steps
+LONG, SHORT = "train.epochs=10", "train.epochs=4"  # 30 steps, 12 steps
 END_OF_EPOCH = "train.checkpoint_minutes=10"  # no checkpoints inside an epoch
 
 
@@ -176,13 +176,13 @@ def test_a_second_ctrl_c_interrupts():
     assert not signals.stop_requested()
 
 
-def test_the_command(inputs, tmp_path):
+def test_the_command(inputs, tmp_path, distegnn):
     """Ctrl-C and --resume as users type them; an override adds the last epochs."""
     run, path = tmp_path / "run", tmp_path / "my.yaml"
-    distegnn = [sys.executable, "-m", "dist_egnn.cli", "train"]
+    train = [sys.executable, "-m", "dist_egnn.cli", "train"]
     endless = settings(inputs[1], run, "train.epochs=1000000", "train.schedule=constant")
     path.write_text(config.to_yaml(endless))
-    with subprocess.Popen([*distegnn, path], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([*train, path], stderr=subprocess.PIPE, text=True) as process:
         while not (run / "metrics.csv").exists():
             assert process.poll() is None
             time.sleep(0.02)
@@ -191,7 +191,7 @@ def test_the_command(inputs, tmp_path):
     assert process.returncode == 75
     assert f"distegnn train --resume {run}\n" in error
     epochs = checkpoint.load(run / "last.pt")["epoch"] + 2
-    subprocess.run([*distegnn, "--resume", run, f"train.epochs={epochs}"], check=True)
+    subprocess.run([distegnn, "train", "--resume", run, f"train.epochs={epochs}"], check=True)
     assert pd.read_csv(run / "metrics.csv")["epoch"].tolist() == list(range(1, epochs + 1))
     assert config.load(run / "config.yaml").train.epochs == epochs
     for arguments, message in (((), "config is missing"), ((path, "--resume", run), r"my\.yaml: --resume")):
