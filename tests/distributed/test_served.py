@@ -1,10 +1,11 @@
 """Training through DGL's graph servers equals training from disk; servers survive trainers and leave nothing behind.
 
-Machines are addresses with ports, so several fit on one host. Run as a script, this file is a trainer.
+Machines are addresses with ports, so several fit on one host.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -12,13 +13,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-
 from small_data import EDGES
 from tiny_runs import assert_same, settings
 
@@ -77,6 +76,31 @@ def trainer(path: str, rank: str, ip_config: str, group: str, port: str, run: st
     graph_server.leave(0)
 
 
+class Trainer(ForkServerProcess):
+    """trainer(*words) in a fork of a process that has imported torch and DGL; its output is in a log."""
+
+    def __init__(self, log: Path, *words: object) -> None:
+        super().__init__(daemon=True)
+        self.log, self.words = log, [*map(str, words)]
+        log.touch()
+        spawn.start_forkserver("dist_egnn.train.trainer")
+        with spawn.without_script():
+            self.start()
+
+    def run(self) -> None:
+        with open(self.log, "w", encoding="utf-8") as out:
+            for stream in (1, 2):
+                os.dup2(out.fileno(), stream)
+        trainer(*self.words)
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    def wait(self, limit_s: float | None = None) -> int | None:
+        self.join(limit_s)
+        return self.exitcode
+
+
 def free_ports(count: int) -> list[int]:
     with ExitStack() as stack:
         probes = [stack.enter_context(socket.create_server((HOST, 0))) for _ in range(count)]
@@ -89,7 +113,7 @@ def start(log: Path, *arguments: object) -> subprocess.Popen:
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
 
 
-def wait_for(text: str, log: Path, process: subprocess.Popen) -> None:
+def wait_for(text: str, log: Path, process: subprocess.Popen | Trainer) -> None:
     deadline = time.monotonic() + LIMIT_S
     while text not in log.read_text(encoding="utf-8"):
         assert process.poll() is None, log.read_text(encoding="utf-8")
@@ -105,19 +129,21 @@ class Cluster:
         *ports, self.port = free_ports(self.store.machines + 1)
         self.ip_config.write_text("".join(f"{HOST} {port}\n" for port in ports))
         self.addresses = graph_server.addresses(self.ip_config, self.store.machines)
-        self.processes: list[subprocess.Popen] = []
+        self.processes: list[subprocess.Popen | Trainer] = []
 
     def start_server(self, machine: int) -> subprocess.Popen:
         log = self.folder / f"server-{machine}.log"
-        self.processes.append(start(log, "-m", "dist_egnn.data.graph_server", self.path, machine, self.ip_config))
-        wait_for(f"distegnn server {machine} ready on {self.addresses[machine]}\n", log, self.processes[-1])
-        return self.processes[-1]
+        server = start(log, "-m", "dist_egnn.data.graph_server", self.path, machine, self.ip_config)
+        self.processes.append(server)
+        wait_for(f"distegnn server {machine} ready on {self.addresses[machine]}\n", log, server)
+        return server
 
-    def start_trainers(self, group: int, run: Path | str) -> list[tuple[subprocess.Popen, Path]]:
+    def start_trainers(self, group: int, run: Path | str) -> list[tuple[Trainer, Path]]:
         logs = [self.folder / f"trainer-{group}-{rank}.log" for rank in range(self.store.parts)]
-        for rank, log in enumerate(logs):
-            self.processes.append(start(log, __file__, self.path, rank, self.ip_config, group, self.port, run))
-        return list(zip(self.processes[-len(logs) :], logs, strict=True))
+        given = (self.ip_config, group, self.port, run)
+        trainers = [Trainer(log, self.path, rank, *given) for rank, log in enumerate(logs)]
+        self.processes += trainers
+        return list(zip(trainers, logs, strict=True))
 
     def train(self, group: int, run: Path) -> None:
         for process, log in self.start_trainers(group, run):
@@ -241,7 +267,7 @@ def test_trainers_without_a_server(make_store: MakeStore, tmp_path: Path) -> Non
         graph_server.connect(cluster.path, 0, cluster.ip_config, 0, 4)
     try:
         server = cluster.start_server(0)
-        process = start(log := tmp_path / "trainer.log", __file__, cluster.path, 0, cluster.ip_config, 0, 0, "", 4)
+        process = Trainer(log := tmp_path / "trainer.log", cluster.path, 0, cluster.ip_config, 0, 0, "", 4)
         assert process.wait(LIMIT_S) == 2
         assert f"error: {cluster.addresses[1]}: no graph server within 4 s" in log.read_text()
     finally:
@@ -259,7 +285,3 @@ def test_trainers_that_cannot_meet() -> None:
             comm.join_hosts(0, 2, HOST, port, "lo", 1.0)
     with pytest.raises(Failure, match=f"{HOST}:{port}: rank 1 cannot connect to the other 1"):
         comm.join_hosts(1, 2, HOST, port, "lo", 1.0)
-
-
-if __name__ == "__main__":
-    trainer(*sys.argv[1:])
