@@ -94,3 +94,9 @@ def command(*options):
 
 def run(*options):
     return subprocess.run(command(*options), capture_output=True, text=True, timeout=600)
+
+
+def moving_positions(draw: np.random.Generator) -> np.ndarray:
+    """(40, 2000, 3) float32, a random walk that hardly compresses."""
+    steps = draw.normal(0, 1e-3, (40, 2000, 3))
+    return (draw.uniform(0.2, 0.8, (2000, 3)) + steps.cumsum(0)).astype(np.float32)

@@ -13,7 +13,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from gns_files import METADATA, command
+from gns_files import METADATA, command, moving_positions
 
 from dist_egnn.data.store import Store
 from dist_egnn.data.trajectories import Trajectories, Writer
@@ -86,7 +86,7 @@ def test_prepare_continues_after_a_full_disk(small_disk, tmp_path):
         with h5py.File(source / f"{split}.h5", "w") as file:
             for k in range(count):
                 file[f"{k:05d}/particle_type"] = np.full(2000, 5)
-                file[f"{k:05d}/position"] = draw.uniform(0.2, 0.8, size=(40, 2000, 3)).astype("f4")
+                file[f"{k:05d}/position"] = moving_positions(draw)
     out, options = small_disk / "x.h5", ("--source", source, "--scale", "tiny", "--workers", 1, "--out")
 
     def run(path: Path) -> tuple[int, list[str]]:

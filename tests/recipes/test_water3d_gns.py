@@ -13,7 +13,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from gns_files import METADATA, RECIPE, command, framed, needs_records, record, run, trajectories
+from gns_files import METADATA, RECIPE, command, framed, moving_positions, needs_records, record, run, trajectories
 
 from dist_egnn import config
 from dist_egnn.commands.import_data import run_import
@@ -123,7 +123,7 @@ def test_killed_and_resumed_gives_the_same_bytes(hdf5_folder, water3d, tmp_path)
     with h5py.File(hdf5_folder / "train.h5", "w") as file:
         for k in range(24):
             file[f"{k:05d}/particle_type"] = np.full(2000, 5)
-            file[f"{k:05d}/position"] = draw.uniform(size=(40, 2000, 3)).astype("f4")
+            file[f"{k:05d}/position"] = moving_positions(draw)
     whole, killed, parts = (tmp_path / name for name in ("whole.h5", "killed.h5", "killed.h5.parts"))
     options = ("--source", str(hdf5_folder), "--scale", "full", "--workers", "1", "--out")
     process = subprocess.Popen(command(*options, killed), start_new_session=True, stderr=subprocess.DEVNULL)
