@@ -22,8 +22,8 @@ from .samples import (
     displacement_scale,
     given_edges,
     length_unit,
+    motion_statistics,
     read_sample,
-    root_mean_squares,
     select_snapshots,
     snapshot_squares,
 )
@@ -66,7 +66,9 @@ class Dataset:
     # what each sample counts for in the cache, by default its own bytes; in halo mode all ranks need the same sizes, so
     # that they evict the same samples: they link a halo together
     sizes: list[int] | None = None
-    statistics: Callable[[], tuple[float, float] | None] = lambda: None  # σ_v and σ_a of a simulator's training split
+    statistics: Callable[[], tuple[float, float, float] | None] = lambda: (
+        None
+    )  # of a simulator's training split: `samples.motion_statistics`
     _cache: OrderedDict[int, tuple[DGLGraph, int]] = field(default_factory=OrderedDict)
     _used: int = 0
 
@@ -182,10 +184,10 @@ def open_dataset(config: Config, part: int, processes: int) -> Dataset:
     names, frames = (spec.features, spec.node_attributes), [(s.trajectory, s.frame) for s in snapshots]
     widths = count_columns(file, spec.features), count_columns(file, spec.node_attributes)
 
-    def statistics() -> tuple[float, float] | None:
+    def statistics() -> tuple[float, float, float] | None:
         if not spec.past:
             return None
-        return root_mean_squares(snapshot_squares(file, snapshots[number], spec) for number in splits["train"])
+        return motion_statistics(snapshot_squares(file, snapshots[number], spec) for number in splits["train"])
 
     given = splits, names, widths, budget, frames, scale, spec.radius, None, statistics
     return Dataset(lambda number: read_sample(file, snapshots[number], spec), *given)

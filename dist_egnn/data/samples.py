@@ -246,21 +246,25 @@ def surroundings(data: Trajectories, k: int, spec: SampleSpec) -> tuple[np.ndarr
     return domain.read_domain(data, k, spec.horizon, spec.walls, spec.gravity, spec.periodic) if spec.past else None
 
 
-def snapshot_squares(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> tuple[float, float, int]:
+def snapshot_squares(data: Trajectories, snapshot: Snapshot, spec: SampleSpec) -> tuple[float, float, int, float]:
     """The `squares` of a snapshot of a simulator."""
     around = surroundings(data, snapshot.trajectory, spec)
     assert around is not None
     return squares(node_fields(data, snapshot, spec), around[0])
 
 
-def squares(fields: Mapping[str, np.ndarray], gravity: np.ndarray) -> tuple[float, float, int]:
-    """Σ‖v‖², Σ‖y − x − v − g‖² and the number of terms of each, over the nodes that move."""
+def squares(fields: Mapping[str, np.ndarray], gravity: np.ndarray) -> tuple[float, float, int, float]:
+    """Σ‖v‖², Σ‖y − x − v − g‖², the number of terms of each, and the largest ‖y − x‖, over the nodes that move."""
     moving = fields["moving_id"] >= 0 if "moving_id" in fields else slice(None)
     x, v, y = (fields[name][moving].astype(np.float64) for name in ("x", "v", "y"))
-    return float(np.square(v).sum()), float(np.square(y - x - v - gravity).sum()), v.size
+    farthest = float(np.linalg.norm(y - x, axis=1).max(initial=0.0))
+    return float(np.square(v).sum()), float(np.square(y - x - v - gravity).sum()), v.size, farthest
 
 
-def root_mean_squares(sums: Iterable[Sequence[float]]) -> tuple[float, float]:
-    """A simulator's statistics σ_v and σ_a, from the `squares` of snapshots: root mean squares over nodes and components."""
-    v, a, count = np.sum(list(sums), 0).tolist()
-    return (v / count) ** 0.5, (a / count) ** 0.5
+def motion_statistics(squares: Iterable[Sequence[float]]) -> tuple[float, float, float]:
+    """A simulator's statistics from the `squares` of snapshots: σ_v and σ_a, root mean squares over nodes and components,
+    and the largest ‖y − x‖.
+    """
+    rows = list(squares)
+    v, a, count = np.sum([row[:3] for row in rows], 0).tolist()
+    return (v / count) ** 0.5, (a / count) ** 0.5, max(float(row[3]) for row in rows)

@@ -27,7 +27,7 @@ from ..utils import part_weights
 from ..utils.filesystem import sha256
 from . import domain, fields, graphs, halo
 from .edges import EdgeRule
-from .samples import root_mean_squares
+from .samples import motion_statistics
 from .store_inputs import DEFAULT_INPUTS, partition_command, remake
 
 FORMAT, VERSION, GRAPH = "dist_egnn.store", 1, "dist_egnn"
@@ -35,7 +35,12 @@ SIDES = ("side_x", "side_y", "side_z")  # columns of snapshots.csv in a store wi
 NODE_FIELDS = ("x", "v", "f", "a", "y", "gid")
 MOVING = ("moving_id", "moving")  # with data.fixed
 EDGE_DIGEST = "edge_digest"  # column of snapshots.csv with data.edges=given: ``edges.edge_digest``
-SQUARES = ("v_squares", "a_squares", "terms")  # columns of snapshots.csv of a simulator: ``samples.squares``
+SQUARES = (
+    "v_squares",
+    "a_squares",
+    "terms",
+    "farthest",
+)  # columns of snapshots.csv of a simulator: ``samples.squares``
 
 
 @dataclass
@@ -175,10 +180,10 @@ class Store:
         walls = None if np.isnan(box).any() else np.stack(box)
         return domain.make_domain(gravity, walls, self.sides(snapshot))
 
-    def statistics(self) -> tuple[float, float] | None:
-        """σ_v and σ_a of the training split; None unless the store was made with data.history."""
+    def statistics(self) -> tuple[float, float, float] | None:
+        """σ_v, σ_a and the largest ‖y − x‖ of the training split; None unless the store was made with data.history."""
         rows = self.snapshots[self.snapshots["split"] == "train"]
-        return root_mean_squares(rows[list(SQUARES)].to_numpy()) if self.past else None
+        return motion_statistics(rows[list(SQUARES)].to_numpy()) if self.past else None
 
     def read(self, snapshot: int, part: int, exchange: bool = False) -> DGLGraph:
         """A part of a snapshot: its nodes and the edges among them; with ``exchange`` its halo is attached (halo mode).

@@ -6,6 +6,7 @@ One sum over processes of (N, 3) numbers, in which each process fills its own ro
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from ..data import domain, graphs, halo
 from ..data.samples import edge_positions, feature_columns, given_edges, past_velocities
 from ..data.trajectories import Trajectories
 from ..distributed.comm import Comm
+from ..models.simulator import FASTEST
 from ..utils.laps import Laps
 from .boundary_conditions import BoundaryConditions, RolloutJob
 from .repartition import LocalGraph, Repartitioner
@@ -47,7 +49,7 @@ class Simulation:
     def __init__(self, comm: Comm, job: RolloutJob, model: Module, watch: bool = True) -> None:
         self.comm, self.job, self.model, self.data = comm, job, model, Trajectories(job.data)
         self.conditions = BoundaryConditions(self.data, job)
-        self.watch, self.stopped, self.laps = watch, "", Laps()
+        self.watch, self.stopped, self.laps, self.warned = watch, "", Laps(), False
 
     @property
     def seconds(self) -> float:
@@ -81,6 +83,8 @@ class Simulation:
                 laps("writing")
             if not (problem := conditions.problem(predicted, x)):
                 past = np.concatenate([v, past], 1)[:, : past.shape[1]]
+                if self.watch and comm.rank == 0:
+                    self._check_speed(step + 1, predicted - x)
                 x, v = conditions.apply(x, predicted, step + 1)
                 problem = stability.problem(step + 1, x, v, warn=comm.rank == 0) if stability else ""
             laps("watch")
@@ -90,6 +94,17 @@ class Simulation:
             frame = job.start + (step + 1) * job.spec.horizon
             yield State(step + 1, frame, x, v / per_frame, partition.part, z)
         laps("writing")
+
+    def _check_speed(self, step: int, moved: np.ndarray) -> None:
+        """Warn once if the model shortened displacements (N, 3)."""
+        limit = getattr(self.model, "limit", np.inf)
+        count = int((np.linalg.norm(moved, axis=1) > limit * (1 - 1e-4)).sum())
+        if count and not self.warned:
+            text = (
+                f"{count} node{'s' * (count > 1)} at the largest speed that the model allows, {FASTEST:g} times that of"
+            )
+            print(f"warning: step {step}: {text} the training data", file=sys.stderr)
+            self.warned = True
 
     @torch.no_grad()
     def _predict(self, local: LocalGraph, state: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -22,6 +22,7 @@ from .network import Network, read_field
 
 WALL_VECTORS = 4  # learned vectors along the normals of near walls
 USUAL_DEGREE = 12.0  # sums over neighbours are divided by it
+FASTEST = 1.5  # times the largest displacement of the training split: no node moves farther in a step
 
 
 class Simulator(nn.Module):
@@ -38,10 +39,12 @@ class Simulator(nn.Module):
       (d*_w / R clipped to −1 … 1, d_w / R to −1 … 2, v̂_k·n_w) of a wall at distance d_w of x and d*_w < R of x*;
     - *edge attributes* |r*| / R, |r| / R, v̂_ij,k·û, |v̂_ij,k|, v̂_i0·û, v̂_j0·û.
 
-    Sums over neighbours are divided by USUAL_DEGREE: unlike means, they show the density. The recipe follows learned
-    simulators (Sanchez-Gonzalez et al. 2020) and continuous convolutions for fluids (Ummenhofer et al. 2020).
+    Sums over neighbours are divided by USUAL_DEGREE: unlike means, they show the density. A displacement longer than
+    `limit` is shortened to it: a node faster than any of the training would otherwise accelerate itself. The recipe
+    follows learned simulators (Sanchez-Gonzalez et al. 2020) and continuous convolutions for fluids (Ummenhofer et al. 2020).
 
-    backbone: a Network's class; options: its own. statistics: σ_v, σ_a, None if the checkpoint to be loaded has them.
+    backbone: a Network's class; options: its own. statistics: σ_v, σ_a and the largest ‖y − x‖ of the training split, None if
+    the checkpoint to be loaded has them.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class Simulator(nn.Module):
         predicts: str,
         radius: float,
         by_radius: bool = True,
-        statistics: tuple[float, float] | None = None,
+        statistics: tuple[float, float, float] | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -80,7 +83,7 @@ class Simulator(nn.Module):
             for name, parameter in self.backbone.named_parameters():
                 if ".phi_v.2." in name:
                     parameter.mul_(0.1)
-        values = statistics or (float("nan"), float("nan"))
+        values = statistics or (float("nan"),) * 3
         self.register_buffer("statistics", torch.tensor(values, dtype=torch.float64))
         self.statistics: Tensor
 
@@ -96,8 +99,13 @@ class Simulator(nn.Module):
     @property
     def unit(self) -> float:
         """σ, the unit of f, a length."""
-        v, a = self.statistics.tolist()
+        v, a, _ = self.statistics.tolist()
         return {"position": self.radius, "velocity": v, "acceleration": a}[self.predicts]
+
+    @property
+    def limit(self) -> float:
+        """The longest displacement of a step, a length."""
+        return FASTEST * self.statistics[2].item()
 
     def prepare(self, graph: DGLGraph) -> DGLGraph:
         """The graph, with its tiles cached on it for ``forward``."""
@@ -139,7 +147,10 @@ class Simulator(nn.Module):
             layer.unit = self.unit / self.radius  # type: ignore[assignment]
         moved, z = self.backbone(own)
         base = advanced if self.predicts == "acceleration" else x
-        return base + self.radius * (moved - start), z * self.radius
+        after = base + self.radius * (moved - start)
+        length = torch.linalg.vector_norm(after - x, dim=1, keepdim=True)
+        limited = x + (after - x) * (self.limit / length.clamp(min=self.limit))
+        return torch.where(length > self.limit, limited, after), z * self.radius
 
     def _velocities(self, graph: DGLGraph) -> Tensor:
         """v_k (N, K, 3), the newest first."""

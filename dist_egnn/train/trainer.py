@@ -49,7 +49,7 @@ def resolve_device(config: Config, rank: int = 0) -> torch.device:
 
 
 def build_model(
-    config: Config, widths: tuple[int, int], comm: Comm, statistics: tuple[float, float] | None = None
+    config: Config, widths: tuple[int, int], comm: Comm, statistics: tuple[float, float, float] | None = None
 ) -> Module:
     """The model for widths (F, K) of features and node attributes, on the CPU; all ranks draw the same weights.
 

@@ -45,7 +45,7 @@ def moved(graph: DGLGraph, rotation: Tensor, shift: Tensor) -> DGLGraph:
 
 def simulator(name: str, **options: Any) -> Simulator:
     torch.manual_seed(3)
-    about = {"history": 2, "walls": True, "predicts": "acceleration", "radius": RADIUS, "statistics": (0.03, 0.01)}
+    about = {"history": 2, "walls": True, "predicts": "acceleration", "radius": RADIUS, "statistics": (0.03, 0.01, 1.0)}
     model = Simulator(network.MODELS[name], 2, 0, **{**about, "hidden": 8, "layers": 2, **options}).double()
     for key, parameter in model.named_parameters():
         if key.endswith(("phi_x.2.weight", "phi_xv.2.weight", "phi_z.2.weight")):
@@ -118,12 +118,30 @@ def test_inputs_are_those_of_the_formulas(monkeypatch, by_radius):
     assert vectors[~middle, 4:].abs().max() > 0
 
 
+@pytest.mark.parametrize("predicts", ["position", "velocity", "acceleration"])
+def test_displacements_are_limited(predicts):
+    """To 1.5 times the longest of the training split, in the same direction; shorter ones keep their bits."""
+    graph = sample(40, 1)
+    free, limited = simulator("EGNN", predicts=predicts), simulator("EGNN", predicts=predicts)
+    with torch.no_grad():
+        far = free(graph)[0] - graph.ndata["x"]
+        length = far.norm(dim=1, keepdim=True)
+        limited.statistics[2] = length.median() / 1.5
+        near = limited(graph)[0] - graph.ndata["x"]
+    short = (length <= length.median()).squeeze(1)
+    assert 0 < short.sum() < 40
+    assert torch.equal(near[short], far[short])
+    assert torch.allclose(near[~short], (far * length.median() / length)[~short], rtol=1e-10, atol=0)
+    (limited(graph)[0] ** 2).sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in limited.parameters())
+
+
 @pytest.mark.parametrize(("predicts", "unit"), [("position", RADIUS), ("velocity", 0.03), ("acceleration", 0.01)])
 def test_f_has_the_unit_of_what_is_predicted(predicts, unit):
     graph, model = sample(40, 1), simulator("EGNN", predicts=predicts)
     with torch.no_grad():
         moves = model(graph)[0] - graph.ndata["x"]
-        model.statistics *= 2
+        model.statistics[:2] *= 2
         model.backbone.layers = torch.nn.ModuleList()
         base = model(graph)[0] - graph.ndata["x"]
     free = graph.ndata["v"] + torch.from_numpy(GRAVITY) if predicts == "acceleration" else torch.zeros(1, 3)

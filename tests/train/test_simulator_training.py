@@ -280,7 +280,7 @@ def test_own_steps_rise_over_the_epochs():
 
 
 def _rollout_error(group: comm.Comm, made: config.Config) -> float:
-    model = trainer.build_model(made, (1, 1), group, (0.05, 0.01))
+    model = trainer.build_model(made, (1, 1), group, (0.05, 0.01, 1.0))
     parallel_check.randomize_output_weights(model)
     return selection.rollout_error(group, made, model.eval(), ["mass"])
 

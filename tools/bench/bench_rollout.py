@@ -50,7 +50,7 @@ def measure_rollout(
         write_fall(path, nodes)
         radius = bench_data.radius_for(bench_data.block(nodes), degree)
         config = simulator_config(path, radius, parts, halo, model)
-        made = trainer.build_model(config, (0, 0), SingleProcess(), (9.81 * DT**2, 0.1 * 9.81 * DT**2))
+        made = trainer.build_model(config, (0, 0), SingleProcess(), (9.81 * DT**2, 0.1 * 9.81 * DT**2, 1.0))
         checkpoint.save(weights, checkpoint.weights_only(made, config))
         spec, files = sample_spec(config.data, ()), (str(weights), str(path))
         job = RolloutJob(config, *files, spec, 0, 3, steps, repartition, "none", str(out), limit=0)
