@@ -182,8 +182,11 @@ class Store:
 
     def statistics(self) -> tuple[float, float, float] | None:
         """σ_v, σ_a and the largest ‖y − x‖ of the training split; None unless the store was made with data.history."""
-        rows = self.snapshots[self.snapshots["split"] == "train"]
-        return motion_statistics(rows[list(SQUARES)].to_numpy()) if self.past else None
+        if not self.past:
+            return None
+        for name in set(SQUARES) - set(self.snapshots):
+            raise Failure(f"{self.path}/snapshots.csv: column '{name}' is missing; {self.remedy}")
+        return motion_statistics(self.snapshots.loc[self.snapshots["split"] == "train", list(SQUARES)].to_numpy())
 
     def read(self, snapshot: int, part: int, exchange: bool = False) -> DGLGraph:
         """A part of a snapshot: its nodes and the edges among them; with ``exchange`` its halo is attached (halo mode).

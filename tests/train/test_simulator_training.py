@@ -390,6 +390,9 @@ def test_statistics_of_another_store_are_refused(file, tmp_path):
     with pytest.raises(Failure, match=r"best\.pt: .*σ_a.*data\.path") as failure:
         checkpoint.load_weights(b, checkpoint.load(path), path)
     assert "\n" not in str(failure.value)
+    stores[0].snapshots = stores[0].snapshots.drop(columns="farthest")
+    with pytest.raises(Failure, match=r"snapshots\.csv: .*'farthest'.*distegnn partition"):
+        stores[0].statistics()
 
 
 @pytest.mark.parametrize("key", ["data.walls=box", "data.pushforward=1", "model.predicts=velocity", "train.noise=1"])
