@@ -324,7 +324,8 @@ def rollout(
     data: Annotated[Path | None, Option(help="trajectories.h5; needed for a run that was trained on a store")] = None,
     parts: Annotated[int | None, Option(help="number of processes", show_default="as in training")] = None,
     repartition: Annotated[
-        int | None, Option(help="steps between partitions, with several processes", show_default="1; simulator: 10")
+        int | None,
+        Option(help="steps between partitions, with several processes", show_default="1; simulator in halo mode: 10"),
     ] = None,
     bounds: Annotated[str, Option(help="at the walls of the data's box: none, reflect, or clamp")] = "none",
     fixed: Annotated[str | None, Option(help="nodes that do not move", show_default="data.fixed of the run")] = None,

@@ -323,14 +323,14 @@ def test_selection_by_rollouts_needs_the_trajectories(file, small, tmp_path):
             selection.trajectories_file(replace(made, train=replace(made.train, **{key: value})))
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-def test_trains_and_rolls_out_from_the_command_line(file, tmp_path, parts):
+@pytest.mark.parametrize(("parts", "mode", "repartition"), [(1, "exchange", 10), (2, "bridge", 1)])
+def test_trains_and_rolls_out_from_the_command_line(file, tmp_path, parts, mode, repartition):
     from dist_egnn.commands.train import run_training
 
     run = tmp_path / "run"
     keys = ("train.epochs=3", "train.pushforward_start=0", "data.fixed=body", "train.select=rollout")
     keys += ("train.select_steps=4",)
-    made = settings(file, *keys, f"partition.parts={parts}", f"run.dir={run}")
+    made = settings(file, *keys, f"partition.parts={parts}", f"partition.halo={mode}", f"run.dir={run}")
     run_training(made)
     chosen = pd.read_csv(run / "metrics.csv")["valid_rollout_mse"]
     assert checkpoint.load(run / "best.pt")["epoch"] == chosen.argmin() + 1
@@ -338,7 +338,7 @@ def test_trains_and_rolls_out_from_the_command_line(file, tmp_path, parts):
     assert len(table) == 7
     assert table["ballistic_mse"].notna().all()
     with Rollout(tmp_path / "r.vtkhdf") as frames:
-        assert frames.meta["repartition"] == 10
+        assert frames.meta["repartition"] == repartition
         for frame in frames:
             true = Trajectories(file).position(3, frame.frame)
             np.testing.assert_array_equal(frame.position[:20], true[:20])
