@@ -105,8 +105,9 @@ def _draw_nodes(figure: Any, rollout: Rollout, steps: Sequence[int], units: Unit
     speeds = [
         [np.linalg.norm(x - before, axis=1) / time for x, before in zip(c[:2], c[2:], strict=True)] for c in columns
     ]
-    shown = np.concatenate([c[0] for c in columns])[:, :2]
-    low, high = np.quantile(shown, [0.005, 0.995], axis=0)
+    # quantiles, so that a few nodes that fly away do not make the others small; of each step, so that none is cut
+    low, high = np.array([np.quantile(c[0][:, :2], [0.005, 0.995], axis=0) for c in columns]).swapaxes(0, 1)
+    low, high = low.min(0), high.max(0)
     if (box := rollout.box) is not None:
         corners = np.asarray(box)[:, :2]
         near = 0.25 * (high - low).max()
