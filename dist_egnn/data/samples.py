@@ -263,8 +263,8 @@ def squares(fields: Mapping[str, np.ndarray], gravity: np.ndarray) -> tuple[floa
 
 def motion_statistics(squares: Iterable[Sequence[float]]) -> tuple[float, float, float]:
     """A simulator's statistics from the `squares` of snapshots: σ_v and σ_a, root mean squares over nodes and components,
-    and the largest ‖y − x‖.
+    and the median over snapshots of the largest ‖y − x‖, which a few nodes cannot raise.
     """
     rows = list(squares)
     v, a, count = np.sum([row[:3] for row in rows], 0).tolist()
-    return (v / count) ** 0.5, (a / count) ** 0.5, max(float(row[3]) for row in rows)
+    return (v / count) ** 0.5, (a / count) ** 0.5, float(np.median([row[3] for row in rows]))

@@ -181,7 +181,7 @@ class Store:
         return domain.make_domain(gravity, walls, self.sides(snapshot))
 
     def statistics(self) -> tuple[float, float, float] | None:
-        """σ_v, σ_a and the largest ‖y − x‖ of the training split; None unless the store was made with data.history."""
+        """`samples.motion_statistics` of the training split; None unless the store was made with data.history."""
         if not self.past:
             return None
         for name in set(SQUARES) - set(self.snapshots):

@@ -83,7 +83,7 @@ class Simulation:
                 laps("writing")
             if not (problem := conditions.problem(predicted, x)):
                 past = np.concatenate([v, past], 1)[:, : past.shape[1]]
-                if self.watch and comm.rank == 0:
+                if self.watch and comm.rank == 0 and not self.warned:
                     self._check_speed(step + 1, predicted - x)
                 x, v = conditions.apply(x, predicted, step + 1)
                 problem = stability.problem(step + 1, x, v, warn=comm.rank == 0) if stability else ""
@@ -96,14 +96,15 @@ class Simulation:
         laps("writing")
 
     def _check_speed(self, step: int, moved: np.ndarray) -> None:
-        """Warn once if the model shortened displacements (N, 3)."""
-        limit = getattr(self.model, "limit", np.inf)
-        count = int((np.linalg.norm(moved, axis=1) > limit * (1 - 1e-4)).sum())
-        if count and not self.warned:
-            text = (
-                f"{count} node{'s' * (count > 1)} at the largest speed that the model allows, {FASTEST:g} times that of"
+        """Warn once if the model shortened displacements (N, 3) of nodes that move."""
+        limit = getattr(self.model, "limit", np.inf) * (1 - 1e-4)
+        count = int((np.linalg.norm(moved[~self.conditions.fixed], axis=1) > limit).sum())
+        if count:
+            nodes = f"{count} node{'s' * (count > 1)}"
+            reason = f"{FASTEST:g} times the largest of a usual training frame"
+            print(
+                f"warning: step {step}: {nodes} at the largest speed that the model allows, {reason}", file=sys.stderr
             )
-            print(f"warning: step {step}: {text} the training data", file=sys.stderr)
             self.warned = True
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ from .network import Network, read_field
 
 WALL_VECTORS = 4  # learned vectors along the normals of near walls
 USUAL_DEGREE = 12.0  # sums over neighbours are divided by it
-FASTEST = 1.5  # times the largest displacement of the training split: no node moves farther in a step
+FASTEST = 2.0  # times the usual largest displacement of the training split: no node moves farther in a step
 
 
 class Simulator(nn.Module):
@@ -39,11 +39,11 @@ class Simulator(nn.Module):
       (d*_w / R clipped to −1 … 1, d_w / R to −1 … 2, v̂_k·n_w) of a wall at distance d_w of x and d*_w < R of x*;
     - *edge attributes* |r*| / R, |r| / R, v̂_ij,k·û, |v̂_ij,k|, v̂_i0·û, v̂_j0·û.
 
-    Sums over neighbours are divided by USUAL_DEGREE: unlike means, they show the density. A displacement longer than
-    `limit` is shortened to it: a node faster than any of the training would otherwise accelerate itself. The recipe
+    Sums over neighbours are divided by USUAL_DEGREE: unlike means, they show the density. Outside training a displacement longer
+    than `limit` is shortened to it: a node faster than any of the training would otherwise accelerate itself. The recipe
     follows learned simulators (Sanchez-Gonzalez et al. 2020) and continuous convolutions for fluids (Ummenhofer et al. 2020).
 
-    backbone: a Network's class; options: its own. statistics: σ_v, σ_a and the largest ‖y − x‖ of the training split, None if
+    backbone: a Network's class; options: its own. statistics: σ_v, σ_a and the usual largest ‖y − x‖ of the training split, None if
     the checkpoint to be loaded has them.
     """
 
@@ -148,9 +148,10 @@ class Simulator(nn.Module):
         moved, z = self.backbone(own)
         base = advanced if self.predicts == "acceleration" else x
         after = base + self.radius * (moved - start)
-        length = torch.linalg.vector_norm(after - x, dim=1, keepdim=True)
-        limited = x + (after - x) * (self.limit / length.clamp(min=self.limit))
-        return torch.where(length > self.limit, limited, after), z * self.radius
+        if not self.training:  # a shortened prediction would have no gradient along its length
+            limit, length = self.limit, torch.linalg.vector_norm(after - x, dim=1, keepdim=True)
+            after = torch.where(length > limit, x + (after - x) * (limit / length.clamp(min=limit)), after)
+        return after, z * self.radius
 
     def _velocities(self, graph: DGLGraph) -> Tensor:
         """v_k (N, K, 3), the newest first."""
