@@ -75,7 +75,7 @@ def _velocity_ratio(data: Trajectories, numbers: Sequence[int]) -> float | None:
     """rms(v) · dt over the rms displacement to the next frame: the median of four frames of up to eight trajectories, about
     1 if the units agree. None without stored velocities or without motion."""
     ratios = list[float]()
-    for k in np.unique(np.linspace(numbers[0], numbers[-1], 8).round().astype(int)):
+    for k in np.asarray(numbers)[np.unique(np.linspace(0, len(numbers) - 1, 8).round().astype(int))].tolist():
         if data[k].velocity and data[k].frames > 1:
             for t in np.unique(np.linspace(0, data[k].frames - 2, 4).round().astype(int)):
                 moved = np.linalg.norm(data.position(k, t + 1).astype(float) - data.position(k, t))
