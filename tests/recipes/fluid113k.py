@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import msgpack
 import numpy as np
+import recipe_modules
 import zstandard
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "fluid113k"
 RADIUS = 0.025
 
 
-def load(name: str) -> ModuleType:
-    """A file of the recipe as a module."""
-    spec = importlib.util.spec_from_file_location(name, RECIPE / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-physics, records = load("physics"), load("records")
-prepare = load("prepare")
-check, engine = load("check"), load("engine")
+physics, records, prepare, check, engine = (
+    recipe_modules.load("fluid113k", name, name) for name in ("physics", "records", "prepare", "check", "engine")
+)
 del sys.modules["prepare"]  # each recipe has a prepare.py
 
 

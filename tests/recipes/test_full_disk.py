@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import recipe_modules
 from gns_files import METADATA, command, moving_positions
 
 from dist_egnn.data.store import Store
@@ -164,11 +164,7 @@ def test_a_lost_end_of_a_file_is_an_error(small_disk):
 
 def test_the_engine_allocates_its_files_first(small_disk):
     """Writing to a sparse file would end the process with a signal hours later."""
-    spec = importlib.util.spec_from_file_location("fluid113k_engine", RECIPES / "fluid113k" / "engine.py")
-    assert spec is not None
-    assert spec.loader is not None
-    engine = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(engine)
+    engine = recipe_modules.load("fluid113k", "engine", "fluid113k_engine")
     frames = engine.allocated(small_disk / "a.npy", (10, 1000, 3))
     frames[:] = 1
     with pytest.raises(OSError, match="No space left"):

@@ -13,6 +13,7 @@ import h5py
 import numpy as np
 import pandas as pd
 import pytest
+import recipe_modules
 
 from dist_egnn.commands import recipe
 from dist_egnn.data.trajectories import Trajectories
@@ -24,14 +25,7 @@ K, RATE = 2 * np.pi, 8 * np.pi**2 * 0.01  # wave number; u decays with exp(−RA
 @pytest.fixture(scope="module")
 def prepare() -> Any:
     """recipes/lagrangebench/prepare.py as a module."""
-    spec = importlib.util.spec_from_file_location("lagrangebench_prepare", RECIPE / "prepare.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(RECIPE)
-        spec.loader.exec_module(module)
-    return module
+    return recipe_modules.load("lagrangebench", "prepare", "lagrangebench_prepare")
 
 
 @pytest.fixture(scope="module")

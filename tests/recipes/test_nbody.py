@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import runpy
 import shutil
 import signal
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import recipe_modules
 from scipy.integrate import solve_ivp
 
 from dist_egnn import config
@@ -31,12 +31,7 @@ BENCHMARK = {"frames": 50, "every": 100, "dt": 0.001, "limit": 100.0}
 def nbody():
     """recipes/nbody/prepare.py as a module, which imports leapfrog.py."""
     pytest.importorskip("numba", reason="the extra nbody is not installed")
-    spec = importlib.util.spec_from_file_location("nbody_prepare", RECIPE / "prepare.py")
-    module = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(RECIPE)
-        spec.loader.exec_module(module)
-    return module
+    return recipe_modules.load("nbody", "prepare", "nbody_prepare")
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ from urllib.error import URLError
 
 import numpy as np
 import pytest
+import recipe_modules
 
 from dist_egnn.data import prepare as preparation
 from dist_egnn.data.graphs import radius_edges
@@ -41,13 +42,7 @@ class Result(NamedTuple):
 
 @pytest.fixture(scope="session")
 def prepare() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("protein_prepare", RECIPE / "prepare.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return recipe_modules.load("protein", "prepare", "protein_prepare")
 
 
 @pytest.fixture
