@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -124,7 +125,8 @@ def write(
     With a key "frames" they are arguments of ``Writer.begin``, and "frames" iterates over those of ``add_frame``.
 
     settings: all that determines the data, stored in OUT; parts made with others are refused. workers: processes or
-    threads that call make. Raises Failure if something cannot be written; complete parts remain.
+    threads that call make. Raises Failure if something cannot be written, and for content that readers refuse; complete
+    parts remain.
     """
     if out.is_dir():
         raise Failure(f"{out} is a folder; --out must name a file")
@@ -145,6 +147,9 @@ def write(
                 )
             paths = [folder / f"{k:06d}.h5" for k in range(parts)]
             _make_missing(out.name, functools.partial(_write_part, make, folder), paths, pool, unit, steps)
+            for path in paths:
+                with closing(Trajectories(path)) as part:
+                    checks.check_content(part)  # what readers refuse must not replace OUT
             filesystem.check_free_space(out, sum(path.stat().st_size for path in paths))
             with progress.progress_bar(f"{out.name} (joining)", parts) as tick, Writer(out, settings) as joined:
                 for path in paths:

@@ -135,6 +135,22 @@ def test_the_manifest_of_a_recipe_counts_doubts(tmp_path: Path, capsys: pytest.C
     assert "warning: " in capsys.readouterr().err
 
 
+def test_what_readers_refuse_does_not_replace_a_file(tmp_path: Path) -> None:
+    order = np.random.default_rng(1)
+    shuffled = np.stack([order.permutation(frame) for frame in X])
+    before = write(tmp_path / "v.h5").read_bytes()
+    with pytest.raises(Failure, match=r"trajectory 0, frame 0: position: nodes are in another order"):
+        prepare.write(
+            tmp_path / "v.h5",
+            lambda k: [{"position": shuffled, "dt": 0.1, "split": "train", "source": "test"}],
+            1,
+            settings={},
+            workers=1,
+            threads=True,
+        )
+    assert (tmp_path / "v.h5").read_bytes() == before
+
+
 def test_a_foreign_file_far_from_zero(tmp_path: Path) -> None:
     with h5py.File(path := write(tmp_path / "far.h5"), "a") as file:
         file.visititems(
