@@ -90,10 +90,7 @@ def open_series(paths: list[Path], options: ImportOptions) -> list[Series]:
 def _series(path: Path, metadata: dict[str, Any]) -> Iterator[Series]:
     box, dt = np.array(metadata["bounds"], float).T, float(metadata["dt"]) * float(metadata.get(EVERY, 1))
     about: dict[str, Any] = {"split": path.stem if path.stem in SPLITS else None, "dt": dt}
-    directions = tuple(
-        metadata.get(PERIODIC, (False,) * 3)
-    )  # z of a two-dimensional box is a wall that nothing reaches
-    about["periodic"] = (*directions, all(directions))[:3]
+    about["periodic"] = (*metadata.get(PERIODIC, (False,) * 3), False)[:3]
     if path.suffix == ".tfrecord":
         found, end = tfrecord.scan(path, 2**62)
         if end < path.stat().st_size:
