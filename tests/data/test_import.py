@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -333,23 +332,3 @@ def test_gns_file_with_code_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Failure, match="not executed"):
         convert([tmp_path / "a.npz"], tmp_path / "o.h5", dt=1.0)
     assert not (tmp_path / "executed").exists()
-
-
-def test_command_to_rollout(tmp_path: Path, distegnn: Path) -> None:
-    """The three commands of the README on imported data, and a second import over the first."""
-    write_csv(tmp_path)
-    text = (
-        "{path: store, radius: 0.4, horizon: 1}\nmodel: {hidden: 8, layers: 1}\ntrain: {epochs: 2}\nrun: {dir: run}\n"
-    )
-    (tmp_path / "my.yaml").write_text(f"data: {text}")
-    for words in (
-        ["import", "a.csv", "--out", "m.h5", "--split", "0.6,0.2,0.2"],
-        ["import", "a.csv", "--out", "m.h5", "--split", "0.5,0.25,0.25"],
-        ["partition", "m.h5", "--parts", "2", "--out", "store", "--config", "my.yaml"],
-        ["verify", "store"],
-        ["train", "my.yaml"],
-        ["rollout", "run", "--data", "m.h5", "--trajectory", "2", "--steps", "2", "--out", "o.vtkhdf"],
-    ):
-        done = subprocess.run([distegnn, *words], cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, (words, done.stderr)
-    assert (tmp_path / "o.vtkhdf").exists()
