@@ -27,7 +27,7 @@ PREDICTS = ("position", "velocity", "acceleration")
 DIFFERENCES = ("backward", "forward")
 # what keys stood for before they existed: the published convention
 PUBLISHED = {"data": {"velocity": "forward", "velocity_scale": "1"}}
-PATHS = ("data.path", "run.dir", "train.kept", "train.select_data")  # in these ~ is the home folder
+PATHS = ("data.path", "run.dir", "train.kept", "train.select_data", "train.init")  # in these ~ is the home folder
 
 
 # whether a key accepts a value, and the text of the error for a value that it does not accept
@@ -155,6 +155,7 @@ class Loss:
 class Train:
     """The optimization."""
 
+    init: str = _key("", "run or checkpoint whose weights the training starts from; empty: random weights")
     epochs: int = _key(100, "passes over the training split", _least(1))
     batch_size: int = _key(1, "snapshots per batch", _least(1))
     accumulate: int = _key(1, "batches per optimizer step", _least(1))

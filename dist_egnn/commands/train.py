@@ -21,10 +21,13 @@ def run_training(config: Config, resume: bool = False) -> dict[str, float]:
     from ..models import network
     from ..ops import activation_offload
     from ..partition import store_writer
-    from ..train import checkpoint, preflight, run_dir, trainer
+    from ..train import checkpoint, initial_weights, preflight, run_dir, trainer
     from .partition import run_partition, store_inputs
 
     network.model_class(config.model.name)
+    config.train.init = config.train.init and str(Path(config.train.init).absolute())
+    if not resume:
+        initial_weights.check(config)
     trainer.resolve_device(config)
     folder = Path(config.run.dir)
     config.data.path = config.data.path and str(Path(config.data.path).absolute())  # the run is evaluated from anywhere

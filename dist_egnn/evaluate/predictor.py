@@ -42,7 +42,7 @@ class Predictor:
         devices.check_name(device, "device=", "auto")
         if device != "auto":
             devices.check_available(device, "device=")
-        file = Path(path, run_dir.BEST) if Path(path).is_dir() else Path(path)
+        file = run_dir.weights_file(path)
         state = checkpoint.load(file)
         self.config = configs.parse(state["config"], f"{file}: its config")
         data = self.config.data

@@ -122,7 +122,9 @@ def run(
     if not config.data.path:
         raise Failure("data.path is not set: name a store made with `distegnn partition --shard-nodes 0`")
     config.data.path = str(Path(config.data.path).absolute())
-    config.train.select_data = config.train.select_data and str(Path(config.train.select_data).absolute())
+    for name in ("select_data", "init"):
+        value = getattr(config.train, name)
+        setattr(config.train, name, value and str(Path(value).absolute()))
     if plan:
         show_plan(config, hosts, resume=resume, port=port, max_restarts=max_restarts)
         return {}

@@ -1,7 +1,8 @@
 """Checkpoints: what they contain, how they are written and read, and how a run resumes from its last one.
 
 Keys: `model` and `config` (YAML) in all; in those of a training also `optimizer`, `rng`, `samples` (`fingerprint` of
-the data), `data` (data/identity.py), `widths` (F, K) and the fields of `TrainingState`. docs/outputs.md describes the format.
+the data), `data` (data/identity.py), `widths` (F, K), `init` (initial_weights.py) and the fields of `TrainingState`.
+docs/outputs.md describes the format.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import math
 import textwrap
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,6 +68,7 @@ def of_training(trainer: Trainer) -> Checkpoint:
         **vars(trainer.state) | {"sums": dict(trainer.state.sums)},
         "samples": trainer.fingerprint,
         "data": trainer.identity,
+        **({"init": trainer.init} if trainer.init else {}),
     }
 
 
@@ -112,17 +114,9 @@ def fingerprint(samples: Dataset, comm: Comm) -> dict[str, Any]:
 
 def restore(trainer: Trainer) -> str:
     """Restore a training on all ranks from `read_last`; returns its warning. Raises Failure for other data."""
-    folder, content, warning, error = Path(trainer.config.run.dir), b"", "", ""
-    world = trainer.comm.world
-    if world.rank == 0:  # other ranks may not see the folder
-        try:
-            content, warning = read_last(folder)
-        except Failure as failure:
-            error = str(failure)
-    error, warning = json.loads(world.broadcast(json.dumps([error, warning]).encode()))
-    if error:
-        raise Failure(error)
-    last = parse(world.broadcast(content), folder / LAST)
+    folder = Path(trainer.config.run.dir)
+    content, warning = read_on_rank_0(trainer.comm.world, lambda: read_last(folder))
+    last = parse(content, folder / LAST)
     for key, what in (("listed", "frames"), ("bits", "positions")):
         if "samples" in last and last["samples"][key] != trainer.fingerprint[key]:
             source, remedy = trainer.config.data.path, "set data.path to the same data, or to a store made from them"
@@ -132,8 +126,22 @@ def restore(trainer: Trainer) -> str:
     load_weights(trainer.model, last, folder / LAST)
     trainer.optimizer.load_state_dict(last["optimizer"])
     torch.set_rng_state(last["rng"])
-    trainer.state = training_state(last)
+    trainer.state, trainer.init = training_state(last), last.get("init")
     return warning
+
+
+def read_on_rank_0(world: Comm, read: Callable[[], tuple[bytes, str]]) -> tuple[bytes, str]:
+    """What read() returns on rank 0, or its Failure, on all ranks: others may not see the file. A collective call."""
+    content, text, error = b"", "", ""
+    if world.rank == 0:
+        try:
+            content, text = read()
+        except Failure as failure:
+            error = str(failure)
+    error, text = json.loads(world.broadcast(json.dumps([error, text]).encode()))
+    if error:
+        raise Failure(error)
+    return world.broadcast(content), text
 
 
 def compare_data(
@@ -176,6 +184,11 @@ def _comment(content: bytes) -> bytes:
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint. Raises Failure if it is missing or of another program, Damaged if its content is."""
     return _read(path)[1]
+
+
+def read(path: Path) -> bytes:
+    """The content of a checkpoint's file, checked. Raises Failure as ``load`` does."""
+    return _read(path)[0]
 
 
 def _read(path: Path) -> tuple[bytes, Checkpoint]:

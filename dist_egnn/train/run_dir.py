@@ -27,6 +27,12 @@ def check_is_run(folder: Path) -> None:
         raise Failure(f"{folder}: not a run (no config.yaml); create one with `distegnn train`")
 
 
+def weights_file(run_or_checkpoint: str | Path) -> Path:
+    """The best.pt of a run's folder, or the checkpoint itself."""
+    path = Path(run_or_checkpoint)
+    return path / BEST if path.is_dir() else path
+
+
 def load_config(run: Path, overrides: Sequence[str] = ()) -> Config:
     """The config of a run. A run and its data may be moved or copied together: data.path is first taken relative to the
     run, as it was when config.yaml was written, then as it stands there. Raises Failure."""

@@ -74,6 +74,8 @@ def append_provenance(path: Path, trainer: Trainer) -> None:
         "device": config.train.device,
         "seeds": {"train": config.train.seed, "frames": config.data.frame_seed, "partition": config.partition.seed},
     }
+    if trainer.init:
+        entry["init"] = trainer.init
     if not entry["git"]:
         del entry["git"]
     try:

@@ -30,7 +30,7 @@ from ..ops import activation_offload, message_passing, tiled_layer
 from ..ops.native import engine as native_engine
 from ..utils import devices, filesystem, signals
 from ..utils.progress import progress_bar
-from . import augmentation, checkpoint, diagnostics, input_scale, losses, metrics
+from . import augmentation, checkpoint, diagnostics, initial_weights, input_scale, losses, metrics
 from .run_writer import RunWriter, Shown
 from .state import TrainingState
 
@@ -169,6 +169,7 @@ class Trainer:
     state: TrainingState = field(default_factory=TrainingState)
     fingerprint: dict[str, Any] = field(default_factory=dict)  # of the samples, see checkpoint.py
     identity: Identity | None = None  # of the data
+    init: dict[str, str] | None = None  # the weights it started from, see initial_weights.py
     rollout_error: RolloutError | None = None  # chooses the best checkpoint, in place of the validation MSE
     last_step: dict[str, float] = field(default_factory=dict)  # means of the last step's batches
 
@@ -344,6 +345,8 @@ def train(
     trainer.rollout_error = rollout_error if config.train.select == "rollout" else None
     _warn_without_edges(comm, config, samples)
     damage = checkpoint.restore(trainer) if resume else ""
+    if config.train.init and not resume:
+        trainer.init = initial_weights.load(trainer)
     if world.rank == 0 and not resume:
         first = samples.splits["train"][0]  # read past the cache, which is the same on all ranks
         where = "{}: trajectory {}, frame {}".format(config.data.path, *samples.frames[first])
