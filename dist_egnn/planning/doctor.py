@@ -206,6 +206,8 @@ def try_native() -> str:
     from ..ops.native import library
 
     loaded = library.load()
+    if loaded == library.STALE:
+        raise Failure(f"compiled from another version of {library.SOURCE.name}; models run on the torch engine")
     if isinstance(loaded, str):
         return f"none ({loaded}); models run on the torch engine"
     return f"kernels for {loaded.level}{', with products in bfloat16' * loaded.bfloat16} (model.engine=auto uses them)"

@@ -28,6 +28,7 @@ from ..errors import Failure
 from ..models import network, simulator
 from ..ops import activation_offload, message_passing, tiled_layer
 from ..ops.native import engine as native_engine
+from ..ops.native import library as native_library
 from ..utils import devices, filesystem, signals
 from ..utils.progress import progress_bar
 from . import augmentation, checkpoint, diagnostics, initial_weights, input_scale, losses, metrics
@@ -45,6 +46,10 @@ def resolve_device(config: Config, rank: int = 0) -> torch.device:
     m = config.model
     obstacle = native_engine.obstacle(m.hidden, torch.float32, device, m.precision != "float32")
     message_passing.resolve_engine(m.engine, device, obstacle)
+    if rank == 0 and m.engine == "auto" and native_library.load() == native_library.STALE:
+        print(
+            f"warning: the native kernels are {native_library.STALE}; models run on the torch engine", file=sys.stderr
+        )
     return device
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -18,11 +19,15 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from dist_egnn.commands.train import run_training
+from dist_egnn.config import Config
+from dist_egnn.errors import Failure
 from dist_egnn.ops import tiled_layer, tiling
 from dist_egnn.ops.native import library
 from dist_egnn.ops.native.kernels import EdgeBlock, EdgeKernel, EdgeMeans, PairKernel, PairSums
 from dist_egnn.ops.native.library import LEVELS as ALL_LEVELS
 from dist_egnn.ops.native.library import Library, load
+from dist_egnn.planning import doctor
+from dist_egnn.train import trainer
 
 LOADED = load()
 if isinstance(LOADED, str):
@@ -257,11 +262,16 @@ def test_a_compiler_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.M
         assert [file.name for file in tmp_path.iterdir()] == [build_native.REASON]
 
 
-def test_libraries_of_another_source_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_libraries_of_another_source_are_reported_and_not_used(tmp_path: Path, monkeypatch, capsys) -> None:
     changed = tmp_path / "message_mlp.cpp"
     changed.write_text(build_native.SOURCE.read_text() + "// changed")
     monkeypatch.setattr(library, "SOURCE", changed)
-    assert str(library.load.__wrapped__()).startswith("compiled from another version of message_mlp.cpp: run pip")
+    monkeypatch.setattr(library, "load", library.load.__wrapped__)
+    assert library.load() == library.STALE
+    trainer.resolve_device(Config())
+    assert re.search(r"warning: .*message_mlp\.cpp: run pip", capsys.readouterr().err)
+    with pytest.raises(Failure, match=r"another version of message_mlp\.cpp"):
+        doctor.try_native()
 
 
 def test_training_with_any_number_of_threads_gives_the_same_bits(small, tmp_path, monkeypatch):

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 SOURCE, REASON = (Path(__file__).with_name(name) for name in ("message_mlp.cpp", "not_compiled.txt"))
+REMEDY = "run pip install -e . with a C++ compiler"
+STALE = f"compiled from another version of {SOURCE.name}: {REMEDY}"
 LEVELS = ("base", "avx2", "avx512", "avx512bf16")  # in ascending order; other processors than x86 have the first alone
 
 
@@ -29,14 +31,11 @@ class Library:
 @cache
 def load() -> Library | str:
     """The library for the best instruction set of this processor, or one line that says why there is none."""
-    remedy = "run pip install -e . with a C++ compiler"
     try:
         loaded = Library(LEVELS[Library(LEVELS[0]).functions.processor_level()])
-        if loaded.functions.source_sum() & 0xFFFFFFFF == zlib.crc32(SOURCE.read_bytes()):
-            return loaded
-        return f"compiled from another version of {SOURCE.name}: {remedy}"
+        return loaded if loaded.functions.source_sum() & 0xFFFFFFFF == zlib.crc32(SOURCE.read_bytes()) else STALE
     except (OSError, AttributeError):  # the tool that compiles them wrote why it failed
-        return f"not compiled: {REASON.read_text() if REASON.is_file() else remedy}"
+        return f"not compiled: {REASON.read_text() if REASON.is_file() else REMEDY}"
 
 
 def library() -> Library | None:
