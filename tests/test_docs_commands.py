@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -82,13 +81,9 @@ RUN = [page for page in PAGES if any(runs(language, content) for language, _, co
 
 
 @pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
-def test_a_page_runs_as_typed(page: Path, tmp_path: Path) -> None:
-    (tmp_path / "bin").mkdir()
+def test_a_page_runs_as_typed(page: Path, tmp_path: Path, distegnn: Path) -> None:
     link_folders(tmp_path)
-    for name, words in {"distegnn": "-P -m dist_egnn.cli", "python": ""}.items():
-        (tmp_path / "bin" / name).write_text(f'#!/bin/sh\nexec {sys.executable} {words} "$@"\n')
-        (tmp_path / "bin" / name).chmod(0o755)
-    path = os.pathsep.join([str(tmp_path / "bin"), os.environ["PATH"]])
+    path = os.pathsep.join([str(distegnn.parent), os.environ["PATH"]])
     env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     printed = None
     for language, name, content in blocks(page):
