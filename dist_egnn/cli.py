@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import math
 import os
 import re
@@ -449,6 +451,7 @@ def console(commands: Callable[..., Any] = app) -> None:
     if sys.platform == "linux" and "tcache_count" not in tunables:
         os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, "glibc.malloc.tcache_count=0"]))
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    atexit.register(gc.freeze)  # a last collection of all objects of torch and DGL would take a second
     main(commands)
 
 
