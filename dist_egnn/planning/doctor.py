@@ -77,13 +77,13 @@ def check_versions(name: str = "dist_egnn") -> list[Finding]:
     base = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
     shown = ", ".join(f"{r.name} {metadata.version(r.name)}" for r in base[:5] if not _mismatches("versions", [r]))
     findings += _mismatches("versions", base) or [Finding("versions", f"{len(base)} packages fit: {shown}, …")]
-    for extra in package.metadata.get_all("Provides-Extra") or []:
-        check, use = f"extra {extra}", EXTRAS.get(extra, "")
+    for extra, use in EXTRAS.items():
+        check = f"extra {extra}"
         own = [r for r in requirements if r not in base and r.marker and r.marker.evaluate({"extra": extra})]
         mismatches = _mismatches(check, own)
         wrong = [finding for finding in mismatches if "is not installed" not in finding.text]
         if missing := ", ".join(finding.text.split()[0] for finding in mismatches):  # a note
-            text, remedy = f"without {missing} ({use})", f"to add it: pip install -e '.[{extra}]'"
+            text, remedy = f"without {missing} ({use})", f"to add it: pip install 'dist_egnn[{extra}]'"
             findings.append(wrong[0] if wrong else Finding(check, text, "note", remedy))
         else:
             findings.append(Finding(check, f"installed ({use})"))
