@@ -23,6 +23,7 @@ import torch
 from .. import config as configs
 from ..data import dataset, identity
 from ..distributed.spawn import exit_with_parent, without_script
+from ..evaluate.rollout_metrics import evaluate_rollouts, summarize
 from ..train import checkpoint, run_dir
 from ..train.metrics import prediction_name
 from ..utils.console import guard_streams, print_table
@@ -48,8 +49,9 @@ def _run_process(run: Run, sweep_pid: int) -> None:
         os.dup2(log.fileno(), 2)
     guard_streams()
     torch.set_num_threads(1)
+    data = Path(run.config.data.path)
     if run.store:
-        run_partition(run.config, run.store)
+        run_partition(run.config, run.store)  # puts the store in place of the file
     run_training(run.config, run_dir.can_resume(folder))
     best = checkpoint.load(folder / "best.pt")
     errors, epochs = run_evaluation(folder), pd.read_csv(folder / "metrics.csv")
@@ -62,7 +64,20 @@ def _run_process(run: Run, sweep_pid: int) -> None:
     result |= {"seconds": float(epochs["epoch_s"].sum()), "parameters": parameters}
     result |= {"processes": dataset.process_count(run.config), "peak_gb": float(epochs["peak_gb"].max())}
     result["data"] = identity.digest(best.get("data"))
+    if run.rollout:
+        result |= _judge_rollouts(run, data)
     write_atomically(folder / "result.json", (json.dumps(result, indent=1) + "\n").encode())
+
+
+def _judge_rollouts(run: Run, data: Path) -> dict[str, Any]:
+    """The errors of rollouts of the test trajectories: rms_STEP, energy_error and outside; NaN if one of them stopped early."""
+    table, stopped = evaluate_rollouts(run.folder, data=data, **run.rollout)
+    for trajectory, reason in stopped.items():
+        print(f"warning: trajectory {trajectory}: stopped at {reason}")
+    summary = summarize(table)
+    errors = {f"rms_{step}": float(rms) for step, rms in summary["rms"].items()}
+    last = summary.iloc[-1]
+    return {**errors, **{k: float(last[k]) for k in ("energy_error", "outside")}, "rollout": dict(run.rollout)}
 
 
 def execute(sweep: Sweep, jobs: int = 1, minutes: float = math.inf) -> dict[str, str]:
@@ -118,7 +133,13 @@ def write_table(sweep: Sweep) -> pd.DataFrame:
         cells = {k: group[0][0].cell(k) for k in sweep.varying}
         numbers = pd.DataFrame([result for _, result in group])
         test = {"test_mse": numbers["test_mse"].mean(), "test_mse_std": numbers["test_mse"].std()}
-        rows.append({**cells, "seeds": len(group), **test, **numbers[[*NUMBERS]].mean()})
+        errors = numbers[[k for k in numbers if k.startswith("rms_") or k in ("energy_error", "outside")]]
+        means = {
+            **numbers[[*NUMBERS]].mean(),
+            **errors.mean(skipna=False),
+            **errors.std(skipna=False).add_suffix("_std"),
+        }
+        rows.append({**cells, "seeds": len(group), **test, **means})
         single += [{**cells, "seed": run.config.train.seed, **result} for run, result in group]
     table = pd.DataFrame(rows)
     if not rows:
@@ -157,16 +178,21 @@ def print_results(sweep: Sweep, table: pd.DataFrame, failed: dict[str, str]) -> 
     """Print the table, the number of missing runs, and why runs failed."""
     if len(table):
         header = [*map(short, sweep.varying), "seeds", "test MSE", *(["of baseline"] if sweep.baseline else [])]
-        lines = []
+        lines, rollouts = [], [k for k in table if k.startswith("rms_") and not k.endswith("_std")]
         for row in table.to_dict("records"):
             spread = "" if math.isnan(row["test_mse_std"]) else f" ± {row['test_mse_std']:.1e}"
             cells = [*(row[k] for k in sweep.varying), row["seeds"], f"{row['test_mse']:.4e}{spread}"]
             if sweep.baseline:
                 cells.append("" if math.isnan(row["of_baseline"]) else f"{row['of_baseline']:.3f}")
+            for k in rollouts:
+                spread = "" if math.isnan(row[f"{k}_std"]) else f" ± {row[f'{k}_std']:.1g}"
+                cells.append("stopped" if math.isnan(row[k]) else f"{row[k]:.3g}{spread}")
             cost = f"{row['epochs']:g}", f"{row['epoch_s']:.2f}", f"{row['seconds']:.1f}", f"{row['parameters']:,.0f}"
             lines.append([*cells, *cost, f"{row['processes']:g}", f"{row['peak_gb']:.2f}"])
+        header += [k.replace("_", " ") for k in rollouts]
         header += ["epochs", "s/epoch", "s", "parameters", "processes", "GB/process"]
         title = f"{sweep.out}: test MSE of the best epoch, mean ± deviation over seeds"
+        title += "; rms error of rollouts by step" if rollouts else ""
         print_table(title, header, lines, len(sweep.varying))
     if missing := sweep.missing():
         print(f"{sweep.out}: {missing} of {len(sweep.runs)} runs are missing; repeat the command to do them")

@@ -22,6 +22,8 @@ from ..data.store import open_store
 from ..data.store_inputs import check_settings
 from ..data.trajectories import Trajectories
 from ..errors import Failure
+from ..evaluate.rollout import open_trajectories, select_trajectories
+from ..evaluate.rollout_metrics import check_length
 from ..models import network
 from ..partition import assign
 from ..train.trainer import resolve_device
@@ -30,6 +32,7 @@ from ..utils import part_weights
 KEYS = configs.keys()
 TYPES: dict[type, str] = {dict: "a mapping", list: "a list that is not empty", str: "text"}
 FILE = {"config": str, "out": str, "set": dict, "grids": list, "seeds": list, "baseline": dict, "plot": dict}
+FILE["rollout"] = dict
 GRID = {"keys": dict, "set": dict, "partition": dict}
 RESERVED = {"train.seed": "seeds", "run.dir": "out"}  # config key → the key of the file that sets it
 SETTABLE = set(KEYS) - set(RESERVED)
@@ -38,12 +41,16 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """One training. setting: its name without the seed; given: keys that its grid sets; store: None for one part."""
+    """One training. setting: its name without the seed; given: keys that its grid sets; store: None for one part.
+
+    rollout: steps, and start if given, of the rollouts by which it is judged besides; empty: none.
+    """
 
     setting: str
     given: Settings
     config: configs.Config
     store: Path | None
+    rollout: Mapping[str, int]
 
     @property
     def folder(self) -> Path:
@@ -54,8 +61,10 @@ class Run:
         return to_text(self.given[key]) if key in self.given else ""
 
     def result(self) -> dict[str, Any] | None:
+        """The numbers of a finished run. None also if they lack the rollouts that the file asks for."""
         file = self.folder / "result.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        result = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        return result if result and (not self.rollout or result.get("rollout") == self.rollout) else None
 
 
 @dataclass(frozen=True)
@@ -116,9 +125,14 @@ def load(path: Path) -> Sweep:
     seeds, out = given.get("seeds", ["0"]), Path(given["out"]).expanduser()
     if not all(type(s) is str and s.isdecimal() for s in seeds) or len(set(map(int, seeds))) < len(seeds):
         raise Failure(f"{path}: seeds=[{', '.join(map(str, seeds))}]: must be different whole numbers from 0")
+    known, required = {"steps": str, "start": str}, ["steps"] * ("rollout" in given)
+    rollout = _check(given.get("rollout", {}), known, f"{path}: rollout", required)
+    if not all(v.isdecimal() for v in rollout.values()) or rollout.get("steps") == "0":
+        raise Failure(f"{path}: rollout: steps must be a whole number from 1, start one from 0")
+    rollout = {k: int(v) for k, v in rollout.items()}
     unique: dict[str, Run] = {}  # by config: two grids may share a run
     for number, grid in enumerate(given["grids"]):
-        for run in _runs_of_grid(given["config"], out, fixed, grid, f"{path}: grids[{number}]"):
+        for run in _runs_of_grid(given["config"], out, fixed, grid, rollout, f"{path}: grids[{number}]"):
             unique.setdefault(configs.to_yaml(run.config), run).given.update(run.given)
     runs = list(unique.values())
     names = [run.setting for run in runs]
@@ -138,7 +152,9 @@ def load(path: Path) -> Sweep:
     return Sweep(out, [_with_seed(run, int(seed), out) for seed in seeds for run in runs], varying, baseline, x, lines)
 
 
-def _runs_of_grid(base: str, out: Path, fixed: Settings, grid: Any, where: str) -> Iterator[Run]:
+def _runs_of_grid(
+    base: str, out: Path, fixed: Settings, grid: Any, rollout: Mapping[str, int], where: str
+) -> Iterator[Run]:
     """The settings of a grid, each once, without a seed. base: the config; fixed: keys that the whole sweep sets."""
     grid = _check(grid, GRID, where)
     keys = _check(grid.get("keys", {}), dict.fromkeys(SETTABLE, list), f"{where}.keys")
@@ -157,7 +173,7 @@ def _runs_of_grid(base: str, out: Path, fixed: Settings, grid: Any, where: str) 
             raise Failure(f"{where}: {failure}") from failure
         used = {k: attrgetter(k)(config) for k in chosen}
         name = re.sub(r"[^\w.=,+-]+", "_", ",".join(f"{short(k)}={to_text(v)}" for k, v in used.items())) or "base"
-        yield Run(name, used, config, out / "stores" / _store_name(config) if needs_store else None)
+        yield Run(name, used, config, out / "stores" / _store_name(config) if needs_store else None, rollout)
 
 
 def _store_name(config: configs.Config) -> str:
@@ -180,14 +196,18 @@ def _with_seed(run: Run, seed: int, out: Path) -> Run:
 def check_data(sweep: Sweep) -> None:
     """Raise Failure for data or a device that is missing, for a store that was made with other settings, and if finished
     runs were trained on what data.path held before."""
-    for config in {run.setting: run.config for run in sweep.runs}.values():
-        cut = config.partition
+    for run in {run.setting: run for run in sweep.runs}.values():
+        config, cut = run.config, run.config.partition
         assign.check_method(cut.method, 1, cut.weights and part_weights.validate(cut.weights, len(cut.weights)))
         resolve_device(config)
         dataset.part_count(config)
         if dataset.is_store(config.data.path):
             check_settings(open_store(config.data.path).inputs, config.data.path, config.data)
-        else:
+        if run.rollout:
+            file = open_trajectories(run.folder, config, None)
+            for k in select_trajectories(file, "test"):
+                check_length(file, k, config.data, **run.rollout)
+        elif not dataset.is_store(config.data.path):
             Trajectories(config.data.path)
     check_same_data(sweep, {path: identity.digest(identity.of_data(path)) for path in _paths(sweep)})
 

@@ -15,7 +15,9 @@ import numpy as np
 import pandas as pd
 from scipy.spatial import KDTree
 
+from .. import config as configs
 from ..data import graphs, identity
+from ..data.trajectories import Trajectories
 from ..distributed import spawn
 from ..distributed.comm import Comm
 from ..errors import Failure
@@ -136,6 +138,15 @@ def measure(comm: Comm, jobs: Sequence[RolloutJob]) -> tuple[list[dict[str, floa
     return rows, stopped
 
 
+def check_length(file: Trajectories, k: int, data: configs.Data, steps: int, start: int | None = None) -> None:
+    """Raise Failure where trajectory ``k`` ends before a rollout of ``steps`` from frame ``start`` does."""
+    start = rollout.first_frame(data, file, k, start)
+    last = (file[k].frames - 1 - start) // data.horizon
+    if last < steps:
+        what = f"trajectory {k} of {file.path} ends {last} steps after frame {start}"
+        raise Failure(f"rollout of {steps} steps: {what}; use at most {last} steps, or an earlier start")
+
+
 def evaluate_rollouts(
     run: Path, steps: int, *, trajectory: int | str = "test", data: Path | None = None, **options: Any
 ) -> tuple[pd.DataFrame, dict[int, str]]:
@@ -148,10 +159,7 @@ def evaluate_rollouts(
     jobs = rollout.prepare_jobs(run, trajectory=trajectory, steps=steps, out=None, data=data, **options)
     file = rollout.open_trajectories(run, run_dir.load_config(run), data)
     for job in jobs:
-        last, k = (file[job.trajectory].frames - 1 - job.start) // job.spec.horizon, job.trajectory
-        if last < steps:
-            what = f"trajectory {k} of {file.path} ends {last} steps after frame {job.start}"
-            raise Failure(f"--rollout {steps}: {what}; use at most {last}, or an earlier --start")
+        check_length(file, job.trajectory, job.config.data, steps, job.start)
     weights, config = sha256(best), jobs[0].config
     given = config.partition.parts, jobs
     rows, stopped = spawn.run_ranks(measure, *given, timeout_s=config.train.timeout_s)[0]

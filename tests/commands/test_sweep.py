@@ -22,6 +22,7 @@ from dist_egnn.commands.evaluate import run_evaluation
 from dist_egnn.commands.train import run_training
 from dist_egnn.distributed.comm import SingleProcess
 from dist_egnn.errors import Failure
+from dist_egnn.evaluate.rollout_metrics import evaluate_rollouts, summarize
 from dist_egnn.train import trainer
 from dist_egnn.utils import filesystem
 
@@ -85,6 +86,8 @@ MISTAKES = {  # of a file
     "baseline, keys that vary: unknown key 'model.hidden'": {"grids": [EGNN], "baseline": {"model.hidden": 8}},
     "baseline: no run has model.name=Linear": {"grids": [EGNN], "baseline": {"model.name": "Linear"}},
     "plot: key 'x' is missing": {"grids": [EGNN], "plot": {"lines": ["model.name"]}},
+    "rollout: key 'steps' is missing": {"grids": [EGNN], "rollout": {"start": 1}},
+    "rollout: steps must be a whole number": {"grids": [EGNN], "rollout": {"steps": 0}},
     "plot: runs differ in more": {"grids": [{"keys": {**EGNN["keys"], "train.lr": [1, 2]}}], "plot": PLOT},
 }
 GRID_MISTAKES = {
@@ -107,6 +110,8 @@ def test_mistakes_in_a_file_and_in_its_data(write, make_store):
     for given, match in (({"data.path": "absent.h5"}, r"absent\.h5"), (other, r"data\.features=.* in the config")):
         with pytest.raises(Failure, match=match):
             sweep_config.check_data(sweep_config.load(write(grids=[{"set": given}])))
+    with pytest.raises(Failure, match=r"rollout of 99 steps.*small\.h5.*use at most"):
+        sweep_config.check_data(sweep_config.load(write(grids=[EGNN], rollout={"steps": 99})))
     assert not Path("out").exists()
 
 
@@ -158,7 +163,7 @@ def test_without_time_or_lock_or_with_other_settings_nothing_starts(write):
         sweep_config.load(write(grids=[EGNN], set={"train.epochs": 3}))
 
 
-def test_a_sweep_of_real_runs(write, distegnn):
+def test_a_sweep_of_real_runs(write, distegnn, small, capsys):
     """Two processes for two parts, one store for both seeds; a run that fails stops no other; nothing runs twice."""
     good = {"keys": {"model.name": ["FastEGNN"]}, "partition": {"parts": 2, "method": "random"}}
     file = write(grids=[good, {"keys": {"data.features": [["absent"]]}}], seeds=[0, 1], set={"train.epochs": 2})
@@ -189,6 +194,31 @@ def test_a_sweep_of_real_runs(write, distegnn):
     assert sweep.execute(good_only) == {}
     assert good_only.missing() == 0
     assert {f: f.stat().st_mtime_ns for f in Path("out").glob("*/*")} == before
+
+    judged = sweep_config.load(
+        write(grids=[good], seeds=[0, 1], set={"train.epochs": 2}, rollout={"steps": 1, "start": 3})
+    )
+    assert judged.missing() == 2  # trained already: only their rollouts are missing
+    before = {run.folder: (run.folder / "last.pt").stat().st_mtime_ns for run in judged.runs}
+    assert sweep.execute(judged, jobs=2) == {}
+    assert {run.folder: (run.folder / "last.pt").stat().st_mtime_ns for run in judged.runs} == before
+    rms = [summarize(evaluate_rollouts(r.folder, 1, start=3, data=small)[0])["rms"][1] for r in judged.runs]
+    (row,) = sweep.write_table(judged).to_dict("records")
+    assert [row["rms_1"], row["rms_1_std"]] == pytest.approx([statistics.mean(rms), statistics.stdev(rms)], rel=1e-6)
+    sweep.print_results(judged, sweep.write_table(judged), {})
+    assert f"{row['rms_1']:.3g} ± {row['rms_1_std']:.1g}" in capsys.readouterr().out
+
+
+def test_a_rollout_that_stopped_has_no_error(write, capsys):
+    plan = sweep_config.load(write(grids=[EGNN], seeds=[0, 1], rollout={"steps": 20}))
+    errors = {"rms_20": 0.5, "energy_error": 0.1, "outside": 0.0, "rollout": {"steps": 20}}
+    for run in plan.runs:
+        lost = run.setting == "name=FastEGNN" and run.config.train.seed
+        write_result(run, 1.0, **errors | ({"rms_20": math.nan} if lost else {}))
+    table = sweep.write_table(plan)
+    assert table["rms_20"].tolist() == pytest.approx([0.5, math.nan], nan_ok=True)
+    sweep.print_results(plan, table, {})
+    assert "stopped" in capsys.readouterr().out
 
 
 def test_a_killed_sweep_goes_on(write):

@@ -140,7 +140,7 @@ def test_all_trajectories_of_a_split_are_written(tmp_path: Path, data: Path, mon
 def test_wrong_options_are_refused(tmp_path: Path, data: Path, monkeypatch, capsys) -> None:
     run = make_run(tmp_path / "run", data, 1.0)
     for options, message in (
-        ({"steps": 7}, r"--rollout 7: trajectory 2 of .*a\.h5 ends 6 steps after frame 0; use at most 6"),
+        ({"steps": 7}, r"rollout of 7 steps: trajectory 2 of .*a\.h5 ends 6 steps after frame 0; use at most 6"),
         ({"steps": 6, "start": 3}, r"ends 5 steps after frame 3"),
         ({"steps": 1, "trajectory": 9}, r"--trajectory 9: .* 0 to 3"),
         ({"steps": 1, "trajectory": "some"}, r"--trajectory some: use a number, all, "),
