@@ -19,8 +19,9 @@ from small_data import DATA, falling_swirl, random_pairs
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # shells ignore it for background jobs, tests send it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-hypothesis.settings.register_profile("no deadline", deadline=None)
-hypothesis.settings.load_profile("no deadline")
+slow = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile("slow machine", deadline=None, suppress_health_check=slow)
+hypothesis.settings.load_profile("slow machine")
 
 LONGEST = [
     "many_machines",

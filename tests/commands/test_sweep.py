@@ -9,12 +9,12 @@ import re
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
+from processes import GUARD_S, kill, wait_until
 
 from dist_egnn import config
 from dist_egnn.commands import sweep, sweep_config
@@ -168,7 +168,7 @@ def test_a_sweep_of_real_runs(write, distegnn, small, capsys):
     good = {"keys": {"model.name": ["FastEGNN"]}, "partition": {"parts": 2, "method": "random"}}
     file = write(grids=[good, {"keys": {"data.features": [["absent"]]}}], seeds=[0, 1], set={"train.epochs": 2})
     command = [distegnn, "sweep", "sweep.yaml", "--jobs", "2", "--minutes", "60"]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=GUARD_S)
     assert ran.returncode == 1, ran.stderr
     assert "out: 2 of 4 runs are missing; repeat the command to do them\n" in ran.stdout
     assert len(re.findall(r"^failed: (?=.*features=).*'absent'", ran.stderr, re.M)) == 2
@@ -221,22 +221,20 @@ def test_a_rollout_that_stopped_has_no_error(write, capsys):
     assert "stopped" in capsys.readouterr().out
 
 
+def is_free(folder: Path) -> bool:
+    with contextlib.suppress(Failure), filesystem.lock_folder(folder, "it still runs"):
+        return True
+    return False
+
+
 def test_a_killed_sweep_goes_on(write):
     """Its run ends with it; the next sweep ends with the numbers of a run that was never killed."""
     (run,) = sweep_config.load(write(grids=[{"keys": {"model.name": ["EGNN"]}}], set={"train.epochs": 30})).runs
     killed = subprocess.Popen(SWEEP, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 200
-    while not (run.folder / "metrics.csv").exists():  # the first epoch
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    killed.kill()
-    killed.wait()
-    while True:
-        assert time.monotonic() < until, "the run outlives its sweep"
-        with contextlib.suppress(Failure), filesystem.lock_folder(run.folder, "it still runs"):
-            break
-        time.sleep(0.02)
-    subprocess.run(SWEEP, check=True, timeout=400)
+    wait_until((run.folder / "metrics.csv").exists, "the first epoch", killed)
+    kill(killed)
+    wait_until(lambda: is_free(run.folder), "the end of the killed sweep's run")
+    subprocess.run(SWEEP, check=True, timeout=GUARD_S)
     metrics = pd.read_csv(run.folder / "metrics.csv")
     assert metrics["epoch"].tolist() == list(range(1, 31))
 

@@ -17,6 +17,7 @@ import dgl
 import pytest
 import torch
 import torch.distributed as dist
+from processes import GUARD_S, has_ended, kill, wait_until
 
 from dist_egnn import config
 from dist_egnn.data.store import Store
@@ -155,10 +156,7 @@ def _dies(group: comm.Comm, folder: str) -> None:
 def test_a_killed_process_ends_the_run_and_leaves_none(tmp_path: Path) -> None:
     with pytest.raises(Failure, match="process 1 of 3 died"):
         spawn.run_ranks(_dies, 3, str(tmp_path))
-    for pid in (int(f.name) for f in tmp_path.iterdir()):
-        assert (
-            not Path(f"/proc/{pid}").exists() or Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").split()[2] == "Z"
-        )
+    assert all(has_ended(int(file.name)) for file in tmp_path.iterdir())
 
 
 def _refuses(group: comm.Comm) -> None:
@@ -199,14 +197,7 @@ if __name__ == "__main__":
 
 def _waits(group: comm.Comm, folder: str) -> None:
     Path(folder, str(os.getpid())).touch()
-    time.sleep(600)
-
-
-def _wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 300  # a guard only
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    time.sleep(GUARD_S)
 
 
 def test_a_killed_launcher_leaves_no_process_and_no_folder(tmp_path: Path) -> None:
@@ -217,10 +208,9 @@ def test_a_killed_launcher_leaves_no_process_and_no_folder(tmp_path: Path) -> No
         environment = {**os.environ, "TMPDIR": temporary}
         launcher = subprocess.Popen([sys.executable, str(script), str(pids)], env=environment)
         try:
-            _wait_for(lambda: len(list(pids.iterdir())) == 2)
+            wait_until(lambda: len(list(pids.iterdir())) == 2, "two ranks", launcher)
             assert list(Path(temporary).glob("dist_egnn-*"))
         finally:
-            launcher.kill()
-            launcher.wait()
-        _wait_for(lambda: not any(Path(f"/proc/{file.name}").exists() for file in pids.iterdir()))
-        _wait_for(lambda: not list(Path(temporary).glob("dist_egnn-*")))
+            kill(launcher)
+        wait_until(lambda: all(has_ended(int(file.name)) for file in pids.iterdir()), "the ranks' end")
+        wait_until(lambda: not list(Path(temporary).glob("dist_egnn-*")), "the folder's end")

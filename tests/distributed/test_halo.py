@@ -79,4 +79,4 @@ def test_a_rank_that_dies_or_hangs_in_the_exchange_ends_the_run(make_store: Call
     with pytest.raises(Failure, match="process 1 of 3 died"):
         spawn.run_ranks(_signalled, 3, path, signal.SIGKILL)
     with pytest.raises(RuntimeError, match=r"(?i)time"):
-        spawn.run_ranks(_signalled, 3, path, signal.SIGSTOP, timeout_s=3)
+        spawn.run_ranks(_signalled, 3, path, signal.SIGSTOP, timeout_s=10)

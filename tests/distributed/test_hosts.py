@@ -8,8 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,10 +16,10 @@ import bridge
 import pytest
 from hosts import Failure, Hosts
 from namespaces import members, network_of
+from processes import GUARD_S, wait_until
 
 TOOL = Path(__file__).parents[2] / "tools" / "emulated_hosts" / "hosts.py"
 PYTHON = [sys.executable, "-S", "-c"]
-GUARD_S = 60  # a command that takes longer hangs
 ECHO = """if True:
     import socket, sys
     echo = socket.socket(type=socket.SOCK_DGRAM)
@@ -52,23 +51,16 @@ def echo(hosts: Hosts, name: str) -> None:
         assert out.readline() == b"ready\n"
 
 
-def ask(hosts: Hosts, source: str, target: str, count: int = 1, patience: float = 8) -> tuple[float, list[int]]:
+def ask(hosts: Hosts, source: str, target: str, count: int = 1, patience: float = GUARD_S) -> tuple[float, list[int]]:
     """Seconds until the first answer (0: none) and the answers. It ends after ``patience`` seconds without one."""
     words = [*PYTHON, ASK, hosts.address(target), str(count), str(patience)]
     client = hosts.run(source, words, stdout=subprocess.PIPE)
-    took, *back = client.communicate(timeout=GUARD_S + patience)[0].split()
+    took, *back = client.communicate(timeout=2 * GUARD_S)[0].split()
     return float(took), [int(number) for number in back]
 
 
 def output(hosts: Hosts, name: str, command: str) -> str:
     return hosts.run(name, ["sh", "-c", command], stdout=subprocess.PIPE, text=True).communicate(timeout=GUARD_S)[0]
-
-
-def wait_until(condition: Callable[[], object], failure: str) -> None:
-    deadline = time.monotonic() + GUARD_S
-    while not condition():
-        assert time.monotonic() < deadline, failure
-        time.sleep(0.01)
 
 
 @contextlib.contextmanager
@@ -115,11 +107,11 @@ def test_delay_and_its_change(make_hosts):
     hosts = make_hosts("a", "b", "c")
     echo(hosts, "b")
     hosts.set(delay_ms=400, between=("a", "b"))
-    assert ask(hosts, "a", "b", patience=GUARD_S)[0] >= 0.8
+    assert ask(hosts, "a", "b")[0] >= 0.8
     delays = {link["from"] + link["to"]: link["delay_ms"] for link in hosts.show()["links"]}
     assert {way for way, delay_ms in delays.items() if delay_ms} == {"ab", "ba"}
     hosts.set(delay_ms=0, jitter_ms=30)
-    assert ask(hosts, "a", "b", 200, patience=GUARD_S)[1] == list(range(200))  # in their order
+    assert ask(hosts, "a", "b", 200)[1] == list(range(200))  # in their order
 
 
 def test_loss(make_hosts):
@@ -133,9 +125,9 @@ def test_loss(make_hosts):
     def sent(source: str, target: str) -> int:
         return sum(hosts.counts()[source, target][key] for key in ("packets", "lost"))
 
-    wait_until(lambda: sent("a", "b") == 600, "packets are missing")
+    wait_until(lambda: sent("a", "b") == 600, "all packets")
     there = hosts.counts()["a", "b"]
-    wait_until(lambda: sent("b", "a") == there["packets"], "answers are missing")
+    wait_until(lambda: sent("b", "a") == there["packets"], "all answers")
     assert abs(there["lost"] - 60) < 30
     assert abs(hosts.counts()["b", "a"]["lost"] - 54) < 30
     with pytest.raises(Failure, match=r"loss is in \[0, 1\]"):
@@ -164,7 +156,7 @@ def test_cut_and_heal(make_hosts):
 
     def assert_reach(*pairs: str) -> None:
         """A busy machine may need a second try to get a packet through, never to hold one back."""
-        wait_until(lambda: reached() == set(pairs), f"not {pairs}")
+        wait_until(lambda: reached() == set(pairs), f"{pairs}")
 
     hosts.cut("a", "b")
     assert_reach("ac", "ca", "bc", "cb")
@@ -183,13 +175,13 @@ def test_kill_ends_a_host_and_nothing_else(make_hosts, tmp_path):
     here = hosts.run("a", ["sleep", "1000"])
     stays = hosts.run("b", ["sleep", "1000"])
     output(hosts, "a", "touch /dev/shm/x; setsid sh -c 'sleep 1001 & sleep 1002 &' < /dev/null > /dev/null 2>&1")
-    wait_until(lambda: len(hosts.processes("a")) == 3, "daemons did not start")
+    wait_until(lambda: len(hosts.processes("a")) == 3, "the daemons")
     network = network_of(here.pid)
     hosts.kill("a")
     assert not members(network)
     assert here.wait() == -signal.SIGKILL
     assert hosts.processes("a") == {}
-    assert hosts.processes("b") == {stays.pid: "sleep 1000"}
+    wait_until(lambda: hosts.processes("b") == {stays.pid: "sleep 1000"}, "the other host's process alone")
     with pytest.raises(Failure, match="host a is down"):
         hosts.run("a", ["true"])
     hosts.revive("a")
@@ -214,19 +206,20 @@ OWNER = """if True:
 @pytest.mark.parametrize("victim", ["owner", "bridge"])
 def test_nothing_is_left_after_a_kill(make_hosts, tmp_path, victim):
     """A kill of the owner, or of the bridge: that one leaves its socket, which the next set of that name removes."""
-    before = Path("/proc/self/mounts").read_text(encoding="utf-8"), os.listdir("/sys/class/net")
-    command = [sys.executable, "-c", OWNER, str(tmp_path)]
+    interfaces, command = os.listdir("/sys/class/net"), [sys.executable, "-c", OWNER, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=TOOL.parent) as owner, ending(owner):
         name, *pids = owner.stdout.readline().split()
         networks = [network_of(pid) for pid in pids[1:]]
         assert all(len(members(network)) >= 2 for network in networks)
         os.kill(owner.pid if victim == "owner" else int(pids[0]), signal.SIGKILL)
-        wait_until(lambda: not any(members(network) for network in networks), "a host lives")
-        wait_until(lambda: not network_of(pids[0]), "the bridge lives")
+        wait_until(lambda: not any(members(network) for network in networks), "the end of both hosts")
+        wait_until(lambda: not network_of(pids[0]), "the end of the bridge")
     socket = Path(f"/tmp/emulated-hosts-{name}.sock")
     assert socket.exists() == (victim == "bridge")
-    assert (Path("/proc/self/mounts").read_text(encoding="utf-8"), os.listdir("/sys/class/net")) == before
-    assert name not in os.listdir("/dev/shm")  # what others put there is theirs: tests run side by side
+    assert os.listdir("/sys/class/net") == interfaces
+    # what others mount, or put there, is theirs: tests run side by side
+    assert str(tmp_path) not in Path("/proc/self/mounts").read_text(encoding="utf-8")
+    assert name not in os.listdir("/dev/shm")
     make_hosts("a", name=name)
     with pytest.raises(Failure, match="are up already"):
         make_hosts("a", name=name)
@@ -264,7 +257,7 @@ def test_a_session_that_ends_early(make_hosts, tmp_path):
             assert client.stdout.readline() == b"up\n"
             if dies == "client":
                 client.kill()
-                wait_until((tmp_path / "on").exists, "its input did not end")
+                wait_until((tmp_path / "on").exists, "the end of its input")
                 assert any("sleep 1000" in line for line in hosts.processes("a").values())
             else:
                 hosts.kill("a")

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
 import torch
+from processes import GUARD_S, free_ports, wait_until
 from small_data import EDGES
 from tiny_runs import assert_same, settings
 
@@ -28,7 +29,7 @@ from dist_egnn.distributed import comm, spawn
 from dist_egnn.errors import Failure
 from dist_egnn.train import trainer as training
 
-LIMIT_S = 120.0
+SHORT_S = 10  # how long a trainer looks for a server that does not exist
 MakeStore = Callable[..., Path]
 HOST = "127.0.0.1"
 HOST_IN_PROC = f"{int.from_bytes(socket.inet_aton(HOST), sys.byteorder):08X}"
@@ -56,17 +57,17 @@ def equal(a: Part, b: Part) -> bool:
     return fields and a.inner == b.inner and torch.equal(a.src, b.src) and torch.equal(a.dst, b.dst)
 
 
-def trainer(path: str, rank: str, ip_config: str, group: str, port: str, run: str, limit_s: str = str(LIMIT_S)) -> None:
+def trainer(path: str, rank: str, ip_config: str, group: str, port: str, run: str, limit_s: str = str(GUARD_S)) -> None:
     """Connect, compare every part with the disk's, and train; without a run, wait to be killed."""
     try:
         size = graph_server.connect(Path(path), int(rank), Path(ip_config), int(group), float(limit_s))
-        trainers = comm.join_hosts(int(rank), size, HOST, int(port), "lo", LIMIT_S)
+        trainers = comm.join_hosts(int(rank), size, HOST, int(port), "lo", GUARD_S)
     except Failure as failure:
         print(f"error: {failure}")
         graph_server.leave(2)
     if not run:
         print("entered", flush=True)
-        time.sleep(LIMIT_S)
+        signal.pause()
     store = open_store(path)
     assert type(store.source) is graph_server.ServerSource
     for machine in range(store.machines):
@@ -101,12 +102,6 @@ class Trainer(ForkServerProcess):
         return self.exitcode
 
 
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.create_server((HOST, 0))) for _ in range(count)]
-        return [probe.getsockname()[1] for probe in probes]
-
-
 def start(log: Path, *arguments: object) -> subprocess.Popen:
     with open(log, "w", encoding="utf-8") as out:
         command = [sys.executable, *map(str, arguments)]
@@ -114,11 +109,10 @@ def start(log: Path, *arguments: object) -> subprocess.Popen:
 
 
 def wait_for(text: str, log: Path, process: subprocess.Popen | Trainer) -> None:
-    deadline = time.monotonic() + LIMIT_S
-    while text not in log.read_text(encoding="utf-8"):
-        assert process.poll() is None, log.read_text(encoding="utf-8")
-        assert time.monotonic() < deadline, log.read_text(encoding="utf-8")
-        time.sleep(0.05)
+    try:
+        wait_until(lambda: text in log.read_text(encoding="utf-8"), text, process)
+    except AssertionError as error:
+        pytest.fail(f"{error}\n{log.read_text(encoding='utf-8')}")
 
 
 class Cluster:
@@ -147,7 +141,7 @@ class Cluster:
 
     def train(self, group: int, run: Path) -> None:
         for process, log in self.start_trainers(group, run):
-            assert process.wait(LIMIT_S) == 0, log.read_text()
+            assert process.wait(GUARD_S) == 0, log.read_text()
 
     def shared_files(self) -> list[Path]:
         return [file for address in self.addresses for file in address.files()]
@@ -167,7 +161,7 @@ def running_servers(path: Path, folder: Path) -> Iterator[Cluster]:
         for server in servers:
             if server.poll() is None:
                 server.terminate()
-                assert server.wait(LIMIT_S) == 0
+                assert server.wait(GUARD_S) == 0
         assert not cluster.shared_files()
     finally:
         for process in cluster.processes:
@@ -195,7 +189,7 @@ def test_training_through_servers_equals_training_from_disk(make_store: MakeStor
         # trainers whose ip_config has the lines in another order
         cluster.ip_config.write_text("".join(f"{a.host} {a.port}\n" for a in reversed(cluster.addresses)))
         for rank, (process, log) in enumerate(cluster.start_trainers(1, tmp_path / "never")):
-            assert process.wait(LIMIT_S) == 2
+            assert process.wait(GUARD_S) == 2
             assert f"serves partition {1 - rank}, rank {rank} needs {rank}" in log.read_text()
     assert_same(tmp_path / "served", tmp_path / "local")
 
@@ -216,7 +210,7 @@ def test_killed_trainers_and_servers(one: Path, tmp_path: Path) -> None:
         with pytest.raises(Failure, match=f"process {server.pid} already serves there"):
             graph_server.clear(address)
         second = start(log := tmp_path / "second.log", "-m", "dist_egnn.data.graph_server", one, 0, cluster.ip_config)
-        assert second.wait(LIMIT_S) == 2
+        assert second.wait(GUARD_S) == 2
         assert f"error: {address}: process {server.pid} already serves there" in log.read_text()
         server.kill()
         server.wait()
@@ -264,15 +258,15 @@ def test_trainers_without_a_server(make_store: MakeStore, tmp_path: Path) -> Non
     """No server on the trainer's machine, then none on the other one."""
     cluster = Cluster(make_store(2, shard_nodes=0), tmp_path)
     with pytest.raises(Failure, match=f"{cluster.addresses[0]}: no server .*start the server of machine 0"):
-        graph_server.connect(cluster.path, 0, cluster.ip_config, 0, 4)
+        graph_server.connect(cluster.path, 0, cluster.ip_config, 0, SHORT_S)
     try:
         server = cluster.start_server(0)
-        process = Trainer(log := tmp_path / "trainer.log", cluster.path, 0, cluster.ip_config, 0, 0, "", 4)
-        assert process.wait(LIMIT_S) == 2
-        assert f"error: {cluster.addresses[1]}: no graph server within 4 s" in log.read_text()
+        process = Trainer(log := tmp_path / "trainer.log", cluster.path, 0, cluster.ip_config, 0, 0, "", SHORT_S)
+        assert process.wait(GUARD_S) == 2
+        assert f"error: {cluster.addresses[1]}: no graph server within {SHORT_S} s" in log.read_text()
     finally:
         server.terminate()
-        assert server.wait(LIMIT_S) == 0
+        assert server.wait(GUARD_S) == 0
     assert not cluster.shared_files()
 
 

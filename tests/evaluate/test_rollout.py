@@ -86,9 +86,7 @@ def make_run(folder: Path, *overrides: str, data: Path | None = None, t: float |
 def roll_out(run: Path, out: Path, parts: int | None = None, double: bool = False, **options: Any) -> list[Frame]:
     job = rollout.prepare(run, trajectory=0, out=out, parts=parts, **{"steps": STEPS, **options})
     job, processes = replace(job, double=double), job.config.partition.parts
-    assert [stopped for stopped, _ in spawn.run_ranks(rollout.roll_out, processes, job, timeout_s=60)] == [
-        ""
-    ] * processes
+    assert [stopped for stopped, _ in spawn.run_ranks(rollout.roll_out, processes, job)] == [""] * processes
     assert finish(out) == job.steps + 1
     with Rollout(out) as frames:
         return list(frames)

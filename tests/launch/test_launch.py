@@ -6,7 +6,6 @@ import json
 import os
 import queue
 import re
-import select
 import signal
 import socket
 import subprocess
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import GUARD_S, has_ended, wait_until
 from small_data import DATA
 
 from dist_egnn import config as configs
@@ -27,7 +27,6 @@ from dist_egnn.launch import main as launch_main
 from dist_egnn.launch.agent_client import AgentClient
 from dist_egnn.launch.workers import WorkerFailure, Workers
 
-PATIENCE_S = 60.0
 ROOT = Path(__file__).parents[2]
 
 
@@ -113,13 +112,12 @@ def test_sbatch_script_of_the_page(tmp_path, code, resumed):
         (tmp_path / "runs" / "fluid" / "last.pt").touch()
     env = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
     job = subprocess.Popen(["bash", "-c", script], cwd=tmp_path, env=env)
-    while not (tmp_path / "started").exists() or not (tmp_path / "started").read_text():
-        assert job.poll() is None
-    while signal.SIGTERM not in caught_signals(job.pid):  # the script has set its trap
-        assert job.poll() is None
+    started = tmp_path / "started"
+    wait_until(lambda: started.exists() and started.read_text(), "the launch", job)
+    wait_until(lambda: signal.SIGTERM in caught_signals(job.pid), "the script's trap", job)
     job.terminate()
-    assert job.wait(PATIENCE_S) == code
-    words, saved = (tmp_path / "started").read_text().splitlines()
+    assert job.wait(GUARD_S) == code
+    words, saved = started.read_text().splitlines()
     fresh = "launch recipes/fluid113k/config.yaml data.path=store run.dir=runs/fluid"
     assert (words, saved) == ("launch --resume runs/fluid" if resumed else fresh, "saved")
     assert (tmp_path / "requeued").exists() == (code == 75)
@@ -186,9 +184,9 @@ def agent() -> Iterator[Callable[..., AgentClient]]:
     """agent(patience=…): an agent on this machine, ended after the test."""
     clients: list[AgentClient] = []
 
-    def start(patience: float = PATIENCE_S) -> AgentClient:
+    def start(patience: float = GUARD_S) -> AgentClient:
         clients.append(AgentClient(hostfile.LOCALHOST, queue.Queue(), patience))
-        clients[-1].wait_for_greeting(PATIENCE_S)
+        clients[-1].wait_for_greeting(GUARD_S)
         return clients[-1]
 
     yield start
@@ -200,27 +198,18 @@ def start(client: AgentClient, script: str, name: str = "a", shared: str = "") -
     return client.call("start", name=name, argv=["sh", "-c", script], env={}, text="given\n", shared=shared)["pid"]
 
 
-def ends(pid: int) -> bool:
-    """Wait for the end of a process, which may stay as a zombie."""
-    try:
-        process = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return True
-    return bool(select.select([process], [], [], PATIENCE_S)[0])
-
-
 def test_an_agent_forwards_output_and_stops_processes(agent, tmp_path):
     client = agent()
     start(client, "cat; printf no-end; exit 3")
-    events = [client.events.get(timeout=PATIENCE_S)[1] for _ in range(3)]
+    events = [client.events.get(timeout=GUARD_S)[1] for _ in range(3)]
     assert events == [{"name": "a", "line": "given"}, {"name": "a", "line": "no-end"}, {"name": "a", "exit": 3}]
     pid = start(client, "trap '' TERM; echo ready; while :; do sleep 0.1; done", shared=f"dist_egnn~{os.getpid()}~")
     left = Path(f"/dev/shm/dist_egnn~{os.getpid()}~x")
     left.touch()
-    assert client.events.get(timeout=PATIENCE_S)[1]["line"] == "ready"
+    assert client.events.get(timeout=GUARD_S)[1]["line"] == "ready"
     client.send("stop", name="a", within=0.5)  # it ignores SIGTERM
-    assert client.events.get(timeout=PATIENCE_S)[1] == {"name": "a", "exit": -signal.SIGKILL}
-    assert ends(pid)
+    assert client.events.get(timeout=GUARD_S)[1] == {"name": "a", "exit": -signal.SIGKILL}
+    wait_until(lambda: has_ended(pid), "the end of the process")
     assert not left.exists()
 
 
@@ -228,14 +217,14 @@ def test_an_agent_forwards_output_and_stops_processes(agent, tmp_path):
 def test_processes_end_with_their_agent(how, agent, monkeypatch):
     if how == "silent":
         monkeypatch.setattr(agent_client, "PING_EVERY_S", 1000)
-    client = agent(patience=4.0 if how == "silent" else PATIENCE_S)
+    client = agent(patience=4.0 if how == "silent" else GUARD_S)
     pid = start(client, "exec sleep 100")
     if how == "killed":
         os.kill(client.process.pid, signal.SIGKILL)
     elif how == "closed":
         client.close()
-    assert ends(pid)
-    assert client.events.get(timeout=PATIENCE_S)[1] == {"lost": True}
+    wait_until(lambda: has_ended(pid), "the end of the process")
+    assert client.events.get(timeout=GUARD_S)[1] == {"lost": True}
 
 
 def test_a_port_in_use_and_a_connection(agent):
@@ -246,16 +235,16 @@ def test_a_port_in_use_and_a_connection(agent):
             client.call("listen", address="127.0.0.1", ports=[0, port])
     client.call("close")
     (port,) = client.call("listen", address="127.0.0.1", ports=[0])["ports"]
-    assert client.call("reach", targets=[["127.0.0.1", port]], limit=PATIENCE_S) == []
+    assert client.call("reach", targets=[["127.0.0.1", port]], limit=GUARD_S) == []
     client.call("close")
-    missed = client.call("reach", targets=[["127.0.0.1", port]], limit=PATIENCE_S)
+    missed = client.call("reach", targets=[["127.0.0.1", port]], limit=GUARD_S)
     assert missed == [f"127.0.0.1 port {port} (Connection refused)"]
 
 
 def test_a_host_without_agent(tmp_path):
     host = hosts_of("node1", tmp_path, ssh="sh -c 'echo Permission denied >&2; exit 255'")[0]
     with pytest.raises(Failure, match=r"host node1: .*\(Permission denied\)"):
-        AgentClient(host, queue.Queue(), 1.0).wait_for_greeting(PATIENCE_S)
+        AgentClient(host, queue.Queue(), 1.0).wait_for_greeting(GUARD_S)
     with pytest.raises(Failure, match="no-such-ssh"):
         AgentClient(hosts_of("node1", tmp_path, ssh="no-such-ssh")[0], queue.Queue(), 1.0)
 

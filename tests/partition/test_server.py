@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from processes import GUARD_S, free_ports
 
 from dist_egnn.data.store import Store
 
-LIMIT_S = 300.0
 SHARED = Path("/dev/shm")
 
 
@@ -52,13 +51,12 @@ def alone() -> Iterator[None]:
 def test_dgl_serves_a_store(make_store: Callable[..., Path], alone: None, tmp_path: Path) -> None:
     path = make_store(1, shard_nodes=0)
     ip_config, result, log = tmp_path / "ip.txt", tmp_path / "pulled.npz", tmp_path / "log"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        ip_config.write_text(f"127.0.0.1 {free.getsockname()[1]}\n")
+    ip_config.write_text(f"127.0.0.1 {free_ports(1)[0]}\n")
     dgl = {"DIST_MODE": "distributed", "IP_CONFIG": ip_config, "CONF_PATH": path / "shard-00000" / "dist_egnn.json"}
     dgl |= {"GRAPH_FORMAT": "coo,csc", "SERVER_ID": 0, "NUM_SERVER": 1, "NUM_CLIENT": 1, "NUM_SAMPLER": 0}
-    environment = {f"DGL_{name}": str(value) for name, value in {**dgl, "DIST_MAX_TRY_TIMES": 60}.items()}
+    environment = {f"DGL_{name}": str(value) for name, value in {**dgl, "DIST_MAX_TRY_TIMES": 600}.items()}
     before, running = shared_files(), []
-    until = time.monotonic() + LIMIT_S
+    until = time.monotonic() + GUARD_S
     try:
         for kind in ("server", "client"):
             command = [sys.executable, __file__, kind, str(ip_config), str(result)]

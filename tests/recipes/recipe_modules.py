@@ -1,8 +1,9 @@
-"""Load a file of a recipe as a module."""
+"""Load a file of a recipe as a module, or start its prepare.py so that it can be killed at work."""
 
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,6 +11,22 @@ from types import ModuleType
 import pytest
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+FIRST_PART_ONLY = """
+import runpy, sys, time
+from concurrent.futures import ProcessPoolExecutor
+submit = ProcessPoolExecutor.submit
+ProcessPoolExecutor.submit = lambda pool, make, k: submit(pool, make, k) if k == 0 else submit(pool, time.sleep, 600)
+del sys.argv[0]
+sys.path.insert(0, sys.argv.pop(0))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def start_first_part(recipe: str, *options: object) -> subprocess.Popen:
+    """prepare.py in a session of its own; after the first part its worker does nothing until it is killed."""
+    folder = RECIPES / recipe
+    words = map(str, (folder, folder / "prepare.py", *options))
+    return subprocess.Popen([sys.executable, "-c", FIRST_PART_ONLY, *words], start_new_session=True)
 
 
 def load(recipe: str, file: str, name: str) -> ModuleType:

@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import h5py
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 from fluid113k import RADIUS, RECIPE, physics, prepare, run
 from fluid113k import engine as simulation
+from processes import GUARD_S, has_ended, kill, wait_until
 
 
 def test_scenes_fit_their_box():
@@ -227,11 +227,8 @@ def test_a_rerun_waits_for_the_engine_of_a_killed_run(tmp_path, engine):
     words = map(str, (RECIPE, prepare.__file__, "--out", tmp_path / "x.h5", *SMALL, "--workers", 1))
     command = [sys.executable, "-c", WITH_FAKE, *words]
     process = subprocess.Popen(command)
-    deadline = time.monotonic() + 600
-    while not (tmp_path / "started").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    wait_until((tmp_path / "started").exists, "the engine", process)
+    assert kill(process) == -signal.SIGKILL
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "ended").exists()
@@ -293,13 +290,8 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path, legs):
     subprocess.run(words_for(first, "2"), check=True)
     process = subprocess.Popen(words_for(second, "1"))
     done = tmp_path / "b.h5.parts" / ("000000.engine/state.npz" if legs else "000000.h5")
-    deadline = time.monotonic() + 600
-    while not done.exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
+    wait_until(done.exists, "the first part", process)
+    kill(process)
     assert not second.exists()
     subprocess.run(words_for(second, "2"), check=True)
     assert first.read_bytes() == second.read_bytes()
@@ -310,20 +302,12 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path, legs):
 def test_no_engine_outlives_prepare(tmp_path, sent, code):
     """Also if only prepare.py receives the signal."""
     process = subprocess.Popen([*command(tmp_path / "x.h5"), "--workers", "1", "--frames", "4000"])
-    deadline = time.monotonic() + 600
-
-    def wait_for(condition) -> None:
-        while not condition():
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-
-    wait_for((tmp_path / "x.h5.parts" / "000000.engine" / "log").exists)  # the engine makes it
+    wait_until((tmp_path / "x.h5.parts" / "000000.engine" / "log").exists, "the engine", process)  # which makes it
     tasks = Path(f"/proc/{process.pid}/task").iterdir()
     (child,) = {int(c) for task in tasks for c in (task / "children").read_text().split()}
     process.send_signal(sent)
-    assert process.wait(300) == code
-    state = Path(f"/proc/{child}/status")
-    wait_for(lambda: not state.exists() or "zombie" in state.read_text(encoding="utf-8"))
+    assert process.wait(GUARD_S) == code
+    wait_until(lambda: has_ended(child), "the end of the engine")
 
 
 @pytest.mark.parametrize(("earlier", "remaining"), [((), 3.98), ((3.6, 0.002), 0.38)])

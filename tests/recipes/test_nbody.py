@@ -5,15 +5,14 @@ from __future__ import annotations
 import runpy
 import shutil
 import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import recipe_modules
+from processes import kill, wait_until
 from scipy.integrate import solve_ivp
 
 from dist_egnn import config
@@ -166,13 +165,9 @@ def test_the_number_of_workers_does_not_matter(nbody, data, tmp_path):
 def test_killed_and_resumed_gives_the_same_bytes(nbody, tmp_path, monkeypatch):
     """A finished part is not made again; parts of other settings are rejected."""
     out, arguments = tmp_path / "killed.h5", ["--scale", "tiny", "--particles", "60", "--workers", "1"]
-    process = subprocess.Popen([sys.executable, RECIPE / "prepare.py", "--out", out, *arguments])
-    first, deadline = tmp_path / "killed.h5.parts" / "000000.h5", time.monotonic() + 600
-    while not first.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert first.exists()
+    process = recipe_modules.start_first_part("nbody", "--out", out, *arguments)
+    wait_until((tmp_path / "killed.h5.parts" / "000000.h5").exists, "the first part", process)
+    assert kill(process) == -signal.SIGKILL
     assert not out.exists()
     with pytest.raises(Failure, match="other settings"):
         nbody.run(["--out", str(out), *arguments, "--seed", "1"])

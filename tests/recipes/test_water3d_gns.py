@@ -5,15 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
-import subprocess
-import time
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from gns_files import METADATA, RECIPE, command, framed, moving_positions, needs_records, record, run, trajectories
+import recipe_modules
+from gns_files import METADATA, RECIPE, framed, needs_records, record, run, trajectories
+from processes import kill, wait_until
 
 from dist_egnn import config
 from dist_egnn.commands.import_data import run_import
@@ -117,31 +116,23 @@ def test_samples_and_run_py_of_gns_files(gns_folder, water3d, tmp_path, check_ru
     check_run_py(RECIPE, f"data.path={tmp_path / 'a.h5'}", "data.horizon=2", "data.radius=0.5")
 
 
+def is_group(number: int) -> bool:
+    """Whether a process group exists."""
+    try:
+        os.killpg(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def test_killed_and_resumed_gives_the_same_bytes(hdf5_folder, water3d, tmp_path):
     """Killed after the first trajectory, while others remain."""
-    draw = np.random.default_rng(0)
-    with h5py.File(hdf5_folder / "train.h5", "w") as file:
-        for k in range(24):
-            file[f"{k:05d}/particle_type"] = np.full(2000, 5)
-            file[f"{k:05d}/position"] = moving_positions(draw)
     whole, killed, parts = (tmp_path / name for name in ("whole.h5", "killed.h5", "killed.h5.parts"))
     options = ("--source", str(hdf5_folder), "--scale", "full", "--workers", "1", "--out")
-    process = subprocess.Popen(command(*options, killed), start_new_session=True, stderr=subprocess.DEVNULL)
-    until = time.monotonic() + 600
-    while not list(parts.glob("0*.h5")) and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
-    while time.monotonic() < until:  # its workers end and leave nothing in /dev/shm
-        try:
-            os.killpg(process.pid, 0)
-        except ProcessLookupError:
-            break
-        time.sleep(0.05)
-    else:
-        os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail("workers outlive the killed process")
-    assert list(parts.glob("0*.h5"))
+    process = recipe_modules.start_first_part("water3d", *options, killed)
+    wait_until((parts / "000000.h5").exists, "the first part", process)
+    kill(process)
+    wait_until(lambda: not is_group(process.pid), "the end of its workers")
     assert not killed.exists()
     water3d.run([*options, str(killed)])
     water3d.run([*options, str(whole)])

@@ -19,6 +19,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from processes import GUARD_S, wait_until
 from small_data import falling_swirl
 from tiny_runs import PLAIN_TRAIN, ActAfterStep, assert_same, file_contents, resume_training, settings
 
@@ -73,6 +74,8 @@ def _train_and_die(chosen: config.Config, resume: bool, writes: int, delay_s: fl
         writes -= 1
         if writes == 0:
             threading.Timer(delay_s, os.kill, (os.getpid(), signal.SIGKILL)).start()
+        elif writes < -2:  # the machine is so slow that the run might end before the kill
+            time.sleep(GUARD_S)
 
     run_writer.RunWriter.save = counting_save
     run_training(chosen, resume)
@@ -143,12 +146,18 @@ STOPS += [(1, 5, "rank", signal.SIGHUP, 6)]  # the terminal was closed
 STOPS += [(2, 4, "rank", signal.SIGTERM, 5), (2, 4, "launcher", signal.SIGTERM, None)]  # rank 1 tells the other
 
 
+def _stop(pid: int, number: int) -> None:
+    """Send the launcher a signal, and wait until its request has reached this rank."""
+    os.kill(pid, number)
+    wait_until(signals.stop_requested, "the request to stop")
+
+
 @pytest.mark.parametrize("case", STOPS)
 def test_a_signal_stops_all_ranks_at_the_end_of_the_step(inputs, whole, tmp_path, monkeypatch, capsys, case):
     parts, after, to, number, steps = case
     run = tmp_path / "run"
     before = [signal.getsignal(s) for s in signals.STOP_SIGNALS]
-    act = (os.kill, os.getpid()) if to == "launcher" else (signal.raise_signal,)
+    act = (_stop, os.getpid()) if to == "launcher" else (signal.raise_signal,)
     monkeypatch.setattr(trainer, "train", ActAfterStep(after, parts - 1, *act, number))
     with pytest.raises(SystemExit) as caught:
         run_training(settings(inputs[parts], run, SHORT, END_OF_EPOCH))
@@ -183,11 +192,9 @@ def test_the_command(inputs, tmp_path, distegnn):
     endless = settings(inputs[1], run, "train.epochs=1000000", "train.schedule=constant")
     path.write_text(config.to_yaml(endless))
     with subprocess.Popen([*train, path], stderr=subprocess.PIPE, text=True) as process:
-        while not (run / "metrics.csv").exists():
-            assert process.poll() is None
-            time.sleep(0.02)
+        wait_until((run / "metrics.csv").exists, "the first epoch", process)
         process.send_signal(signal.SIGINT)
-        error = process.communicate(timeout=300)[1]
+        error = process.communicate(timeout=GUARD_S)[1]
     assert process.returncode == 75
     assert f"distegnn train --resume {run}\n" in error
     epochs = checkpoint.load(run / "last.pt")["epoch"] + 2

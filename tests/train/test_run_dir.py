@@ -171,7 +171,7 @@ def disk(tmp_path: Path) -> Iterator[tuple[Path, Callable[..., bool]]]:
     try:
         yield folder, mount
     finally:
-        subprocess.run(["umount", str(folder)], check=True)
+        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 def test_a_read_only_folder(run, small, disk, capsys):
