@@ -187,7 +187,7 @@ def test_a_lost_process_is_an_error_of_one_line(tmp_path: Path) -> None:
 
 LAUNCHER = """
 import sys
-sys.path.insert(0, {here!r})
+sys.path[:0] = {folders!r}
 from test_exact import _waits
 from dist_egnn.distributed import spawn
 if __name__ == "__main__":
@@ -202,7 +202,7 @@ def _waits(group: comm.Comm, folder: str) -> None:
 
 def test_a_killed_launcher_leaves_no_process_and_no_folder(tmp_path: Path) -> None:
     script, pids = tmp_path / "launch.py", tmp_path / "pids"
-    script.write_text(LAUNCHER.format(here=str(Path(__file__).parent)))
+    script.write_text(LAUNCHER.format(folders=[*map(str, Path(__file__).parents[:2])]))
     pids.mkdir()
     with tempfile.TemporaryDirectory() as temporary:  # a short name: the path of a socket in it has at most 107 letters
         environment = {**os.environ, "TMPDIR": temporary}

@@ -61,6 +61,7 @@ def test_dgl_serves_a_store(make_store: Callable[..., Path], alone: None, tmp_pa
         for kind in ("server", "client"):
             command = [sys.executable, __file__, kind, str(ip_config), str(result)]
             env = {**os.environ, "OMP_NUM_THREADS": "1", **environment, "DGL_ROLE": kind}
+            env["PYTHONPATH"] = str(Path(__file__).parents[1])
             with log.open("a") as out:
                 running.append(subprocess.Popen(command, env=env, stdout=out, stderr=out, stdin=subprocess.DEVNULL))
         codes = [process.wait(max(until - time.monotonic(), 0.1)) for process in reversed(running)]
