@@ -65,6 +65,7 @@ VECTOR = (
 )
 SCALE = (lambda value: value is None or 0 < value < math.inf), "must be positive and finite, or null"
 FRACTION = (lambda value: 0 <= value <= 1), "must lie in 0 … 1"
+DECAY = (lambda value: 0 <= value < 1), "must be at least 0 and below 1"
 FIXED = (lambda value: value == "" or _names_nodes(value)), "write NAME, or NAME=VALUE as type=3, of a node attribute"
 FACTOR = (lambda value: 0 < value < 1), "must lie between 0 and 1"
 
@@ -166,6 +167,7 @@ class Train:
     plateau_epochs: int = _key(10, "plateau: epochs without a better validation MSE before lr is reduced", _least(1))
     plateau_factor: float = _key(0.5, "plateau: factor of the reduction", FACTOR)
     weight_decay: float = _key(1e-12, "weight decay of Adam", _least(0))
+    ema: float = _key(0.0, "decay of the averaged weights, which are validated and saved; 0: no average", DECAY)
     clip: float = _key(0.0, "maximum norm of the gradient; 0: no clipping", _least(0))
     patience: int = _key(0, "epochs without a better validation MSE before training stops; 0: never", _least(0))
     select: str = _key(

@@ -32,6 +32,7 @@ def outcome(run: Path) -> dict[str, Any]:
     for name in ("last.pt", "best.pt"):
         saved = checkpoint.load(run / name)
         result |= {f"{name} {key}": value for key, value in saved["model"].items()}
+        result |= {f"{name} unaveraged {key}": value for key, value in saved.get("unaveraged", {}).items()}
         for number, values in saved["optimizer"]["state"].items():
             result |= {f"{name} {number}.{key}": value for key, value in values.items()}
         result |= {f"{name} {key}": saved[key] for key in ("rng", "epoch", "step", "best", "waited", "scale")}

@@ -1,7 +1,8 @@
 """Checkpoints: what they contain, how they are written and read, and how a run resumes from its last one.
 
 Keys: `model` and `config` (YAML) in all; in those of a training also `optimizer`, `rng`, `samples` (`fingerprint` of
-the data), `data` (data/identity.py), `widths` (F, K), `init` (initial_weights.py) and the fields of `TrainingState`.
+the data), `data` (data/identity.py), `widths` (F, K), `init` (initial_weights.py),
+`unaveraged` (weight_average.py) and the fields of `TrainingState`.
 docs/outputs.md describes the format.
 """
 
@@ -60,8 +61,12 @@ def weights_only(model: Module, config: Config) -> Checkpoint:
 
 def of_training(trainer: Trainer) -> Checkpoint:
     """A checkpoint to resume from."""
+    with trainer.average.applied():
+        weights = weights_only(trainer.model, trainer.config)
+        unaveraged = trainer.average.unaveraged()
     return {
-        **weights_only(trainer.model, trainer.config),
+        **weights,
+        **({"unaveraged": unaveraged} if unaveraged else {}),
         "widths": list(trainer.samples.widths),
         "optimizer": trainer.optimizer.state_dict(),
         "rng": torch.get_rng_state(),  # one for all ranks: every rank makes the same draws
@@ -124,6 +129,7 @@ def restore(trainer: Trainer) -> str:
     compare_data(last.get("data"), trainer.identity, trainer.config.data, folder, ("train", "valid"))
     trainer.identity = trainer.identity or last.get("data")
     load_weights(trainer.model, last, folder / LAST)
+    trainer.average.restore(last.get("unaveraged", {}))
     trainer.optimizer.load_state_dict(last["optimizer"])
     torch.set_rng_state(last["rng"])
     trainer.state, trainer.init = training_state(last), last.get("init")

@@ -16,6 +16,7 @@ from ..data.identity import resolve_features
 from ..errors import Failure
 from ..utils.console import print_line, print_table
 from . import checkpoint, run_dir
+from .weight_average import WeightAverage
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -52,6 +53,7 @@ def load(trainer: Trainer) -> dict[str, str]:
     source = checkpoint.parse(content, file)
     before = configs.parse(source["config"], f"{file}: its config")
     outcome = _take(trainer.model, source["model"], f"train.init={config.train.init}", before, config)
+    trainer.average = WeightAverage(trainer.model, config.train.ema)
     if world.rank == 0:
         _report(str(file), outcome)
         before.data.features = resolve_features(before.data, source.get("data"))

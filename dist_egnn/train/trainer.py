@@ -34,6 +34,7 @@ from ..utils.progress import progress_bar
 from . import augmentation, checkpoint, diagnostics, initial_weights, input_scale, losses, metrics
 from .run_writer import RunWriter, Shown
 from .state import TrainingState
+from .weight_average import WeightAverage
 
 # the error of train.select=rollout (evaluate/selection.py), from the group, the config, the model and its features
 RolloutError = Callable[[Comm, Config, Module, Sequence[str]], float]
@@ -178,6 +179,9 @@ class Trainer:
     rollout_error: RolloutError | None = None  # chooses the best checkpoint, in place of the validation MSE
     last_step: dict[str, float] = field(default_factory=dict)  # means of the last step's batches
 
+    def __post_init__(self) -> None:
+        self.average = WeightAverage(self.model, self.config.train.ema)
+
     def steps_of_an_epoch(self) -> int:
         settings, samples = self.config.train, len(self.samples.splits["train"])
         return math.ceil(math.ceil(samples / settings.batch_size) / settings.accumulate)
@@ -204,22 +208,17 @@ class Trainer:
                     if stop:
                         return self._stopped()
                 shown = Shown()
-                valid = evaluate_split(self.model, self.samples, "valid", self.config, self.comm, shown)
-                if not math.isfinite(valid):
-                    raise self._divergence(self.samples.splits["valid"], None)
+                errors = self._validate(shown)
                 values = torch.zeros(world.size + 1, dtype=torch.float64, device="cpu")
                 values[world.rank] = metrics.peak_memory_gb(next(self.model.parameters()).device)
                 values[-1] = float(signals.stop_requested())
                 *memory, stop = world.sum(values).tolist()
                 means = {name: state.sums[name] / count for name in ("step_s", *diagnostics.PHASES, "grad_norm")}
                 row = {f"train_{name}": state.sums[name] / state.sums["batches"] for name in ("loss", "mse")}
-                row |= {"lr": self.optimizer.param_groups[0]["lr"], **means, "valid_mse": valid}
-                if self.rollout_error:
-                    about = self.comm, self.config, self.model, self.samples.names[0]
-                    row["valid_rollout_mse"] = self.rollout_error(*about)
+                row |= {"lr": self.optimizer.param_groups[0]["lr"], **means, **errors}
                 state.sums["epoch_s"] = time.perf_counter() - started
                 row |= {"peak_gb": max(memory), "epoch_s": state.sums["epoch_s"]}
-                improved = state.end_epoch(row.get("valid_rollout_mse", valid), settings)
+                improved = state.end_epoch([*errors.values()][-1], settings)
                 if writer:
                     writer.end_epoch(row, memory, shown, improved)
                 if stop:
@@ -228,6 +227,17 @@ class Trainer:
             final = {name: row[name] for name in ("train_mse", "valid_mse")} | self._best()
             writer.events.finish(self.steps_done(), final)
         return {**row, **self._best()}
+
+    def _validate(self, shown: Shown) -> dict[str, float]:
+        """Validation errors of the averaged weights, if there are any; the last one chooses the best checkpoint."""
+        with self.average.applied():
+            valid = evaluate_split(self.model, self.samples, "valid", self.config, self.comm, shown)
+            if not math.isfinite(valid):
+                raise self._divergence(self.samples.splits["valid"], None)
+            if not self.rollout_error:
+                return {"valid_mse": valid}
+            error = self.rollout_error(self.comm, self.config, self.model, self.samples.names[0])
+            return {"valid_mse": valid, "valid_rollout_mse": error}
 
     def _best(self) -> dict[str, float]:
         return {"best_valid_rollout_mse" if self.rollout_error else "best_valid_mse": self.state.best}
@@ -277,6 +287,7 @@ class Trainer:
             self.optimizer.step()
             devices.synchronize(device)
             state.step += 1
+            self.average.update(self.steps_done())
             losses_of_step = {"train_loss": loss_sum / len(step), "train_mse": mse_sum / len(step)}
             self.last_step = {**losses_of_step, "grad_norm": norm, "lr": self.optimizer.param_groups[0]["lr"]}
             for name, value in {"loss": loss_sum, "mse": mse_sum, "batches": len(step), "grad_norm": norm}.items():
