@@ -179,6 +179,7 @@ class Train:
         0.0, "simulator: random walk in an input's velocities, rms of the newest, length/step", _least(0)
     )
     pushforward_start: float = _key(0.8, "share of the epochs after which half of the inputs begin earlier", FRACTION)
+    callbacks: list[str] = _key([], "functions MODULE:FUNCTION(row, model) to call at the end of each epoch, on rank 0")
     seed: int = _key(0, "seed of weights, order and sampling")
     device: str = _key("cpu", "cpu, cuda:N, cuda (one device per process, in turn), or auto: cuda if available")
     threads: int = _key(1, "threads of each process on a CPU; the results are the same bits for any number", _least(1))

@@ -21,11 +21,12 @@ def run_training(config: Config, resume: bool = False) -> dict[str, float]:
     from ..models import network
     from ..ops import activation_offload
     from ..partition import store_writer
-    from ..train import checkpoint, initial_weights, preflight, run_dir, trainer
+    from ..train import callbacks, checkpoint, initial_weights, preflight, run_dir, trainer
     from .partition import run_partition, store_inputs
 
     network.model_class(config.model.name)
     config.train.init = config.train.init and str(Path(config.train.init).absolute())
+    callbacks.load(config.train.callbacks)
     if not resume:
         initial_weights.check(config)
     trainer.resolve_device(config)

@@ -114,7 +114,8 @@ def without_script(*sent: Any) -> Iterator[None]:
 
     sent: what they are sent. If it comes from the script, they must import it.
     """
-    names = [item.model.name if isinstance(item, Config) else getattr(item, "__module__", "") or "" for item in sent]
+    names = [getattr(item, "__module__", "") or "" for item in sent]
+    names += [name for item in sent if isinstance(item, Config) for name in (item.model.name, *item.train.callbacks)]
     with _starting:
         script = sys.modules["__main__"]
         if not any(name.split(":")[0] == "__main__" for name in names):

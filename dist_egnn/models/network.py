@@ -6,10 +6,7 @@ Legend: N nodes, B graphs, C virtual nodes, H width, F input features, K node at
 from __future__ import annotations
 
 import difflib
-import importlib
 import math
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -22,6 +19,7 @@ from ..distributed.comm import Comm, SingleProcess
 from ..errors import Failure
 from ..ops import message_passing, tiled_layer, tiling
 from ..ops.native import engine as native_engine
+from ..utils.imports import import_named
 from . import published_weights
 from .base import Layer
 from .egnn import EGNNLayer
@@ -274,18 +272,11 @@ def model_class(name: str) -> type[nn.Module]:
 
 def _import_class(name: str) -> type[nn.Module]:
     """The class PACKAGE.MODULE:CLASS, from the working directory or installed."""
-    module, _, attribute = name.partition(":")
-    if not all(part.isidentifier() for part in module.split(".")):
-        raise Failure(f"model.name={name}: '{module}' is not a module name; write PACKAGE.MODULE:CLASS, without .py")
-    if os.getcwd() not in sys.path:  # a console script has its own folder on the path instead
-        sys.path.append(os.getcwd())
-    try:
-        result = getattr(importlib.import_module(module), attribute, None)
-    except ImportError as error:
-        remedy = f"run this in the folder of {module.split('.')[0]}, or install it"
-        raise Failure(f"model.name={name}: cannot import {module} ({error}); {remedy}") from error
+    result = import_named("model.name", name)
     if not (isinstance(result, type) and issubclass(result, nn.Module)):
-        raise Failure(f"model.name={name}: {module} has no torch.nn.Module of that name; see docs/extend.md")
+        raise Failure(
+            f"model.name={name}: {name.partition(':')[0]} has no torch.nn.Module of that name; see docs/extend.md"
+        )
     return result
 
 

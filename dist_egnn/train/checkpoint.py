@@ -44,7 +44,7 @@ Checkpoint = dict[str, Any]
 FREE = (
     *("train.epochs", "train.patience", "train.lr", "train.clip"),
     *("train.device", "train.timeout_s", "train.checkpoint_minutes", "train.kept", "train.replicas"),
-    *("train.threads", "train.select_data"),
+    *("train.threads", "train.select_data", "train.callbacks"),
     *("model.engine", "model.tile", "data.path", "run.dir"),
     *("partition.parts", "partition.method", "partition.seed", "partition.weights"),
 )

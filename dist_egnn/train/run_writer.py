@@ -24,7 +24,7 @@ from torch import Tensor
 from .. import __version__
 from ..errors import Failure
 from ..utils import filesystem
-from . import checkpoint, diagnostics, run_dir
+from . import callbacks, checkpoint, diagnostics, run_dir
 from .events import Events
 
 if TYPE_CHECKING:
@@ -95,6 +95,7 @@ class RunWriter:
     def open(self, resumed: bool, warning: str) -> Iterator[RunWriter]:
         """Start or continue the run's folder. warning: why the run resumes from previous.pt, empty if it does not."""
         config, state = self.trainer.config, self.trainer.state
+        self.callbacks = callbacks.load(config.train.callbacks)
         self.folder = Path(config.run.dir)
         if warning:
             source = f"{self.folder / run_dir.PREVIOUS} (epoch {state.epoch + 1} after step {state.step})"

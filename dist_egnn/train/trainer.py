@@ -31,7 +31,7 @@ from ..ops.native import engine as native_engine
 from ..ops.native import library as native_library
 from ..utils import devices, filesystem, signals
 from ..utils.progress import progress_bar
-from . import augmentation, checkpoint, diagnostics, initial_weights, input_scale, losses, metrics
+from . import augmentation, callbacks, checkpoint, diagnostics, initial_weights, input_scale, losses, metrics
 from .run_writer import RunWriter, Shown
 from .state import TrainingState
 from .weight_average import WeightAverage
@@ -221,6 +221,8 @@ class Trainer:
                 improved = state.end_epoch([*errors.values()][-1], settings)
                 if writer:
                     writer.end_epoch(row, memory, shown, improved)
+                    with self.average.applied():
+                        callbacks.call(writer.callbacks, writer.rows[-1], self.model, self.config.run.dir)
                 if stop:
                     return self._stopped()
         if writer and row:

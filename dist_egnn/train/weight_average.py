@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 from torch.nn import Module
 from torch.optim.swa_utils import get_ema_multi_avg_fn

@@ -59,9 +59,10 @@ def test_the_average_of_the_formula_is_saved_and_validated(small, run, tmp_path,
 
 
 def test_a_killed_run_resumes_with_the_same_bits(small, run, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(trainer, "train", ActAfterStep(5, None, _kill))
-        run_training(settings(small, tmp_path / "run", *EMA))
+        with pytest.raises(Killed):
+            run_training(settings(small, tmp_path / "run", *EMA))
     resume_training(tmp_path / "run", [])
     assert_same(tmp_path / "run", run)
 
