@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from pathlib import Path
@@ -338,6 +338,13 @@ def _read_override(override: str) -> tuple[Any, str]:
     return ({section: {name: given}} if dot else {section: given}), source
 
 
+def _to_text(value: Any) -> str:
+    """A Python value as an override writes it."""
+    if value is None:
+        return "null"
+    return json.dumps([*value]) if isinstance(value, list | tuple) else str(value)
+
+
 def _read_files(path: Path, including: tuple[Path, ...] = ()) -> list[tuple[Any, str]]:
     """The contents of a config file and of the files that it includes, with their names; later ones take precedence."""
     if str(path).partition("=")[0] in keys() and not path.exists():
@@ -370,13 +377,18 @@ def _build(layers: Sequence[tuple[Any, str]]) -> Config:
     return config
 
 
-def load(path: str | Path | None, overrides: Sequence[str] = (), *, published: bool = False) -> Config:
-    """The config of a YAML file and its include, or the defaults, updated by key=value overrides. Raises Failure.
+def load(
+    path: str | Path | None, overrides: Sequence[str] | Mapping[str, Any] = (), *, published: bool = False
+) -> Config:
+    """The config of a YAML file and its include, or the defaults, updated by overrides. Raises Failure.
 
+    overrides: texts key=value, or values by key, as {"train.epochs": 10}.
     published: keys of PUBLISHED that are left out have its values, as in runs of older versions.
     """
     layers = [(PUBLISHED, "")] if published else []
     layers += _read_files(Path(path)) if path is not None else []
+    if isinstance(overrides, Mapping):
+        overrides = [f"{key}={_to_text(value)}" for key, value in overrides.items()]
     return _build([*layers, *map(_read_override, overrides)])
 
 

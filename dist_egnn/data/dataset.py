@@ -150,8 +150,11 @@ def sample_spec(data: Data, features: Iterable[str], scale: float | None = None)
     return SampleSpec(data.radius, data.horizon, *names, data.edge_drop, data.periodic, **plain)
 
 
-def open_dataset(config: Config, part: int, processes: int) -> Dataset:
-    """This process's part of each snapshot of a store, or a file's samples; ``processes`` share CACHE_BYTES."""
+def open_dataset(config: Config, part: int = 0, processes: int = 1) -> Dataset:
+    """This process's part of each snapshot of a store, or a file's samples; ``processes`` share CACHE_BYTES.
+
+    The sample ``dataset[number]`` is a DGLGraph with the fields of `fields.TABLE`, for numbers of ``dataset.splits``.
+    """
     d, budget = config.data, CACHE_BYTES // processes
     if is_store(d.path):
         store = open_store(d.path)
