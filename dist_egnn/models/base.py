@@ -138,6 +138,6 @@ class Layer(nn.Module):
         out = {"x": x_new, **sums}
         if "h" in self.outputs:
             attributes = [data["a"]] if "a" in data else []
-            out["h"] = h + apply_mlp(self.phi_h, torch.cat([*h_inputs, *attributes], 1))
+            out["h"] = h + apply_mlp(self.phi_h, [*h_inputs, *attributes])
             out |= {name: mean[name] for name in self.state}
         return out

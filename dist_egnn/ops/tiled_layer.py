@@ -276,20 +276,21 @@ class _TileBackward:
     def _messages(
         self, tile: Tile, rows: _Rows, means: Fields, grad_mean: Fields, new_leaves: Callable[[], _Leaves]
     ) -> None:
-        """The backward pass of the messages, block by block, then of ``send`` and ``receive``."""
+        """The backward pass of the messages, block by block, then of ``send`` and ``receive``; one block: all in one pass."""
         layer, leaves = self.call.layer, new_leaves()
         src = {
             name: value if self.grad.node[name] is None else leaves.leaf(value, partial(self._add_to_src, tile, name))
             for name, value in rows.src.items()
         }
         sent, received = layer.send(src), layer.receive(leaves.rows(rows.dst, self.grad.node, tile.nodes))
+        one_pass = len(tile.blocks) == 1
         grad_sent, grad_received = (
-            {name: torch.zeros_like(t) if t.requires_grad else None for name, t in fields.items()}
+            {name: torch.zeros_like(t) if t.requires_grad and not one_pass else None for name, t in fields.items()}
             for fields in (sent, received)
         )
         edge_order = self.call.tiles.edge_order[tile.edges]
         for block, edge in zip(tile.blocks, rows.edge, strict=True):
-            in_block = new_leaves()
+            in_block = leaves if one_pass else new_leaves()
             dst = {name: t[block.nodes] for name, t in received.items()}
             mean = self.call.engine.mean(
                 block.graph,

@@ -22,6 +22,7 @@ from dist_egnn.commands.train import run_training
 from dist_egnn.config import Config
 from dist_egnn.errors import Failure
 from dist_egnn.ops import tiled_layer, tiling
+from dist_egnn.ops.linear import linear, products_by
 from dist_egnn.ops.native import library
 from dist_egnn.ops.native.kernels import EdgeBlock, EdgeKernel, EdgeMeans, PairKernel, PairSums
 from dist_egnn.ops.native.library import LEVELS as ALL_LEVELS
@@ -249,6 +250,23 @@ def test_products_in_bfloat16_are_near_those_in_float() -> None:
     check_edges(LOADED, case, False, 2e-2, low=True)
     with pytest.raises(AssertionError):
         check_edges(LOADED, case, False, 1e-5, low=True)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("widths", [(5,), (32,), (32, 16, 2)])
+def test_products_with_columns_in_parts(widths: tuple[int, ...], biased: bool) -> None:
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(200, width) for width in widths] + [(48, sum(widths)), (48,)]
+    tensors = [torch.randn(shape, generator=draw, dtype=torch.float64).requires_grad_() for shape in shapes]
+    *parts, weight, bias = tensors
+    inputs = parts[:1] + [part.detach() for part in parts[1:2]] + parts[2:]  # the second needs no gradient
+    results = []
+    for kernels in (None, LOADED):
+        with products_by(kernels):
+            y = linear(inputs, weight, bias if biased else None)
+        results.append([y, *torch.autograd.grad(y.square().sum(), tensors, allow_unused=True)])
+    for expected, result in zip(*results, strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-11)
 
 
 def test_a_compiler_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

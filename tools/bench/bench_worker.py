@@ -110,7 +110,7 @@ def machine_rates(device: str) -> dict[str, float]:
     if onednn is not None:
         kernels["machine_gflops_onednn"] = lambda: onednn(x, w, b, "none", [], "")
     if device == "cpu" and (native := library.library()):
-        kernels["machine_gflops_native"] = lambda: Linear.apply(native, x, w, b)
+        kernels["machine_gflops_native"] = lambda: Linear.apply(native, b, x, w)
     work = 2 * 8192 * 64 * 64 / 1e9
     with torch.no_grad():
         return {

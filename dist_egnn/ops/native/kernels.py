@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +38,7 @@ PAIRS = _structure(
     "hidden virtual_nodes nodes graphs low",
     "graph p x z u w_d w2 b2 wx bx w dx m to_z to_s d_p d_x d_z d_u d_w_d d_w2 d_b2 d_wx d_bx d_w",
 )
-LINEAR = _structure("Linear", "rows inputs outputs", "x w b y d_x d_w d_b")
+LINEAR = _structure("Linear", "rows inputs outputs add", "x w b y d_x d_w d_b")
 
 
 def _call(library: Library, kernel: str, structure: Any, dtype: torch.dtype, **fields: Any) -> None:
@@ -172,26 +173,39 @@ class PairSums(torch.autograd.Function):
 
 
 class Linear(torch.autograd.Function):
-    """x Wᵀ + b (n, O) for x (n, I), W (O, I), b (O,) or None; I and O are multiples of 16."""
+    """Σ_k x_k W_kᵀ + b (n, O) for x_k (n, I_k), W_k (O, I_k), b (O,) or None; O and every I_k are multiples of 16.
+
+    tensors: all x_k, then all W_k.
+    """
 
     @staticmethod
-    def forward(ctx: Any, library: Library, x: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+    def forward(ctx: Any, library: Library, b: Tensor | None, *tensors: Tensor) -> Tensor:
         ctx.library = library
-        ctx.save_for_backward(x, w, b)
+        ctx.save_for_backward(b, *tensors)
+        x, *_, w = tensors
         y = x.new_empty(len(x), len(w))
-        Linear.run("linear_forward", library, x, w, b, y=y)
+        for k, part in enumerate(Linear.parts(tensors)):
+            Linear.run("linear_forward", library, *part, add=k > 0, b=None if k else b, y=y)
         return y
 
     @staticmethod
-    def run(name: str, library: Library, *tensors: Tensor | None, **fields: Any) -> None:
-        x, w, b = _contiguous(tensors)
-        _call(library, name, LINEAR, x.dtype, rows=len(x), inputs=x.shape[1], outputs=len(w), x=x, w=w, b=b, **fields)
+    def parts(tensors: Sequence[Tensor]) -> Iterable[tuple[Tensor, Tensor]]:
+        return zip(tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :], strict=True)
+
+    @staticmethod
+    def run(name: str, library: Library, x: Tensor, w: Tensor, **fields: Any) -> None:
+        x, w = _contiguous((x, w))
+        _call(library, name, LINEAR, x.dtype, rows=len(x), inputs=x.shape[1], outputs=len(w), x=x, w=w, **fields)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, b = ctx.saved_tensors
-        d_x, sums = x.new_empty(x.shape), _doubles(d_w=w) if b is None else _doubles(d_w=w, d_b=b)
-        Linear.run("linear_backward", ctx.library, x, w, b, y=grad.contiguous(), d_x=d_x, **sums)
-        d_w, *d_b = (t.to(x.dtype) for t in sums.values())
-        return None, d_x, d_w, d_b[0] if d_b else None
+        b, *tensors = ctx.saved_tensors
+        d_b, grad = None if b is None else _doubles(b=b)["b"], grad.contiguous()
+        d_x, d_w = [], []
+        for k, (x, w) in enumerate(Linear.parts(tensors)):
+            d_x.append(x.new_empty(x.shape) if ctx.needs_input_grad[2 + k] else None)
+            d_w.append(torch.zeros(w.shape, dtype=torch.float64))
+            sums = {"d_w": d_w[k], "d_b": None if k else d_b}
+            Linear.run("linear_backward", ctx.library, x, w, y=grad, d_x=d_x[k], **sums)
+        return None, None if d_b is None else d_b.to(grad.dtype), *d_x, *(t.to(grad.dtype) for t in d_w)
