@@ -93,7 +93,6 @@ class Halos:
         self.dst = torch.cat([part.dst + first for part, first in zip(self.parts, self.first, strict=False)])
         self.recv_counts: list[int] = counts.sum(0).tolist()
         self.size = sum(self.recv_counts)  # m
-        self.fields: Fields = {}  # of the cross edges, if a simulator computes them
 
     def link(self, x: Tensor, comm: Comm) -> None:
         """Link the halos that are not yet linked; x: (n, 3) of the batch."""
@@ -102,7 +101,7 @@ class Halos:
 
     def edge(self, name: str) -> Tensor:
         """A field of the cross edges."""
-        return self.fields[name] if self.fields else torch.cat([part.edge[name] for part in self.parts])
+        return torch.cat([part.edge[name] for part in self.parts])
 
     def exchange(self, position: Tensor, comm: Comm) -> HaloExchange:
         """The exchange of a layer's rows. position: (n,) index of each own node's row in the layer's fields."""

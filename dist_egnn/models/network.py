@@ -18,6 +18,7 @@ from ..data import halo
 from ..distributed.comm import Comm, SingleProcess
 from ..errors import Failure
 from ..ops import message_passing, tiled_layer, tiling
+from ..ops.message_passing import Fields
 from ..ops.native import engine as native_engine
 from ..utils.imports import import_named
 from . import published_weights
@@ -120,28 +121,22 @@ class Network(nn.Module):
         self.comm: Comm = SingleProcess()
         self.requires_halo = False  # in halo mode: a graph without a halo is an error
 
-    def _inputs(self, graph: DGLGraph, tiles: tiling.Tiles) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Node fields in the tiles' order and edge fields, in the model's precision."""
+    def _inputs(self, tiles: tiling.Tiles, nodes: Fields, edges: Fields) -> tuple[Fields, Fields]:
+        """Node fields in the tiles' order and edge fields, in the model's precision and on its device."""
         like = next(self.parameters())
         widths = {"x": 3, "v": self.widths["v"]}
-        if "degree" in graph.ndata:
+        if "degree" in nodes:
             widths["degree"] = 1
         if self.layer.features:
             widths["f"] = self.widths["f"]
             if self.widths["a"]:
                 widths["a"] = self.widths["a"]
-        given = {name: read_field(graph.ndata, name, width).to(like) for name, width in widths.items()}
+        given = {name: read_field(nodes, name, width).to(like) for name, width in widths.items()}
         node = {name: value.index_select(0, tiles.order) for name, value in given.items()}
         if self.layer.features:
             node["h"] = self.embedding(node.pop("f"))
-        edge = {}
-        if self.widths["e"]:
-            edge["e"] = read_field(graph.edata, "e", self.widths["e"])
-        if "shift" in graph.edata:
-            edge["shift"] = read_field(graph.edata, "shift", 3)
-        if halos := halo.get(graph):
-            edge = {name: torch.cat([value, halos.edge(name)]) for name, value in edge.items()}
-        return node, {name: value.to(like) for name, value in edge.items()}
+        widths = ({"e": self.widths["e"]} if self.widths["e"] else {}) | ({"shift": 3} if "shift" in edges else {})
+        return node, {name: read_field(edges, name, width).to(like) for name, width in widths.items()}
 
     def prepare(self, graph: DGLGraph) -> DGLGraph:
         """The graph, with its tiles cached on it for ``forward``."""
@@ -159,18 +154,26 @@ class Network(nn.Module):
         engine = message_passing.resolve_engine(self.engine, device, obstacle)
         return engine, tiling.tiles_of(graph, engine, self.tile, device, self.hidden)
 
-    def forward(self, graph: DGLGraph) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, graph: DGLGraph, nodes: Fields | None = None, edges: Fields | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x^L and z^L. nodes: fields in place of the graph's; edges: all edge fields, cross edges last; on any device."""
         engine, tiles = self.engine_and_tiles(graph)
-        exchange = None
-        if halos := halo.get(graph):
+        exchange, halos = None, halo.get(graph)
+        if halos:
             halos.link(graph.ndata["x"], self.comm)
             exchange = halos.exchange(tiles.inverse, self.comm)
         elif self.requires_halo:
             raise Failure("partition.halo=exchange: the graph has no halo; batch samples by halo.batch, not dgl.batch")
-        node, edge = self._inputs(graph, tiles)
+        if edges is None:
+            edges = {name: graph.edata[name] for name in ("e", "shift") if name in graph.edata}
+            if halos:
+                edges = {name: torch.cat([value, halos.edge(name)]) for name, value in edges.items()}
+        nodes = {**graph.ndata, **(nodes or {})}
+        node, edge = self._inputs(tiles, nodes, edges)
         z, s = node["x"].new_zeros(tiles.batch, 0, 3), None
         if self.count:
-            total, centroid = graph_size_and_centroid(graph, graph.ndata["x"].to(node["x"]), self.comm)
+            total, centroid = graph_size_and_centroid(graph, nodes["x"].to(node["x"]), self.comm)
             z = centroid.unsqueeze(1).expand(-1, self.count, -1)
             s = self.s.expand(tiles.batch, -1, -1) if self.layer.features else None
         for k, layer in enumerate(self.layers):

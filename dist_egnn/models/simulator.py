@@ -129,7 +129,7 @@ class Simulator(nn.Module):
         direction = gravity / torch.linalg.vector_norm(gravity, dim=1, keepdim=True).clamp(min=1e-30)
 
         own = self.backbone.prepare(graph).local_var()
-        degree, relative = self._set_edges(own, torch.cat([x, advanced, scaled.flatten(1)], 1))
+        edges, degree, relative = self._edges(own, torch.cat([x, advanced, scaled.flatten(1)], 1))
         vectors = [scaled, direction.unsqueeze(1), relative.unsqueeze(1)]
         speed = torch.linalg.vector_norm(scaled, dim=2)
         pairs = [(scaled[:, k] * scaled[:, m]).sum(1, keepdim=True) for k, m in combinations(range(self.history), 2)]
@@ -142,10 +142,10 @@ class Simulator(nn.Module):
             vectors.append(x.new_zeros(len(x), WALL_VECTORS, 3).index_add(0, node, normals))
         own.ndata.pop("centroid", None)  # that of x, not of x*
         start = advanced / self.radius
-        own.ndata.update(x=start, v=torch.cat(vectors, 1).flatten(1), f=f, degree=degree)
+        nodes = {"x": start, "v": torch.cat(vectors, 1).flatten(1), "f": f, "degree": degree}
         for layer in self.backbone.layers:
             layer.unit = self.unit / self.radius  # type: ignore[assignment]
-        moved, z = self.backbone(own)
+        moved, z = self.backbone(own, nodes, edges)
         base = advanced if self.predicts == "acceleration" else x
         after = base + self.radius * (moved - start)
         if not self.training:  # a shortened prediction would have no gradient along its length
@@ -163,12 +163,12 @@ class Simulator(nn.Module):
             raise Failure(f"graph: field 'past' has fewer than the {self.history - 1} velocities that the model reads")
         return torch.cat([v, past[:, : 3 * (self.history - 1)]], 1).view(len(v), self.history, 3)
 
-    def _set_edges(self, graph: DGLGraph, fields: Tensor) -> tuple[Tensor, Tensor]:
-        """Set the edge fields e and, in a periodic box, shift, of the backbone's graph. fields: (N, 6 + 3K), x, x*, v̂_k.
+    def _edges(self, graph: DGLGraph, fields: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The backbone's edge fields e and, in a periodic box, shift, those of cross edges last.
 
-        Returns |N(i)| / USUAL_DEGREE (N, 1) and Σ_j w_ij v̂_ij,0 / USUAL_DEGREE (N, 3).
+        Also |N(i)| / USUAL_DEGREE (N, 1) and Σ_j w_ij v̂_ij,0 / USUAL_DEGREE (N, 3). fields: (N, 6 + 3K), x, x*, v̂_k.
         """
-        n, own, halos, around = len(fields), graph.num_edges(), halo.get(graph), domain.get(graph)
+        n, halos, around = len(fields), halo.get(graph), domain.get(graph)
         src, dst = (ends.to(fields.device).long() for ends in graph.edges())
         rows = fields
         if halos:
@@ -190,12 +190,8 @@ class Simulator(nn.Module):
             e, weighted = self._edge_attributes(difference, rows[dst[chunk], 6:9], rows[src[chunk], 6:9])
             values.setdefault("e", []).append(e)
             sums = sums.index_add(0, dst[chunk], weighted)
-        whole = {name: torch.cat(parts) for name, parts in values.items()}
-        graph.edata.update({name: value[:own].to(graph.device) for name, value in whole.items()})
-        if halos:
-            halos.fields = {name: value[own:] for name, value in whole.items()}
         degree, relative = (sums / USUAL_DEGREE).split([1, 3], dim=1)
-        return degree, relative
+        return {name: torch.cat(parts) for name, parts in values.items()}, degree, relative
 
     def _edge_attributes(self, difference: Tensor, v_i: Tensor, v_j: Tensor) -> tuple[Tensor, Tensor]:
         """The attributes e (E, A), and (1, w_ij v̂_ij,0) (E, 4). difference: r, r*, v̂_ij,k; v_i, v_j: v̂_i0, v̂_j0."""

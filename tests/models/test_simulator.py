@@ -86,27 +86,27 @@ def test_a_batch_equals_its_graphs_and_every_parameter_learns(name):
 def test_inputs_are_those_of_the_formulas(monkeypatch, by_radius):
     """Also with edges that are not those within a radius: their weight is 1."""
     graph, model = sample(50, 5), simulator("EGNN", by_radius=by_radius)
-    seen: dict[str, DGLGraph] = {}
+    seen: dict[str, Tensor] = {}
 
-    def record(self: network.Network, given: DGLGraph) -> tuple[Tensor, Tensor]:
-        seen["graph"] = given
-        return given.ndata["x"] + 0.1, given.ndata["x"].new_zeros(1, 0, 3)
+    def record(self: network.Network, graph: DGLGraph, nodes: Any, edges: Any) -> tuple[Tensor, Tensor]:
+        seen.update(nodes | edges)
+        return nodes["x"] + 0.1, nodes["x"].new_zeros(1, 0, 3)
 
     monkeypatch.setattr(network.Network, "forward", record)
     predicted, _ = model(graph)
     x, v, old = graph.ndata["x"], graph.ndata["v"], graph.ndata["past"][:, :3]
     g = torch.from_numpy(GRAVITY)
     assert torch.allclose(predicted, x + v + g + 0.1 * RADIUS)
-    given, (j, i) = seen["graph"], (ends.long() for ends in graph.edges())
+    j, i = (ends.long() for ends in graph.edges())
     star = x + v + g
     r, unit = star[i] - star[j], torch.nn.functional.normalize(star[i] - star[j], eps=0)
     v_0, v_1 = v / 0.03, old / 0.03
     columns = [(x[i] - x[j]).norm(dim=1) / RADIUS, r.norm(dim=1) / RADIUS]
     columns += [((w[i] - w[j]) * unit).sum(1) for w in (v_0, v_1)] + [(w[i] - w[j]).norm(dim=1) for w in (v_0, v_1)]
     columns += [(v_0[i] * unit).sum(1), (v_0[j] * unit).sum(1)]
-    assert torch.allclose(given.edata["e"], torch.stack(columns, 1), rtol=2e-3, atol=1e-3)  # û has a small constant
+    assert torch.allclose(seen["e"], torch.stack(columns, 1), rtol=2e-3, atol=1e-3)  # û has a small constant
     weight = (1 - r.norm(dim=1) / RADIUS * by_radius).unsqueeze(1) * (v_0[i] - v_0[j])
-    vectors = given.ndata["v"].view(50, -1, 3)
+    vectors = seen["v"].view(50, -1, 3)
     assert vectors.shape[1] == 2 + 2 + WALL_VECTORS
     assert torch.allclose(vectors[:, 0], v_0)
     assert torch.allclose(vectors[:, 1], v_1)

@@ -132,23 +132,6 @@ def test_an_epoch_creates_no_tensor_on_the_default_device(small: Path, monkeypat
         epoch()
 
 
-@pytest.mark.parametrize("part", [False, True])
-def test_a_loss_moves_the_graph_to_the_device_of_the_model(part: bool) -> None:
-    """meta serves as a second device: torch raises an error if devices are mixed."""
-    graph = two_graphs(part=part)
-    z = torch.randn(2, 3, 3, dtype=torch.float64).to("meta").requires_grad_()
-    mmd(z, graph).backward()
-    assert z.grad.is_meta  # type: ignore[union-attr]
-    model = Shift(torch.float64).to("meta")
-    if part:  # otherwise the nodes are counted, which needs values
-        chosen = config.load(None, ["loss.mmd=0"])
-        loss, mse = trainer.compute_loss(chosen, model, graph, SingleProcess(), torch.Generator())
-        loss.backward()
-        assert {loss.device.type, mse.device.type} == {"meta"}
-    with pytest.raises(RuntimeError, match="device"):
-        losses.squared_error(model(graph)[0], graph.ndata["y"], torch.ones(2, 1))
-
-
 @needs_cuda
 @pytest.mark.parametrize("parts", [1, 2])
 def test_training_on_cuda(small: Path, make_store: Callable[..., Path], tmp_path: Path, parts: int) -> None:

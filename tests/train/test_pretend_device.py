@@ -1,0 +1,152 @@
+"""Training, evaluation and rollouts on a pretend device (tests/pretend_device.py) equal those on the CPU, for every model."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from dist_egnn.partition import store_writer
+from small_data import falling_swirl
+
+import dist_egnn
+from dist_egnn import Trajectories, Writer, config
+from dist_egnn.data import dataset
+from dist_egnn.distributed import spawn
+from dist_egnn.distributed.comm import Comm, ProcessGroup, SingleProcess
+from dist_egnn.evaluate.boundary_conditions import RolloutJob
+from dist_egnn.evaluate.simulation import Simulation
+from dist_egnn.models import network
+from dist_egnn.ops.message_passing import Nodes
+from dist_egnn.train import losses, trainer
+from dist_egnn.utils import devices
+
+DATA = ["data.frames=2", "data.radius=0.35", "data.features=[mass]", "data.node_attributes=[mass]"]
+DATA += ["data.velocity_scale=1"]
+KINDS = {"": [*DATA, "data.horizon=3", "loss.samples=4"]}
+KINDS["simulator"] = [*DATA, "data.horizon=1", "data.history=2", "data.pushforward=1", "data.walls=box", "loss.mmd=0"]
+KINDS["simulator"] += ["train.noise=0.01", "model.predicts=acceleration"]
+MODES = ["bridge", "exchange"]
+CASES = [("", name, mode) for name in network.MODELS for mode in MODES]
+CASES += [("simulator", name, mode) for name in ("FastEGNN", "RF") for mode in MODES]
+SUM = ProcessGroup.sum
+
+# tensors on the wrong device, to show that the cases above would fail
+WRONG = {"target": lambda: mock.patch.object(losses, "squared_error", lambda p, y, n: (p - y.cpu()).square().mean())}
+WRONG["sum"] = lambda: mock.patch.object(ProcessGroup, "sum", lambda comm, t: SUM(comm, t).cpu())
+WRONG["index"] = lambda: mock.patch.object(Nodes, "spread", lambda nodes, name: nodes.shared[name].cpu())
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pretend") / "data.h5"
+    box = np.array([[-0.2, -0.2, -0.2], [1.2, 1.3, 1.2]])
+    with Writer(path, {}) as out:
+        for seed, split in enumerate(("train", "valid")):
+            position, _, attributes = falling_swirl(90, seed)
+            out.add(position, split=split, dt=1.0, source="", box=box, attributes=attributes, gravity=[0, -0.002, 0])
+    return path
+
+
+@pytest.fixture(scope="module")
+def stores(file: Path) -> dict[str, Path]:
+    """A store of two parts for each kind of model."""
+    result = {}
+    for kind, keys in KINDS.items():
+        result[kind], data = file.parent / f"store {kind}", config.load(None, keys).data
+        inputs = store_writer.build_inputs(Trajectories(file), parts=2, method="bisection", settings=data)
+        store_writer.write_store(Trajectories(file), result[kind], inputs, lambda *_: None)
+    return result
+
+
+def work(comm: Comm, made: config.Config, file: Path) -> dict[str, float]:
+    """Numbers of a training step of two batches, an evaluation and a rollout on this rank."""
+    device, samples = trainer.resolve_device(made, comm.rank), dataset.open_dataset(made, comm.rank, comm.size)
+    model = trainer.build_model(made, samples.widths, comm, samples.statistics()).to(device)
+    training = trainer.Trainer(comm, made, model, torch.optim.Adam(model.parameters(), lr=1e-3), samples)
+    steps = training.steps()
+    next(steps)
+    steps.close()
+    assert {parameter.device for parameter in model.parameters()} == {device}
+    result = {name: training.last_step[name] for name in ("train_loss", "train_mse", "grad_norm")}
+    result["valid_mse"] = trainer.evaluate_split(model, samples, "valid", made, comm)
+    spec = dataset.sample_spec(made.data, made.data.features or ())
+    job = RolloutJob(made, "", str(file), spec, 1, 3, steps=2, repartition=1, bounds="none", out="")
+    *_, last = Simulation(comm, job, model.eval(), watch=False)
+    return result | {"moved": float(np.abs(last.x).sum()), "virtual": float(np.abs(last.z).sum())}
+
+
+def whole_run(made: config.Config, run: Path) -> list[float]:
+    """Errors of a training of one epoch and its resume, of an evaluation, and a prediction of the loaded run."""
+    made.run.dir = str(run)
+    trainer.train(SingleProcess(), made)
+    made.train.epochs = 2
+    rows = trainer.train(SingleProcess(), made, resume=True)
+    errors = trainer.evaluate(SingleProcess(), made, run / "best.pt", "valid")
+    x, v = np.random.default_rng(0).normal(size=(2, 20, 3))
+    y = dist_egnn.load(run, device=made.train.device)(x, v, {"mass": np.ones(20)})
+    assert isinstance(y, np.ndarray)
+    saved = torch.load(run / "last.pt", weights_only=True)["model"]
+    assert all(type(value) is torch.Tensor and value.device.type == "cpu" for value in saved.values())
+    return [rows["train_loss"], rows["valid_mse"], errors["FastEGNN"], float(np.abs(y - x).sum())]
+
+
+def work_on_both_devices(comm: Comm, stores: dict[str, Path], file: Path) -> dict[Any, Any]:
+    """Of each case the numbers on the CPU and on the pretend device, or an error; of each wrong placement its error."""
+    import pretend_device  # in this process only: it changes torch
+
+    plain, result = devices.resolve, dict[Any, Any]()
+    devices.resolve = lambda name, rank=0: pretend_device.DEVICE if name == "cuda" else plain(name)
+
+    def run(*case: str) -> Any:
+        try:
+            return [work(comm, settings(stores[case[0]], *case, f"train.device={of}"), file) for of in ("cpu", "cuda")]
+        except Exception:
+            return traceback.format_exc()
+
+    for case in CASES:
+        result[case] = run(*case)
+    if comm.rank == 0:
+        devices.check_available = lambda *_: None
+        for of in ("cpu", "cuda"):
+            made = settings(file, "", "FastEGNN", "bridge", f"train.device={of}", "partition.parts=1", "train.epochs=1")
+            result[of] = whole_run(made, file.parent / of)
+    for name, fault in WRONG.items():
+        with fault():
+            result[name] = run("", "FastEGNN", "bridge")
+    return result
+
+
+def settings(store: Path, kind: str, name: str, mode: str, *more: str) -> config.Config:
+    tile = ["model.tile=10"] if mode == "exchange" and name != "Linear" else []  # else the graph is one block
+    keys = [*KINDS[kind], *tile, f"data.path={store}", f"partition.halo={mode}", "partition.parts=2"]
+    keys += ["partition.method=bisection", f"model.name={name}", "model.hidden=8", "model.layers=2"]
+    return config.load(None, [*keys, "model.engine=torch", "train.accumulate=2", "train.clip=1", *more])
+
+
+@pytest.fixture(scope="module")
+def results(stores: dict[str, Path], file: Path) -> list[dict[Any, Any]]:
+    """Of each of two processes."""
+    return spawn.run_ranks(work_on_both_devices, 2, stores, file)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_an_evaluation_and_a_rollout_equal_the_cpu(results, case) -> None:
+    for rank in results:
+        assert isinstance(rank[case], list), rank[case]
+        on_cpu, on_device = rank[case]
+        assert on_device == pytest.approx(on_cpu, rel=1e-4, abs=1e-9)
+
+
+def test_a_run_its_resume_its_evaluation_and_its_predictor_equal_the_cpu(results) -> None:
+    assert results[0]["cuda"] == pytest.approx(results[0]["cpu"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_tensor_on_the_wrong_device_is_an_error(results, name) -> None:
+    for rank in results:
+        assert "expected all tensors on one device" in str(rank[name])
