@@ -383,9 +383,9 @@ def render(
     run_render(rollout, out, fps, every, colour)
 
 
-@command("import-checkpoint best.pth --config recipes/fluid113k/config.yaml --out runs/published")
+@command("import-checkpoint best_model.pth --out runs/published")
 def import_checkpoint(
-    file: Annotated[Path, Argument(help=".pt or .pth file with a FastEGNN state dict of the authors' code")],
+    file: Annotated[Path, Argument(help="best_model.pth, or another file with a FastEGNN of the authors' code")],
     out: Annotated[Path, Option(help="folder of the run to make")],
     overrides: Overrides = None,
     config: DataConfig = None,
@@ -393,14 +393,19 @@ def import_checkpoint(
 ) -> None:
     """Make a run of published FastEGNN weights. No code in FILE is executed.
 
-    Weights do not contain the settings of their training. Set them by overrides: data.horizon=10, data.features=[…] in
-    the order of training, model.normalize=true, model.gravity=[0,-9.81,0].
+    A file of DistEGNN's trainer contains the settings of its training, which take precedence over --config. For other
+    files set them by overrides: data.horizon=10, data.features=[…] in the order of training, model.normalize=true,
+    model.gravity=[0,-1,0].
     """
-    from .commands.import_weights import run_import
+    from .commands.import_weights import published_settings, run_import
+    from .models.published_weights import read_checkpoint
 
-    settings = data_config(config, radius, overrides, published=True)
+    state, trained_with = read_checkpoint(file)
+    words = published_settings(trained_with, file)
+    words += [*([] if radius is None else [f"data.radius={radius}"]), *(overrides or ())]
+    settings = data_config(config, None, words, published=True)
     settings.run.dir = str(out)
-    run_import(file, settings)
+    run_import(file, state, settings)
 
 
 @command("sweep recipes/nbody/sweep.yaml --jobs 2 --minutes 60")

@@ -130,9 +130,14 @@ class Model:
     hidden: int = _key(64, "width H of the hidden features", _least(1))
     layers: int = _key(4, "layers L", _least(1))
     virtual_nodes: int = _key(3, "virtual nodes C, for models that have them", _least(1))
+    virtual_messages: str = _key(
+        "mean",
+        "what phi_h reads of the m_ic: their mean over c, or concat: all C (FastEGNN of 2024)",
+        _choice("mean", "concat"),
+    )
     normalize: bool = _key(False, "divide x_i - x_j by its length")
     attention: bool = _key(False, "weight messages by a learned gate")
-    tanh: bool = _key(False, "bound phi_x by tanh")
+    tanh: bool = _key(False, "bound phi_x, phi_xv and phi_z by tanh")
     basis: int = _key(20, "SchNet, TFN: radial basis functions of the distance", _least(1))
     cutoff: float | None = _key(None, "SchNet, TFN: cutoff of the basis; null: data.radius, 10 if .inf", CUTOFF)
     channels: int = _key(16, "TFN: vector features (degree 1) per node", _least(1))

@@ -5,6 +5,7 @@ It shares nothing with the model but the names of the weights in the state dict.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,13 @@ def layer(
     normalize: bool,
     tanh: bool,
     g: list[float] | None,
+    combine: Callable[[list[Array]], Array] | None = None,
 ) -> tuple[Array, Array, Array, Array]:
-    """x', h', z', s' from x, v (N, 3), h (N, H), a (N, K), z (C, 3), s (C, H) and edges (j, i, e_ij) from j to i."""
+    """x', h', z', s' from x, v (N, 3), h (N, H), a (N, K), z (C, 3), s (C, H) and edges (j, i, e_ij) from j to i.
+
+    combine: what φ_h reads of the C messages m_ic, by default their mean.
+    """
+    bound = np.tanh if tanh else np.asarray
     n, count, centroid = len(x), len(z), x.mean(0)
     gram = [[float((z[b] - centroid) @ (z[c] - centroid)) for b in range(count)] for c in range(count)]
     x_new, h_new, z_new, s_new = x.copy(), h.copy(), z.copy(), s.copy()
@@ -63,17 +69,18 @@ def layer(
                 continue
             r = x[i] - x[j]
             m = gated(w, "attention", perceptron(w, "phi_e", [h[i], h[j], float(r @ r), e], end=True))
-            push = perceptron(w, "phi_x", [m])
-            push = np.tanh(push) if tanh else push
+            push = bound(perceptron(w, "phi_x", [m]))
             messages.append(m)
             pushes.append((r / (np.linalg.norm(r) + 1e-8) if normalize else r) * push)
-        pulls = [(x[i] - z[c]) * perceptron(w, "virtual.phi_xv", [m_virtual[i][c]]) for c in range(count)]
+        pulls = [(x[i] - z[c]) * bound(perceptron(w, "virtual.phi_xv", [m_virtual[i][c]])) for c in range(count)]
         x_new[i] += mean(pushes, x[i]) + mean(pulls, x[i]) + perceptron(w, "phi_v", [h[i]]) * v[i]
         if g is not None:
             x_new[i] += perceptron(w, "phi_g", [h[i]]) * np.array(g)
-        h_new[i] += perceptron(w, "phi_h", [h[i], mean(messages, h[i]), mean(m_virtual[i], h[i]), a[i]])
+        of_virtual = combine(m_virtual[i]) if combine else mean(m_virtual[i], h[i])
+        h_new[i] += perceptron(w, "phi_h", [h[i], mean(messages, h[i]), of_virtual, a[i]])
     for c in range(count):
-        z_new[c] += mean([(z[c] - x[i]) * perceptron(w, "virtual.phi_z", [m_virtual[i][c]]) for i in range(n)], z[c])
+        steps = [bound(perceptron(w, "virtual.phi_z", [m_virtual[i][c]])) for i in range(n)]
+        z_new[c] += mean([(z[c] - x[i]) * steps[i] for i in range(n)], z[c])
         s_new[c] += perceptron(w, "virtual.phi_s", [s[c], mean([m_virtual[i][c] for i in range(n)], s[c])])
     return x_new, h_new, z_new, s_new
 

@@ -112,7 +112,7 @@ def _one(model: Any, graph: DGLGraph, real: Real, initial: Callable[[Any, Tensor
 
 
 def _virtual(virtual: Any, h: Any, x: Tensor, z: Tensor, s: Any) -> tuple[Tensor, Tensor, Tensor, Any]:
-    """Δx, mean_c m_ic, z' and s', one virtual node at a time."""
+    """Δx, what φ_h reads of m_ic, z' and s', one virtual node at a time."""
     n, gram = len(x), (z - x.mean(0)) @ (z - x.mean(0)).T
     messages, z_next, dx = [], [], 0
     for c in range(len(z)):
@@ -125,8 +125,9 @@ def _virtual(virtual: Any, h: Any, x: Tensor, z: Tensor, s: Any) -> tuple[Tensor
         if virtual.attention_v is not None:
             m = m * virtual.attention_v(m).sigmoid()
         messages.append(m)
-        dx = dx + r * virtual.phi_xv(m) / len(z)
-        z_next.append(z[c] + (-r * virtual.phi_z(m)).mean(0))
+        bound = torch.tanh if virtual.tanh else torch.asarray
+        dx = dx + r * bound(virtual.phi_xv(m)) / len(z)
+        z_next.append(z[c] + (-r * bound(virtual.phi_z(m))).mean(0))
     if s is not None:
         s = s + virtual.phi_s(torch.cat([s, torch.stack([m.mean(0) for m in messages])], 1))
-    return dx, torch.stack(messages).mean(0), torch.stack(z_next), s
+    return dx, torch.cat(messages, 1) if virtual.concatenate else torch.stack(messages).mean(0), torch.stack(z_next), s

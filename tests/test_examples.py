@@ -12,7 +12,7 @@ import torch
 import typer
 import yaml
 from small_data import falling_swirl
-from test_published_weights import GRAVITY, published
+from test_published_weights import published
 from typer.testing import CliRunner
 
 from dist_egnn import cli
@@ -65,7 +65,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "config: recipes/fluid113k/config.yaml\nout: runs/sweep\nset: {train.epochs: 1}\n"
         "grids: [{keys: {model.name: [EGNN], data.edge_drop: [0, 1]}}]\nseeds: [0]\nplot: {x: data.edge_drop}\n"
     )
-    torch.save({k: value.float() for k, value in published(node=2, gravity=GRAVITY).items()}, here / "best.pth")
+    settings = {"data": {"dataset_name": "protein", "radius": 10, "delta_t": 15}, "model": {"normalize": False}}
+    torch.save({"model_state_dict": published(node=0), "config": settings}, here / "best_model.pth")
     # the installed program does not look for modules in the working folder, and nothing that it starts may
     (here / "dgl.py").write_text("raise SystemExit('a file of the user, not DGL')\n")
     return here

@@ -2,17 +2,79 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..config import Config
 from ..distributed.comm import SingleProcess
 from ..errors import Failure
-from ..models import network, published_weights
+from ..models import network
 from ..train import checkpoint, run_dir, trainer
 from ..utils.console import print_table
 from ..utils.filesystem import lock_folder
+
+DERIVED = {  # data.features, data.node_attributes and input frames of the authors' datasets, which are not in their configs
+    "nbody": ["data.features=[speed, charge/max]"],
+    "protein": ["data.features=[speed, charge/max]"],
+    "Water-3D": ["data.features=[speed, type/max]", "data.frames=15", "data.last_frame=250"],
+    "Fluid113K": [
+        "data.features=[viscosity, mass, speed]",
+        "data.node_attributes=[viscosity, mass]",
+        "data.frames=16",
+        "data.last_frame=50",
+    ],
+}
+SAME = {  # our key → theirs, with the same meaning
+    "model.normalize": "model.normalize",
+    "data.radius": "data.radius",
+    "data.edge_drop": "data.cutoff_rate",
+    "data.horizon": "data.delta_t",
+    "loss.mmd": "train.mmd.weight",
+    "loss.sigma": "train.mmd.sigma",
+    "loss.samples": "train.mmd.samples",
+    "train.batch_size": "data.batch_size",
+    "train.accumulate": "train.accumulation_steps",
+    "train.lr": "train.learning_rate",
+    "train.weight_decay": "train.weight_decay",
+    "train.epochs": "train.epochs",
+    "train.patience": "train.early_stop",
+    "train.seed": "seed",
+}
+
+
+def published_settings(config: Mapping[str, Any], file: Path) -> list[str]:
+    """The settings in a config of the authors' code, as overrides. Raises Failure for a model other than FastEGNN."""
+    flat = _flatten(config)
+    if (name := flat.get("model.model_name", "FastEGNN")) != "FastEGNN":
+        raise Failure(f"{file}: holds a {name}; only FastEGNN can be imported")
+    if "data.inner_radius" in flat:
+        flat["data.radius"] = flat["data.inner_radius"]
+    if flat.get("data.radius") == -1:
+        flat["data.radius"] = math.inf
+    words = []
+    first, last = flat.get("data.frame_0"), flat.get("data.frame_T")
+    if isinstance(first, int) and isinstance(last, int):
+        flat["data.delta_t"] = last - first
+        words += [f"data.first_frame={first}", f"data.last_frame={first}"]
+    words += [f"{ours}={flat[theirs]}" for ours, theirs in SAME.items() if theirs in flat]
+    dataset = str(flat.get("data.dataset_name", ""))
+    return words + [word for name in DERIVED if dataset.startswith(name) for word in DERIVED[name]]
+
+
+def _flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The numbers and text in nested dicts, by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, (bool, int, float, str)):
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def check_new(folder: Path) -> None:
@@ -21,18 +83,16 @@ def check_new(folder: Path) -> None:
         raise Failure(f"{folder}: holds a run already ({found[0]}); choose another --out")
 
 
-def run_import(file: Path, config: Config) -> None:
+def run_import(file: Path, state: Mapping[str, torch.Tensor], config: Config) -> None:
     """Make a run of published FastEGNN weights, in run.dir. Raises Failure for weights that do not fit the config.
 
-    config: the data section of the training, model.normalize and model.gravity; the weights define the rest.
+    state: the state dict in the file; config: of the training, in which the weights define the sizes of the model.
     """
     folder, data, given = Path(config.run.dir), config.data, config.model
     check_new(folder)
-    if given.tanh:
-        raise Failure("model.tanh=true: published weights use tanh in other networks too; leave this key out")
-    state = published_weights.read_state_dict(file)
+    options: dict[str, Any] = {"normalize": given.normalize, "tanh": given.tanh, "gravity": given.gravity}
     try:
-        model = network.FastEGNN.from_published(state, normalize=given.normalize, gravity=given.gravity)
+        model = network.FastEGNN.from_published(state, **options)
     except Failure as failure:
         raise Failure(f"{file}: {failure}") from failure
     widths = model.widths
@@ -44,7 +104,8 @@ def run_import(file: Path, config: Config) -> None:
             raise Failure(f"data.{key}=[{', '.join(names)}]: the weights of {file} take {width}; name as many")
     sizes: dict[str, Any] = {"hidden": model.hidden, "layers": len(model.layers), "virtual_nodes": model.count}
     attention = any("attention" in name for name in model.state_dict())
-    config.model = replace(given, name="FastEGNN", attention=attention, **sizes)
+    messages = model.virtual_messages
+    config.model = replace(given, name="FastEGNN", attention=attention, virtual_messages=messages, **sizes)
     data.path = data.path and str(Path(data.path).absolute())  # the run is evaluated from anywhere
     data.velocity_scale = data.velocity_scale or 1.0  # the weights know of no scale
     content = checkpoint.weights_only(model, config)
@@ -54,5 +115,6 @@ def run_import(file: Path, config: Config) -> None:
         check_new(folder)  # again, now that no other process can make a run there
         checkpoint.save(folder / run_dir.BEST, content)
         run_dir.write_config(config)
-    shown = {**sizes, "features": widths["f"], "node_attributes": widths["a"], "attention": attention}
+    shown = {**sizes, "virtual_messages": messages, "features": widths["f"], "node_attributes": widths["a"]}
+    shown |= {"attention": attention, **options}
     print_table(f"{folder}: FastEGNN of {file}", ["option", "found"], [[k, v] for k, v in shown.items()])

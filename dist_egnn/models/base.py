@@ -64,6 +64,8 @@ class Layer(nn.Module):
         gravity: Sequence[float] | None = None,
         last: bool = False,
         attention: bool = False,
+        tanh: bool = False,
+        concatenate: bool = False,
         bf16: bool = False,
         **options: Any,
     ) -> None:
@@ -72,15 +74,17 @@ class Layer(nn.Module):
         self.source_fields: tuple[str, ...] = (*invariants, "x")
         # no output depends on the last h: the last layer skips φ_h and the mean message, but keeps the weights
         self.outputs: tuple[str, ...] = ("x",) if last else self.source_fields
-        self.virtual = VirtualNodes(hidden, virtual_nodes, attention, bf16, self.features) if virtual_nodes else None
+        self.virtual = None
+        if virtual_nodes:
+            self.virtual = VirtualNodes(hidden, virtual_nodes, attention, tanh, concatenate, bf16, self.features)
         self.sums: tuple[str, ...] = self.virtual.sums if self.virtual else ()
-        options |= {"attention": attention, "bf16": bf16}
+        options |= {"attention": attention, "tanh": tanh, "bf16": bf16}
         self.build(hidden, edge_attributes, **{k: v for k, v in options.items() if k in self.options})
         self.vectors = vectors
         width = hidden if self.features else vectors
         self.phi_v = mlp(width, hidden, vectors)
         if self.features:
-            self.phi_h = mlp((3 if self.virtual else 2) * hidden + node_attributes, hidden)
+            self.phi_h = mlp(2 * hidden + (self.virtual.width if self.virtual else 0) + node_attributes, hidden)
         self.phi_g = mlp(width, hidden, 1) if gravity else None
         # float64, rounded where it is used: a model in float64 has the exact vector
         self.register_buffer("g", torch.tensor(gravity or (0.0, 0.0, 0.0), dtype=torch.float64), persistent=False)

@@ -89,6 +89,7 @@ class Network(nn.Module):
         hidden: int = 64,
         layers: int = 4,
         virtual_nodes: int | None = None,
+        virtual_messages: str = "mean",
         vectors: int = 1,
         gravity: Sequence[float] | None = None,
         precision: str = "float32",
@@ -115,6 +116,8 @@ class Network(nn.Module):
             if count:
                 self.s = nn.Parameter(torch.randn(count, hidden))
         options |= {"virtual_nodes": count, "vectors": vectors, "gravity": gravity, "bf16": bf16}
+        options["concatenate"] = virtual_messages == "concat"
+        self.virtual_messages = virtual_messages
         self.layers = nn.ModuleList(
             self.layer(hidden, edge_attributes, node_attributes, last=k == layers - 1, **options) for k in range(layers)
         )
@@ -201,17 +204,24 @@ class FastEGNN(EGNN):
 
     @classmethod
     def from_published(
-        cls, state_dict: Mapping[str, Tensor], *, normalize: bool = False, gravity: Sequence[float] | None = None
+        cls,
+        state_dict: Mapping[str, Tensor],
+        *,
+        normalize: bool = False,
+        tanh: bool = False,
+        gravity: Sequence[float] | None = None,
     ) -> FastEGNN:
         """The model of a state dict of the authors' code; shapes and keys give its sizes and options.
 
-        normalize, gravity: as in training, since the weights do not show them. The model has the weights' dtype, at
+        normalize, tanh, gravity: as in training, since the weights do not show them. The model has the weights' dtype, at
         least float32. Raises Failure for a key that is unknown, missing or has another shape.
         """
         state = published_weights.normalize_keys(state_dict)
         published_weights.check_gravity(state, gravity)
-        model = cls(**published_weights.model_options(state), normalize=normalize, gravity=gravity)
-        weights = published_weights.rename_keys(state, model.state_dict())
+        options = published_weights.model_options(state)
+        model = cls(**options, normalize=normalize, tanh=tanh, gravity=gravity)
+        concatenated = model.count if model.virtual_messages == "concat" else 0
+        weights = published_weights.rename_keys(state, model.state_dict(), concatenated)
         model.to(torch.promote_types(weights["s"].dtype, torch.float32)).load_state_dict(weights)
         for layer in model.layers if gravity is not None else ():
             layer.g = torch.as_tensor(gravity, dtype=model.s.dtype)  # model.to rounded it to float32
@@ -296,7 +306,7 @@ def resolve_model(
         return cls, {}
     accepted = {"hidden", "layers", "gravity", "precision", "engine", "tile", *cls.layer.options}
     if cls.virtual_nodes:
-        accepted.add("virtual_nodes")
+        accepted |= {"virtual_nodes", "virtual_messages"} if cls.layer.features else {"virtual_nodes"}
     for key, value in settings.items():
         if key not in {"name", "predicts", "virtual_nodes", *accepted} and value != defaults[key]:
             raise Failure(f"model.{key}={value}: {cls.__name__} has no such option; leave it at {defaults[key]}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -40,10 +41,11 @@ def _failure(message: str) -> Failure:
     return Failure(f"published weights: {message}")
 
 
-def read_state_dict(path: Path) -> dict[str, Any]:
-    """The state dict in a .pt or .pth file, at the top or nested under names such as "state_dict" or "model".
+def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The state dict in a .pt or .pth file, at the top or nested under a name such as "model_state_dict", and the config.
 
-    Raises Failure if the file is missing or damaged, holds other objects, or not exactly one state dict.
+    The config is that of the training, {} in a file without one. The authors store it as an EasyDict, which is read as a
+    dict. Raises Failure if the file is missing or damaged, holds other objects, or not exactly one state dict.
     """
     if not path.is_file():
         raise Failure(f"{path}: no such file")
@@ -51,7 +53,8 @@ def read_state_dict(path: Path) -> dict[str, Any]:
         version = f"torch {torch.__version__}"
         raise Failure(f"{path}: {version} cannot read files of others safely; install torch {SAFE_TORCH} or newer")
     try:
-        with warnings.catch_warnings():
+        allowed: list[Any] = [(OrderedDict, "easydict.EasyDict")]  # unpickled as the former; easydict is not imported
+        with warnings.catch_warnings(), torch.serialization.safe_globals(allowed):
             warnings.simplefilter("ignore")  # about old pickles
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types
@@ -65,7 +68,8 @@ def read_state_dict(path: Path) -> dict[str, Any]:
         raise Failure(f"{path}: holds no FastEGNN state dict: no key '{key}'; give a checkpoint of the authors' code")
     if len(states) > 1:
         raise Failure(f"{path}: holds {len(states)} state dicts, {' and '.join(states)}; save the intended one alone")
-    return next(iter(states.values()))
+    config = content.get("config")
+    return next(iter(states.values())), config if isinstance(config, dict) else {}
 
 
 def _state_dicts(content: Any, name: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
@@ -115,13 +119,17 @@ def model_options(state: Mapping[str, Tensor]) -> dict[str, Any]:
     for expected, layer in enumerate(layers):
         if layer != expected:
             raise _failure(f"keys of layer 'gcl_{expected}' are missing, but 'gcl_{layer}' is there")
+    node_attributes = extra_columns("gcl_0.node_mlp.0.weight", 3 * hidden, "3H")
+    more = (count - 1) * hidden  # columns of φ_h in the authors' first code, which concatenates the m_ic
+    concatenated = 0 < more <= node_attributes
     return {
         "features": features,
-        "node_attributes": extra_columns("gcl_0.node_mlp.0.weight", 3 * hidden, "3H"),
+        "node_attributes": node_attributes - more if concatenated else node_attributes,
         "edge_attributes": extra_columns("gcl_0.edge_mlp.0.weight", 2 * hidden + 1, "2H + 1"),
         "hidden": hidden,
         "layers": len(layers),
         "virtual_nodes": count,
+        "virtual_messages": "concat" if concatenated else "mean",
         "attention": any(".att_mlp" in key for key in state),
     }
 
@@ -130,16 +138,19 @@ def check_gravity(state: Mapping[str, Tensor], gravity: Sequence[float] | None) 
     """Raise Failure unless a vector (3,) is given exactly if the weights have a network for gravity."""
     has_network = any(".gravity_mlp." in key for key in state)
     if has_network and gravity is None:
-        raise _failure("they have a gravity_mlp; set the vector of their training, such as model.gravity=[0,-9.81,0]")
+        raise _failure(
+            "they have a gravity_mlp; set the vector of their training: model.gravity=[0,-1,0] in the authors' code"
+        )
     if gravity is not None and len(gravity) != 3:
         raise Failure(f"gravity={gravity}: must be a vector of 3 numbers")
     if gravity is not None and not has_network:
         raise Failure(f"gravity={gravity}: the published weights have no gravity_mlp; leave it out")
 
 
-def rename_keys(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def rename_keys(state: Mapping[str, Tensor], ours: Mapping[str, Tensor], concatenated: int = 0) -> dict[str, Tensor]:
     """The weights under our names. ours: the state dict of a FastEGNN, with the expected names and shapes.
 
+    concatenated: C, if φ_h reads all m_ic: the authors flatten them as (H, C), we as (C, H).
     Raises Failure for a key that is unknown, missing or has another shape.
     """
     names = {_their_name(name): name for name in ours}
@@ -155,6 +166,11 @@ def rename_keys(state: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict
         if value.shape != shape:
             raise _failure(f"'{key}' has shape {tuple(value.shape)}, expected {shape}")
         result[name] = value[0].t() if name == "s" else value
+        if concatenated and name.endswith(".phi_h.0.weight"):
+            hidden = len(value)
+            parts = value.split([2 * hidden, concatenated * hidden, value.shape[1] - (2 + concatenated) * hidden], 1)
+            m = parts[1].view(hidden, hidden, concatenated).transpose(1, 2).flatten(1)
+            result[name] = torch.cat([parts[0], m, parts[2]], 1)
     return result
 
 

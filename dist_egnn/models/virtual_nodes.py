@@ -30,14 +30,24 @@ class VirtualNodes(nn.Module):
     Means over i are over all real nodes of the graph, on all partitions. In a backbone without features there is no h
     and no s, m_ic = φ_ev([‖z_c − x_i‖, M_{:,c}]), and the first bias of φ_ev is one vector per c, standard normal: all
     z_c start at the centroid and with one common bias would stay equal. attention: multiply m_ic by
-    sigmoid(Linear(m_ic)); bf16: messages in bfloat16.
+    sigmoid(Linear(m_ic)); tanh: bound φ_xv and φ_z; concatenate: φ_h reads all m_ic (C·H) in place of their mean over c;
+    bf16: messages in bfloat16.
     """
 
     def __init__(
-        self, hidden: int, count: int, attention: bool = False, bf16: bool = False, features: bool = True
+        self,
+        hidden: int,
+        count: int,
+        attention: bool = False,
+        tanh: bool = False,
+        concatenate: bool = False,
+        bf16: bool = False,
+        features: bool = True,
     ) -> None:
         super().__init__()
         self.hidden, self.count, self.bf16, self.features = hidden, count, bf16, features
+        self.tanh, self.concatenate = tanh, concatenate
+        self.width = hidden * count if concatenate else hidden  # of what φ_h reads
         self.sums = ("sum_x", "to_z", "to_s") if features else ("sum_x", "to_z")
         width = hidden if features else 0
         self.widths = (width, width, 1, count)
@@ -64,14 +74,15 @@ class VirtualNodes(nn.Module):
     def forward(
         self, h: Tensor | None, x: Tensor, nodes: Nodes, gradients_only: bool = False
     ) -> tuple[Tensor, Tensor | None, Fields]:
-        """mean_c (x_i − z_c) φ_xv(m_ic) (n, 3), mean_c m_ic (n, H), and the sums over nodes for the virtual nodes' update.
+        """mean_c (x_i − z_c) φ_xv(m_ic) (n, 3), what φ_h reads of m_ic (n, `width`), and the sums over nodes for the virtual
+        nodes' update.
 
-        h: (n, H), None without features, and so is the mean then; x: (n, 3); nodes: with the fields of `shared`.
-        gradients_only: all but mean_c m_ic may be NaN, because no gradient depends on their values.
+        h: (n, H), None without features, and φ_h reads nothing then; x: (n, 3); nodes: with the fields of `shared`.
+        gradients_only: all but the second may be NaN, because no gradient depends on their values.
         """
         w_h, _, w_d, _, _ = split_first_layer(self.phi_ev, *self.widths)
         p = None if h is None else linear(h, w_h)
-        if nodes.library is not None and self.attention_v is None:
+        if nodes.library is not None and not (self.attention_v or self.tanh or self.concatenate):
             return self._native(p, x, w_d, nodes, gradients_only)
         z, u = nodes.spread("z"), nodes.spread("u")
         r = x.unsqueeze(1) - z  # (n, C, 3)
@@ -85,10 +96,12 @@ class VirtualNodes(nn.Module):
             m = self.phi_ev[1:](pre + distance * w_d.view(-1))
             m = m * torch.sigmoid(self.attention_v(m))
             to_x, to_z = self.phi_xv(m), self.phi_z(m)
+        if self.tanh:
+            to_x, to_z = torch.tanh(to_x), torch.tanh(to_z)
         sums = {"to_z": nodes.sum(-r * to_z)}
         if self.features:
             sums["to_s"] = nodes.sum(m)
-        return (r * to_x).mean(1), m.mean(1), sums
+        return (r * to_x).mean(1), m.flatten(1) if self.concatenate else m.mean(1), sums
 
     def _native(
         self, p: Tensor | None, x: Tensor, w_d: Tensor, nodes: Nodes, gradients_only: bool

@@ -142,11 +142,11 @@ class PaperFastEGNN(EGNNSuite):
     [
         {},
         {"virtual_nodes": 1, "normalize": True},
-        {"attention": True},
+        {"attention": True, "virtual_messages": "concat"},
         {"tanh": True, "gravity": [0.1, -9.81, 2.0]},
         {"virtual_nodes": 4, "normalize": True, "attention": True, "tanh": True, "gravity": [0.0, -9.81, 0.0]},
     ],
-    ids=["plain", "normalize, C = 1", "attention", "tanh and gravity", "every option"],
+    ids=["plain", "normalize, C = 1", "attention, all messages", "tanh and gravity", "every option"],
 )
 def test_fast_egnn_is_the_papers_formulas_in_numpy(options: dict[str, Any]) -> None:
     model, graph = PaperFastEGNN().model(**options), make_graph(9, 5, radius=0.6)
@@ -158,6 +158,7 @@ def test_fast_egnn_is_the_papers_formulas_in_numpy(options: dict[str, Any]) -> N
     assert len(edges) > 20
     fields = {name: graph.ndata[name].numpy() for name in "xvfa"}
     on = {"normalize": options.get("normalize", False), "tanh": options.get("tanh", False), "g": options.get("gravity")}
+    on["combine"] = np.concatenate if options.get("virtual_messages") == "concat" else None
     x, z = numpy_fast_egnn.fast_egnn(weights, len(model.layers), fields, edges, **on)
     with torch.no_grad():
         x_model, z_model = (t.numpy() for t in model(graph))

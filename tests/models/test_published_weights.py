@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import pickle
 import re
+import sys
+import types
 import warnings
 import zipfile
 from pathlib import Path
@@ -27,7 +29,7 @@ from dist_egnn.distributed.comm import SingleProcess
 from dist_egnn.errors import Failure
 from dist_egnn.models import published_weights
 from dist_egnn.models.network import FastEGNN
-from dist_egnn.train import trainer
+from dist_egnn.train import checkpoint, trainer
 
 H, L, C, F, A, K = 6, 3, 3, 2, 2, 2
 GRAVITY = [0.0, -0.1, 0.5]  # -0.1 is not exact in binary: rounding to float32 would show
@@ -48,10 +50,19 @@ NAMES = {
 
 
 def weights(
-    count: int = C, node: int = K, edge: int = A, attention: bool = False, gravity: list[float] | None = None
+    count: int = C,
+    node: int = K,
+    edge: int = A,
+    attention: bool = False,
+    gravity: list[float] | None = None,
+    first_code: bool = False,
 ) -> dict[str, Tensor]:
-    """Weights of a FastEGNN in float64, by symbol, so large that every part of a layer has an effect."""
+    """Weights of a FastEGNN in float64, by symbol, so large that every part of a layer has an effect.
+
+    first_code: that of the authors' repository FastEGNN, whose φ_h reads all m_ic, an array (H, C), in place of their mean.
+    """
     options: dict[str, Any] = {"virtual_nodes": count, "attention": attention, "gravity": gravity}
+    options["virtual_messages"] = "concat" if first_code else "mean"
     shapes = {name: p.shape for name, p in FastEGNN(F, node, edge, hidden=H, layers=L, **options).state_dict().items()}
     draw = torch.Generator().manual_seed(0)
     return {k: torch.randn(s, generator=draw, dtype=torch.float64) / s[-1] ** 0.5 for k, s in shapes.items()}
@@ -71,14 +82,16 @@ def published(**options: Any) -> dict[str, Tensor]:
 
 
 def expected_outputs(
-    graph: Any, normalize: bool = False, gravity: list[float] | None = None, **options: Any
+    graph: Any, normalize: bool = False, tanh: bool = False, gravity: list[float] | None = None, **options: Any
 ) -> tuple[np.ndarray, np.ndarray]:
     """(x^L, z^L) of these weights by the paper's formulas."""
     arrays = {name: value.numpy() for name, value in weights(gravity=gravity, **options).items()}
     src, dst = (end.tolist() for end in graph.edges())
     edges = list(zip(src, dst, graph.edata["e"].double().numpy(), strict=True))
     fields = {name: graph.ndata[name].double().numpy() for name in "xvfa"}
-    return numpy_fast_egnn.fast_egnn(arrays, L, fields, edges, normalize=normalize, tanh=False, g=gravity)
+    layout = (lambda m: np.stack(m, 1).ravel()) if options.get("first_code") else None
+    on: dict[str, Any] = {"normalize": normalize, "tanh": tanh, "g": gravity, "combine": layout}
+    return numpy_fast_egnn.fast_egnn(arrays, L, fields, edges, **on)
 
 
 def random_graph(edge: int = A, node: int = K) -> Any:
@@ -99,13 +112,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "no node attributes": {"node": 0},
     "no edge attributes": {"edge": 0},
     "all": {"attention": True, "normalize": True, "gravity": GRAVITY, "count": 5, "edge": 1},
+    "tanh": {"tanh": True},
+    "first code": {"first_code": True, "node": 0},
+    "first code, node attributes": {"first_code": True, "normalize": True, "gravity": GRAVITY},
 }
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_outputs_are_those_of_the_published_weights(options):
-    training = {name: options[name] for name in ("normalize", "gravity") if name in options}
-    state = published(**{name: value for name, value in options.items() if name != "normalize"})
+    training = {name: options[name] for name in ("normalize", "tanh", "gravity") if name in options}
+    state = published(**{name: value for name, value in options.items() if name not in ("normalize", "tanh")})
     graph = random_graph(options.get("edge", A), options.get("node", K))
     expected = expected_outputs(graph, **options)
     centroid = graph.ndata["x"].mean(0).numpy()
@@ -171,14 +187,14 @@ CONTENTS = {
 def test_nested_state_dicts_and_both_file_formats_are_read(tmp_path, content, legacy):
     state = published()
     torch.save(content(state), tmp_path / "a.pth", _use_new_zipfile_serialization=not legacy)
-    result = published_weights.normalize_keys(published_weights.read_state_dict(tmp_path / "a.pth"))
+    result = published_weights.normalize_keys(published_weights.read_checkpoint(tmp_path / "a.pth")[0])
     assert result.keys() == state.keys()
     assert all(torch.equal(result[key], state[key]) for key in state)
 
 
 def refused(path: Path, message: str) -> None:
     with pytest.raises(Failure, match=f"{path.name}: .*{message}") as caught:
-        published_weights.read_state_dict(path)
+        published_weights.read_checkpoint(path)
     assert "\n" not in str(caught.value)
 
 
@@ -192,10 +208,29 @@ class Evil:
         return (Path.touch, (self.path,))
 
 
-def test_code_in_a_file_is_not_run(tmp_path):
+@pytest.fixture
+def easydict(monkeypatch):
+    """Makes dicts as the package easydict does: they pickle as easydict.EasyDict, with the items also as attributes."""
+
+    class EasyDict(dict):
+        def __init__(self, items):
+            super().__init__()
+            for key, value in items.items():
+                self[key] = EasyDict(value) if isinstance(value, dict) else value
+            self.__dict__.update(self)
+
+    EasyDict.__module__, EasyDict.__qualname__ = "easydict", "EasyDict"
+    module = types.ModuleType("easydict")
+    module.EasyDict = EasyDict
+    monkeypatch.setitem(sys.modules, "easydict", module)
+    return EasyDict
+
+
+def test_code_in_a_file_is_not_run(tmp_path, easydict):
     """Files as torch and as pickle write them, with code among the weights and alone."""
     state, trace = {**published(), "note": Evil(tmp_path / "ran")}, tmp_path / "ran"
     torch.save(state, tmp_path / "zip.pt")
+    torch.save({"config": easydict({"note": Evil(trace)}), **state}, tmp_path / "config.pt")
     torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     (tmp_path / "bare.pt").write_bytes(pickle.dumps(Evil(trace)))
     (tmp_path / "system.pt").write_bytes(f"cposix\nsystem\n(S'touch {trace}'\ntR.".encode())
@@ -226,20 +261,21 @@ def test_other_and_damaged_files_are_refused(tmp_path, monkeypatch):
     messages |= {"both": "2 state dicts, model and ema", "absent": "no such file"}
     for name, message in messages.items():
         refused(tmp_path / f"{name}.pt", message)
-    published_weights.read_state_dict(tmp_path / "whole.pt")
+    published_weights.read_checkpoint(tmp_path / "whole.pt")
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     refused(tmp_path / "whole.pt", r"torch 2\.9\.1\+cpu.*install torch 2\.10")
 
 
-def import_config(folder: Path, *overrides: str) -> Any:
-    return config.load(None, ["data.radius=0.27", "data.horizon=3", f"run.dir={folder}", *overrides])
+def run_import_of(file: Path, folder: Path, *overrides: str) -> None:
+    settings = config.load(None, ["data.radius=0.27", "data.horizon=3", f"run.dir={folder}", *overrides])
+    run_import(file, published_weights.read_checkpoint(file)[0], settings)
 
 
 def test_an_imported_run_predicts_as_the_published_weights(tmp_path, small, capsys):
     state = {key: value.float() for key, value in published(node=1).items()}
     torch.save({"model": state}, tmp_path / "a.pth")
     data = [f"data.path={small}", "data.features=[speed,viscosity/max]", "data.node_attributes=[mass]", "data.frames=1"]
-    run_import(tmp_path / "a.pth", import_config(tmp_path / "run", *data))
+    run_import_of(tmp_path / "a.pth", tmp_path / "run", *data)
     assert re.search(rf"^  hidden +{H}$", capsys.readouterr().out, re.M)
     samples = trainer.open_dataset(config.load(tmp_path / "run" / "config.yaml"), 0, 1)
     graphs = [samples[number] for number in samples.splits["test"]]
@@ -253,7 +289,7 @@ def test_an_imported_run_predicts_as_the_published_weights(tmp_path, small, caps
             for name, value in network.state_dict().items():
                 assert torch.equal(value, state[f"gcl_{number}.{key}.{name}"])
     with pytest.raises(Failure, match="holds a run already"):
-        run_import(tmp_path / "a.pth", import_config(tmp_path / "run", *data))
+        run_import_of(tmp_path / "a.pth", tmp_path / "run", *data)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +298,6 @@ def test_an_imported_run_predicts_as_the_published_weights(tmp_path, small, caps
         ({"edge": 3}, [], "3 edge attributes"),
         ({"node": 0}, ["data.features=[mass]"], r"data\.features=\[mass\].*a\.pth"),
         ({"node": 2}, [], r"data\.node_attributes=\[\].*2"),
-        ({"node": 0}, ["model.tanh=true"], r"model\.tanh=true"),
         ({"node": 0, "gravity": GRAVITY}, [], r"a\.pth: .*model\.gravity"),
         ({"node": 0, "attention": True}, ["model.precision=bf16-messages"], r"model\.attention"),
     ],
@@ -270,15 +305,15 @@ def test_an_imported_run_predicts_as_the_published_weights(tmp_path, small, caps
 def test_weights_that_do_not_fit_the_config_make_no_run(tmp_path, options, overrides, message):
     torch.save(published(**options), tmp_path / "a.pth")
     with pytest.raises(Failure, match=message):
-        run_import(tmp_path / "a.pth", import_config(tmp_path / "run", *overrides))
+        run_import_of(tmp_path / "a.pth", tmp_path / "run", *overrides)
     assert not (tmp_path / "run").exists()
 
 
-def test_command(tmp_path, monkeypatch, capsys):
-    state, file, out = published(node=0, gravity=GRAVITY), tmp_path / "a.pth", tmp_path / "run"
-    torch.save(state, file)
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Runs `distegnn import-checkpoint`; the exit code and what it prints as an error."""
 
-    def command(*words: object) -> tuple[Any, str]:
+    def run(*words: object) -> tuple[Any, str]:
         monkeypatch.setattr("sys.argv", ["distegnn", "import-checkpoint", *map(str, words)])
         try:
             cli.main()
@@ -286,6 +321,102 @@ def test_command(tmp_path, monkeypatch, capsys):
             return end.code, capsys.readouterr().err
         return 0, capsys.readouterr().err
 
+    return run
+
+
+# the parts of the authors' configs that an import reads, by data set, and our keys that must follow from them
+TRAINED = {
+    "nbody_100": (
+        {"radius": -1, "cutoff_rate": 0.75, "frame_0": 30, "frame_T": 40},
+        {"radius": float("inf"), "edge_drop": 0.75, "first_frame": 30, "last_frame": 30, "horizon": 10},
+        ["speed", "charge/max"],
+    ),
+    "protein": (
+        {"radius": 10, "cutoff_rate": 0.0, "delta_t": 15},
+        {"radius": 10.0, "horizon": 15},
+        ["speed", "charge/max"],
+    ),
+    "Water-3D": (
+        {"inner_radius": 0.035, "outer_radius": 0.015, "delta_t": 20},
+        {"radius": 0.035, "horizon": 20, "frames": 15, "last_frame": 250},
+        ["speed", "type/max"],
+    ),
+    "Fluid113K": (
+        {"inner_radius": 0.075, "outer_radius": 0.05, "delta_t": 20},
+        {"radius": 0.075, "horizon": 20, "frames": 16, "last_frame": 50, "node_attributes": ["viscosity", "mass"]},
+        ["viscosity", "mass", "speed"],
+    ),
+}
+
+
+def trained_with(dataset: str, name: str = "FastEGNN") -> dict[str, Any]:
+    train = {"learning_rate": 5e-4, "weight_decay": 1e-12, "epochs": 2500, "early_stop": 100, "accumulation_steps": 4}
+    return {
+        "model": {"model_name": name, "normalize": True, "hidden_nf": H, "virtual_channels": C},
+        "data": {"dataset_name": dataset, "batch_size": 250, "world_size": 1, **TRAINED[dataset][0]},
+        "train": {**train, "mmd": {"sigma": 3, "weight": 0.02, "samples": 50}, "device": "cuda:3"},
+        "log": {"wandb": {"api_key": "secret"}},
+        "seed": 43,
+    }
+
+
+def trainer_file(path: Path, config: Any, prefix: str = "", **options: Any) -> dict[str, Tensor]:
+    """Write what the trainer of the authors' DistEGNN writes; returns the state dict."""
+    state = {f"{prefix}{key}": value for key, value in published(**options).items()}
+    optimizer = torch.optim.Adam([torch.nn.Parameter(value) for value in state.values()])
+    content = {"epoch": 8, "model_state_dict": state, "optimizer_state_dict": optimizer.state_dict()}
+    losses = {"loss_train": 0.1, "loss_valid": 0.2, "loss_test": 0.3}
+    torch.save({**content, "scheduler_state_dict": None, **losses, "config": config}, path)
+    return state
+
+
+@pytest.mark.parametrize("dataset", TRAINED)
+def test_a_file_of_the_trainer_needs_no_config(tmp_path, monkeypatch, easydict, command, dataset):
+    prefix, width = ("module.", 3) if dataset == "Fluid113K" else ("", 2)
+    monkeypatch.setattr(sys.modules[__name__], "F", width)
+    node = 2 if dataset == "Fluid113K" else 0
+    trainer_file(tmp_path / "best_model.pth", easydict(trained_with(dataset)), prefix, node=node)
+    monkeypatch.delitem(sys.modules, "easydict")
+    assert command(tmp_path / "best_model.pth", "--out", tmp_path / "run") == (0, "")
+    made = config.load(tmp_path / "run" / "config.yaml")
+    assert {key: getattr(made.data, key) for key in TRAINED[dataset][1]} == TRAINED[dataset][1]
+    assert made.data.features == TRAINED[dataset][2]
+    assert (made.data.velocity, made.data.velocity_scale) == ("forward", 1.0)
+    assert (made.loss.mmd, made.loss.sigma, made.loss.samples) == (0.02, 3.0, 50)
+    t = made.train
+    assert (t.lr, t.weight_decay, t.epochs, t.patience, t.accumulate) == (5e-4, 1e-12, 2500, 100, 4)
+    assert (t.batch_size, t.seed) == (250, 43)
+    graph = random_graph(node=node)
+    model, best = trainer.build_model(made, (width, node), SingleProcess()).double(), tmp_path / "run" / "best.pt"
+    checkpoint.load_weights(model, checkpoint.load(best), best)
+    expected = expected_outputs(graph, normalize=True, node=node)
+    with torch.no_grad():
+        x, z = (t.numpy() for t in model(graph))
+    for result, wanted in ((x, expected[0]), (z[0], expected[1])):
+        assert np.abs(result - wanted).max() < 1e-10 * np.abs(wanted).max()
+
+
+def test_overrides_win_over_a_file_and_a_file_over_a_config(tmp_path, easydict, command):
+    trainer_file(tmp_path / "a.pth", easydict(trained_with("protein")), node=0)
+    (tmp_path / "mine.yaml").write_text("data: {path: mine.h5, horizon: 3}\nmodel: {normalize: false}\n")
+    options = ["--config", tmp_path / "mine.yaml", "--radius", 7, "train.epochs=9"]
+    assert command(tmp_path / "a.pth", "--out", tmp_path / "run", *options) == (0, "")
+    made = config.load(tmp_path / "run" / "config.yaml")
+    assert (made.data.horizon, made.model.normalize, made.data.radius, made.train.epochs) == (15, True, 7.0, 9)
+    assert made.data.path.endswith("mine.h5")
+    assert "secret" not in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_other_models_of_the_trainer_are_refused(tmp_path, easydict, command):
+    trainer_file(tmp_path / "a.pth", easydict(trained_with("protein", "FastSchNet")), node=0)
+    code, errors = command(tmp_path / "a.pth", "--out", tmp_path / "run")
+    assert (code, errors.count("\n")) == (2, 1)
+    assert "a.pth: holds a FastSchNet" in errors
+
+
+def test_command(tmp_path, command):
+    state, file, out = published(node=0, gravity=GRAVITY), tmp_path / "a.pth", tmp_path / "run"
+    torch.save(state, file)
     code, errors = command(file, "--radius", 1)
     assert (code, errors.count("\n")) == (2, 1)
     assert "--out" in errors
