@@ -126,6 +126,9 @@ class Model:
     """The network."""
 
     name: str = _key("FastEGNN", "Linear, EGNN, FastEGNN, RF, FastRF, SchNet, FastSchNet, TFN, FastTFN, MODULE:CLASS")
+    as_published: bool = _key(
+        False, "EGNN, RF, SchNet: the form that the authors' experiments ran; normalize does not apply"
+    )
     predicts: str = _key("position", "position; simulator: velocity or acceleration", _choice(*PREDICTS))
     hidden: int = _key(64, "width H of the hidden features", _least(1))
     layers: int = _key(4, "layers L", _least(1))

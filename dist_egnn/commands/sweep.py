@@ -57,7 +57,7 @@ def _run_process(run: Run, sweep_pid: int) -> None:
     errors, epochs = run_evaluation(folder), pd.read_csv(folder / "metrics.csv")
     parameters = sum(t.numel() for t in best["model"].values())
     result: dict[str, Any] = {
-        "test_mse": errors[prediction_name(run.config.model.name)],
+        "test_mse": errors[prediction_name(run.config.model)],
         "valid_mse": float(epochs["valid_mse"].min()),
     }
     result |= {"epochs": len(epochs), "epoch_s": float(epochs["epoch_s"].mean())}

@@ -48,6 +48,7 @@ class Layer(nn.Module):
 
     options: ClassVar[tuple[str, ...]] = ()  # keys of the config's model section that ``build`` takes
     features: ClassVar[bool] = True  # whether nodes have features h
+    residual: ClassVar[bool] = True  # whether h_i' has the summand h_i
     state: ClassVar[tuple[str, ...]] = ()  # further node fields that ``aggregate`` updates
     build: Callable[..., None]  # build(hidden, edge_attributes, **options)
     g: Tensor  # (3,), a constant vector such as gravity
@@ -142,6 +143,7 @@ class Layer(nn.Module):
         out = {"x": x_new, **sums}
         if "h" in self.outputs:
             attributes = [data["a"]] if "a" in data else []
-            out["h"] = h + apply_mlp(self.phi_h, [*h_inputs, *attributes])
+            change = apply_mlp(self.phi_h, [*h_inputs, *attributes])
+            out["h"] = h + change if self.residual else change
             out |= {name: mean[name] for name in self.state}
         return out

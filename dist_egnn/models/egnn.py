@@ -24,7 +24,7 @@ class EGNNLayer(Layer):
     by sigmoid(Linear(m_ij)); tanh: bound φ_x; bf16: messages in bfloat16.
     """
 
-    options: ClassVar = ("normalize", "attention", "tanh", "bf16")
+    options: ClassVar[tuple[str, ...]] = ("normalize", "attention", "tanh", "bf16")
 
     def build(
         self,
@@ -40,6 +40,7 @@ class EGNNLayer(Layer):
         self.normalize, self.tanh, self.bf16 = normalize, tanh, bf16
         self.phi_e = mlp(sum(self.widths), hidden, activate=True)
         self.phi_x = coordinate_mlp(hidden)
+        self.bias: nn.Parameter | None = None  # of φ_x's last layer, in PublishedEGNNLayer
         self.attention = nn.Linear(hidden, 1) if attention else None
 
     def native_obstacle(self) -> str:
@@ -78,6 +79,8 @@ class EGNNLayer(Layer):
             m = self.phi_e[1:](torch.addmm(pre, scalars, w_edge.t()))
             m = m * torch.sigmoid(self.attention(m))
             scale = self.phi_x(m)
+        if self.bias is not None:
+            scale = scale + self.bias
         if self.tanh:
             scale = torch.tanh(scale)
         if self.normalize:

@@ -6,7 +6,6 @@ Legend: N nodes, B graphs, C virtual nodes, H width, F input features, K node at
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -54,11 +53,11 @@ def read_field(fields: Mapping[str, Tensor], name: str, width: int) -> Tensor:
 
 
 class Linear(nn.Module):
-    """Linear dynamics x + t·v with a learnable time t; no virtual nodes."""
+    """Linear dynamics x + t·v with a learnable time t, at first 1; no virtual nodes."""
 
     def __init__(self, **_: Any) -> None:
         super().__init__()
-        self.t = nn.Parameter(torch.zeros(()))
+        self.t = nn.Parameter(torch.ones(()))
         self.comm: Comm = SingleProcess()
 
     def forward(self, graph: DGLGraph) -> tuple[Tensor, Tensor]:
@@ -79,6 +78,7 @@ class Network(nn.Module):
 
     layer: ClassVar[type[Layer]]
     virtual_nodes: ClassVar[int] = 0  # default of C
+    fixed: ClassVar[tuple[str, ...]] = ()  # keys of the config's model section that have no effect
 
     def __init__(
         self,
@@ -291,26 +291,3 @@ def _import_class(name: str) -> type[nn.Module]:
             f"model.name={name}: {name.partition(':')[0]} has no torch.nn.Module of that name; see docs/extend.md"
         )
     return result
-
-
-def resolve_model(
-    settings: Mapping[str, Any], defaults: Mapping[str, Any], radius: float
-) -> tuple[type[nn.Module], dict[str, Any]]:
-    """The class and the options of the config's model section. radius: of the data's edges, the default of ``cutoff``.
-
-    Raises Failure for a key that is not at its default and no option of the model, except virtual_nodes: a backbone and
-    its version with virtual nodes can share a config.
-    """
-    cls = model_class(settings["name"])
-    if not issubclass(cls, Network):
-        return cls, {}
-    accepted = {"hidden", "layers", "gravity", "precision", "engine", "tile", *cls.layer.options}
-    if cls.virtual_nodes:
-        accepted |= {"virtual_nodes", "virtual_messages"} if cls.layer.features else {"virtual_nodes"}
-    for key, value in settings.items():
-        if key not in {"name", "predicts", "virtual_nodes", *accepted} and value != defaults[key]:
-            raise Failure(f"model.{key}={value}: {cls.__name__} has no such option; leave it at {defaults[key]}")
-    options = {key: value for key, value in settings.items() if key in accepted}
-    if "cutoff" in options and options["cutoff"] is None:
-        options["cutoff"] = radius if math.isfinite(radius) else 10.0
-    return cls, options

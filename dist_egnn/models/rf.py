@@ -17,13 +17,14 @@ class RFLayer(Layer):
         dx_ij = (x_i − x_j) φ_x([‖x_i − x_j‖, e_ij]) (3)
 
     φ_x: Linear(1+A→H), SiLU, Linear(H→1, no bias). Nodes have no features h: fields f and a of a sample are not read.
+    tanh: bound φ_x.
     """
 
-    options: ClassVar = ("normalize",)
+    options: ClassVar[tuple[str, ...]] = ("normalize", "tanh")
     features: ClassVar = False
 
-    def build(self, hidden: int, edge_attributes: int, *, normalize: bool = False) -> None:
-        self.normalize = normalize
+    def build(self, hidden: int, edge_attributes: int, *, normalize: bool = False, tanh: bool = False) -> None:
+        self.normalize, self.tanh = normalize, tanh
         self.phi_x = coordinate_mlp(hidden, 1 + edge_attributes)
 
     def message(self, edges: Any) -> Fields:
@@ -32,4 +33,5 @@ class RFLayer(Layer):
         distance = torch.linalg.vector_norm(r, dim=1, keepdim=True)  # its gradient at zero is zero, not NaN
         e = edges.data.get("e")
         scale = self.phi_x(distance if e is None else torch.cat([distance, e], 1))
+        scale = torch.tanh(scale) if self.tanh else scale
         return {"dx": (direction(r, distance) if self.normalize else r) * scale}

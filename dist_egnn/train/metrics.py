@@ -9,13 +9,17 @@ import torch
 from dgl import DGLGraph
 from torch import Tensor
 
+from ..config import Model
 from ..distributed.comm import Comm
+from ..models.published_baselines import PUBLISHED
 from .losses import moving_nodes
 
 
-def prediction_name(model: str) -> str:
+def prediction_name(model: Model) -> str:
     """A model's name in tables of errors, which tells the model `Linear` from the baseline `linear`."""
-    return "Linear (trained)" if model == "Linear" else model
+    if model.as_published and model.name in (baseline.__name__ for baseline in PUBLISHED):
+        return f"{model.name} (published)"
+    return "Linear (trained)" if model.name == "Linear" else model.name
 
 
 def peak_memory_gb(device: torch.device | None = None) -> float:

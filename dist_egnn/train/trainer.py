@@ -25,7 +25,7 @@ from ..data.dataset import Dataset, open_dataset, prefetch
 from ..data.identity import Identity
 from ..distributed.comm import Comm
 from ..errors import Failure
-from ..models import network, simulator
+from ..models import network, resolve, simulator
 from ..ops import activation_offload, message_passing, tiled_layer
 from ..ops.native import engine as native_engine
 from ..ops.native import library as native_library
@@ -61,7 +61,7 @@ def build_model(
 
     statistics: of a simulator's training split (`Dataset.statistics`); None if a checkpoint will be loaded.
     """
-    kind, options = network.resolve_model(asdict(config.model), asdict(Model()), config.data.radius)
+    kind, options = resolve.resolve_model(asdict(config.model), asdict(Model()), config.data.radius)
     exchange = config.partition.halo == "exchange" and comm.size > 1
     if exchange and not issubclass(kind, (network.Linear, network.Network)):
         needed = "partition.halo=exchange needs a subclass of Network"
@@ -404,5 +404,5 @@ def evaluate(
         model = build_model(config, samples.widths, comm, statistics).to(device)
         checkpoint.load_weights(model, checkpoint.load(weights), weights)
         with tiled_layer.tile_threads(config.train.threads):
-            result[metrics.prediction_name(config.model.name)] = evaluate_split(model, samples, split, config, comm)
+            result[metrics.prediction_name(config.model)] = evaluate_split(model, samples, split, config, comm)
     return result

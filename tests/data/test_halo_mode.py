@@ -97,6 +97,13 @@ def test_parts_equal_the_full_graph(make_store: MakeStore, name: str, parts: int
     assert_exact(store_differences(Store(make_store(parts, method)), model_of(name), 1))
 
 
+@pytest.mark.parametrize("name", ["EGNN", "SchNet"])
+def test_parts_of_the_published_baselines_equal_the_full_graph(make_store: MakeStore, name: str) -> None:
+    """SchNet sums over neighbours, also over those of the halo."""
+    model = model_of(name, "model.as_published=true")
+    assert_exact(store_differences(Store(make_store(4, "metis")), model, 1))
+
+
 @pytest.mark.parametrize(("edges", "method"), [("knn", "metis"), ("given", "bisection"), ("complete", "kmeans")])
 def test_parts_with_other_edges_equal_the_full_graph(make_store: MakeStore, edges: str, method: str) -> None:
     """In-edges of the nearest nodes are not symmetric."""

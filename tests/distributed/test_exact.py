@@ -61,6 +61,8 @@ def _each(group: comm.Comm, settings: dict[str, config.Config], path: str, folde
 def test_many_processes_equal_one_for_every_model(make_store, tmp_path, parts):
     small = ["model.hidden=8", "model.layers=2", "loss.samples=4", "data.radius=0.27"]
     settings = {name: config.load(None, [f"model.name={name}", *small]) for name in network.MODELS}
+    for name in ("EGNN", "RF", "SchNet"):
+        settings[f"published {name}"] = config.load(None, [f"model.name={name}", "model.as_published=true", *small])
     store = Store(make_store(parts, "metis"))
     for name in settings:
         (tmp_path / name).mkdir()

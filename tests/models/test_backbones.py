@@ -22,7 +22,7 @@ from torch import Tensor
 from dist_egnn import config
 from dist_egnn.distributed.comm import SingleProcess
 from dist_egnn.errors import Failure
-from dist_egnn.models import network, schnet
+from dist_egnn.models import network, resolve, schnet
 from dist_egnn.train import trainer
 
 
@@ -98,7 +98,7 @@ def test_the_default_cutoff_is_the_radius_of_the_data() -> None:
 
     def options(name: str, *overrides: str, radius: float = 1.0) -> dict[str, Any]:
         settings = config.load(None, [f"model.name={name}", *overrides]).model
-        return network.resolve_model(asdict(settings), defaults, radius)[1]
+        return resolve.resolve_model(asdict(settings), defaults, radius)[1]
 
     assert options("FastSchNet", radius=0.075)["cutoff"] == 0.075
     assert options("FastSchNet", radius=math.inf)["cutoff"] == 10.0

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dist_egnn import config
 from dist_egnn.errors import Failure
-from dist_egnn.models import network
+from dist_egnn.models import network, resolve
 from dist_egnn.ops import tiled_layer, tiling
 
 o3 = pytest.importorskip("e3nn.o3")
@@ -199,9 +199,9 @@ def test_unsupported_options_are_refused() -> None:
 def test_the_config_sets_channels_basis_and_cutoff() -> None:
     defaults = asdict(config.Model())
     chosen = {**defaults, "name": "FastTFN", "channels": 2, "basis": 7}
-    cls, options = network.resolve_model(chosen, defaults, 0.3)
+    cls, options = resolve.resolve_model(chosen, defaults, 0.3)
     assert cls is network.FastTFN
     layer: Any = cls(3, **{**options, "hidden": 4, "layers": 1}).layers[0]
     assert (layer.channels, layer.cutoff, layer.phi_w[0].in_features) == (2, 0.3, 7 + 2)
     with pytest.raises(Failure, match=r"model.channels=2: EGNN"):
-        network.resolve_model({**defaults, "name": "EGNN", "channels": 2}, defaults, 0.3)
+        resolve.resolve_model({**defaults, "name": "EGNN", "channels": 2}, defaults, 0.3)

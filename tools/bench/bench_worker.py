@@ -28,7 +28,7 @@ from dist_egnn.data import graphs
 from dist_egnn.distributed.spawn import exit_with_parent
 from dist_egnn.errors import Failure
 from dist_egnn.evaluate import parallel_check
-from dist_egnn.models import network
+from dist_egnn.models import network, resolve
 from dist_egnn.ops import activation_offload, tiled_layer
 from dist_egnn.ops.native import library
 from dist_egnn.ops.native.kernels import Linear
@@ -64,7 +64,7 @@ def _variant(name: str, options: Options, graph: DGLGraph) -> _Variant:
     """A variant, ready to run. Peers take the weights of our model if they can."""
     keys = ("hidden", "layers", "virtual_nodes", "engine", "precision", *(() if options.tile is None else ("tile",)))
     settings = {**asdict(Model()), "name": options.model, **{key: getattr(options, key) for key in keys}}
-    cls, arguments = network.resolve_model(settings, asdict(Model()), float(graph.edata["e"].max()))
+    cls, arguments = resolve.resolve_model(settings, asdict(Model()), float(graph.edata["e"].max()))
     torch.manual_seed(0)
     features, attributes, edge = graph.ndata["f"].shape[1], graph.ndata["a"].shape[1], graph.edata["e"].shape[1]
     ours = cls(features=features, node_attributes=attributes, edge_attributes=edge, **arguments)

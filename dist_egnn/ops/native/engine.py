@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,20 @@ class NativeEngine:
         means = None if known is None else tuple(known[name] for name in names)
         kernel = EdgeKernel(self.library, block, layer.normalize, layer.bf16, "m" in names, means)
         ends = dst["p"], src["q"], dst["x"], src["x"], edge.get("e"), edge.get("shift")
-        return dict(zip(names, EdgeMeans.apply(kernel, *ends, *layer.message_weights()), strict=True))
+        result = dict(zip(names, EdgeMeans.apply(kernel, *ends, *layer.message_weights()), strict=True))
+        if layer.bias is not None:  # of φ_x: not part of the kernel
+            result["dx"] = result["dx"] + layer.bias * _mean_difference(block, dst["x"], src["x"], edge.get("shift"))
+        return result
+
+
+def _mean_difference(block: EdgeBlock, x_dst: Tensor, x_src: Tensor, shift: Tensor | None) -> Tensor:
+    """mean_j (x_i − x_j − shift) (n, 3) of x_dst (n, 3), x_src (n_src, 3), shift (E, 3)."""
+    if not len(block.source):
+        return torch.zeros_like(x_dst)
+    mean = partial(functional.embedding_bag, offsets=block.start, mode="mean", include_last_offset=True)
+    result = x_dst * (block.start.diff() > 0).unsqueeze(1) - mean(block.source, x_src)
+    edges = torch.arange(len(block.source), dtype=torch.int32)
+    return result if shift is None else result - mean(edges, shift)
 
 
 def obstacle(hidden: int, dtype: torch.dtype, device: torch.device | str, bf16: bool) -> str:
