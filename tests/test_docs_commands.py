@@ -6,11 +6,18 @@ parsed in test_docs_parse.py. A block with a file name is saved as it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import shlex
+import signal
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from subprocess import STDOUT
 
+import hosts
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -18,6 +25,9 @@ FENCE = re.compile(r"^```(\w*) ?([\w.]*)\n(.*?)^```$", re.M | re.S)
 SKIPPED = re.compile(r"# not run: (takes|needs|depends on) \w+")
 SHELL = re.compile(r"^ {4}(?:distegnn|python|make|pytest) ", re.M)
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+RECIPES = sorted(ROOT.glob("recipes/*/README.md"))
+# pages that use the files of another
+BEFORE = {ROOT / "docs" / name: ROOT / "docs" / "quickstart.md" for name in ("halo.md", "inference.md")}
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?(?:e[+-]\d+)?%?")
 COMPARED = re.compile(
     r"\d\.\d{3,}e[+-]\d+|\d+\.\d+%|\d+,\d{3}(?:,\d{3})*"
@@ -30,7 +40,9 @@ def blocks(page: Path) -> list[tuple[str, str, str]]:
 
 
 def runs(language: str, content: str) -> bool:
-    return language == "sh" and not SKIPPED.match(content)
+    """Whether it is a block of commands that runs here; some need emulated hosts, and so root."""
+    impossible = content.startswith(("# needs root", "# needs two machines")) and hosts.missing()
+    return language == "sh" and not SKIPPED.match(content) and not impossible
 
 
 def skeleton(line: str) -> str:
@@ -77,24 +89,53 @@ def test_differences_are_found():
     assert differences(shown, printed.replace("metis", "other")) == ["  metis        4.2%   0.02"]
 
 
-RUN = [page for page in PAGES if any(runs(language, content) for language, _, content in blocks(page))]
+RUN = [page for page in [*PAGES, *RECIPES] if any(runs(language, content) for language, _, content in blocks(page))]
 
 
-@pytest.mark.parametrize("page", RUN, ids=lambda page: str(page.relative_to(ROOT)))
+def run_block(content: str, folder: Path, programs: Path) -> str:
+    """What a block prints in bash. What it leaves in the background ends with it."""
+    path = os.pathsep.join([str(folder / "bin"), str(programs), os.environ["PATH"]])
+    env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
+        command = ["bash", "-e", "-o", "pipefail", "-c", content]
+        ran = subprocess.Popen(command, cwd=folder, env=env, stdout=output, stderr=STDOUT, start_new_session=True)
+        try:
+            code = ran.wait(500)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(ran.pid, signal.SIGKILL)
+            ran.wait()
+        output.seek(0)
+        printed = output.read()
+    assert code == 0, f"{content}\n{printed}"
+    return printed
+
+
+@contextlib.contextmanager
+def two_machines(page: Path, folder: Path) -> Iterator[None]:
+    """The emulated hosts node1 and node2, and a program `ssh` that reaches them, for a page that needs two machines."""
+    (folder / "bin").mkdir()
+    if not any(content.startswith("# needs two machines") for _, _, content in blocks(page)) or hosts.missing():
+        yield
+        return
+    with hosts.Hosts(["node1", "node2"], interface="ib0") as up:
+        (folder / "bin" / "ssh").write_text(f'#!/bin/sh\nexec {shlex.join(up.ssh)} "$@"\n')
+        (folder / "bin" / "ssh").chmod(0o755)
+        yield
+
+
+@pytest.mark.parametrize("page", [p for p in RUN if p not in BEFORE], ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_runs_as_typed(page: Path, tmp_path: Path, distegnn: Path) -> None:
     link_folders(tmp_path)
-    path = os.pathsep.join([str(distegnn.parent), os.environ["PATH"]])
-    env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     printed = None
-    for language, name, content in blocks(page):
-        if name:
-            (tmp_path / name).write_text(content, encoding="utf-8")
-        if runs(language, content):
-            command = ["bash", "-e", "-o", "pipefail", "-c", content]
-            ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=500)
-            assert ran.returncode == 0, f"{content}\n{ran.stdout}{ran.stderr}"
-            printed = ran.stdout + ran.stderr
-        elif printed is not None:
-            if not language:
-                assert differences(content, printed) == [], printed
-            printed = None
+    pages = [page, *(p for p in RUN if BEFORE.get(p) == page)]
+    with two_machines(page, tmp_path):
+        for language, name, content in [block for p in pages for block in blocks(p)]:
+            if name:
+                (tmp_path / name).write_text(content, encoding="utf-8")
+            if runs(language, content):
+                printed = run_block(content, tmp_path, distegnn.parent)
+            elif printed is not None:
+                if not language:
+                    assert differences(content, printed) == [], printed
+                printed = None

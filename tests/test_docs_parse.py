@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from test_docs import PAGES, PROGRAM, ROOT, TARGETS, wrong_selection
-from test_docs_commands import FENCE, SHELL, blocks, link_folders
+from test_docs_commands import BEFORE, FENCE, SHELL, blocks, link_folders
 
 from dist_egnn import cli, config
 from dist_egnn.commands import sweep_config
@@ -26,7 +26,7 @@ from dist_egnn.launch import hostfile
 from dist_egnn.planning import doctor
 
 INDENTED = re.compile(r"(?:^ {4}\S.*\n(?:^ {5,}\S.*\n)*)+", re.M)
-KEYWORDS = {"if", "then", "else", "do", "while", "!"}  # before a command
+KEYWORDS = {"if", "then", "else", "do", "while", "until", "!"}  # before a command
 OTHERS = {"[", "fi", "done", "trap", "wait", "kill", "sleep", "exit", "scontrol", "cut", "diff", "echo", "export"}
 OTHERS |= {"apt-get"}
 READ = ("config", "model", "data", "run", "sources", "store", "file", "resume")
@@ -180,7 +180,7 @@ class Reader:
 @pytest.mark.parametrize("page", [p for p in PAGES if shell_blocks(p)], ids=lambda page: str(page.relative_to(ROOT)))
 def test_the_commands_of_a_page_are_accepted(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     reader = Reader(page, tmp_path, monkeypatch)
-    for block in shell_blocks(page):
+    for block in [block for p in (BEFORE.get(page), page) if p for block in shell_blocks(p)]:
         reader.block(block)
 
 

@@ -289,5 +289,5 @@ def test_the_command(make_hosts):
         assert call("kill", "z").stderr == "hosts: no host z; the hosts are a, b\n"
         call("revive", "b")
         assert call("ssh", "b", "hostname").stdout == "b\n"
-        call("down")
+        assert call("down").returncode == 0
         assert up.wait(GUARD_S) == 0

@@ -211,7 +211,8 @@ class Bridge:
     def do_revive(self, *_: Any, host: str) -> None:
         self.up(host)
 
-    def do_down(self, *_: Any) -> None:
+    def do_down(self, connection: socket.socket, *_: Any) -> None:
+        connection.send(json.dumps({"answer": None}).encode())
         sys.exit()
 
     def do_ssh(self, connection: socket.socket, files: list[int], host: str, command: str) -> None:
