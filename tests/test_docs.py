@@ -88,11 +88,11 @@ def wrong_commands(text: str) -> Iterator[str]:
 
 
 def wrong_selection(words: list[str]) -> Iterator[str]:
-    """`pytest PATHS -k WORDS` must select a test by its name in one of the paths."""
+    """`pytest PATHS -k WORDS` must select a test by its name or its file's in one of the paths, by default in all."""
     picked = words[words.index("-k") + 1] if "-k" in words else ""
-    paths = [w for w in words if not w.startswith("-") and w != picked]
+    paths = [w for w in words if not w.startswith("-") and w != picked] or ["tests"]
     files = [f for p in paths for f in ([ROOT / p] if p.endswith(".py") else sorted((ROOT / p).rglob("test_*.py")))]
-    tests = [t for f in files if f.is_file() for t in re.findall(r"def (test_\w+)", f.read_text())]
+    tests = [f"{f.stem} {t}" for f in files if f.is_file() for t in re.findall(r"def (test_\w+)", f.read_text())]
     for word in picked.split(" or ") if picked else [""]:
         if not any(word in test for test in tests):
             yield f"pytest {' '.join(words)}: selects no test"
@@ -158,7 +158,7 @@ def test_a_page_is_short_and_its_names_exist(page):
 
 GOOD = """\
 `distegnn train x.yaml train.epochs=3 --resume`, `train.lr`, `tools/demo.py`, `demo.py`, `make test`,
-[here](docs/quickstart.md#install), `pytest tests/test_docs.py -k mistakes`
+[here](docs/quickstart.md#install), `pytest tests/test_docs.py -k mistakes`, `pytest -k test_docs`
 
     distegnn --debug partition a.h5 \\
         --out b && distegnn verify b > log
