@@ -72,7 +72,7 @@ class Reader:
 
     def __init__(self, page: Path, folder: Path, patch: pytest.MonkeyPatch) -> None:
         link_folders(folder)
-        for _, name, content in blocks(page):
+        for _, name, content in [block for p in (BEFORE.get(page), page) if p for block in blocks(p)]:
             if name:
                 (folder / name).write_text(content, encoding="utf-8")
         patch.chdir(folder)
