@@ -47,11 +47,19 @@ _MODULES = {
 os.environ.setdefault("DGLBACKEND", "pytorch")  # before the first import of DGL, which prints a question otherwise
 
 
-def load(run_or_checkpoint: str | Path, device: str = "cpu") -> Predictor:
+def load(run_or_checkpoint: str | Path, device: str = "cpu", processes: int = 1) -> Predictor:
     """The model of a run (its best.pt) or of a checkpoint, as a function of arrays, see docs/inference.md.
 
-    device: cpu, cuda, cuda:N or auto. Raises Failure for a file that cannot be read.
+    device: cpu, cuda, cuda:N or auto. processes: that share each graph. Raises Failure for a file that cannot be read.
     """
+    from .errors import Failure
+
+    if processes < 1:
+        raise Failure(f"processes={processes}: must be at least 1")
+    if processes > 1:
+        from .evaluate.parallel_predictor import ParallelPredictor
+
+        return ParallelPredictor(run_or_checkpoint, processes, device)
     from .evaluate.predictor import Predictor
 
     return Predictor(run_or_checkpoint, device)

@@ -12,7 +12,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import forkserver, util
 from multiprocessing.connection import Connection, wait
@@ -138,22 +138,35 @@ def run_ranks(
         from . import comm
 
         return [function(comm.SingleProcess(), *args)]
+    started = started_ranks(function, [args] * size, timeout_s, start_method)
+    with started as (pipes, processes, folder), signals.forward_stop(folder / "stop"):
+        return collect(pipes, processes)
+
+
+@contextmanager
+def started_ranks(
+    function: Callable[..., Any], rank_args: Sequence[tuple], timeout_s: float = 300.0, start_method: str = ""
+) -> Iterator[tuple[list[Connection], list[Any], Path]]:
+    """Start function(comm, *rank_args[rank]) on as many ranks; all have ended after the block, an error kills them.
+
+    Yields the pipes with their results, for `collect`, the processes, and the folder in which they meet.
+    """
+    size = len(rank_args)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context: Any = multiprocessing.get_context(start_method or "forkserver")
     server = start_forkserver("dist_egnn.train.trainer") if context.get_start_method() == "forkserver" else ""
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as name:
         folder, pipes, processes = Path(name), [], []
-        for rank in range(size):
-            receiver, sender = context.Pipe(duplex=False)
-            rank_args = (function, args, rank, size, folder, server, timeout_s, sender)
-            processes.append(context.Process(target=_rank_main, args=rank_args, daemon=True))
-            with without_script(function, *args):
-                processes[-1].start()
-            sender.close()
-            pipes.append(receiver)
         try:
-            with signals.forward_stop(folder / "stop"):
-                return _collect(pipes, processes)
+            for rank, args in enumerate(rank_args):
+                receiver, sender = context.Pipe(duplex=False)
+                about = (function, args, rank, size, folder, server, timeout_s, sender)
+                processes.append(context.Process(target=_rank_main, args=about, daemon=True))
+                with without_script(function, *args):
+                    processes[-1].start()
+                sender.close()
+                pipes.append(receiver)
+            yield pipes, processes, folder
         except BaseException:
             for process in processes:
                 process.kill()
@@ -165,7 +178,7 @@ def run_ranks(
                 process.join()
 
 
-def _collect(pipes: list[Connection], processes: list[Any]) -> list[Any]:
+def collect(pipes: list[Connection], processes: list[Any]) -> list[Any]:
     """The results of all ranks. Raises the cause: a Failure if there is one, else a rank that died, else another error."""
     results: dict[int, Any] = {}
     errors: list[Exception] = []

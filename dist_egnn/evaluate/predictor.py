@@ -7,20 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .. import config as configs
+from ..config import Partition
 from ..data import checks
 from ..data.dataset import sample_spec
 from ..data.fixed_nodes import fixed_nodes
+from ..data.graphs import Edges
 from ..data.identity import resolve_features
 from ..data.samples import build_sample, feature_columns
 from ..data.trajectories import both_directions, box_sides
-from ..distributed.comm import SingleProcess
+from ..distributed.comm import Comm, SingleProcess
 from ..errors import Failure
 from ..train import checkpoint, run_dir
 from ..train.trainer import build_model
@@ -35,16 +37,20 @@ class Predictor:
     """Predicts positions after the run's horizon from one snapshot, on one process and the whole graph.
 
     path: a run's folder, whose best.pt is loaded, or a checkpoint. Features (``speed``, ``NAME/max``), radius graph,
-    edge dropping and edge attributes follow ``config.data``. Raises Failure if the checkpoint cannot be loaded.
+    edge dropping and edge attributes follow ``config.data``. comm: the processes that share the model's graphs;
+    double: compute in float64, to compare numbers of processes. Raises Failure if the checkpoint cannot be loaded.
     """
 
-    def __init__(self, path: str | Path, device: str = "cpu") -> None:
+    def __init__(
+        self, path: str | Path, device: str = "cpu", comm: Comm | None = None, *, double: bool = False
+    ) -> None:
         devices.check_name(device, "device=", "auto")
         if device != "auto":
             devices.check_available(device, "device=")
         file = run_dir.weights_file(path)
         state = checkpoint.load(file)
         self.config = configs.parse(state["config"], f"{file}: its config")
+        self.config.partition = Partition(halo="exchange")  # exact for any number of processes
         data = self.config.data
         if data.history:
             raise Failure(f"{file}: a simulator (data.history), not a function of one snapshot; use `distegnn rollout`")
@@ -56,9 +62,11 @@ class Predictor:
         with torch.random.fork_rng(devices=[]):  # keeps the caller's random state
             width = len(self.node_attributes)
             self.attribute_width = width and state.get("widths", (0, width))[1]
-            self.model = build_model(self.config, (self.width, self.attribute_width), SingleProcess())
+            self.model = build_model(self.config, (self.width, self.attribute_width), comm or SingleProcess())
         checkpoint.load_weights(self.model, state, file)
-        self.model.to(devices.resolve(device)).eval()
+        self.model.to(devices.resolve(device, comm.rank if comm else 0)).eval()
+        if double:
+            self.model.double()
 
     def __call__(
         self,
@@ -107,15 +115,30 @@ class Predictor:
             checks.check_box(corners := _numbers(box, "box", (2, 3)), "box")
             side = box_sides(corners)
         given = None if edges is None else both_directions(checks.edge_pairs(edges, "edges", len(x)))
-        with torch.no_grad():
-            predicted, z = self.model(build_sample({"x": x, "v": v, "f": f, "a": a}, self.spec, side, given=given))
-        predicted = torch.where(fixed.to(predicted.device), torch.from_numpy(x).to(predicted), predicted)
-        results = predicted.cpu(), z[0].cpu()
+        predicted, z = self.predict({"x": x, "v": v, "f": f, "a": a}, side, given)
+        results = torch.where(fixed, torch.from_numpy(x).to(predicted), predicted), z
         if shift is not None:  # the model is equivariant: it moves with the nodes
             results = results[0].double() + shift, results[1].double() + shift
         if isinstance(positions, Tensor):
             return results[0].to(positions.device), results[1].to(positions.device)
         return results[0].numpy(), results[1].numpy()
+
+    def predict(
+        self, fields: Mapping[str, np.ndarray], side: np.ndarray | None, given: Edges | None
+    ) -> tuple[Tensor, Tensor]:
+        """The model's positions (N, 3) and z (C, 3), on the CPU, from fields x, v, f, a (N, …)."""
+        with torch.no_grad():
+            predicted, z = self.model(build_sample(fields, self.spec, side, given=given))
+        return predicted.cpu(), z[0].cpu()
+
+    def close(self) -> None:
+        """End the predictor's processes, if it has any. A second call does nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _fixed(self, features: Given, node_attributes: Given, n: int) -> Tensor:
         """The nodes (N, 1) bool that data.fixed names, from attributes given by name."""

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from dgl import DGLGraph
 from scipy.optimize import linear_sum_assignment
 
 from ..data import graphs, halo
-from ..data.edges import edges_among, edges_of
+from ..data.edges import EdgeRule, edges_among, edges_of
 from ..data.graphs import Edges
 from ..data.halo import Halo
 from ..distributed.comm import Comm
@@ -21,6 +22,16 @@ from .boundary_conditions import RolloutJob
 
 # the nodes that a process owns, ascending; source and destination of their edges, as rows of these; its halo
 LocalGraph = tuple[np.ndarray, np.ndarray, np.ndarray, Halo | None]
+
+
+def part_graph(local: LocalGraph, fields: Mapping[str, np.ndarray], side: np.ndarray | None) -> DGLGraph:
+    """The graph of a process's nodes; fields: those of all nodes, x (N, 3) among them."""
+    own, src, dst, own_halo = local
+    rows = {name: torch.from_numpy(value[own]) for name, value in fields.items()}
+    rows["total"] = torch.full((len(own),), len(fields["x"]))
+    rows["centroid"] = torch.from_numpy(fields["x"].astype(np.float64).mean(0)).expand(len(own), 3).contiguous()
+    graph = graphs.build_graph(src, dst, rows, side)
+    return graph if own_halo is None else halo.attach(graph, halo.Halos([own_halo], [len(own)]))
 
 
 class Repartitioner:
@@ -61,7 +72,7 @@ class Repartitioner:
             self._partition(x, whole, step)
         own = np.flatnonzero(self.part == comm.rank)
         if exchange:
-            src, dst = whole or self._in_edges(x, own)
+            src, dst = whole or in_edges(x, own, rule, self.side, self.given)
             self.laps("search")
             about: dict[str, Any] = {"number": step, "where": f"step {step + 1}"}
             about |= {"longest": rule.longest, "side": self.side}
@@ -84,15 +95,6 @@ class Repartitioner:
             part = part if step == 0 else relabel(part, self.part, self.comm.size, section.weights)
         self.part = self.comm.sum(torch.from_numpy(part)).numpy()
         self.laps("partition")
-
-    def _in_edges(self, x: np.ndarray, own: np.ndarray) -> Edges:
-        """The edges into own nodes, without edge dropping."""
-        rule = self.job.spec.rule
-        if rule.complete or rule.edges == "given":
-            return edges_of(x, rule, self.side, self.given)
-        wrapped = np.asarray(x, np.float64) if self.side is None else graphs.wrap(x, self.side)
-        ends, src = in_neighbors(wrapped, rule, own, self.side)
-        return src.astype(np.int64), np.repeat(own, np.diff(ends))
 
     def _among(self, edges: Edges, own: np.ndarray) -> Edges:
         """Those of all edges that join own nodes, as rows of these."""
@@ -121,6 +123,15 @@ class Repartitioner:
         squared = graphs.squared_lengths(x, src, dst, self.side)
         last = np.lexsort((src, dst, squared))[-1]
         return np.array([squared[last], dst[last], src[last]], np.float64)
+
+
+def in_edges(x: np.ndarray, own: np.ndarray, rule: EdgeRule, side: np.ndarray | None, given: Edges | None) -> Edges:
+    """The edges into own nodes (all edges for some rules), without edge dropping. x: (N, 3), all positions."""
+    if rule.complete or rule.edges == "given":
+        return edges_of(x, rule, side, given)
+    wrapped = np.asarray(x, np.float64) if side is None else graphs.wrap(x, side)
+    ends, src = in_neighbors(wrapped, rule, own, side)
+    return src.astype(np.int64), np.repeat(own, np.diff(ends))
 
 
 def relabel(part: np.ndarray, before: np.ndarray, parts: int, weights: Sequence[float] | None = None) -> np.ndarray:

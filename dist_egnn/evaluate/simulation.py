@@ -14,14 +14,14 @@ import numpy as np
 import torch
 from torch.nn import Module
 
-from ..data import domain, graphs, halo
+from ..data import domain
 from ..data.samples import edge_positions, feature_columns, given_edges, past_velocities
 from ..data.trajectories import Trajectories
 from ..distributed.comm import Comm
 from ..models.simulator import FASTEST
 from ..utils.laps import Laps
 from .boundary_conditions import BoundaryConditions, RolloutJob
-from .repartition import LocalGraph, Repartitioner
+from .repartition import LocalGraph, Repartitioner, part_graph
 from .stability import Stability
 
 
@@ -110,18 +110,13 @@ class Simulation:
     @torch.no_grad()
     def _predict(self, local: LocalGraph, state: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         """Positions of the next frame (N, 3) and of the virtual nodes (C, 3), from the fields of all nodes."""
-        x, (own, src, dst, own_halo), conditions = state["x"], local, self.conditions
-        fields = {name: torch.from_numpy(value[own]) for name, value in state.items()}
-        fields["total"] = torch.full((len(own),), len(x))
-        fields["centroid"] = torch.from_numpy(x.astype(np.float64).mean(0)).expand(len(own), 3).contiguous()
-        graph = graphs.build_graph(src, dst, fields, conditions.side)
+        x, conditions = state["x"], self.conditions
+        graph = part_graph(local, state, conditions.side)
         if conditions.around:
             domain.attach(graph, domain.make_domain(*conditions.around, conditions.side))
-        if own_halo is not None:
-            halo.attach(graph, halo.Halos([own_halo], [len(own)]))
         predicted, z = self.model(graph)
         whole = torch.zeros(x.shape, dtype=torch.from_numpy(x).dtype)
-        whole[torch.from_numpy(own)] = predicted.cpu()
+        whole[torch.from_numpy(local[0])] = predicted.cpu()
         self.laps("model")
         whole = self.comm.sum(whole)
         self.laps("exchange")

@@ -273,7 +273,7 @@ def test_what_cannot_be_loaded(run, tmp_path):
 
 def test_the_page_works(run, tmp_path, monkeypatch, capsys):
     """docs/inference.md's code, on a run of these features that has the name given there."""
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "inference.md").read_text(), re.S)
+    block, on_two_processes, *_ = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "inference.md").read_text(), re.S)
     assert len([line for line in block.splitlines() if line.strip()]) <= 10
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "fluid").symlink_to(run)
@@ -282,3 +282,5 @@ def test_the_page_works(run, tmp_path, monkeypatch, capsys):
     exec(block, found)
     assert capsys.readouterr().out == "(1000, 3) float32 (3, 3)\n"
     assert torch.equal(found["same"], torch.from_numpy(found["later"]))
+    exec(on_two_processes, found)
+    np.testing.assert_allclose(found["later"], found["same"], atol=1e-5)
