@@ -383,6 +383,17 @@ def render(
     run_render(rollout, out, fps, every, colour)
 
 
+@command("export runs/fluid --out fluid.pt2")
+def export(
+    run: Annotated[Path, Argument(help="folder of a run, or a checkpoint")],
+    out: Annotated[Path, Option(help=".pt2 file to write or replace")],
+) -> None:
+    """Write the model as a torch.export package, which predicts without dist_egnn and DGL. See docs/inference.md."""
+    from .commands.export import run_export
+
+    run_export(run, out)
+
+
 @command("import-checkpoint best_model.pth --out runs/published")
 def import_checkpoint(
     file: Annotated[Path, Argument(help="best_model.pth, or another file with a FastEGNN of the authors' code")],

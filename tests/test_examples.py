@@ -29,7 +29,12 @@ MADE = {
         "evaluate": "runs/fluid/evaluate.csv",
     },
     **{"rollout": "runs/fluid/rollout.csv", "report": "runs/fluid/report.html", "render": "runs/fluid/rollout.gif"},
-    **{"import-checkpoint": "runs/published/best.pt", "sweep": "runs/sweep/plot.png", "config": "my.yaml"},
+    **{
+        "export": "fluid.pt2",
+        "import-checkpoint": "runs/published/best.pt",
+        "sweep": "runs/sweep/plot.png",
+        "config": "my.yaml",
+    },
 }
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import pickle
+import threading
 import weakref
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class ParallelPredictor(Predictor):
         started = spawn.started_ranks(serve, args, max(300.0, self.config.train.timeout_s))
         self._pipes, self._processes, _ = stack.enter_context(started)
         for channel in self._channels:
-            stack.callback(channel.close)  # which ends its process
+            stack.callback(_stop, channel)
         for channel in theirs:
             channel.close()
         self._receive()  # the model is loaded
@@ -57,11 +58,9 @@ class ParallelPredictor(Predictor):
             raise Failure("the predictor is closed; load the run again")
         assign.check_size(len(fields["x"]), len(self._channels))
         request = pickle.dumps((fields, side, given), protocol=5)
-        try:
+        with suppress(OSError):  # a process has ended; `_receive` says why
             for channel in self._channels:
                 channel.send_bytes(request)
-        except OSError:  # a process has ended; `_receive` says why
-            pass
         parts = self._receive()
         predicted = torch.zeros(fields["x"].shape, dtype=parts[0][1].dtype)
         for own, rows, _ in parts:
@@ -92,15 +91,20 @@ class ParallelPredictor(Predictor):
 
 
 def serve(comm: Comm, config: Config, path: str, device: str, double: bool, channel: Connection) -> None:
-    """A process of a `ParallelPredictor`: answer requests until the channel is closed. config: names the user's model."""
+    """A process of a `ParallelPredictor`: answer requests until an empty one. config: names the user's model."""
     predictor = Predictor(path, device, comm, double=double)
     channel.send(None)
-    while True:
-        try:
-            fields, side, given = pickle.loads(channel.recv_bytes())
-        except EOFError:
-            return
-        channel.send(_predict(comm, predictor, fields, side, given))
+    try:
+        while request := channel.recv_bytes():
+            channel.send(_predict(comm, predictor, *pickle.loads(request)))
+    except EOFError:  # the calling process was killed: `spawn.exit_with_parent` cleans up
+        threading.Event().wait()
+
+
+def _stop(channel: Connection) -> None:
+    with suppress(OSError):  # its process may have ended
+        channel.send_bytes(b"")
+    channel.close()
 
 
 @torch.no_grad()

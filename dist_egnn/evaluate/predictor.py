@@ -159,6 +159,16 @@ def _attribute(what: str, given: ByName, name: str, n: int) -> np.ndarray:
     return _numbers(given[name], f"{what}: '{name}'", (n, None) if np.ndim(given[name]) == 2 else (n,))
 
 
+def feature_factors(what: str, names: Sequence[str] | None, width: int, scale: float) -> np.ndarray:
+    """(width,) float32 factors of features that are given as an array: ``scale`` for speed, 1 for the others."""
+    factors, names = np.ones(width, np.float32), ["speed"] if names is None else names
+    if scale != 1 and "speed" in names:
+        if len(names) != width and names != ["speed"]:
+            raise Failure(f"{what}: an attribute of several columns beside speed; pass attributes by name")
+        factors[width - len(names) + names.index("speed")] = scale
+    return factors
+
+
 def _columns(
     what: str, given: ByName | Array, names: Sequence[str] | None, width: int, v: np.ndarray, scale: float = 1.0
 ) -> np.ndarray:
@@ -168,12 +178,7 @@ def _columns(
     """
     n = len(v)
     if not isinstance(given, Mapping):
-        columns, names = _numbers(given, what, (n, width)), ["speed"] if names is None else names
-        if scale != 1 and "speed" in names:
-            if len(names) != width and names != ["speed"]:
-                raise Failure(f"{what}: an attribute of several columns beside speed; pass attributes by name")
-            columns[:, width - len(names) + names.index("speed")] *= np.float32(scale)
-        return columns
+        return _numbers(given, what, (n, width)) * feature_factors(what, names, width, scale)
     listed = ", ".join(sorted(given)) or "none"
     listed_names = names is not None
     if names is None:

@@ -53,7 +53,7 @@ def test_two_processes_equal_one_in_float64(small, tmp_path, more):
         np.testing.assert_allclose(z, Predictor(path, double=True).with_virtual(*arguments())[1], rtol=0, atol=1e-10)
         with pytest.raises(Failure, match="parts=2"):
             predict(*(value[:1] for value in arguments()[:2]), {"mass": np.ones(1), "viscosity": np.ones(1)})
-        with pytest.raises(Failure, match="features: 'mass' is missing"):
+        with pytest.raises(Failure, match="features: 'viscosity' is missing"):
             predict(*arguments()[:2])
         assert predict(*arguments()).shape == (150, 3)
         pids = [process.pid for process in predict._processes]
