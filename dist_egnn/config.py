@@ -67,6 +67,7 @@ SCALE = (lambda value: value is None or 0 < value < math.inf), "must be positive
 FRACTION = (lambda value: 0 <= value <= 1), "must lie in 0 … 1"
 DECAY = (lambda value: 0 <= value < 1), "must be at least 0 and below 1"
 FIXED = (lambda value: value == "" or _names_nodes(value)), "write NAME, or NAME=VALUE as type=3, of a node attribute"
+BACKEND = _choice("auto", "gloo", "nccl")
 FACTOR = (lambda value: 0 < value < 1), "must lie between 0 and 1"
 
 
@@ -190,6 +191,9 @@ class Train:
     callbacks: list[str] = _key([], "functions MODULE:FUNCTION(row, model) to call at the end of each epoch, on rank 0")
     seed: int = _key(0, "seed of weights, order and sampling")
     device: str = _key("cpu", "cpu, cuda:N, cuda (one device per process, in turn), or auto: cuda if available")
+    backend: str = _key(
+        "auto", "sums of CUDA tensors: gloo (by the host), nccl (a device per process), auto: nccl if possible", BACKEND
+    )
     threads: int = _key(1, "threads of each process on a CPU; the results are the same bits for any number", _least(1))
     timeout_s: float = _key(60.0, "seconds that a process waits for the others before it fails", _least(1))
     kept: str = _key("", "folder for activations that the backward pass needs; empty: keep them in memory")

@@ -167,7 +167,11 @@ MINIMUM |= {"data.horizon": 1, "loss.samples": 1, "train.timeout_s": 1}
 
 WRONG = {"data.edge_drop": "-0.1 1.5 .nan", "data.radius": "0 -1 .nan", "loss.kernel": "cosine", "loss.sigma": "0"}
 WRONG |= {"model.gravity": "[1,2]", "partition.halo": "none", "train.lr": ".nan", "train.schedule": "linear"}
-WRONG |= {"train.device": "gpu Cuda cuda:x cuda:-1 cuda:01 cuda:N cpu:0 1", "train.plateau_factor": "0 1 .nan"}
+WRONG |= {
+    "train.backend": "mpi NCCL",
+    "train.device": "gpu Cuda cuda:x cuda:-1 cuda:01 cuda:N cpu:0 1",
+    "train.plateau_factor": "0 1 .nan",
+}
 CONTRADICTIONS = [
     ("data.first_frame=5", "data.last_frame=4", r"data\.last_frame=4: .* data\.first_frame=5"),
     ("train.epochs=3", "train.warmup=3", r"train\.warmup=3\.0: .* train\.epochs=3"),

@@ -29,7 +29,6 @@ def run_training(config: Config, resume: bool = False) -> dict[str, float]:
     callbacks.load(config.train.callbacks)
     if not resume:
         initial_weights.check(config)
-    trainer.resolve_device(config)
     folder = Path(config.run.dir)
     config.data.path = config.data.path and str(Path(config.data.path).absolute())  # the run is evaluated from anywhere
     check = checkpoint.check_resume if resume else run_dir.check_new_run
@@ -40,6 +39,7 @@ def run_training(config: Config, resume: bool = False) -> dict[str, float]:
 
         config.train.select_data, rollout_error = selection.trajectories_file(config), selection.rollout_error
     parts, processes = dataset.part_count(config), dataset.process_count(config)
+    trainer.resolve_device(config, processes=processes)
     activation_offload.check_folder(config.train.kept, "train.kept=")
     preflight.check_training(config, parts)
     opened = store_inputs(config) if parts > 1 and not dataset.is_store(config.data.path) else None

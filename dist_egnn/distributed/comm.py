@@ -20,7 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..errors import Failure
+from ..utils import devices
 
+DEVICE_BACKEND = "nccl"  # moves tensors between devices of their own, without the hosts' memory
 Counts = Sequence[int]  # numbers of rows, one per rank
 
 
@@ -35,6 +37,14 @@ class Comm:
         """This rank's group after a split into ``groups`` groups of consecutive ranks; its ``world`` is this Comm."""
         assert groups == 1
         return self
+
+    @property
+    def backend(self) -> str:
+        """What sends tensors of this rank's device: gloo, nccl, or nothing in a group of one."""
+        return ""
+
+    def use_device(self, device: torch.device, backend: str) -> None:
+        """Choose how tensors of this rank's device are sent, see train.backend. Collective; call it before `split`."""
 
     def sum(self, t: Tensor) -> Tensor:
         """All-reduce: Σ_p t_p on every rank, of any shape, added in the order of ranks. Differentiable."""
@@ -90,7 +100,7 @@ def _timed() -> Iterator[None]:
     started = time.perf_counter()
     try:
         yield
-    except RuntimeError as error:  # gloo's
+    except RuntimeError as error:  # gloo's and NCCL's
         raise ConnectionError(f"another process is lost ({str(error).splitlines()[0][-100:]})") from error
     _collective_seconds += time.perf_counter() - started
 
@@ -108,15 +118,14 @@ def sent_bytes(nbytes: int, size: int) -> float:
     return nbytes * (size - 1) * (1.0 if message_rounds(nbytes, size) == 1 else 2 / size)
 
 
-def _ordered_sum(t: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+def _ordered_sum(t: Tensor, comm: ProcessGroup) -> Tensor:
     """Σ_p t_p, added in the order of ranks, so that every rank gets the same bits.
 
     gloo's ring all-reduce waits for 2(P − 1) messages in sequence. Here all ranks send to all others at once: a small
     tensor completely, in one round; a large one in two rounds, a reduce-scatter and an all-gather.
     """
-    size = dist.get_world_size(group)
-    flat = t.detach().reshape(-1).cpu()  # gloo sends host memory
-    n = len(flat)
+    flat, group = comm.route(t.detach().reshape(-1))
+    n, size = len(flat), comm.size
     one_round = message_rounds(n * flat.element_size(), size) == 1
     rows = flat.expand(size, n) if one_round else torch.nn.functional.pad(flat, (0, -n % size)).view(size, -1)
     received = _transpose(rows, group)
@@ -141,21 +150,56 @@ class _Sum(torch.autograd.Function):
     """y = Σ_p x_p. The loss of every rank depends on y, so ∂L/∂x_p = Σ_r ∂L_r/∂y: the backward pass is a sum too."""
 
     @staticmethod
-    def forward(ctx: Any, t: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-        ctx.group = group
-        return _ordered_sum(t, group)
+    def forward(ctx: Any, t: Tensor, comm: ProcessGroup) -> Tensor:
+        ctx.comm = comm
+        return _ordered_sum(t, comm)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _ordered_sum(grad, ctx.group), None
+        return _ordered_sum(grad, ctx.comm), None
 
 
 class ProcessGroup(Comm):
     """The processes of a torch process group, by default all of them."""
 
-    def __init__(self, timeout_s: float, group: dist.ProcessGroup | None = None, world: Comm | None = None) -> None:
+    def __init__(
+        self,
+        timeout_s: float,
+        group: dist.ProcessGroup | None = None,
+        world: Comm | None = None,
+        device_group: dist.ProcessGroup | None = None,
+    ) -> None:
         super().__init__(dist.get_rank(group), dist.get_world_size(group), world)
-        self._timeout_s, self._group = timeout_s, group
+        self._timeout = timedelta(seconds=timeout_s)
+        self._group, self._device_group = group, device_group
+
+    @property
+    def backend(self) -> str:
+        return "gloo" if self._device_group is None else DEVICE_BACKEND
+
+    def use_device(self, device: torch.device, backend: str) -> None:
+        """Send tensors of the devices by NCCL (nccl; auto: if each rank has its own), else by gloo through host memory.
+
+        Raises Failure for nccl if ranks share a device.
+        """
+        self._device_group = None
+        if backend == "gloo":
+            return
+        used = self._gather(devices.number(device)).tolist()
+        shared = [rank for rank, number in enumerate(used) if not number or used.count(number) > 1]
+        if not shared and dist.is_backend_available(DEVICE_BACKEND):
+            self._device_group = dist.new_group(timeout=self._timeout, backend=DEVICE_BACKEND)
+        elif backend == "nccl":
+            why = f"processes {', '.join(map(str, shared))} share devices" if shared else "this torch has no NCCL"
+            raise Failure(
+                f"train.backend=nccl: {why}; start one process for each CUDA device, or use train.backend=auto"
+            )
+
+    def route(self, t: Tensor) -> tuple[Tensor, dist.ProcessGroup | None]:
+        """The tensor where it can be sent, in host memory if necessary, and the group that sends it."""
+        if self._device_group is None or t.device.type == "cpu":
+            return t.cpu(), self._group
+        return t, self._device_group
 
     def split(self, groups: int) -> Comm:
         assert self._group is None
@@ -164,24 +208,30 @@ class ProcessGroup(Comm):
         if groups == self.size:
             return SingleProcess(world=self)
         # a DeviceMesh would also make groups across these and ignore our timeout
-        own, _ = dist.new_subgroups(self.size // groups, timeout=timedelta(seconds=self._timeout_s))
-        return ProcessGroup(self._timeout_s, own, self)
+        size, device_group = self.size // groups, None
+        own, _ = dist.new_subgroups(size, timeout=self._timeout)
+        if self._device_group is not None:
+            device_group, _ = dist.new_subgroups(size, timeout=self._timeout, backend=DEVICE_BACKEND)
+        return ProcessGroup(self._timeout.total_seconds(), own, self, device_group)
 
     def sum(self, t: Tensor) -> Tensor:
-        return _Sum.apply(t, self._group)
+        return _Sum.apply(t, self)
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter], extra: Tensor | None = None) -> Tensor | None:
         gradients = complete_gradients(parameters)
         tensors = [*gradients, *([] if extra is None else [extra.to(gradients[0])])]
         bucket = torch.cat([t.reshape(-1) for t in tensors])
-        totals = _ordered_sum(bucket, self._group).split([t.numel() for t in tensors])
+        totals = _ordered_sum(bucket, self).split([t.numel() for t in tensors])
         for gradient, total in zip(gradients, totals, strict=False):
             gradient.copy_(total.view_as(gradient))
         return None if extra is None else totals[-1]
 
-    def max(self, value: float) -> float:
+    def _gather(self, value: float) -> Tensor:
         own = torch.full((self.size, 1), value, dtype=torch.float64, device="cpu")
-        return float(_transpose(own, self._group).max())
+        return _transpose(own, self._group).flatten()
+
+    def max(self, value: float) -> float:
+        return float(self._gather(value).max())
 
     def broadcast(self, content: bytes) -> bytes:
         size = torch.tensor(len(content), device="cpu")
@@ -195,16 +245,17 @@ class ProcessGroup(Comm):
         return t.numpy().tobytes()
 
     def all_to_all(self, rows: Tensor, send_counts: Counts, receive_counts: Counts) -> Callable[[], Tensor]:
-        sent, received = rows.contiguous(), rows.new_empty(sum(receive_counts), *rows.shape[1:])
+        sent, group = self.route(rows.contiguous())
+        received = sent.new_empty(sum(receive_counts), *rows.shape[1:])
         counts = list(receive_counts), list(send_counts)
         with _timed():
-            work = dist.all_to_all_single(received, sent, *counts, group=self._group, async_op=True)
+            work = dist.all_to_all_single(received, sent, *counts, group=group, async_op=True)
 
         def wait() -> Tensor:
             with _timed():
                 work.wait()
             assert len(sent) == sum(send_counts)  # keeps ``sent`` alive until here
-            return received
+            return received.to(rows.device)
 
         return wait
 
@@ -215,7 +266,6 @@ def join_local(rank: int, size: int, rendezvous: Path, timeout_s: float) -> Comm
         return SingleProcess()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     timeout = timedelta(seconds=timeout_s)
-    # with gloo, unlike NCCL, processes may share a device; CUDA tensors go through host memory
     dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=size, timeout=timeout)
     return ProcessGroup(timeout_s)
 

@@ -43,7 +43,7 @@ def load_model(comm: Comm, job: RolloutJob) -> Module:
     widths = count_columns(data, job.spec.features), count_columns(data, job.spec.node_attributes)
     model = trainer.build_model(job.config, widths, comm)
     checkpoint.load_weights(model, checkpoint.load(Path(job.weights)), Path(job.weights))
-    return (model.double() if job.double else model.to(trainer.resolve_device(job.config, comm.rank))).eval()
+    return (model.double() if job.double else model.to(trainer.join_device(comm, job.config))).eval()
 
 
 def roll_out(comm: Comm, job: RolloutJob) -> tuple[str, Laps]:

@@ -43,7 +43,7 @@ Checkpoint = dict[str, Any]
 # Keys that a resume may change: how a run is executed, and remedies for one that diverged or had too little time.
 FREE = (
     *("train.epochs", "train.patience", "train.lr", "train.clip"),
-    *("train.device", "train.timeout_s", "train.checkpoint_minutes", "train.kept", "train.replicas"),
+    *("train.device", "train.backend", "train.timeout_s", "train.checkpoint_minutes", "train.kept", "train.replicas"),
     *("train.threads", "train.select_data", "train.callbacks"),
     *("model.engine", "model.tile", "data.path", "run.dir"),
     *("partition.parts", "partition.method", "partition.seed", "partition.weights"),

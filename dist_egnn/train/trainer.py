@@ -41,9 +41,12 @@ RolloutError = Callable[[Comm, Config, Module, Sequence[str]], float]
 _drawing = threading.Lock()  # torch's generator belongs to all threads
 
 
-def resolve_device(config: Config, rank: int = 0) -> torch.device:
-    """The device of a rank's parameters. Raises Failure if it does not exist or model.engine does not support it."""
+def resolve_device(config: Config, rank: int = 0, processes: int = 1) -> torch.device:
+    """The device of a rank's parameters. Raises Failure if it does not exist, if model.engine does not support it, and
+    for train.backend=nccl without a device for each of the processes."""
     device = devices.resolve(config.train.device, rank)
+    if config.train.backend == "nccl":
+        devices.check_nccl(config.train.device, device, processes)
     m = config.model
     obstacle = native_engine.obstacle(m.hidden, torch.float32, device, m.precision != "float32")
     message_passing.resolve_engine(m.engine, device, obstacle)
@@ -51,6 +54,13 @@ def resolve_device(config: Config, rank: int = 0) -> torch.device:
         print(
             f"warning: the native kernels are {native_library.STALE}; models run on the torch engine", file=sys.stderr
         )
+    return device
+
+
+def join_device(world: Comm, config: Config) -> torch.device:
+    """`resolve_device`, after which ``world`` sends the device's tensors as train.backend says. Collective."""
+    device = resolve_device(config, world.rank)
+    world.use_device(device, config.train.backend)
     return device
 
 
@@ -319,7 +329,7 @@ class Trainer:
 
 def _open(world: Comm, config: Config, *splits: str) -> tuple[torch.device, Comm, Dataset]:
     """Device, group and samples of this process. Raises Failure if one of the splits is empty."""
-    device, comm = resolve_device(config, world.rank), world.split(config.train.replicas)
+    device, comm = join_device(world, config), world.split(config.train.replicas)
     samples = open_dataset(config, comm.rank, world.size)
     for split in splits:
         if not samples.splits[split]:

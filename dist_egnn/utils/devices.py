@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,31 @@ def resolve(name: str, rank: int = 0) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     check_available(name, "train.device=")
     return torch.device(f"cuda:{rank % torch.cuda.device_count()}" if name == "cuda" else name)
+
+
+def check_nccl(name: str, device: torch.device, processes: int) -> None:
+    """Raise Failure unless train.backend=nccl can have a CUDA device for each of so many processes on this machine.
+
+    name: train.device; device: what it stands for.
+    """
+    import torch
+
+    if device.type == "cpu":
+        raise Failure(f"train.backend=nccl: needs CUDA, train.device={name} is the CPU; use train.backend=auto")
+    count = 1 if ":" in name else torch.cuda.device_count()
+    if processes > count:
+        why = f"{processes} processes need a CUDA device each, train.device={name} has {count}"
+        raise Failure(f"train.backend=nccl: {why}; use train.backend=auto")
+
+
+def number(device: torch.device) -> float:
+    """A whole number below 2⁴⁸ that tells a CUDA device from all others of all hosts; 0 for the CPU."""
+    if device.type != "cuda":
+        return 0.0
+    import torch
+
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return float(int(hashlib.sha256(uuid.encode()).hexdigest()[:12], 16))
 
 
 def synchronize(device: torch.device) -> None:

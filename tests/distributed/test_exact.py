@@ -78,7 +78,7 @@ def _run_without(group: comm.Comm, missing: str, *args: object) -> None:
     """`save_rank_results` with one of the sums missing."""
 
     def forward(ctx: Any, t: torch.Tensor, own: object) -> torch.Tensor:
-        ctx.group = own
+        ctx.comm = own
         return t.detach().clone()
 
     if missing == "forward":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -10,14 +11,17 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from dist_egnn.partition import store_writer
 from small_data import falling_swirl
 
 import dist_egnn
 from dist_egnn import Trajectories, Writer, config
 from dist_egnn.data import dataset
+from dist_egnn.distributed import comm as comms
 from dist_egnn.distributed import spawn
 from dist_egnn.distributed.comm import Comm, ProcessGroup, SingleProcess
+from dist_egnn.errors import Failure
 from dist_egnn.evaluate.boundary_conditions import RolloutJob
 from dist_egnn.evaluate.simulation import Simulation
 from dist_egnn.models import network
@@ -65,7 +69,7 @@ def stores(file: Path) -> dict[str, Path]:
 
 def work(comm: Comm, made: config.Config, file: Path) -> dict[str, float]:
     """Numbers of a training step of two batches, an evaluation and a rollout on this rank."""
-    device, samples = trainer.resolve_device(made, comm.rank), dataset.open_dataset(made, comm.rank, comm.size)
+    device, samples = trainer.join_device(comm, made), dataset.open_dataset(made, comm.rank, comm.size)
     model = trainer.build_model(made, samples.widths, comm, samples.statistics()).to(device)
     training = trainer.Trainer(comm, made, model, torch.optim.Adam(model.parameters(), lr=1e-3), samples)
     steps = training.steps()
@@ -118,6 +122,45 @@ def work_on_both_devices(comm: Comm, stores: dict[str, Path], file: Path) -> dic
     for name, fault in WRONG.items():
         with fault():
             result[name] = run("", "FastEGNN", "bridge")
+    return result | without_the_host(comm, run)
+
+
+def without_the_host(comm: Comm, run: Callable[..., Any]) -> dict[Any, Any]:
+    """NCCL's path: results of both modes, and copies to the host and back in sums and an exchange, by gloo and by NCCL.
+
+    gloo takes the place of NCCL, and sends what is on the pretend device.
+    """
+    import pretend_device
+
+    plain, device, result = dist.all_to_all_single, pretend_device.DEVICE, dict[Any, Any]()
+
+    def all_to_all_single(*tensors: torch.Tensor, group: Any = None, **options: Any) -> Any:
+        received, sent, *counts = tensors
+        assert (group is not None) == (received.device == device)
+        return plain(*(getattr(t, "host", t) for t in (received, sent)), *counts, group=group, **options)
+
+    def copies() -> int:
+        pretend_device.transfers.clear()
+        total = comm.sum(torch.full((5,), comm.rank + 1.0, device=device))
+        rows = comm.all_to_all(torch.full((2, 3), comm.rank, device=device), [1, 1], [1, 1])()
+        assert (total.device, rows.device, len(rows)) == (device, device, 2)
+        made = len(pretend_device.transfers)
+        assert (total.tolist(), rows.tolist()) == ([3] * 5, [[0] * 3, [1] * 3])
+        return made
+
+    devices.number = lambda of: 0.0 if of.type == "cpu" else 7.0
+    with pytest.raises(Failure, match=r"^train\.backend=nccl: processes 0, 1 share .*train\.backend=auto$"):
+        comm.use_device(device, "nccl")
+    devices.number = lambda of: 0.0 if of.type == "cpu" else comm.rank + 1.0
+    comm.use_device(device, "gloo")
+    result["copies"] = [copies()]
+    with (
+        mock.patch.multiple(dist, all_to_all_single=all_to_all_single),
+        mock.patch.object(comms, "DEVICE_BACKEND", "gloo"),
+    ):
+        comm.use_device(device, "nccl")
+        result["copies"].append(copies())
+        result |= {("", mode): run("", "FastEGNN", mode) for mode in MODES}
     return result
 
 
@@ -140,6 +183,14 @@ def test_a_step_an_evaluation_and_a_rollout_equal_the_cpu(results, case) -> None
         assert isinstance(rank[case], list), rank[case]
         on_cpu, on_device = rank[case]
         assert on_device == pytest.approx(on_cpu, rel=1e-4, abs=1e-9)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_sums_and_halo_rows_do_not_pass_the_host(results, mode) -> None:
+    for rank in results:
+        assert isinstance(rank["", mode], list), rank["", mode]
+        assert rank["", mode][1] == pytest.approx(rank["", mode][0], rel=1e-4, abs=1e-9)
+        assert rank["copies"] == [4, 0]  # by gloo, by NCCL
 
 
 def test_a_run_its_resume_its_evaluation_and_its_predictor_equal_the_cpu(results) -> None:

@@ -69,6 +69,22 @@ def test_a_missing_device_or_dgl_without_cuda_is_refused_before_any_work(tmp_pat
     assert list(tmp_path.iterdir()) == [run]
 
 
+@pytest.mark.parametrize(
+    ("device", "parts", "why"),
+    [
+        ("cpu", 1, "needs CUDA, .*=cpu .*"),
+        ("cuda", 3, "3 processes need .*=cuda has 2"),
+        ("cuda:1", 2, "2 processes .*=cuda:1 has 1"),
+    ],
+)
+def test_nccl_needs_a_device_for_each_process(tmp_path, monkeypatch, small, device, parts, why) -> None:
+    set_device_count(monkeypatch, 2)
+    keys = [f"train.device={device}", "train.backend=nccl", f"partition.parts={parts}", f"run.dir={tmp_path / 'run'}"]
+    with pytest.raises(Failure, match=rf"^train\.backend=nccl: .*{why}; use train\.backend=auto$"):
+        run_training(settings(small, *keys))
+    assert list(tmp_path.iterdir()) == []
+
+
 class Shift(torch.nn.Module):
     """A model that shifts nodes by parameters; its forward pass creates no tensor without a device."""
 

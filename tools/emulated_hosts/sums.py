@@ -38,11 +38,11 @@ def _median_ms(work: Callable[[], object], repeats: int = 7) -> float:
 def rank(number: int, size: int, address: str, interface: str) -> None:
     """One process of the group; rank 0 prints."""
     torch.set_num_threads(1)
-    comm.join_hosts(number, size, address, PORT, interface, 60.0)
+    group = comm.join_hosts(number, size, address, PORT, interface, 60.0)
     for n in NUMBERS:
         t = torch.randn(n)
         ring = _median_ms(lambda t=t: dist.all_reduce(t.clone()))  # type: ignore[misc]
-        direct = _median_ms(lambda t=t: comm._ordered_sum(t))  # type: ignore[misc]
+        direct = _median_ms(lambda t=t: group.sum(t))  # type: ignore[misc]
         if number == 0:
             print(f"  {n:>7,} numbers: all-reduce {ring:6.1f} ms, direct {direct:6.1f} ms", flush=True)
     comm.leave_group()
