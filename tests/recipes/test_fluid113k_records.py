@@ -78,9 +78,9 @@ def test_written_records_have_the_published_layout(tmp_path):
 
 
 def test_docs_describe_the_layout(tmp_path):
-    """The table of docs/formats.md has all keys of a first frame, their types and shapes, and which are in it only."""
-    page = (RECIPE.parents[1] / "docs" / "formats.md").read_text()
-    section = page.split("## The published records of Fluid113K")[1].split("\n## ")[0]
+    """The table of the recipe's page has all keys of a first frame, their types and shapes, and which are in it only."""
+    page = (RECIPE / "README.md").read_text()
+    section = page.split("## The published records\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `(\w+)` \| (\w+)(?: \((.*)\))? \| (.*) \|$", section, re.M)
     documented = {
         key: (kind, tuple(re.findall(r"\w+", shape)), "first frame" in meaning) for key, kind, shape, meaning in rows
@@ -96,7 +96,7 @@ def test_docs_describe_the_layout(tmp_path):
         shape = tuple({3: "3", 64: "N"}.get(size, "M") for size in array.shape)
         written[key] = (kind, shape, key not in second)
     assert documented == written
-    assert "200 frames are eight files of 13 and eight of 12" in section
+    assert "200 frames are eight files of 13 and eight of 12" in " ".join(section.split())
     assert [len(part) for part in np.array_split(np.arange(200), records.FILES)] == [13] * 8 + [12] * 8
 
 
