@@ -179,6 +179,7 @@ class Train:
     ema: float = _key(0.0, "decay of the averaged weights, which are validated and saved; 0: no average", DECAY)
     clip: float = _key(0.0, "maximum norm of the gradient; 0: no clipping", _least(0))
     patience: int = _key(0, "epochs without a better validation MSE before training stops; 0: never", _least(0))
+    valid_interval: int = _key(1, "epochs from one validation to the next; the last epoch is validated", _least(1))
     select: str = _key(
         "one_step", "error that chooses best.pt: one_step, or rollout, of validation trajectories", _choice(*SELECT)
     )

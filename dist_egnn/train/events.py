@@ -6,6 +6,7 @@ step. Groups of tags: loss, time, memory, model, validation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -55,7 +56,7 @@ class Events:
 
     def epoch(self, number: int, row: Mapping[str, float], gb: list[float], z: Tensor | None) -> None:
         """Record an epoch at its last step. gb: peak memory of each rank; z (n, 3): virtual nodes in validation."""
-        tags = {GROUPS.get(name, f"time/{name}"): value for name, value in row.items()}
+        tags = {GROUPS.get(name, f"time/{name}"): value for name, value in row.items() if not math.isnan(value)}
         with self.errors():
             for tag, value in {**tags, **{f"memory/rank{rank}_gb": peak for rank, peak in enumerate(gb)}}.items():
                 self.writer.add_scalar(tag, value, number)

@@ -16,7 +16,7 @@ class TrainingState:
     epoch: int = 0
     step: int = 0  # completed optimizer steps of the epoch
     best: float = math.inf  # lowest validation MSE
-    waited: int = 0  # epochs since then
+    waited: int = 0  # epochs from then to the last validation
     scale: float = 1.0  # factor of the learning rate due to plateaus
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # over the steps, see `Trainer.steps`
 
@@ -38,11 +38,19 @@ class TrainingState:
             rate *= 0.5 * (1 + math.cos(math.pi * fraction))
         return rate
 
+    def validates(self, settings: Train) -> bool:
+        """Whether the epoch ends with a validation."""
+        return (self.epoch + 1) % settings.valid_interval == 0 or self.epoch + 1 == settings.epochs
+
     def end_epoch(self, valid_mse: float, settings: Train) -> bool:
-        """Move to the start of the next epoch; returns whether the validation MSE improved."""
-        improved = valid_mse < self.best
-        self.best, self.waited = (valid_mse, 0) if improved else (self.best, self.waited + 1)
-        if settings.schedule == "plateau" and self.waited and self.waited % settings.plateau_epochs == 0:
-            self.scale *= settings.plateau_factor
+        """Move to the start of the next epoch; returns whether a validation took place and its MSE improved."""
+        improved = self.validates(settings) and valid_mse < self.best
+        if improved:
+            self.best, self.waited = valid_mse, 0
+        elif self.validates(settings):
+            waited, every = self.waited, settings.plateau_epochs
+            self.waited += settings.valid_interval
+            if settings.schedule == "plateau" and self.waited // every > waited // every:
+                self.scale *= settings.plateau_factor
         self.epoch, self.step, self.sums = self.epoch + 1, 0, defaultdict(float)
         return improved

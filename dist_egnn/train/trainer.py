@@ -217,8 +217,9 @@ class Trainer:
                         writer.save()
                     if stop:
                         return self._stopped()
-                shown = Shown()
-                errors = self._validate(shown)
+                shown, errors = Shown(), {"valid_mse": math.nan}
+                if state.validates(settings):
+                    errors = self._validate(shown)
                 values = torch.zeros(world.size + 1, dtype=torch.float64, device="cpu")
                 values[world.rank] = metrics.peak_memory_gb(next(self.model.parameters()).device)
                 values[-1] = float(signals.stop_requested())
@@ -321,7 +322,7 @@ class Trainer:
 
     def _progress_note(self, row: dict[str, float]) -> str:
         sums, epoch = self.state.sums, f"epoch {self.state.epoch + 1}/{self.config.train.epochs}"
-        valid = f"  valid {row['valid_mse']:.1e}" if row else ""
+        valid = f"  valid {row['valid_mse']:.1e}" if math.isfinite(row.get("valid_mse", math.nan)) else ""
         # the most important numbers first, because a narrow terminal cuts the end off; not the loss, which can be negative
         step_s = sums["step_s"] / self.state.step
         return f"MSE {sums['mse'] / sums['batches']:.1e}  {step_s:.2g} s/step  {epoch}{valid}"

@@ -99,7 +99,8 @@ class Report:
             ("memory of the largest process [GB]", "peak_gb", last, ".2f"),
         ):
             if column in table:  # older versions wrote fewer
-                rows.append((name, format(values[column], form)))
+                shown = table[column].dropna().iloc[-1:] if values is last else [values[column]]
+                rows += [(name, format(value, form)) for value in shown]
         return html_page.table(["", ""], rows)
 
     def errors(self) -> str:

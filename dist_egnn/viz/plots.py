@@ -131,7 +131,7 @@ def curves(figure: Any, x: Values, lines: Lines, levels: Mapping[str, float], xl
     for k, (name, values) in enumerate(lines.items()):
         y = np.asarray(values, float)
         if (y > 0).any():
-            axes.plot(x, np.where(y > 0, y, np.nan), marker="o", ms=3.5, color=f"C{k}", label=name)
+            axes.plot(np.asarray(x)[y > 0], y[y > 0], marker="o", ms=3.5, color=f"C{k}", label=name)
     for k, (name, value) in enumerate(levels.items()):
         axes.axhline(value, color="0.35", ls=(":", "--")[k % 2], label=name)
     axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log")

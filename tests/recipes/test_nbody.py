@@ -28,14 +28,14 @@ BENCHMARK = {"frames": 50, "every": 100, "dt": 0.001, "limit": 100.0}
 
 @pytest.fixture(scope="session")
 def nbody():
-    """recipes/nbody/prepare.py as a module, which imports leapfrog.py."""
+    """recipes/nbody/prepare.py as a module, which imports coulomb.py."""
     pytest.importorskip("numba", reason="the extra nbody is not installed")
     return recipe_modules.load("nbody", "prepare", "nbody_prepare")
 
 
 @pytest.fixture(scope="session")
-def leapfrog(nbody):
-    return sys.modules["leapfrog"]
+def coulomb(nbody):
+    return sys.modules["coulomb"]
 
 
 @pytest.fixture(scope="session")
@@ -62,39 +62,38 @@ def crowd(nodes: int, seed: int, size: float) -> tuple[np.ndarray, np.ndarray, n
 
 
 @pytest.mark.parametrize("nodes", [6, 7, 33])
-def test_forces_are_clipped_component_by_component(leapfrog, nodes):
+def test_forces_are_clipped_component_by_component(coulomb, nodes):
     x, _, q = crowd(nodes, nodes, 0.05)
     expected = forces(x, q, 100.0)
     share = (np.abs(expected) == 100.0).mean()
     assert 0 < share < 1
     result = np.empty((3, nodes))
-    leapfrog.clipped_forces(np.ascontiguousarray(x.T), q, 100.0, result)
+    coulomb.clipped_forces(np.ascontiguousarray(x.T), q, 100.0, result)
     np.testing.assert_allclose(result.T, expected, rtol=1e-12)
 
 
-def test_without_a_writable_folder_for_the_cache(leapfrog, monkeypatch):
+def test_without_a_writable_folder_for_the_cache(coulomb, monkeypatch):
     caching = pytest.importorskip("numba.core.caching")
     monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
-    assert leapfrog.compiled(lambda x: x + 1)(1) == 2
+    assert coulomb.compiled(lambda x: x + 1)(1) == 2
 
 
-def test_leapfrog_step_by_step_with_clipping(leapfrog):
+def test_step_by_step_with_clipping(coulomb):
     x, v, q = crowd(6, 1, 0.03)
-    result_x, result_v = leapfrog.simulate(x, v, q, **BENCHMARK | {"frames": 4, "every": 5})
+    result_x, result_v = coulomb.simulate(x, v, q, **BENCHMARK | {"frames": 4, "every": 5})
     clipped = 0
     for step in range(16):
+        force = forces(x, q, 100.0)
+        v = v + 0.001 * force
+        x = x + 0.001 * v
+        clipped += (np.abs(force) == 100.0).sum()
         if step % 5 == 0:
             np.testing.assert_allclose(result_x[step // 5], x, atol=1e-12)
             np.testing.assert_allclose(result_v[step // 5], v, atol=1e-11)
-        half = v + 0.0005 * forces(x, q, 100.0)
-        x = x + 0.001 * half
-        v = half + 0.0005 * forces(x, q, 100.0)
-        clipped += (np.abs(forces(x, q, 100.0)) == 100.0).sum()
     assert clipped
 
 
-def test_error_against_dop853_falls_with_the_square_of_the_step(leapfrog):
-    """At the step of the recipe it is far below the precision of float32, in which the file is stored."""
+def test_error_against_dop853_falls_with_the_step(coulomb):
     x, v, _ = crowd(6, 2, 2.0)
     q, time_ = np.array([1.0, -1, 1, 1, -1, 1]), 1.0
 
@@ -104,12 +103,12 @@ def test_error_against_dop853_falls_with_the_square_of_the_step(leapfrog):
 
     exact = solve_ivp(rate, (0, time_), np.stack([x, v]).ravel(), "DOP853", rtol=1e-11, atol=1e-12).y[:, -1]
     errors = []
-    for steps in (50, 100, 200, 1000):
-        xs, vs = leapfrog.simulate(x, v, q, frames=2, every=steps, dt=time_ / steps, limit=np.inf)
+    for steps in (100, 200, 400, 1000):  # the first frame is after one step
+        xs, vs = coulomb.simulate(x, v, q, frames=2, every=steps - 1, dt=time_ / steps, limit=np.inf)
         errors.append(np.abs(np.stack([xs[1], vs[1]]).ravel() - exact).max())
-    assert errors[0] / errors[1] == pytest.approx(4, rel=0.1)
-    assert errors[1] / errors[2] == pytest.approx(4, rel=0.1)
-    assert errors[3] < 1e-6
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.1)
+    assert errors[1] / errors[2] == pytest.approx(2, rel=0.1)
+    assert errors[3] < 2e-3
 
 
 @pytest.mark.parametrize("clusters", [1, 3, 10])
@@ -150,7 +149,7 @@ def test_file_and_config_select_frame_30_to_40(nbody, data):
     position, velocity, charge = nbody.draw(0, 3, 10, 1)
     np.testing.assert_array_equal(file.attribute(3, "charge"), charge)
     xs, vs = nbody.simulate(position, velocity, charge, **BENCHMARK)
-    np.testing.assert_array_equal(file.position(3, 0), position.astype(np.float32))
+    np.testing.assert_allclose(file.position(3, 0), position, atol=0.001)  # after one step
     np.testing.assert_array_equal(file.position(3, 40), xs[40].astype(np.float32))
     np.testing.assert_array_equal(file.velocity(3, 30), vs[30].astype(np.float32))
 
@@ -231,7 +230,7 @@ def test_recipe(data, tmp_path, capsys):
     arguments = ["--out", str(out), "--models", "Linear", "EGNN", "train.lr=1e-3"]
     recipe.run_recipe(RECIPE, SCALES, arguments)
     result = table(out)
-    assert list(result.index) == ["static", "linear", "Linear (trained)", "EGNN"]
+    assert list(result.index) == ["static", "linear", "Linear (trained)", "EGNN (published)"]
     assert result.loc["static", "of static"] == result.loc["linear", "of linear"] == 1
     np.testing.assert_allclose(result["of static"], result["test MSE"] / result.loc["static", "test MSE"])
     np.testing.assert_allclose(result["of linear"], result["test MSE"] / result.loc["linear", "test MSE"])

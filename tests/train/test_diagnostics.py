@@ -82,6 +82,20 @@ def test_grad_norm_is_that_before_clipping(small, tmp_path):
     assert norms[0] == norms[1] > 1e-3
 
 
+def test_validation_every_third_epoch(small, tmp_path):
+    """Metrics of the other epochs have no validation MSE, and patience counts epochs up to the last validation."""
+    tables = {}
+    for every in (1, 3):
+        run = tmp_path / str(every)
+        run_training(settings(small, run, "train.epochs=5", f"train.valid_interval={every}"))
+        tables[every] = pd.read_csv(run / "metrics.csv")
+    assert tables[3]["valid_mse"].notna().tolist() == [False, False, True, False, True]
+    for column in ("train_mse", "valid_mse"):
+        known = tables[3][column].notna()
+        assert (tables[3][column][known] == tables[1][column][known]).all()
+    assert len(rates("train.epochs=50", "train.valid_interval=3", "train.patience=4")) == 9  # 3 improves, 6 waits 3
+
+
 def rates(*given: str, steps: int = 1) -> list[float]:
     """Learning rates of all steps of a run whose validation MSE never improves."""
     chosen, state, result = config.load(None, ["train.lr=2", *given]).train, TrainingState(), []

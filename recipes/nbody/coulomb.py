@@ -1,4 +1,4 @@
-"""Charged particles under clipped Coulomb forces, by leapfrog, compiled by numba.
+"""Charged particles under clipped Coulomb forces, by the semi-implicit Euler method, compiled by numba.
 
 A separate module, because numba's cache identifies functions by module name.
 """
@@ -13,7 +13,7 @@ import numpy as np
 
 
 # Without fastmath, operations are not reordered or fused on any processor; the elementwise loop over j is still vectorised.
-# float64: rounding in float32 would add an error as large as that of leapfrog.
+# float64: rounding in float32 would add an error of its own.
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
     try:
@@ -45,18 +45,16 @@ def clipped_forces(x: np.ndarray, q: np.ndarray, limit: float, f: np.ndarray) ->
 def fill(
     x: np.ndarray, v: np.ndarray, q: np.ndarray, dt: float, limit: float, every: int, xs: np.ndarray, vs: np.ndarray
 ) -> None:
-    """Fill xs, vs (T, 3, N) with the states after 0, every, 2·every, … steps (half kick, drift, half kick; mass 1).
+    """Fill xs, vs (T, 3, N) with the states after 1, 1 + every, 1 + 2·every, … steps: v += dt f, then x += dt v (mass 1).
 
     x, v: (3, N), overwritten; q: (N,).
     """
     f = np.empty_like(x)
-    clipped_forces(x, q, limit, f)
     for frame in range(len(xs)):
-        for _ in range(every if frame else 0):
-            v += 0.5 * dt * f
-            x += dt * v
+        for _ in range(every if frame else 1):
             clipped_forces(x, q, limit, f)
-            v += 0.5 * dt * f
+            v += dt * f
+            x += dt * v
         xs[frame] = x
         vs[frame] = v
 
@@ -73,7 +71,8 @@ def simulate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Positions and velocities (T, N, 3), float64, from initial ones (N, 3) and charges (N,).
 
-    The first frame is the start; others follow every ``every`` steps of dt. limit: of force components (clipped_forces).
+    The first frame is the state after one step; others follow every ``every`` steps of dt. limit: of force components
+    (clipped_forces).
     """
     x, v = np.array(position.T, dtype=np.float64, order="C"), np.array(velocity.T, dtype=np.float64, order="C")
     xs, vs = np.empty((frames, *x.shape)), np.empty((frames, *x.shape))
