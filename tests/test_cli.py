@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -28,14 +29,16 @@ class Ran(NamedTuple):
     err: str
 
 
-def python(*arguments: object, cwd: Path, **env: str) -> Ran:
-    command, env = [sys.executable, *map(str, arguments)], {**os.environ, **env}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, cwd=cwd, env=env)
+def ran(*command: object, cwd: Path, **env: str) -> Ran:
+    words, env = [str(word) for word in command], {**os.environ, **env}
+    done = subprocess.run(words, capture_output=True, text=True, timeout=500, cwd=cwd, env=env)
     return Ran(done.returncode, done.stdout, done.stderr)
 
 
-def distegnn(*arguments: object, cwd: Path) -> Ran:
-    return python("-m", "dist_egnn.cli", *arguments, cwd=cwd)
+@pytest.fixture
+def run(distegnn: Path, tmp_path: Path) -> Callable[..., Ran]:
+    """run(*words): a command in the test's folder."""
+    return lambda *words: ran(distegnn, *words, cwd=tmp_path)
 
 
 def files(folder: Path) -> dict[str, tuple[int, bytes]]:
@@ -50,20 +53,20 @@ def test_the_process_replaces_itself_once(tmp_path, before, after):
         "print(os.getpid(), 'tcache' in os.environ['GLIBC_TUNABLES'], flush=True); "
         "cli.main = lambda *_: print(os.environ['GLIBC_TUNABLES'], sys.argv[1:], sys.flags.no_user_site); cli.console()"
     )
-    ran = python("-s", "-c", code, "a b", "--c=*", cwd=tmp_path, GLIBC_TUNABLES=before)
-    (first, had), (second, has), last = (line.split(maxsplit=1) for line in ran.out.splitlines())
-    assert (ran.code, ran.err, first, had, has) == (0, "", second, "False", "True")
+    code, out, err = ran(sys.executable, "-s", "-c", code, "a b", "--c=*", cwd=tmp_path, GLIBC_TUNABLES=before)
+    (first, had), (second, has), last = (line.split(maxsplit=1) for line in out.splitlines())
+    assert (code, err, first, had, has) == (0, "", second, "False", "True")
     assert last == [f"{after}glibc.malloc.tcache_count=0", "['a b', '--c=*'] 1"]
 
 
-def test_help(tmp_path):
+def test_help(run):
     """tests/test_examples.py shows the help of each command."""
-    code, out, err = distegnn(cwd=tmp_path)
+    code, out, err = run()
     assert (code, "  partition " in out, err) == (0, True, "")
-    assert "\n    seeds: [0, 1, 2]\n" in distegnn("sweep", "--help", cwd=tmp_path).out  # the file, line by line
+    assert "\n    seeds: [0, 1, 2]\n" in run("sweep", "--help").out  # the file, line by line
 
 
-def test_mistakes_are_one_line(tmp_path, small):
+def test_mistakes_are_one_line(run, tmp_path, small):
     (tmp_path / "text.h5").write_text("x y z\n")
     (tmp_path / "bad.yaml").write_text("train: {epoch: 1}")
     mistakes = {
@@ -80,26 +83,26 @@ def test_mistakes_are_one_line(tmp_path, small):
     }
     before = files(tmp_path)
     with ThreadPoolExecutor(2) as pool:
-        ran = list(pool.map(lambda line: distegnn(*line.split(), cwd=tmp_path), mistakes))
-    for (line, message), (code, out, err) in zip(mistakes.items(), ran, strict=True):
+        results = list(pool.map(lambda line: run(*line.split()), mistakes))
+    for (line, message), (code, out, err) in zip(mistakes.items(), results, strict=True):
         assert (code, out) == (2, ""), (line, err)
         assert re.fullmatch(r"error: .+\n", err), (line, err)  # one line: . stops at its end
         assert re.search(message, err), (line, err)
     assert files(tmp_path) == before
-    code, _, err = distegnn("--debug", "config", "train.epoch=1", cwd=tmp_path)
+    code, _, err = run("--debug", "config", "train.epoch=1")
     assert (code, err.splitlines()[0][:9]) == (1, "Traceback")
     assert "did you mean train.epochs?" in err.splitlines()[-1]
 
 
-def test_config_prints_what_train_reads(tmp_path):
-    code, out, err = distegnn("config", "train.epochs=7", "data.features=[mass]", cwd=tmp_path)
+def test_config_prints_what_train_reads(run, tmp_path):
+    code, out, err = run("config", "train.epochs=7", "data.features=[mass]")
     assert (code, err) == (0, "")
     (tmp_path / "my.yaml").write_text(out)
     assert load(tmp_path / "my.yaml") == load(None, ["train.epochs=7", "data.features=[mass]"])
 
 
-def test_compare_shows_every_method(tmp_path, small):
-    code, out, _ = distegnn("partition", small, "--parts", 3, "--radius", RADIUS, "--compare", cwd=tmp_path)
+def test_compare_shows_every_method(run, tmp_path, small):
+    code, out, _ = run("partition", small, "--parts", 3, "--radius", RADIUS, "--compare")
     assert code == 0
     cut = {line.split()[0]: float(line.split()[1].removesuffix("%")) for line in out.splitlines()[3:]}
     assert list(cut) == ["metis", "random", "kmeans", "spectral", "bisection", "morton"]
@@ -107,27 +110,27 @@ def test_compare_shows_every_method(tmp_path, small):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_partition_then_verify(tmp_path, small):
+def test_partition_then_verify(run, tmp_path, small):
     arguments = ("--parts", 2, "--radius", RADIUS, f"data.horizon={HORIZON}", "data.frames=2", "--out", "store")
-    code, out, _ = distegnn("partition", small, *arguments, cwd=tmp_path)
+    code, out, _ = run("partition", small, *arguments)
     assert (code, "store: 8 snapshots in 2 parts" in out) == (0, True)
     before = files(tmp_path)
-    code, out, _ = distegnn("verify", "store", cwd=tmp_path)
+    code, out, _ = run("verify", "store")
     assert (code, out.startswith("store: whole: "), " 8 snapshots, " in out) == (0, True, True)
     assert files(tmp_path) == before
 
 
-def test_the_version(tmp_path):
-    assert distegnn("--version", cwd=tmp_path) == (0, f"distegnn {__version__}\n", "")
+def test_the_version(run):
+    assert run("--version") == (0, f"distegnn {__version__}\n", "")
 
 
-def test_train_then_evaluate(small, tmp_path):
+def test_train_then_evaluate(run, small, tmp_path):
     (tmp_path / "my.yaml").write_text(
         f"data: {{path: {small}, radius: {RADIUS}, horizon: {HORIZON}, frames: 2}}\n"
         "model: {hidden: 8, layers: 1}\ntrain: {epochs: 5}\nrun: {dir: elsewhere}\n"
     )
     train = ("train", "my.yaml", "train.epochs=1", "run.dir=runs/one")
-    code, out, err = distegnn(*train, cwd=tmp_path)
+    code, out, err = run(*train)
     assert (code, "runs/one: best validation MSE" in out) == (0, True), err
     assert sorted(f.name for f in tmp_path.iterdir()) == ["my.yaml", "runs"]
     one = tmp_path / "runs" / "one"
@@ -136,12 +139,12 @@ def test_train_then_evaluate(small, tmp_path):
     assert len(pd.read_csv(one / "metrics.csv")) == 1
 
     before = files(tmp_path)  # a second run in the same folder is refused
-    code, out, err = distegnn(*train, cwd=tmp_path)
+    code, out, err = run(*train)
     assert (code, out) == (2, "")
     assert re.fullmatch(r"error: runs/one: .*run\.dir.* distegnn train --resume runs/one\n", err)
     assert files(tmp_path) == before
 
-    code, out, err = distegnn("evaluate", "runs/one", cwd=tmp_path)
+    code, out, err = run("evaluate", "runs/one")
     assert code == 0, err
     rows = [line.split() for line in out.splitlines()[3:]]
     assert [row[0] for row in rows] == ["static", "linear", "FastEGNN"]

@@ -8,7 +8,6 @@ import math
 import re
 import statistics
 import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -27,7 +26,6 @@ from dist_egnn.train import trainer
 from dist_egnn.utils import filesystem
 
 ROOT = Path(__file__).parents[2]
-SWEEP = [sys.executable, "-m", "dist_egnn.cli", "sweep", "sweep.yaml"]
 RECIPES = {"nbody/sweep": 17, "protein/sweep": 17, "fluid113k/sweep-partition": 11, "fluid113k/sweep-mmd": 25}
 
 
@@ -227,14 +225,15 @@ def is_free(folder: Path) -> bool:
     return False
 
 
-def test_a_killed_sweep_goes_on(write):
+def test_a_killed_sweep_goes_on(write, distegnn):
     """Its run ends with it; the next sweep ends with the numbers of a run that was never killed."""
     (run,) = sweep_config.load(write(grids=[{"keys": {"model.name": ["EGNN"]}}], set={"train.epochs": 30})).runs
-    killed = subprocess.Popen(SWEEP, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [distegnn, "sweep", "sweep.yaml"]
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait_until((run.folder / "metrics.csv").exists, "the first epoch", killed)
     kill(killed)
     wait_until(lambda: is_free(run.folder), "the end of the killed sweep's run")
-    subprocess.run(SWEEP, check=True, timeout=GUARD_S)
+    subprocess.run(command, check=True, timeout=GUARD_S)
     metrics = pd.read_csv(run.folder / "metrics.csv")
     assert metrics["epoch"].tolist() == list(range(1, 31))
 

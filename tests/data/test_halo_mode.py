@@ -128,7 +128,7 @@ def test_many_tiles_and_batches(make_store: MakeStore, engine: str, threads: int
         if not native.library():
             pytest.skip("the native kernels are not compiled")
         keys = (*keys[1:], "model.hidden=16")  # not with attention
-    model, whole = (model_of("FastEGNN", *keys, f"model.engine={name}", "model.tile=50") for name in (engine, "torch"))
+    model, whole = (model_of("FastEGNN", *keys, f"model.engine={name}", "model.tile=150") for name in (engine, "torch"))
     with tiled_layer.tile_threads(threads):
         assert_exact(store_differences(store, model, 0, 3, 1, whole=whole))
 

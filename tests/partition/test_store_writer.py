@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -469,7 +468,7 @@ def test_a_damaged_store_is_not_called_complete(copy, make_inputs, small):
     assert store_writer.write_store(Trajectories(small), copy, make_inputs(2), silent)
 
 
-def test_a_damaged_store_is_made_again_by_the_commands_of_its_message(copy, small, make_store):
+def test_a_damaged_store_is_made_again_by_the_commands_of_its_message(copy, small, make_store, distegnn):
     """A shell runs them beside the trajectories file, whose folder the store does not know."""
     settings = {"horizon": 2, "features": ("speed",), "periodic": False, "weights": (2, 1), "edge_drop": 0.25}
     shutil.rmtree(copy)
@@ -478,7 +477,7 @@ def test_a_damaged_store_is_made_again_by_the_commands_of_its_message(copy, smal
     with pytest.raises(Failure, match=r"parts\.csv: missing") as caught:
         Store(copy)
     commands = re.findall("`(.*?)`", str(caught.value))
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = os.environ | {"PATH": f"{distegnn.parent}:{os.environ['PATH']}"}
     for command in commands:
         subprocess.run(command, shell=True, check=True, cwd=small.parent, env=environment, timeout=600)
     assert len(commands) == 2

@@ -19,14 +19,21 @@ from gns_files import METADATA, RECIPE, framed, record, trajectories
 
 
 @pytest.fixture
-def check_run_py(tmp_path) -> Callable[..., None]:
+def check_run_py(tmp_path, distegnn) -> Callable[..., None]:
     """check_run_py(recipe, *keys): run.py with one epoch of a small EGNN writes and prints a complete table."""
 
     import pandas as pd
 
     def check(recipe: Path, *keys: object) -> None:
         small = ["--epochs", "1", "--models", "EGNN", "model.hidden=4", "model.layers=1", "train.batch_size=4"]
-        command = [sys.executable, str(recipe / "run.py"), *small, *map(str, keys), "--out", str(tmp_path / "run")]
+        command = [
+            distegnn.with_name("python"),
+            str(recipe / "run.py"),
+            *small,
+            *map(str, keys),
+            "--out",
+            str(tmp_path / "run"),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         table = pd.read_csv(tmp_path / "run" / "results.csv").set_index("prediction")

@@ -8,7 +8,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -188,10 +187,9 @@ def test_a_second_ctrl_c_interrupts():
 def test_the_command(inputs, tmp_path, distegnn):
     """Ctrl-C and --resume as users type them; an override adds the last epochs."""
     run, path = tmp_path / "run", tmp_path / "my.yaml"
-    train = [sys.executable, "-m", "dist_egnn.cli", "train"]
     endless = settings(inputs[1], run, "train.epochs=1000000", "train.schedule=constant")
     path.write_text(config.to_yaml(endless))
-    with subprocess.Popen([*train, path], stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen([distegnn, "train", path], stderr=subprocess.PIPE, text=True) as process:
         wait_until((run / "metrics.csv").exists, "the first epoch", process)
         process.send_signal(signal.SIGINT)
         error = process.communicate(timeout=GUARD_S)[1]

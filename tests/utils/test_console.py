@@ -43,13 +43,13 @@ def run_on_terminal(command: list[str], columns: int = 80) -> tuple[int, list[st
 
 
 @pytest.fixture
-def train(tmp_path: Path, make_store, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def train(tmp_path: Path, make_store, distegnn: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
     config = {"data": {**DATA, "path": str(make_store(2))}, "model": {"hidden": 4, "layers": 1}}
     Path("my.yaml").write_text(
         yaml.safe_dump({**config, "train": {"epochs": 2}, "run": {"dir": "run"}}), encoding="utf-8"
     )
-    return [sys.executable, "-m", "dist_egnn.cli", "train", "my.yaml"]
+    return [str(distegnn), "train", "my.yaml"]
 
 
 def test_training_on_a_terminal(train: list[str]) -> None:
