@@ -23,18 +23,8 @@ slow = [hypothesis.HealthCheck.too_slow]
 hypothesis.settings.register_profile("slow machine", deadline=None, suppress_health_check=slow)
 hypothesis.settings.load_profile("slow machine")
 
-LONGEST = [
-    "many_machines",
-    "resume",
-    "served",
-    "examples",
-    "bench",
-    "sweep",
-    "docs_commands",
-    "hosts",
-    "import",
-    "exact",
-]
+LONGEST = ["many_machines", "served", "wheel", "examples", "simulator_training", "halo_mode", "docs_commands", "resume"]
+LONGEST += ["hosts", "exact", "nbody", "sweep", "surroundings", "import", "bench"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

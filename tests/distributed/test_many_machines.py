@@ -175,17 +175,16 @@ def assert_equal(folder: Path, alone: pd.DataFrame) -> None:
     pd.testing.assert_frame_equal(metrics, alone, check_exact=True)
 
 
-@pytest.mark.parametrize(("names", "trainers"), [("ab", 2), ("abc", 1)])
-def test_the_losses_of_one_machine(names, trainers, launch, alone, make_store, cluster):
-    """Two hosts with one trainer each: test_hosts_that_share_no_files."""
-    store = make_store(len(names), trainers=trainers, shard_nodes=0)
+def test_the_losses_of_one_machine(launch, alone, make_store, cluster):
+    """Several trainers on a host: test_hosts_that_share_no_files."""
+    store = make_store(3, shard_nodes=0)
     before = cluster.counts()["a", "b"]["bytes"]
-    run = launch(store, names, "train.epochs=2")
+    run = launch(store, "abc", "train.epochs=2")
     seconds = run.end(0)
     assert cluster.counts()["a", "b"]["bytes"] > before + 1e5  # over this network
     assert_equal(run.folder, alone(store, 2))
     assert "best validation MSE" in run.text
-    record(f"{len(names)} hosts × {trainers} trainers", "2 epochs, the losses of one machine bit for bit", seconds)
+    record("3 hosts × 1 trainers", "2 epochs, the losses of one machine bit for bit", seconds)
 
 
 def test_a_run_survives_failures(launch, alone, store_of_two, cluster):
@@ -312,26 +311,27 @@ def test_errors_before_anything_starts(launch, store_of_two, cluster, tmp_path):
     server.wait()
 
 
-def test_hosts_that_share_no_files(launch, alone, store_of_two, make_hosts, tmp_path):
+def test_hosts_that_share_no_files(launch, alone, make_store, make_hosts, tmp_path):
     """Each host has a disk of its own: --dispatch copies its part; only the first one sees the run's folder."""
+    store = make_store(2, trainers=2, shard_nodes=0)
     disk = tmp_path / "disk"
     disk.mkdir()
     copied = disk / "store"
     hosts = make_hosts("a", "b", private=[disk])
-    shutil.copytree(store_of_two, copied)
+    shutil.copytree(store, copied)
     run = launch(copied, "ab", "train.epochs=1", hosts=hosts)
     run.end(2)
     assert "host b: has no whole store" in run.text
     dispatch = ["--dispatch"] if shutil.which("rsync") else []
     for name in "" if dispatch else "ab":
-        shutil.copytree(store_of_two, hosts.inside(name, copied))
+        shutil.copytree(store, hosts.inside(name, copied))
     run = launch(copied, "ab", *dispatch, "train.epochs=2", folder=disk / "run", hosts=hosts)
     seconds = run.end(0)
-    record("2 hosts × 1 trainers, which share no files", "2 epochs, the losses of one machine bit for bit", seconds)
+    record("2 hosts × 2 trainers, which share no files", "2 epochs, the losses of one machine bit for bit", seconds)
     there = hosts.inside("b", copied)
     assert (there / "shard-00000/part1/node_feat.dgl").exists()
     assert dispatch == [] or not (there / "shard-00000/part0").exists()
-    assert_equal(hosts.inside("a", disk / "run"), alone(store_of_two, 2))
+    assert_equal(hosts.inside("a", disk / "run"), alone(store, 2))
     for name, text in {"parts.csv": "\n", "manifest.yaml": "# changed\n"}.items():
         with open(there / name, "a", encoding="utf-8") as file:
             file.write(text)

@@ -217,7 +217,7 @@ def test_an_agent_forwards_output_and_stops_processes(agent, tmp_path):
 def test_processes_end_with_their_agent(how, agent, monkeypatch):
     if how == "silent":
         monkeypatch.setattr(agent_client, "PING_EVERY_S", 1000)
-    client = agent(patience=4.0 if how == "silent" else GUARD_S)
+    client = agent(patience=10.0 if how == "silent" else GUARD_S)
     pid = start(client, "exec sleep 100")
     if how == "killed":
         os.kill(client.process.pid, signal.SIGKILL)

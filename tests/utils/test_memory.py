@@ -42,7 +42,8 @@ def test_limits_of_a_control_group(tmp_path: Path) -> None:
 def test_freed_memory_is_kept(setting, kept):
     """The kernel maps no new pages for freed memory after the first round, unless the user's own settings say otherwise."""
     code = (
-        "import resource; from dist_egnn.utils.memory import keep_freed_memory; keep_freed_memory(); faults = []\n"
+        "import ctypes, resource; from dist_egnn.utils.memory import keep_freed_memory; keep_freed_memory(); faults = []\n"
+        "ctypes.CDLL(None).prctl(41, 1, 0, 0, 0)\n"  # PR_SET_THP_DISABLE: pages of one size
         "for _ in range(12):\n"
         "    held = [b'x' * 20_000_000 for _ in range(3)]; del held\n"
         "    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)\n"
