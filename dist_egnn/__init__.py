@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from .commands.fit import fit
+    from .commands.fit import fit, save
     from .config import Config
     from .config import load as load_config
     from .data.dataset import open_dataset
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = ["Config", "Failure", "Predictor", "Rollout", "Store", "Trajectories", "Writer"]
-__all__ += ["fit", "load", "load_config", "open_dataset", "unwrap"]
+__all__ += ["fit", "load", "load_config", "open_dataset", "save", "unwrap"]
 __all__ += ["EGNN", "RF", "TFN", "FastEGNN", "FastRF", "FastSchNet", "FastTFN", "Linear", "SchNet"]
 __all__ += ["Layer", "Network", "coordinate_mlp", "direction", "displacement"]  # for models of your own
 
 _MODULES = {
-    "commands.fit": ["fit"],
+    "commands.fit": ["fit", "save"],
     "config": ["Config", "load_config"],
     "data.dataset": ["open_dataset"],
     "data.store": ["Store"],

@@ -1,4 +1,4 @@
-"""`dist_egnn.fit`: partition and train from Python, on a file or on arrays."""
+"""`dist_egnn.fit` and `save`: training from Python, on a file or on arrays, or by a loop of the user."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.nn import Module
+
 from .. import config as configs
 from ..config import Config
+from ..data import identity
+from ..data.dataset import Dataset
 from ..data.trajectories import Writer
 from ..errors import Failure
 from ..train import run_dir
+from .import_weights import write_run
 from .train import run_training
 
 Arrays = Mapping[str, Any]  # the arguments of `Writer.add`
@@ -38,6 +43,17 @@ def fit(
         settings.data.path = str(_write(Path(settings.run.dir, "trajectories.h5"), trajectories))
     run_training(settings)
     return Path(settings.run.dir)
+
+
+def save(model: Module, config: Config, samples: Dataset) -> Path:
+    """Make a run of a model that a loop of your own trained, in run.dir, and return this folder.
+
+    config: of the model and of the ``samples`` that `open_dataset` made. `dist_egnn.load`, `distegnn evaluate`, `rollout`
+    and `export` read the run. Raises Failure for weights that do not fit the config, and for a folder with a run.
+    """
+    chosen = copy.deepcopy(samples.complete(config))
+    write_run(model, chosen, samples.widths, Path(config.run.dir), data=identity.of_data(config.data.path))
+    return Path(config.run.dir)
 
 
 def _write(path: Path, trajectories: Sequence[Arrays]) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn import Module
 
 from ..config import Config
 from ..distributed.comm import SingleProcess
@@ -80,7 +81,23 @@ def _flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def check_new(folder: Path) -> None:
     """Raise Failure if the folder holds a run, finished or not."""
     if found := [name for name in (run_dir.CONFIG, run_dir.LAST, run_dir.METRICS) if (folder / name).exists()]:
-        raise Failure(f"{folder}: holds a run already ({found[0]}); choose another --out")
+        raise Failure(f"{folder}: holds a run already ({found[0]}); choose another folder")
+
+
+def write_run(model: Module, config: Config, widths: tuple[int, int], source: Path, **more: Any) -> None:
+    """Write best.pt and config.yaml of a model in run.dir. more: further keys of the checkpoint.
+
+    Raises Failure, which names ``source``, for weights that do not fit the config, and if the folder holds a run.
+    """
+    folder, data = Path(config.run.dir), config.data
+    data.path = data.path and str(Path(data.path).absolute())  # the run is evaluated from anywhere
+    content = checkpoint.weights_only(model, config) | {"widths": list(widths), **more}
+    configured = trainer.build_model(config, widths, SingleProcess())
+    checkpoint.load_weights(configured, content, source, "set the config's model section to that of the weights")
+    with lock_folder(folder, "another process is writing a run there; choose another folder"):
+        check_new(folder)
+        checkpoint.save(folder / run_dir.BEST, content)
+        run_dir.write_config(config)
 
 
 def run_import(file: Path, state: Mapping[str, torch.Tensor], config: Config) -> None:
@@ -106,15 +123,8 @@ def run_import(file: Path, state: Mapping[str, torch.Tensor], config: Config) ->
     attention = any("attention" in name for name in model.state_dict())
     messages = model.virtual_messages
     config.model = replace(given, name="FastEGNN", attention=attention, virtual_messages=messages, **sizes)
-    data.path = data.path and str(Path(data.path).absolute())  # the run is evaluated from anywhere
     data.velocity_scale = data.velocity_scale or 1.0  # the weights know of no scale
-    content = checkpoint.weights_only(model, config)
-    configured = trainer.build_model(config, (widths["f"], widths["a"]), SingleProcess())
-    checkpoint.load_weights(configured, content, file)  # must accept the weights
-    with lock_folder(folder, "another process is writing a run there; choose another --out"):
-        check_new(folder)  # again, now that no other process can make a run there
-        checkpoint.save(folder / run_dir.BEST, content)
-        run_dir.write_config(config)
+    write_run(model, config, (widths["f"], widths["a"]), file)
     shown = {**sizes, "virtual_messages": messages, "features": widths["f"], "node_attributes": widths["a"]}
     shown |= {"attention": attention, **options}
     print_table(f"{folder}: FastEGNN of {file}", ["option", "found"], [[k, v] for k, v in shown.items()])

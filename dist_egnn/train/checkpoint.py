@@ -83,7 +83,12 @@ def training_state(checkpoint: Checkpoint) -> TrainingState:
     return TrainingState(**values | {"sums": defaultdict(float, values.get("sums", {}))})
 
 
-def load_weights(model: Module, checkpoint: Checkpoint, path: Path) -> None:
+def load_weights(
+    model: Module,
+    checkpoint: Checkpoint,
+    path: Path,
+    remedy: str = "put back the files of one run: its checkpoint and its config.yaml",
+) -> None:
     """Load a checkpoint's weights into a model. Raises Failure naming the first parameter that does not fit, and if the
     model was built with the statistics of other data."""
     present, stored = getattr(model, "statistics", None), checkpoint["model"].get("statistics")
@@ -93,7 +98,6 @@ def load_weights(model: Module, checkpoint: Checkpoint, path: Path) -> None:
         model.load_state_dict(checkpoint["model"])
     except RuntimeError as error:
         reason = textwrap.shorten(str(error).splitlines()[:2][-1], 150, placeholder=" …")
-        remedy = "put back the files of one run: its checkpoint and its config.yaml"
         raise Failure(f"{path}: its weights do not fit this model: {reason}; {remedy}") from error
 
 

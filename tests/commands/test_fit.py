@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from small_data import falling_swirl, random_pairs
 from tiny_runs import assert_same, settings
 
 import dist_egnn
 from dist_egnn import config
+from dist_egnn.commands.evaluate import run_evaluation
 from dist_egnn.commands.train import run_training
 from dist_egnn.errors import Failure
+from dist_egnn.train import checkpoint
 
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 
@@ -76,4 +79,14 @@ def test_the_code_of_the_page(tmp_path, monkeypatch, capsys):
     assert names["predict"](x, np.zeros_like(x)).shape == (60, 3)
     exec(loop, names)
     assert np.isfinite(names["loss"].item())
-    assert {*names["optimizer"].state}  # has stepped
+    weights = checkpoint.load(tmp_path / "runs" / "mine" / "best.pt")["model"]
+    assert all(torch.equal(value, weights[name]) for name, value in names["model"].state_dict().items())
+    assert run_evaluation(Path("runs/mine"))["FastEGNN"] > 0
+    model, config, samples = (names[name] for name in ("model", "config", "samples"))
+    with pytest.raises(Failure, match="runs/mine: holds a run already"):
+        dist_egnn.save(model, config, samples)
+    config.model.hidden = 16
+    with pytest.raises(
+        Failure, match=r"runs/mine: its weights do not fit this model: .*; set the config's model section"
+    ):
+        dist_egnn.save(model, config, samples)
