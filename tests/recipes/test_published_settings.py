@@ -85,6 +85,25 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "train.epochs": 2000,
         "train.patience": 50,
     },
+    "fluid113k": {
+        "data.radius": 0.075,
+        "data.first_frame": 0,
+        "data.last_frame": 50,
+        "data.frames": 16,
+        "data.horizon": 20,
+        "data.features": ["viscosity", "mass", "speed"],
+        "data.node_attributes": ["viscosity", "mass"],
+        "partition.method": "metis",
+        "model.as_published": False,  # only FastEGNN has a config
+        "loss.mmd": 0.01,
+        "loss.sigma": 3.0,
+        "loss.samples": 50,
+        "train.batch_size": 1,
+        "train.accumulate": 4,
+        "train.clip": 0.3,
+        "train.epochs": 2500,
+        "train.patience": 100,
+    },
 }
 
 
