@@ -1,7 +1,7 @@
 """`distegnn` and `python` without the seconds that imports of torch and DGL take: a server has them and forks for each.
 
 Each command has its own arguments, folder, environment and streams, and imports its other modules itself. The fork
-server of its ranks is forked from it. Other processes that it starts are new ones, as always.
+server of its ranks is forked from it, and so are the runs of a sweep. Other processes that it starts are new ones.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def _answer(connection: socket.socket) -> NoReturn:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    util.spawnv_passfds = _fork_the_forkserver
+    util.spawnv_passfds = _fork
     code: Any = 0
     try:
         _run(*sys.argv)
@@ -123,9 +123,11 @@ def _run(program: str, *words: str) -> None:
         runpy.run_path(words[0], run_name="__main__")
 
 
-def _fork_the_forkserver(path: Any, args: Sequence[str], kept: Sequence[int]) -> int:
-    """In place of a new process that runs `multiprocessing.forkserver.main`: a fork, which has its modules already."""
-    if "multiprocessing.forkserver" not in args[-1]:
+def _fork(path: Any, args: Sequence[str], kept: Sequence[int]) -> int:
+    """In place of a Python that multiprocessing starts for a fork server or a sweep's run: a fork has its modules."""
+    modules = ["multiprocessing.forkserver", *["multiprocessing.spawn"] * (sys.argv[1:2] == ["sweep"])]
+    code = next((word for word in args[1:] for module in modules if module in word), None)
+    if code is None:
         return _spawn(path, args, kept)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -138,8 +140,11 @@ def _fork_the_forkserver(path: Any, args: Sequence[str], kept: Sequence[int]) ->
         os.closerange(low, number)
         low = number + 1
     forkserver._forkserver.__init__()  # type: ignore[misc]  # its lock is held
+    sys.argv = ["-c", *args[args.index(code) + 1 :]]
     try:
-        exec(args[-1], {"__name__": "__main__"})
+        exec(code, {"__name__": "__main__"})
+    except SystemExit as end:
+        os._exit(int(end.code or 0))
     except Exception:
         sys.excepthook(*sys.exc_info())
     finally:
