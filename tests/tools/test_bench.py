@@ -345,7 +345,7 @@ def test_pipeline_times_steps_and_stages(tmp_path: Path, monkeypatch: pytest.Mon
 
 WRONG = {
     r"--engine fast: unknown; use auto, native, torch or dgl": ["step --engine fast", "batch --engine fast"],
-    r"--device cuda: not available": ["step --device cuda"],
+    r"--device cuda: not available": ["step --device cuda", "pipeline --device cuda"],
     r"--device tpu: unknown; use cpu, cuda or cuda:N": ["step --device tpu"],
     r"--precision half: unknown; use float32 or bf16-messages": ["step --precision half"],
     r"--(tile|hidden|graphs|repeats|steps) 0: must be at least 1": [

@@ -350,6 +350,7 @@ def pipeline(
     virtual_nodes: Virtual = 3,
     halo: Halo = "bridge",
     engine: Annotated[str, typer.Option(help="auto, native, torch or dgl: library that runs message passing")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N")] = "cpu",
     repeats: Annotated[int, typer.Option(help="timed steps, each on a different snapshot")] = 5,
     as_json: Json = False,
 ) -> Report:
@@ -359,8 +360,11 @@ def pipeline(
     check_sizes({"--nodes": nodes, "--parts": parts, **sizes}, degree)
     _check_processes(nodes, degree, hidden, layers, parts, halo)
     import bench_pipeline
+    import bench_step
 
-    result = bench_pipeline.measure_pipeline(nodes, degree, parts, repeats, {**model, "engine": engine}, log, halo)
+    bench_step.check_device(bench_step.Options(engine=engine, device=device))
+    keys = {**model, "engine": engine}
+    result = bench_pipeline.measure_pipeline(nodes, degree, parts, repeats, keys, log, halo, device)
     labels = {
         "fixed_s": "step on a fixed graph",
         "fresh_s": "step with a new snapshot",

@@ -20,13 +20,19 @@ from dist_egnn.data.dataset import open_dataset
 from dist_egnn.data.store import Store
 from dist_egnn.distributed import comm, spawn
 from dist_egnn.train import trainer
+from dist_egnn.train.metrics import peak_memory_gb
+from dist_egnn.utils import devices
 
 
-def _measure_rank(group: comm.Comm, config: Config, repeats: int) -> dict[str, float]:
-    """Mean seconds of a step on a fixed graph, of a step on a new snapshot, and of the stages that prepare a step."""
+def _measure_rank(group: comm.Comm, config: Config, repeats: int) -> dict[str, Any]:
+    """Mean seconds of a step on a fixed graph, of a step on a new snapshot, and of the stages that prepare a step.
+
+    Also peak_gb, of the process or its CUDA device, and the ``backend`` of sums.
+    """
     dataset = open_dataset(config, group.rank, group.size)
     numbers = dataset.splits["train"]
-    model = trainer.build_model(config, dataset.widths, group)
+    device = trainer.join_device(group, config)
+    model = trainer.build_model(config, dataset.widths, group).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
 
     def step_seconds(batches: Iterable[DGLGraph]) -> float:
@@ -38,6 +44,7 @@ def _measure_rank(group: comm.Comm, config: Config, repeats: int) -> dict[str, f
             loss.backward()
             group.sum_gradients(model.parameters(), torch.zeros(3))
             optimizer.step()
+            devices.synchronize(device)
             ends.append(time.perf_counter())
         return (ends[-1] - ends[0]) / (len(ends) - 1)
 
@@ -63,7 +70,8 @@ def _measure_rank(group: comm.Comm, config: Config, repeats: int) -> dict[str, f
         times.append(time.perf_counter())
         for name, seconds in zip(stages, np.diff(times).tolist(), strict=True):
             stages[name].append(seconds)
-    return {**steps, **{name: statistics.mean(seconds) for name, seconds in stages.items()}}
+    means = {name: statistics.mean(seconds) for name, seconds in stages.items()}
+    return {**steps, **means, "peak_gb": peak_memory_gb(device), "backend": group.backend}
 
 
 def measure_pipeline(
@@ -74,10 +82,12 @@ def measure_pipeline(
     model: dict[str, Any],
     log: Callable[[str], None],
     halo_mode: str = "bridge",
+    device: str = "cpu",
 ) -> dict[str, Any]:
     """The seconds of `_measure_rank` of the slowest process, and ``ratio``, a new snapshot to a fixed graph."""
     with tempfile.TemporaryDirectory(prefix="dist_egnn-") as folder:
         config = bench_data.config_with_store(Path(folder), nodes, degree, parts, repeats + 1, model, halo_mode)
+        config.train.device = device
         log(f"store of {repeats + 1} snapshots written")
         ranks = spawn.run_ranks(_measure_rank, parts, config, repeats)
     result = {name: max(rank[name] for rank in ranks) for name in ranks[0]}
