@@ -129,7 +129,7 @@ def make_plan(config: Config, say: Say = lambda line: None) -> Plan:
         trials: list[Trial] = []
         for rank in range(parts):
             say(f"rank {rank} of {parts}: a trial of about ten seconds")
-            arguments = source.config, rank, parts, snapshots, inputs[rank]
+            arguments = source.config, rank, parts, snapshots, inputs[rank], trial.MIN_SECONDS
             trials += spawn.run_ranks(trial.try_rank, 1, *arguments, start_method=method)
             say(f"rank {rank}: {trials[-1].wall.batch:.3f} s a batch, {trials[-1].peak / 1e9:.2f} GB")
         timings = [(dict.fromkeys(PHASES, 0.0), 0.0)]

@@ -118,7 +118,9 @@ class _Stopwatch:
         self.seconds[name].append(tuple(clock() - start for clock, start in zip(CLOCKS, started, strict=True)))
 
 
-def try_rank(_: Comm, config: Config, rank: int, size: int, batches: Batches, halos: HaloInputs) -> Trial:
+def try_rank(
+    _: Comm, config: Config, rank: int, size: int, batches: Batches, halos: HaloInputs, min_seconds: float = MIN_SECONDS
+) -> Trial:
     """Train rank ``rank`` of ``size`` on batches of snapshots; after each pass over them it also predicts the first one."""
     import torch.utils.tensorboard  # as rank 0 of a run: it takes memory
 
@@ -168,7 +170,7 @@ def try_rank(_: Comm, config: Config, rank: int, size: int, batches: Batches, ha
         started = time.process_time()
         for _pass in range(MAX_PASSES):
             run_pass()
-            if len(watch.seconds["batch"]) >= MIN_BATCHES and time.process_time() - started > MIN_SECONDS:
+            if len(watch.seconds["batch"]) >= MIN_BATCHES and time.process_time() - started > min_seconds:
                 break
     graphs = {n: samples[n] for snapshots in batches for n in snapshots}
     counted = sum(samples.size(n, graph) for n, graph in graphs.items())

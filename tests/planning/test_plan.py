@@ -34,6 +34,11 @@ DATA = ["data.radius=0.27", "data.horizon=3", "data.frames=3", "data.features=[m
 DATA += ["data.node_attributes=[mass]", "model.hidden=8", "model.layers=2"]
 
 
+@pytest.fixture(autouse=True)
+def short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "MIN_SECONDS", 0.0)
+
+
 def config_of(path: Path, *more: str) -> Config:
     return load(None, [*DATA, f"data.path={path}", *more])
 
@@ -70,16 +75,15 @@ def collectives(group: Any, config: Config, snapshots: list[int]) -> list[list[t
 
 
 @pytest.mark.parametrize(("parts", "mode"), [(2, "bridge"), (2, "exchange"), (3, "exchange")])
-def test_sums_and_exchanges_are_those_of_a_run(make_store: Any, monkeypatch: Any, parts: int, mode: str) -> None:
+def test_sums_and_exchanges_are_those_of_a_run(make_store: Any, parts: int, mode: str) -> None:
     """Each call of each rank on each snapshot, and their means in the plan."""
-    monkeypatch.setattr(trial, "MIN_SECONDS", 0.0)
     config = config_of(make_store(parts, "bisection"), f"partition.halo={mode}", "train.accumulate=2")
     snapshots = [5, 0, 3]
     real = spawn.run_ranks(collectives, parts, config, snapshots)
     inputs = trial.halo_inputs(Store(config.data.path), snapshots) if mode == "exchange" else [{}] * parts
     for rank, steps in enumerate(real):
         batches = [[n] for n in snapshots]
-        calls = trial.try_rank(comm.SingleProcess(), config, rank, parts, batches, inputs[rank]).calls
+        calls = trial.try_rank(comm.SingleProcess(), config, rank, parts, batches, inputs[rank], 0).calls
         assert [[(c.phase, c.sent(parts)) for c in step] for step in calls] == steps
         count, payload, wire = plan.step_communication(calls, 2, parts)
         sizes = [size for step in steps for phase, size in step for _ in range(1 if phase == "gradients" else 2)]
@@ -197,9 +201,8 @@ def test_plan_of_a_store_on_the_command_line(make_store: Any, tmp_path: Path, mo
     assert sorted(f.name for f in tmp_path.iterdir()) == ["my.yaml"]
 
 
-def test_plan_in_halo_mode(make_store: Any, monkeypatch: Any, capsys: Any) -> None:
+def test_plan_in_halo_mode(make_store: Any, capsys: Any) -> None:
     """Ranks send different amounts and compute on edges between parts; samples count as their largest part."""
-    monkeypatch.setattr(trial, "MIN_SECONDS", 0.0)
     config = config_of(make_store(3, "bisection"), "partition.halo=exchange", "train.epochs=1")
     run_plan(config, as_json=True)
     result = json.loads(capsys.readouterr().out.splitlines()[-1])

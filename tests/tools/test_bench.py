@@ -7,7 +7,6 @@ import math
 import re
 import shlex
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,11 +101,11 @@ def test_plain_equals_ours(count: int, tile: int) -> None:
         assert float((a - b).abs().max()) <= 1e-12 * largest, name
 
 
-def test_step_reports_options_times_and_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_reports_options_times_and_memory(tmp_path: Path, distegnn: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ours in a new process, in a folder with a file named dgl.py; then with the peers, all in this process."""
     (tmp_path / "dgl.py").write_text("raise SystemExit('a file of the user, not DGL')\n")
     words = ["step", "--nodes", "400", "--repeats", "1"]
-    command = [sys.executable, str(ROOT / "tools" / "bench"), *words, "--json"]
+    command = [distegnn.with_name("python"), str(ROOT / "tools" / "bench"), *words, "--json"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     alone = json.loads(done.stdout.splitlines()[-1])
