@@ -9,7 +9,6 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -77,12 +76,18 @@ def trainer(path: str, rank: str, ip_config: str, group: str, port: str, run: st
     graph_server.leave(0)
 
 
-class Trainer(ForkServerProcess):
-    """trainer(*words) in a fork of a process that has imported torch and DGL; its output is in a log."""
+def server(*words: str) -> None:
+    """`python -m dist_egnn.data.graph_server`."""
+    sys.argv[1:] = words
+    graph_server.main()
 
-    def __init__(self, log: Path, *words: object) -> None:
+
+class Program(ForkServerProcess):
+    """function(*words) in a fork of a process that has imported torch and DGL; its output is in a log."""
+
+    def __init__(self, log: Path, function: Callable[..., None], *words: object) -> None:
         super().__init__(daemon=True)
-        self.log, self.words = log, [*map(str, words)]
+        self.log, self.function, self.words = log, function, [*map(str, words)]
         log.touch()
         spawn.start_forkserver("dist_egnn.train.trainer")
         with spawn.without_script():
@@ -92,7 +97,7 @@ class Trainer(ForkServerProcess):
         with open(self.log, "w", encoding="utf-8") as out:
             for stream in (1, 2):
                 os.dup2(out.fileno(), stream)
-        trainer(*self.words)
+        self.function(*self.words)
 
     def poll(self) -> int | None:
         return self.exitcode
@@ -102,13 +107,7 @@ class Trainer(ForkServerProcess):
         return self.exitcode
 
 
-def start(log: Path, *arguments: object) -> subprocess.Popen:
-    with open(log, "w", encoding="utf-8") as out:
-        command = [sys.executable, *map(str, arguments)]
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
-
-
-def wait_for(text: str, log: Path, process: subprocess.Popen | Trainer) -> None:
+def wait_for(text: str, log: Path, process: Program) -> None:
     try:
         wait_until(lambda: text in log.read_text(encoding="utf-8"), text, process)
     except AssertionError as error:
@@ -123,19 +122,18 @@ class Cluster:
         *ports, self.port = free_ports(self.store.machines + 1)
         self.ip_config.write_text("".join(f"{HOST} {port}\n" for port in ports))
         self.addresses = graph_server.addresses(self.ip_config, self.store.machines)
-        self.processes: list[subprocess.Popen | Trainer] = []
+        self.processes: list[Program] = []
 
-    def start_server(self, machine: int) -> subprocess.Popen:
-        log = self.folder / f"server-{machine}.log"
-        server = start(log, "-m", "dist_egnn.data.graph_server", self.path, machine, self.ip_config)
-        self.processes.append(server)
-        wait_for(f"distegnn server {machine} ready on {self.addresses[machine]}\n", log, server)
-        return server
+    def start_server(self, machine: int) -> Program:
+        process = Program(log := self.folder / f"server-{machine}.log", server, self.path, machine, self.ip_config)
+        self.processes.append(process)
+        wait_for(f"distegnn server {machine} ready on {self.addresses[machine]}\n", log, process)
+        return process
 
-    def start_trainers(self, group: int, run: Path | str) -> list[tuple[Trainer, Path]]:
+    def start_trainers(self, group: int, run: Path | str) -> list[tuple[Program, Path]]:
         logs = [self.folder / f"trainer-{group}-{rank}.log" for rank in range(self.store.parts)]
         given = (self.ip_config, group, self.port, run)
-        trainers = [Trainer(log, self.path, rank, *given) for rank, log in enumerate(logs)]
+        trainers = [Program(log, trainer, self.path, rank, *given) for rank, log in enumerate(logs)]
         self.processes += trainers
         return list(zip(trainers, logs, strict=True))
 
@@ -158,10 +156,10 @@ def running_servers(path: Path, folder: Path) -> Iterator[Cluster]:
             assert size <= graph_server.shared_bytes(cluster.store, machine) <= 1.2 * size + (64 << 10)
             assert listening_addresses(servers[machine].pid) == {HOST_IN_PROC}
         yield cluster
-        for server in servers:
-            if server.poll() is None:
-                server.terminate()
-                assert server.wait(GUARD_S) == 0
+        for process in servers:
+            if process.poll() is None:
+                process.terminate()
+                assert process.wait(GUARD_S) == 0
         assert not cluster.shared_files()
     finally:
         for process in cluster.processes:
@@ -206,14 +204,14 @@ def test_killed_trainers_and_servers(one: Path, tmp_path: Path) -> None:
                 process.wait()
         cluster.train(2, tmp_path / "served")
         assert_same(tmp_path / "served", tmp_path / "local")
-        server, address = cluster.processes[0], cluster.addresses[0]
-        with pytest.raises(Failure, match=f"process {server.pid} already serves there"):
+        first, address = cluster.processes[0], cluster.addresses[0]
+        with pytest.raises(Failure, match=f"process {first.pid} already serves there"):
             graph_server.clear(address)
-        second = start(log := tmp_path / "second.log", "-m", "dist_egnn.data.graph_server", one, 0, cluster.ip_config)
+        second = Program(log := tmp_path / "second.log", server, one, 0, cluster.ip_config)
         assert second.wait(GUARD_S) == 2
-        assert f"error: {address}: process {server.pid} already serves there" in log.read_text()
-        server.kill()
-        server.wait()
+        assert f"error: {address}: process {first.pid} already serves there" in log.read_text()
+        first.kill()
+        first.wait()
         other = graph_server.SHARED / f"dist_egnn~{HOST}~{address.port}0~x"  # of a port that begins with these digits
         other.touch()
         try:
@@ -260,13 +258,15 @@ def test_trainers_without_a_server(make_store: MakeStore, tmp_path: Path) -> Non
     with pytest.raises(Failure, match=f"{cluster.addresses[0]}: no server .*start the server of machine 0"):
         graph_server.connect(cluster.path, 0, cluster.ip_config, 0, SHORT_S)
     try:
-        server = cluster.start_server(0)
-        process = Trainer(log := tmp_path / "trainer.log", cluster.path, 0, cluster.ip_config, 0, 0, "", SHORT_S)
+        only = cluster.start_server(0)
+        process = Program(
+            log := tmp_path / "trainer.log", trainer, cluster.path, 0, cluster.ip_config, 0, 0, "", SHORT_S
+        )
         assert process.wait(GUARD_S) == 2
         assert f"error: {cluster.addresses[1]}: no graph server within {SHORT_S} s" in log.read_text()
     finally:
-        server.terminate()
-        assert server.wait(GUARD_S) == 0
+        only.terminate()
+        assert only.wait(GUARD_S) == 0
     assert not cluster.shared_files()
 
 
