@@ -27,6 +27,7 @@ METHODS = "metis, random, kmeans, spectral (of 2,000 nodes), bisection (by coord
 LIMIT = "stop when neighbours, spacing or kinetic energy change by this factor; 0: never"
 TRAJECTORY, FIRST_FRAME = "number from 0, all, train, valid or test", "data.first_frame of the run"
 FORMATS = "arrays, lagrangebench, vtk, lammps, ase, mdanalysis or table"
+PARTITIONING = {"partition", "plan", "train", "launch", "evaluate", "rollout", "sweep"}  # commands that may call METIS
 HOST_LINE = "[user@]host [port=22] [trainers=2] [interface=eth0] [python=/path]"
 
 Overrides = Annotated[list[str] | None, Argument(help="config keys to set, as key=value", show_default=False)]
@@ -459,12 +460,13 @@ def config(overrides: Overrides = None) -> None:
 
 
 def console(commands: Callable[..., Any] = app) -> None:
-    """Run `main` without malloc's cache of small blocks, with which METIS's result varies (partition/assign.py).
+    """Run `main`. What may partition runs without malloc's cache of small blocks, with which METIS's result varies.
 
     glibc reads this setting when a process starts: this process replaces itself once. Training is as fast without it.
+    See partition/assign.py.
     """
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if sys.platform == "linux" and "tcache_count" not in tunables:
+    tunables, partitions = os.environ.get("GLIBC_TUNABLES", ""), commands is not app or PARTITIONING & {*sys.argv}
+    if partitions and sys.platform == "linux" and "tcache_count" not in tunables:
         os.environ["GLIBC_TUNABLES"] = ":".join(filter(None, [tunables, "glibc.malloc.tcache_count=0"]))
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     atexit.register(gc.freeze)  # a last collection of all objects of torch and DGL would take a second

@@ -46,17 +46,19 @@ def files(folder: Path) -> dict[str, tuple[int, bytes]]:
 
 
 @pytest.mark.parametrize(("before", "after"), [("", ""), ("glibc.malloc.check=0", "glibc.malloc.check=0:")])
-def test_the_process_replaces_itself_once(tmp_path, before, after):
+def test_a_process_that_may_partition_replaces_itself_once(tmp_path, before, after):
     """METIS needs a malloc setting that is read when a process starts; arguments, id and other settings stay."""
     code = (
         "import os, sys; from dist_egnn import cli; "
         "print(os.getpid(), 'tcache' in os.environ['GLIBC_TUNABLES'], flush=True); "
         "cli.main = lambda *_: print(os.environ['GLIBC_TUNABLES'], sys.argv[1:], sys.flags.no_user_site); cli.console()"
     )
-    code, out, err = ran(sys.executable, "-s", "-c", code, "a b", "--c=*", cwd=tmp_path, GLIBC_TUNABLES=before)
+    report = ran(sys.executable, "-c", code, "report", cwd=tmp_path, GLIBC_TUNABLES=before)[1]
+    assert (report.count("False"), len(report.splitlines())) == (1, 2)
+    code, out, err = ran(sys.executable, "-s", "-c", code, "train", "--c=* b", cwd=tmp_path, GLIBC_TUNABLES=before)
     (first, had), (second, has), last = (line.split(maxsplit=1) for line in out.splitlines())
     assert (code, err, first, had, has) == (0, "", second, "False", "True")
-    assert last == [f"{after}glibc.malloc.tcache_count=0", "['a b', '--c=*'] 1"]
+    assert last == [f"{after}glibc.malloc.tcache_count=0", "['train', '--c=* b'] 1"]
 
 
 def test_help(run):
