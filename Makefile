@@ -1,5 +1,5 @@
 # make demo | test | test-hosts | lint: each sets up .venv itself; nothing is installed on a second run.
-PYTHON ?= python3.11
+PYTHON ?=
 BIN := .venv/bin
 # DGL and torch lose most of their speed when threads outnumber cores; one thread per process is the rule here.
 export OMP_NUM_THREADS ?= 1

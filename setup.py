@@ -77,7 +77,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     license_files=["LICENSE"],
-    python_requires=">=3.11,<3.12",  # hashlib.file_digest came with 3.11; DGL 1.1.3 has no wheel for 3.12
+    python_requires=">=3.11,<3.13",  # hashlib.file_digest came with 3.11; no DGL has a wheel for 3.13
     packages=["dist_egnn", *(f"dist_egnn.{name}" for name in PACKAGES)],
     package_dir={"dist_egnn.partition": "partition"},
     package_data={"dist_egnn": ["py.typed"], "dist_egnn.ops.native": ["*.cpp"]},
@@ -85,7 +85,8 @@ setup(
     cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
     install_requires=[
         "torch>=2.1,<2.14",
-        "dgl==1.1.3",
+        "dgl==1.1.3; python_version < '3.12'",
+        "dgl==2.1.0; python_version >= '3.12'",
         "packaging>=23",  # DGL needs it and does not say so
         "numpy>=1.26,<3",
         "scipy>=1.11,<2",

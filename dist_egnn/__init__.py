@@ -9,6 +9,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from .data import dgl_compat
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -45,6 +47,7 @@ _MODULES = {
 }
 
 os.environ.setdefault("DGLBACKEND", "pytorch")  # before the first import of DGL, which prints a question otherwise
+dgl_compat.hide_graphbolt()
 
 
 def load(run_or_checkpoint: str | Path, device: str = "cpu", processes: int = 1) -> Predictor:

@@ -21,6 +21,7 @@ from dist_egnn.data.trajectories import Writer
 ROOT = Path(__file__).parents[1]
 # in the order of `distegnn --help`: an example may need the files of those before
 COMMANDS = list(typer.main.get_command(cli.app).commands)
+MARKS = {"launch": [pytest.mark.servers]}
 MADE = {
     **{
         "import": "mine.h5",
@@ -77,7 +78,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return here
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [pytest.param(name, marks=MARKS.get(name, [])) for name in COMMANDS])
 def test_example(folder: Path, distegnn: Path, command: str) -> None:
     line = example_of(command)
     assert line.startswith(f"distegnn {command}")

@@ -1,15 +1,21 @@
 #!/bin/sh
 # Make .venv and install everything into it: torch first and alone (a range may pull gigabytes of CUDA), then the rest.
-# Installs nothing when setup.py has not changed since the last complete run. PYTHON= chooses the interpreter.
+# Installs nothing when setup.py has not changed since the last complete run.
+# PYTHON= chooses the interpreter; without it, that of .venv, else Python 3.11 or 3.12.
 set -eu
-python=${PYTHON:-python3.11}
 fail() { echo "error: $*" >&2; exit 1; }
+version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
 
-command -v "$python" >/dev/null 2>&1 || fail "$python not found; install Python 3.11 or name one: make PYTHON=/path/to/python3.11 setup"
-version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') || fail "$python does not run"
+python=${PYTHON:-}
+if [ -z "$python" ]; then
+	for python in .venv/bin/python python3.11 python3.12 python3; do
+		case "$(version_of "$python")" in 3.11 | 3.12) break ;; esac
+	done
+fi
+version=$(version_of "$python") || fail "$python does not run; install Python 3.11 or 3.12, or name one: make PYTHON=/path/to/python3.11 setup"
 case "$version" in
-3.11) ;;
-*) fail "$python is Python $version, but this needs 3.11 (DGL 1.1.3 has no wheel for later ones); use make PYTHON=python3.11 setup" ;;
+3.11 | 3.12) ;;
+*) fail "$python is Python $version, but DGL has wheels for 3.11 and 3.12 only; name one of these: make PYTHON=/path/to/python3.11 setup" ;;
 esac
 
 native=dist_egnn/ops/native
@@ -17,9 +23,9 @@ want="$version $(cat setup.py tools/setup.sh tools/build_native.py $native/messa
 [ "$(cat .venv/.complete 2>/dev/null || true)" = "$want" ] && exit 0
 
 echo "setup: making .venv (Python $version); a minute or two and 2.9 GB"
-[ -x .venv/bin/python ] && [ "$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')" = "$version" ] || {
+[ -x .venv/bin/python ] && [ "$(version_of .venv/bin/python)" = "$version" ] || {
 	rm -rf .venv
-	"$python" -m venv .venv || fail "could not make .venv with $python; is its venv module installed (python3.11-venv)?"
+	"$python" -m venv .venv || fail "could not make .venv with $python; is its venv module installed (python$version-venv)?"
 }
 rm -f .venv/.complete
 log=.venv/setup.log

@@ -138,8 +138,10 @@ def _exit_on_signals(here: Address) -> None:
 def serve(path: Path, machine: int, ip_config: Path, replicas: int = 1) -> None:
     """Serve a machine's partition to ``replicas`` groups of trainers, one a part, until a signal ends this process.
 
-    Prints a line once trainers may connect. Raises Failure for several graphs, damaged files, a full /dev/shm.
+    Prints a line once trainers may connect. Raises Failure for several graphs, damaged files, a full /dev/shm,
+    and DGL 2.
     """
+    dgl_compat.check_servers()
     store = open_store(path)
     here = server_address(store, machine, ip_config)
     with _exclusive(here):

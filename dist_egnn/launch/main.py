@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..commands.train import report_result
 from ..config import Config
+from ..data.dgl_compat import check_servers
 from ..data.store_inputs import DEFAULT_INPUTS, check_settings
 from ..errors import Failure
 from ..utils import signals
@@ -128,6 +129,7 @@ def run(
     if plan:
         show_plan(config, hosts, resume=resume, port=port, max_restarts=max_restarts)
         return {}
+    check_servers()
     if dispatch and not dry_run:
         copy_store(Path(config.data.path), hosts)
     with connect_agents(hosts, max(config.train.timeout_s, 3 * PING_EVERY_S)) as clients:

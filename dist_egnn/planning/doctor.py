@@ -73,7 +73,7 @@ def check_versions(name: str = "dist_egnn") -> list[Finding]:
     version, allowed = platform.python_version(), package.metadata["Requires-Python"] or ""
     findings = [Finding("python", f"{version} ({sys.executable})")]
     if not SpecifierSet(allowed).contains(version, prereleases=True):
-        findings = [problem("python", f"{version} is not {allowed}", "make PYTHON=python3.11 setup")]
+        findings = [problem("python", f"{version} is not {allowed}", "install Python 3.11 or 3.12, then make setup")]
     base = [r for r in requirements if r.marker is None or r.marker.evaluate({"extra": ""})]
     shown = ", ".join(f"{r.name} {metadata.version(r.name)}" for r in base[:5] if not _mismatches("versions", [r]))
     findings += _mismatches("versions", base) or [Finding("versions", f"{len(base)} packages fit: {shown}, …")]
@@ -248,7 +248,7 @@ def _sum_of_ranks(group: Comm) -> float:
 # stage → what it tries, and the remedy where that fails
 STAGES: dict[str, tuple[Callable[[], str], str]] = {
     "torch": (try_torch, "make setup in a fresh checkout, or pip install --force-reinstall torch==2.13.0"),
-    "dgl": (try_dgl, "pip install --force-reinstall --no-deps dgl==1.1.3; only it works with this torch"),
+    "dgl": (try_dgl, "pip install --force-reinstall --no-deps dgl==1.1.3 (with Python 3.12: dgl==2.1.0)"),
     "native": (try_native, "install a C++ compiler, then pip install -e . in the checkout"),
     "gpu": (try_gpu, "install a CUDA build of torch that fits the driver (see nvidia-smi), or set train.device=cpu"),
     "group": (try_group, f"check that the interface lo is up and no firewall blocks it; unset {INTERFACE}"),

@@ -31,6 +31,8 @@ from dist_egnn import config as configs
 from dist_egnn.commands.train import run_training
 from dist_egnn.train import checkpoint
 
+pytestmark = pytest.mark.servers
+
 ROOT = Path(__file__).parents[2]
 CONFIG = "recipes/fluid113k/config.yaml"
 LAUNCH = [sys.executable, "-m", "dist_egnn.cli", "launch"]

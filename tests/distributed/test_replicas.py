@@ -173,6 +173,7 @@ def test_groups_that_would_never_work_are_refused(small: Path, tmp_path: Path) -
         plan.make_plan(chosen)
 
 
+@pytest.mark.servers
 def test_launch_trains_the_same(make_store, tmp_path, monkeypatch):
     """Two groups beside one server, bit for bit; in a folder with a file that is not DGL."""
     monkeypatch.chdir(tmp_path)

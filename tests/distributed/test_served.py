@@ -33,7 +33,11 @@ MakeStore = Callable[..., Path]
 HOST = "127.0.0.1"
 HOST_IN_PROC = f"{int.from_bytes(socket.inet_aton(HOST), sys.byteorder):08X}"
 
-pytestmark = pytest.mark.skipif(not graph_server.SHARED.is_dir(), reason="DGL's servers share graphs through /dev/shm")
+no_shared_memory = not graph_server.SHARED.is_dir()
+pytestmark = [
+    pytest.mark.servers,
+    pytest.mark.skipif(no_shared_memory, reason="DGL's servers share graphs through /dev/shm"),
+]
 
 
 def listening_addresses(pid: int | str = "self") -> set[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import queue
@@ -88,6 +89,13 @@ def test_the_plan_reaches_no_host(make_store, tmp_path, capsys):
     assert "rendezvous: a:29701; run: runs/x on a" in printed
     with pytest.raises(Failure, match=r"made for 2 machines × 2 trainers; .*--parts 1 --trainers 2 .*--shard-nodes 0"):
         launch_main.run(config, hosts_of("a", tmp_path, "no-such-ssh"), port=0, **options)
+
+
+def test_dgl_2_has_no_servers_that_outlive_trainers(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: {"dgl": "2.1.0"}[name])
+    options = {"resume": False, "max_restarts": 0, "dry_run": False, "dispatch": False, "plan": False}
+    with pytest.raises(Failure, match=r"dgl 2\.1\.0: .* Python 3\.11 with dgl==1\.1\.3"):
+        launch_main.run(configs.load(None, ["data.path=store"]), [], port=0, **options)
 
 
 def caught_signals(pid: int) -> set[int]:

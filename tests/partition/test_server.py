@@ -47,6 +47,7 @@ def alone() -> Iterator[None]:
         yield
 
 
+@pytest.mark.servers
 @pytest.mark.skipif(not SHARED.is_dir(), reason="DGL's servers share graphs through /dev/shm")
 def test_dgl_serves_a_store(make_store: Callable[..., Path], alone: None, tmp_path: Path) -> None:
     path = make_store(1, shard_nodes=0)
