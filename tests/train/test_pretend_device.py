@@ -32,11 +32,15 @@ from dist_egnn.utils import devices
 DATA = ["data.frames=2", "data.radius=0.35", "data.features=[mass]", "data.node_attributes=[mass]"]
 DATA += ["data.velocity_scale=1"]
 KINDS = {"": [*DATA, "data.horizon=3", "loss.samples=4"]}
+KINDS["periodic"] = [*DATA, "data.horizon=1", "data.history=2", "data.periodic=true", "loss.mmd=0"]
 KINDS["simulator"] = [*DATA, "data.horizon=1", "data.history=2", "data.pushforward=1", "data.walls=box", "loss.mmd=0"]
-KINDS["simulator"] += ["train.noise=0.01", "model.predicts=acceleration"]
+KINDS["simulator"] += ["train.noise=0.01", "model.predicts=acceleration", "data.fixed=body"]
+OPTIONS = {"EGNN": ["model.precision=bf16-messages"]}  # of cases that are one block
+OPTIONS["FastEGNN"] = ["model.attention=true", "model.normalize=true", "model.gravity=[0,-1,0]"]
 MODES = ["bridge", "exchange"]
 CASES = [("", name, mode) for name in network.MODELS for mode in MODES]
 CASES += [("simulator", name, mode) for name in ("FastEGNN", "RF") for mode in MODES]
+CASES += [("periodic", "FastEGNN", mode) for mode in MODES]
 SUM = ProcessGroup.sum
 
 # tensors on the wrong device, to show that the cases above would fail
@@ -46,24 +50,27 @@ WRONG["index"] = lambda: mock.patch.object(Nodes, "spread", lambda nodes, name: 
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("pretend") / "data.h5"
-    box = np.array([[-0.2, -0.2, -0.2], [1.2, 1.3, 1.2]])
-    with Writer(path, {}) as out:
-        for seed, split in enumerate(("train", "valid")):
-            position, _, attributes = falling_swirl(90, seed)
-            out.add(position, split=split, dt=1.0, source="", box=box, attributes=attributes, gravity=[0, -0.002, 0])
-    return path
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Trajectories for each kind of model."""
+    result = {kind: tmp_path_factory.mktemp("pretend") / "data.h5" for kind in KINDS}
+    about: dict[str, Any] = {"dt": 1.0, "source": "", "box": np.array([[-0.2, -0.2, -0.2], [1.2, 1.3, 1.2]])}
+    for kind, path in result.items():
+        with Writer(path, {}) as out:
+            for seed, split in enumerate(("train", "valid")):
+                position, _, attributes = falling_swirl(90, seed)
+                about |= {"attributes": attributes | {"body": np.arange(90) < 10}, "gravity": [0, -0.002, 0]}
+                out.add(position, split=split, periodic=kind == "periodic", **about)
+    return result
 
 
 @pytest.fixture(scope="module")
-def stores(file: Path) -> dict[str, Path]:
+def stores(files: dict[str, Path]) -> dict[str, Path]:
     """A store of two parts for each kind of model."""
     result = {}
     for kind, keys in KINDS.items():
-        result[kind], data = file.parent / f"store {kind}", config.load(None, keys).data
-        inputs = store_writer.build_inputs(Trajectories(file), parts=2, method="bisection", settings=data)
-        store_writer.write_store(Trajectories(file), result[kind], inputs, lambda *_: None)
+        file, result[kind] = Trajectories(files[kind]), files[kind].with_name("store")
+        inputs = store_writer.build_inputs(file, parts=2, method="bisection", settings=config.load(None, keys).data)
+        store_writer.write_store(file, result[kind], inputs, lambda *_: None)
     return result
 
 
@@ -99,7 +106,7 @@ def whole_run(made: config.Config, run: Path) -> list[float]:
     return [rows["train_loss"], rows["valid_mse"], errors["FastEGNN"], float(np.abs(y - x).sum())]
 
 
-def work_on_both_devices(comm: Comm, stores: dict[str, Path], file: Path) -> dict[Any, Any]:
+def work_on_both_devices(comm: Comm, stores: dict[str, Path], files: dict[str, Path]) -> dict[Any, Any]:
     """Of each case the numbers on the CPU and on the pretend device, or an error; of each wrong placement its error."""
     import pretend_device  # in this process only: it changes torch
 
@@ -107,8 +114,9 @@ def work_on_both_devices(comm: Comm, stores: dict[str, Path], file: Path) -> dic
     devices.resolve = lambda name, rank=0: pretend_device.DEVICE if name == "cuda" else plain(name)
 
     def run(*case: str) -> Any:
+        store, file = stores[case[0]], files[case[0]]
         try:
-            return [work(comm, settings(stores[case[0]], *case, f"train.device={of}"), file) for of in ("cpu", "cuda")]
+            return [work(comm, settings(store, *case, f"train.device={of}"), file) for of in ("cpu", "cuda")]
         except Exception:
             return traceback.format_exc()
 
@@ -117,8 +125,8 @@ def work_on_both_devices(comm: Comm, stores: dict[str, Path], file: Path) -> dic
     if comm.rank == 0:
         devices.check_available = lambda *_: None
         for of in ("cpu", "cuda"):
-            made = settings(file, "", "FastEGNN", "bridge", f"train.device={of}", "partition.parts=1", "train.epochs=1")
-            result[of] = whole_run(made, file.parent / of)
+            keys = f"train.device={of}", "partition.parts=1", "train.epochs=1"
+            result[of] = whole_run(settings(files[""], "", "FastEGNN", "bridge", *keys), files[""].with_name(of))
     for name, fault in WRONG.items():
         with fault():
             result[name] = run("", "FastEGNN", "bridge")
@@ -165,16 +173,17 @@ def without_the_host(comm: Comm, run: Callable[..., Any]) -> dict[Any, Any]:
 
 
 def settings(store: Path, kind: str, name: str, mode: str, *more: str) -> config.Config:
-    tile = ["model.tile=10"] if mode == "exchange" and name != "Linear" else []  # else the graph is one block
-    keys = [*KINDS[kind], *tile, f"data.path={store}", f"partition.halo={mode}", "partition.parts=2"]
+    plain = mode == "bridge" and not kind
+    more = (*(OPTIONS.get(name, []) if plain else ["model.tile=10"] if name != "Linear" else []), *more)
+    keys = [*KINDS[kind], f"data.path={store}", f"partition.halo={mode}", "partition.parts=2"]
     keys += ["partition.method=bisection", f"model.name={name}", "model.hidden=8", "model.layers=2"]
     return config.load(None, [*keys, "model.engine=torch", "train.accumulate=2", "train.clip=1", *more])
 
 
 @pytest.fixture(scope="module")
-def results(stores: dict[str, Path], file: Path) -> list[dict[Any, Any]]:
+def results(stores: dict[str, Path], files: dict[str, Path]) -> list[dict[Any, Any]]:
     """Of each of two processes."""
-    return spawn.run_ranks(work_on_both_devices, 2, stores, file)
+    return spawn.run_ranks(work_on_both_devices, 2, stores, files)
 
 
 @pytest.mark.parametrize("case", CASES)
