@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,22 @@ class _TensorFile:
         while rest:  # one call writes at most 2 GB
             rest = rest[self.file.write(rest) :]
 
-    def read(self) -> Tensor:
-        tensor = torch.empty(self.shape, dtype=self.dtype)
-        rest = _bytes(tensor)
-        self.file.seek(0)
-        while rest:
-            rest = rest[self.file.readinto(rest) :]
+    def __getitem__(self, rows: slice) -> Tensor:
+        first, last, _ = rows.indices(self.shape[0])
+        tensor = torch.empty((last - first, *self.shape[1:]), dtype=self.dtype)
+        rest, offset = _bytes(tensor), first * self.shape[1:].numel() * self.dtype.itemsize
+        while rest:  # threads share the file: they give the offset
+            count = os.preadv(self.file.fileno(), [rest], offset)
+            rest, offset = rest[count:], offset + count
         return tensor.to(self.device)
+
+
+_pack: ContextVar[Callable[[Tensor], Tensor | _TensorFile]] = ContextVar("_pack", default=lambda tensor: tensor)
+
+
+def write_rows(fields: dict[str, Tensor]) -> dict[str, Any]:
+    """Write the fields (N, …) that `offload_to_disk` offloads; returns their files, of which ``file[slice]`` reads rows."""
+    return {name: file for name, t in fields.items() if not isinstance(file := _pack.get()(t), Tensor)}
 
 
 def check_folder(folder: str, key: str) -> None:
@@ -77,7 +88,11 @@ def offload_to_disk(folder: str, keep_in_memory: Iterable[Tensor] = ()) -> Itera
         return files[key]
 
     def unpack(saved: Tensor | _TensorFile) -> Tensor:
-        return saved.read() if isinstance(saved, _TensorFile) else saved
+        return saved[:] if isinstance(saved, _TensorFile) else saved
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield
+    token = _pack.set(pack)
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+    finally:
+        _pack.reset(token)

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..data import halo
+from . import activation_offload
 from .linear import products_by
 from .message_passing import Engine, Fields, Nodes
 from .native.library import Library
@@ -248,10 +249,11 @@ class _TileBackward:
         self.halo_grad = {k: torch.zeros_like(t) for k, t in halo_rows.items() if self.grad.node[k] is not None}
 
     @torch.enable_grad()
-    def run(self, tile: Tile, means: Fields, grads: Mapping[str, Tensor | None]) -> Additions:
-        """means: saved by the forward pass; grads: of the layer's outputs and sums."""
+    def run(self, tile: Tile, means: Mapping[str, Any], grads: Mapping[str, Tensor | None]) -> Additions:
+        """means: saved by the forward pass, in memory or in files; grads: of the layer's outputs and sums."""
         additions: Additions = []
         rows = self.call.rows(tile, self.inputs, self.halo_rows)
+        means = {name: t[tile.nodes] for name, t in means.items()}
         leaves = partial(_Leaves, self.inputs.parameters, self.grad.parameters, additions)
         grad_mean = self._update(tile, rows, means, grads, leaves())
         self._messages(tile, rows, means, grad_mean, leaves)
@@ -262,7 +264,7 @@ class _TileBackward:
     ) -> Fields:
         """The backward pass of the node update; returns the gradients of the means."""
         grad_mean = Fields()
-        mean = {k: leaves.leaf(t[tile.nodes], partial(grad_mean.__setitem__, k), local=True) for k, t in means.items()}
+        mean = {k: leaves.leaf(t, partial(grad_mean.__setitem__, k), local=True) for k, t in means.items()}
         dst = leaves.rows(rows.dst, self.grad.node, tile.nodes)
         shared = leaves.rows(rows.shared, self.grad.shared, tile.graphs)
         out = self.call.update(tile, replace(rows, dst=dst, shared=shared), mean, gradients_only=True)
@@ -298,7 +300,7 @@ class _TileBackward:
                 in_block.rows(sent, grad_sent, slice(None), local=True),
                 in_block.rows(dst, grad_received, block.nodes, local=True),
                 in_block.rows(edge, self.grad.edge, edge_order[block.edges]),
-                known={name: t[tile.nodes][block.nodes] for name, t in means.items()},
+                known={name: t[block.nodes] for name, t in means.items()},
             )
             in_block.backward((t, grad_mean[name][block.nodes]) for name, t in mean.items() if name in grad_mean)
             del mean, in_block  # free the block's arrays before the next block
@@ -352,9 +354,11 @@ class _TiledLayer(torch.autograd.Function):
         halo_rows = receive()
         _for_each_tile(call.tiles.boundary, compute)
         results |= sums
-        ctx.call, ctx.means, ctx.halo_rows = call, tuple(means), tuple(halo_rows)
+        ctx.call, ctx.halo_rows, ctx.files = call, tuple(halo_rows), activation_offload.write_rows(means)
+        in_memory = {name: t for name, t in means.items() if name not in ctx.files}
+        ctx.means = tuple(in_memory)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors, *halo_rows.values(), *means.values())
+        ctx.save_for_backward(*tensors, *halo_rows.values(), *in_memory.values())
         return tuple(results[name] for name in (*layer.outputs, *layer.sums))
 
     @staticmethod
@@ -365,7 +369,7 @@ class _TiledLayer(torch.autograd.Function):
         saved = iter(ctx.saved_tensors)  # accessed once: activation_offload.py may read them from disk
         tensors = [next(saved) for _ in needed]
         halo_rows = {name: next(saved) for name in ctx.halo_rows}
-        means = dict(zip(ctx.means, saved, strict=True))
+        means = {**ctx.files, **dict(zip(ctx.means, saved, strict=True))}
         named_grads = dict(zip((*call.layer.outputs, *call.layer.sums), grads, strict=True))
         tiles = _TileBackward(call, tensors, needed, halo_rows)
 

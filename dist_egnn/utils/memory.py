@@ -61,11 +61,11 @@ def keep_freed_memory() -> None:
 def step_bytes(nodes: float, edges: float, hidden: int, layers: int, block: float) -> float:
     """Estimated bytes of a training process, torch and DGL included (docs/scaling.md).
 
-    layers: those whose inputs and means stay in memory (0: they are offloaded one by one). block: edges of a tile block;
+    layers: those whose inputs and means stay in memory (0: they are offloaded, means tile by tile). block: edges of a tile block;
     a graph with fewer edges is not tiled, and autograd keeps all messages.
     """
     row = 4 * (hidden + 3)
-    base = 0.4e9 + nodes * ((2 * max(layers, 1) + 2) * row + 250) + edges * 26
+    base = 0.4e9 + nodes * ((2 * layers + 2 if layers else 3) * row + 250) + edges * 26
     return base + (11 * layers * edges if block >= edges else 12 * block) * row  # about eleven E×H arrays a layer
 
 

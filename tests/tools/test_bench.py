@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,11 @@ def test_repetitions_alternate() -> None:
     seconds = bench_worker._times({name: lambda name=name: order.append(name) for name in "ab"}, 3, "cpu")
     assert "".join(order) == "abbaabba"
     assert [len(each) for each in seconds.values()] == [3, 3]
+    waited = {
+        clock: bench_worker._times({"": lambda: time.sleep(0.1)}, 1, "cpu", clock=clock)[""][0]
+        for clock in bench_step.CLOCKS
+    }
+    assert waited["wall"] >= 0.1 > waited["processor"]
 
 
 def test_a_long_pass_is_measured_once(tmp_path, monkeypatch, capsys):

@@ -113,6 +113,9 @@ def step(
             "and on one thread), layers of dgl.nn.EGNNConv, and a plain PyTorch implementation",
         ),
     ] = False,
+    clock: Annotated[
+        str, typer.Option(help="wall, or processor: its seconds for all threads, on a machine that others use")
+    ] = "wall",
     as_json: Json = False,
 ) -> Report:
     """Time a forward pass without gradients and a training step of one snapshot, each variant in its own process.
@@ -122,7 +125,9 @@ def step(
     import bench_step
 
     model = (hidden, layers, virtual_nodes)
-    settings = bench_step.Options(nodes, degree, *model, threads, engine, device, precision, tile, repeats, kept=kept)
+    settings = bench_step.Options(
+        nodes, degree, *model, threads, engine, device, precision, tile, repeats, kept=kept, clock=clock
+    )
     return _step_report(bench_step.measure_step(settings, peers, log), as_json)
 
 
@@ -141,7 +146,7 @@ def _step_report(result: dict[str, Any], as_json: bool) -> Report:
     header += ["forward/ours", "step/ours", "peak/ours"]
     header += ["difference", "equivariance error"]
     shown = ("hidden", "layers", "virtual_nodes", "threads", "engine", "device", "precision", "tile", "repeats", "kept")
-    settings = ", ".join(f"{key}={result[key]}" for key in shown)
+    settings = ", ".join(f"{key}={result[key]}" for key in (*shown, "clock"))
     table = Table(f"{result['nodes']:,} nodes, {result['edges']:,} edges, {settings}", header, rows)
     rates = {"oneDNN": result.get("machine_gflops_onednn"), "the native kernel": result.get("machine_gflops_native")}
     note = (

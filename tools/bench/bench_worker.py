@@ -84,19 +84,21 @@ def _times(
     repeats: int,
     device: str,
     warm_up: Callable[[], Any] = contextlib.nullcontext,
+    clock: str = "wall",
 ) -> dict[str, list[float]]:
     """Seconds of each repetition of each work after a warm-up. They alternate, also in who comes first.
 
     A warm-up that takes LONG_S is the only repetition, and counts. warm_up: the context of the warm-up.
     """
     seconds: dict[str, list[float]] = {name: [] for name in works}
+    now = time.process_time if clock == "processor" else time.perf_counter
     for turn in range(repeats + 1):
         for name in list(works)[:: -1 if turn % 2 else 1]:
             with contextlib.nullcontext() if turn else warm_up():
-                started = time.perf_counter()
+                started = now()
                 works[name]()
                 devices.synchronize(torch.device(device))
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(now() - started)
         if turn == 0 and max(each[0] for each in seconds.values()) >= LONG_S:
             return seconds
     return {name: each[1:] for name, each in seconds.items()}
@@ -190,7 +192,7 @@ def _measure(folder: Path, timed: dict[str, Options], first: Options) -> dict[st
 
     def times(works: dict[str, Callable[[], Any]], kind: str) -> dict[str, list[float]]:
         warm_up = partial(_progress, f"{name}, {kind}", variant) if len(timed) == 1 else contextlib.nullcontext
-        return _times(works, first.repeats, first.device, warm_up)
+        return _times(works, first.repeats, first.device, warm_up, first.clock)
 
     def predict(name: str, variant: _Variant) -> None:
         predicted = variant.predict().cpu().numpy()

@@ -545,6 +545,8 @@ void first_layer(const Edges& g, int64_t from, int64_t n, int64_t& node, Ends<T>
         while (g.start[node + 1] <= from + k) node++;
         const int64_t j = g.source[from + k], row = g.row ? g.row[from + k] : from + k;
         ends.destination[k] = static_cast<int32_t>(node);
+        if (k + 6 < n)  // sources are rows in any order
+            for (int64_t c = 0; c < H; c += 64 / sizeof(T)) __builtin_prefetch(q + g.source[from + k + 6] * H + c);
         T squared = 0;
         for (int c = 0; c < 3; c++) {
             const T r = xd[3 * node + c] - xs[3 * j + c] - (shift ? shift[3 * row + c] : T(0));
