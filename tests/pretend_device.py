@@ -38,6 +38,15 @@ class _OnDevice(torch.Tensor):
     def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(op, *args, **(kwargs or {}))
 
+    @property
+    def data(self) -> torch.Tensor:
+        return self.detach()
+
+    @data.setter
+    def data(self, value: _OnDevice) -> None:  # torch's sets shape and type only
+        torch.Tensor.data.__set__(self, value)
+        self.host = value.host
+
     def tolist(self) -> Any:  # torch refuses it for subclasses
         return self.cpu().tolist()
 

@@ -64,7 +64,10 @@ class Predictor:
             self.attribute_width = width and state.get("widths", (0, width))[1]
             self.model = build_model(self.config, (self.width, self.attribute_width), comm or SingleProcess())
         checkpoint.load_weights(self.model, state, file)
-        self.model.to(devices.resolve(device, comm.rank if comm else 0)).eval()
+        place = devices.resolve(device, comm.rank if comm else 0)
+        if comm:
+            comm.use_device(place, "auto")
+        self.model.to(place).eval()
         if double:
             self.model.double()
 

@@ -22,7 +22,9 @@ from dist_egnn.distributed import comm as comms
 from dist_egnn.distributed import spawn
 from dist_egnn.distributed.comm import Comm, ProcessGroup, SingleProcess
 from dist_egnn.errors import Failure
+from dist_egnn.evaluate import parallel_predictor
 from dist_egnn.evaluate.boundary_conditions import RolloutJob
+from dist_egnn.evaluate.predictor import Predictor
 from dist_egnn.evaluate.simulation import Simulation
 from dist_egnn.models import network
 from dist_egnn.ops.message_passing import Nodes
@@ -122,11 +124,18 @@ def work_on_both_devices(comm: Comm, stores: dict[str, Path], files: dict[str, P
 
     for case in CASES:
         result[case] = run(*case)
+    devices.check_available = lambda *_: None
     if comm.rank == 0:
-        devices.check_available = lambda *_: None
         for of in ("cpu", "cuda"):
-            keys = f"train.device={of}", "partition.parts=1", "train.epochs=1"
+            keys = f"train.device={of}", "partition.parts=1", "train.epochs=1", "train.ema=0.9"
             result[of] = whole_run(settings(files[""], "", "FastEGNN", "bridge", *keys), files[""].with_name(of))
+    comm.max(0)  # the runs are written
+    draw = np.random.default_rng(1)
+    fields = {"x": draw.random((60, 3)), "v": draw.random((60, 3)), "f": np.ones((60, 1)), "a": np.ones((60, 1))}
+    for of in ("cpu", "cuda"):
+        predictor = Predictor(files[""].with_name("cpu"), of, comm)
+        single = {name: value.astype(np.float32) for name, value in fields.items()}
+        result["parallel", of] = float(parallel_predictor._predict(comm, predictor, single, None, None)[1].abs().sum())
     for name, fault in WRONG.items():
         with fault():
             result[name] = run("", "FastEGNN", "bridge")
@@ -204,6 +213,8 @@ def test_sums_and_halo_rows_do_not_pass_the_host(results, mode) -> None:
 
 def test_a_run_its_resume_its_evaluation_and_its_predictor_equal_the_cpu(results) -> None:
     assert results[0]["cuda"] == pytest.approx(results[0]["cpu"], rel=1e-4)
+    for rank in results:
+        assert rank["parallel", "cuda"] == pytest.approx(rank["parallel", "cpu"], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", WRONG)
