@@ -17,6 +17,8 @@ import hypothesis
 import pytest
 from small_data import DATA, falling_swirl, random_pairs
 
+import dist_egnn  # noqa: F401  (before DGL, see dist_egnn/data/dgl_compat.py)
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # shells ignore it for background jobs, tests send it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import dist_egnn  # noqa: F401  # isort: skip  (before DGL, see dist_egnn/data/dgl_compat.py)
+
 import dgl
 import numpy as np
 import torch
