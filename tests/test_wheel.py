@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -147,3 +148,27 @@ def test_doctor(installed: Path, tmp_path: Path) -> None:
     assert done.returncode == ("problem" in {one["state"] for one in found.values()}), done.stdout
     assert list(tmp_path.iterdir()) == []
     assert "kernels for" in found["native"]["text"]
+
+
+@pytest.mark.parametrize(
+    ("versions", "given", "message"),
+    [
+        ({"python": "3.13"}, "python", "error: python is Python 3.13, but DGL has wheels for 3.11 and 3.12 only; .*"),
+        ({"python3.12": "3.12"}, "", r"error: could not make .venv with python3.12; .* \(python3.12-venv\)\?"),
+        ({}, "", "error: python3 does not run; install Python 3.11 or 3.12, or name one: make PYTHON=.*"),
+    ],
+)
+def test_make_takes_the_python_that_is_there(
+    versions: dict[str, str], given: str, message: str, tmp_path: Path
+) -> None:
+    """Interpreters that only print their version, or fail, as pyenv's do for versions that are not installed."""
+    for name in ("python", "python3", "python3.11", "python3.12"):
+        answer = f'[ "$1" = -c ] && echo {versions[name]}' if name in versions else "exit 127"
+        (tmp_path / name).write_text(f"#!/bin/sh\n{answer}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:/usr/bin:/bin", "PYTHON": given}
+    command = ["sh", str(ROOT / "tools" / "setup.sh")]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert re.fullmatch(message, done.stderr.splitlines()[-1])
+    assert not (tmp_path / ".venv").exists()
