@@ -1,4 +1,4 @@
-# make demo | test | test-hosts | lint: each sets up .venv itself; nothing is installed on a second run.
+# make demo | results | test | test-hosts | lint: each sets up .venv itself; nothing is installed on a second run.
 PYTHON ?=
 BIN := .venv/bin
 # DGL and torch lose most of their speed when threads outnumber cores; one thread per process is the rule here.
@@ -6,12 +6,18 @@ export OMP_NUM_THREADS ?= 1
 # METIS repeats its answer always only without malloc's cache of small blocks (docs/architecture.md)
 export GLIBC_TUNABLES ?= glibc.malloc.tcache_count=0
 
-.PHONY: setup demo test test-hosts lint clean
+.PHONY: setup demo results test test-hosts lint clean
 setup:
 	@PYTHON="$(PYTHON)" sh tools/setup.sh
 
 demo: setup
 	@$(BIN)/python tools/demo.py
+
+# the study of a recipe at the published size: make results NAME=nbody; the same command continues an interrupted one
+results: setup
+	@test -f recipes/$(NAME)/sweep-published.yaml || { echo "NAME=$(NAME): no such study; use NAME=nbody" >&2; exit 2; }
+	test -f data/$(NAME)-full.h5 || $(BIN)/python recipes/$(NAME)/prepare.py --scale full --out data/$(NAME)-full.h5
+	$(BIN)/distegnn sweep recipes/$(NAME)/sweep-published.yaml --jobs 2
 
 # a file after the other in each of three processes, the longest first
 test: setup
