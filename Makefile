@@ -1,4 +1,4 @@
-# make demo | results | test | test-hosts | lint: each sets up .venv itself; nothing is installed on a second run.
+# make demo | results | test | test-hosts | lint | docs: each sets up .venv itself; nothing is installed on a second run.
 PYTHON ?=
 BIN := .venv/bin
 # DGL and torch lose most of their speed when threads outnumber cores; one thread per process is the rule here.
@@ -6,7 +6,7 @@ export OMP_NUM_THREADS ?= 1
 # METIS repeats its answer always only without malloc's cache of small blocks (docs/architecture.md)
 export GLIBC_TUNABLES ?= glibc.malloc.tcache_count=0
 
-.PHONY: setup demo results test test-hosts lint clean
+.PHONY: setup demo results test test-hosts lint docs clean
 setup:
 	@PYTHON="$(PYTHON)" sh tools/setup.sh
 
@@ -33,5 +33,9 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
 
+# the documentation as a site, in site/index.html; a link or a name that leads nowhere is an error
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build -q
+
 clean:
-	rm -rf .venv runs build *.egg-info
+	rm -rf .venv runs build site *.egg-info

