@@ -28,7 +28,7 @@ def test_the_site_shows_the_whole_api(tmp_path: Path) -> None:
     build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path)))
     entries = re.findall(r'id="dist_egnn\.(\w+)"', (tmp_path / "api.html").read_text(encoding="utf-8"))
     assert sorted(entries) == sorted(dist_egnn.__all__)
-    recipe = (tmp_path / "recipes/fluid113k/index.html").read_text(encoding="utf-8")
+    recipe = (tmp_path / "recipes/lagrangebench/index.html").read_text(encoding="utf-8")
     assert 'href="../../rollout.html#evaluation"' in recipe
 
 
