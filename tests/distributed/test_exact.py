@@ -190,8 +190,8 @@ def test_a_lost_process_is_an_error_of_one_line(tmp_path: Path) -> None:
 LAUNCHER = """
 import sys
 sys.path[:0] = {folders!r}
-from test_exact import _waits
 from dist_egnn.distributed import spawn
+from test_exact import _waits
 if __name__ == "__main__":
     spawn.run_ranks(_waits, 2, sys.argv[1])
 """
