@@ -125,7 +125,7 @@ def _virtual(virtual: Any, h: Any, x: Tensor, z: Tensor, s: Any) -> tuple[Tensor
         if virtual.attention_v is not None:
             m = m * virtual.attention_v(m).sigmoid()
         messages.append(m)
-        bound = torch.tanh if virtual.tanh else torch.asarray
+        bound = torch.tanh if virtual.tanh else torch.nn.Identity()
         dx = dx + r * bound(virtual.phi_xv(m)) / len(z)
         z_next.append(z[c] + (-r * bound(virtual.phi_z(m))).mean(0))
     if s is not None:

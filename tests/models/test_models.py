@@ -256,6 +256,7 @@ class TestFastEGNNWithEveryOption(EGNNSuite):
     name = "FastEGNN"
     flags: ClassVar = dict.fromkeys(("normalize", "attention", "tanh"), True)
     options: ClassVar = {"hidden": 8, "layers": 2, "virtual_nodes": 5, "gravity": [0.0, -9.81, 0.0], **flags}
+    options["virtual_messages"] = "concat"
 
     def rotation(self, seed: int, dtype: torch.dtype, determinant: int) -> Tensor:
         # symmetric under rotations about gravity, and reflections that keep it
