@@ -40,6 +40,7 @@ NUMBERS = ["epoch", "train_loss", "train_mse", "valid_mse", "grad_norm", "lr"]  
 SETTINGS = [f"data.{key}={value}" for key, value in DATA.items()]  # with which the fixtures make stores
 SETTINGS += ["data.last_frame=-1", "data.velocity=backward", "model.hidden=16", "model.layers=2"]
 SETTINGS += ["train.checkpoint_minutes=0", "train.accumulate=1", "train.patience=0", "train.timeout_s=60"]
+SETTINGS += ["train.valid_interval=1"]  # a run that is stopped has validated its last epoch
 ENDLESS, SHORT_TIMEOUT = "train.epochs=1000000000", "train.timeout_s=15"
 _outcomes: dict[str, tuple[str, float]] = {}
 

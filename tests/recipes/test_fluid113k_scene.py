@@ -139,7 +139,8 @@ def test_no_simulation_starts_without_room_for_its_frames(tmp_path, engine, monk
     (line,) = capsys.readouterr().err.splitlines()
     numbers = 16 * prepare.draw(0, 0, 1000).position.size  # of positions; as many velocities; both again in the part
     says = f"needs {4 * 4 * numbers / 1e6:.2f} MB or more, 0.10 MB are free"
-    assert line.startswith(f"error: {tmp_path / 'x.h5.parts' / '000000.engine'}: disk full: {says}"), line
+    folder = re.escape(str(tmp_path / "x.h5.parts"))  # the trajectory that fails first is not fixed
+    assert re.match(rf"error: {folder}/00000\d\.engine: disk full: {re.escape(says)}", line), line
 
 
 LEGS = """
