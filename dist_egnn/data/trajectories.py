@@ -27,13 +27,15 @@ BLOCK = 1 << 22  # numbers that `Trajectories.blocks` reads at once
 
 
 class Writer:
-    """Write a trajectories file completely or not at all. Raises Failure if it cannot be written.
+    """Write a trajectories file completely or not at all.
 
-    with Writer("out.h5", {"command": "prepare.py --seed 1", "seed": 1}) as out:
-        out.add(position, split="train", dt=0.02, source="SPlisHSPlasH 2.19.0", attributes={"mass": mass})
-        with out.begin(split="test", dt=0.02, source="my simulation") as trajectory:  # may be longer than memory
-            for position in simulation:
-                trajectory.add_frame(position)
+        with Writer("out.h5", {"command": "prepare.py --seed 1", "seed": 1}) as out:
+            out.add(position, split="train", dt=0.02, source="SPlisHSPlasH 2.19.0", attributes={"mass": mass})
+            with out.begin(split="test", dt=0.02, source="my simulation") as trajectory:  # may be longer than memory
+                for position in simulation:
+                    trajectory.add_frame(position)
+
+    Raises Failure if it cannot be written.
     """
 
     def __init__(self, path: str | Path, meta: Mapping[str, Any]) -> None:
