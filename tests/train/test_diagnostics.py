@@ -141,7 +141,7 @@ NAME = "layers.0.phi_e.0.weight"
 def _set_nan() -> None:
     """Set a weight of the model in training, which the garbage collector finds, to NaN."""
     for training in gc.get_objects():
-        if isinstance(training, trainer.Trainer):
+        if issubclass(type(training), trainer.Trainer):  # isinstance would ask what weak proxies stand for
             with torch.no_grad():
                 training.model.get_parameter(NAME).view(-1)[0] = float("nan")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import shutil
@@ -215,7 +216,7 @@ def test_about(run):
     before = (run / "about.yaml").read_text()
     (start,) = yaml.safe_load(before)
     assert (start["epoch"], start["step"], start["processes"], start["device"]) == (1, 0, 1, "cpu")
-    assert start["versions"]["torch"] == torch.__version__
+    assert start["versions"]["torch"] == importlib.metadata.version("torch")
     assert set(start["versions"]) == {"torch", "python", "dist_egnn", "dgl", "numpy"}
     assert start["seeds"] == {"train": 0, "frames": 0, "partition": 0}
     resume_training(run, ["train.epochs=3"])

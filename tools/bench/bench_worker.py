@@ -47,8 +47,8 @@ def _graph(folder: Path) -> DGLGraph:
     nodes, edges = (torch.from_numpy(fields.pop(name)) for name in ("graph_nodes", "graph_edges"))
     degree = fields.pop("degree")
     graph = graphs.build_graph(fields.pop("src"), np.repeat(np.arange(len(degree), dtype=np.int32), degree), fields)
-    graph.set_batch_num_nodes(nodes)
-    graph.set_batch_num_edges(edges)
+    graph.set_batch_num_nodes(nodes.to(graph.idtype))
+    graph.set_batch_num_edges(edges.to(graph.idtype))
     return graph
 
 
