@@ -175,9 +175,8 @@ def prepare_jobs(
     elif trained:
         identity.check_fits(trained, identity.describe(file, chosen), config.data, str(file.path), run)
     starts = [first_frame(config.data, file, k, start) for k in chosen]
-    if (
-        repartition is None
-    ):  # particles of a simulator hardly move in a step; in bridge mode a cut that stays costs accuracy
+    if repartition is None:
+        # particles of a simulator hardly move in a step; in bridge mode a cut that stays costs accuracy
         repartition = 10 if config.data.history and config.partition.halo == "exchange" else 1
     if min(steps, repartition) < 1:
         raise Failure(f"--steps {steps}, --repartition {repartition}: both must be at least 1")
